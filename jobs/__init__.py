@@ -1,0 +1,1 @@
+"""WHERE the work runs: one module a job, each `Config`, `Result`, `run(config) -> Result`."""

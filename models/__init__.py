@@ -1,0 +1,1 @@
+"""WHAT is computed: tensors in, tensors out; no tables, no registry, no tracking client."""
