@@ -120,7 +120,7 @@ def _finite(column: str) -> Law:
     def law(rows: pa.Table) -> str | None:
         for chunk in rows[column].chunks:
             flat = chunk.flatten()
-            if flat.null_count or not pc.all(pc.is_finite(flat.cast(pa.float32()))).as_py():
+            if flat.null_count or pc.all(pc.is_finite(flat.cast(pa.float32()))).as_py() is False:
                 return f"null, infinite or NaN values in {column}"
         return None
 
@@ -129,13 +129,13 @@ def _finite(column: str) -> Law:
 
 def _split_inside_history(rows: pa.Table) -> str | None:
     length = pc.list_value_length(rows["item_ids"])
-    if not pc.all(pc.equal(length, pc.list_value_length(rows["timestamps"]))).as_py():
+    if pc.all(pc.equal(length, pc.list_value_length(rows["timestamps"]))).as_py() is False:
         return "item_ids and timestamps differ in length"
     ordered = pc.and_(
         pc.and_(pc.less_equal(rows["train_end"], rows["valid_end"]), pc.less_equal(rows["valid_end"], length)),
         pc.greater_equal(rows["train_end"], 0),
     )
-    return None if pc.all(ordered).as_py() in (True, None) else "not 0 <= train_end <= valid_end <= length"
+    return None if pc.all(ordered).as_py() is not False else "not 0 <= train_end <= valid_end <= length"
 
 
 ITEMS = Table(

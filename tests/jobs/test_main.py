@@ -1,0 +1,150 @@
+"""The command line: one way in, exit statuses that a scheduler can act on, errors that name the remedy."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from jobs import __main__ as cli
+from jobs.contracts import InputError, Refused, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    depth: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: Run
+    user: str = ""
+    names: tuple[str, ...] = ()
+    inner: Inner = Inner()
+    free: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+    seen: object
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'[run]\nlake = "{tmp_path / "lake"}"\n')
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, recipe: Path, *more: str, fails: Exception | None = None) -> int:
+    def run(config: Config) -> Result:
+        print("a library chats")
+        if fails:
+            raise fails
+        return Result(inputs={"a": "1"}, outputs={}, rows={}, seen=[config.user, config.inner.depth, config.names])
+
+    module = types.ModuleType("jobs.recommend")
+    module.Config, module.Result, module.run = Config, Result, run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "jobs.recommend", module)
+    monkeypatch.setattr(importlib, "import_module", lambda name: module)
+    return cli.main(["recommend", "--recipe", str(recipe), "--ds", "2026-01-01", *more])
+
+
+def manifest(recipe: Path) -> dict[str, object]:
+    value: dict[str, object] = json.loads((recipe.parent / "lake/manifests/ds=2026-01-01/recommend.json").read_text())
+    return value
+
+
+def test_the_result_is_the_only_line_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--set", "recommend.user=405", "--set", "recommend.inner.depth=3", "--set", 'recommend.names=["a", "b"]']
+    assert call(monkeypatch, recipe, *sets) == 2  # an unquoted number is not a text
+    sets[1] = 'recommend.user="405"'
+    capsys.readouterr()
+    assert call(monkeypatch, recipe, *sets) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["seen"] == ["405", 3, ["a", "b"]]
+    assert "a library chats" in out.err
+    assert manifest(recipe)["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "word"),
+    [
+        (InputError("no such table: name one"), 2, "failed"),
+        (ValueError("rank must be positive"), 2, "failed"),
+        (Refused("tail lost 3 %"), 3, "refused"),
+        (RuntimeError("disk on fire"), 1, "failed"),
+    ],
+)
+def test_each_kind_of_failure_has_its_status_and_its_manifest(
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    status: int,
+    word: str,
+) -> None:
+    assert call(monkeypatch, recipe, fails=error) == status
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(error) in last
+    assert manifest(recipe)["status"] == word
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[recommend]\nuserr = 1", "unknown key recommend.userr; [recommend] has: free, inner, names, user"),
+        ("[recommend.inner]\nwidth = 1", "unknown key recommend.inner.width"),
+        ("[run]\nlakes = 'x'", "unknown key run.lakes"),
+        ("[recomend]\nuser = 'x'", "unknown table [recomend]"),
+        ("[recommend.inner]\ndepth = 'deep'", "recommend.inner.depth: Input should be a valid integer"),
+        ("[recommend]\nuser = '$NOT_SET_ANYWHERE'", "names an environment variable that is not set"),
+        ("not toml", "is not TOML"),
+    ],
+)
+def test_a_fault_in_the_recipe_is_one_line_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
+) -> None:
+    lake = recipe.read_text() if "[run]" not in text else ""
+    recipe.write_text(f"{lake}\n{text}\n")
+    assert call(monkeypatch, recipe) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert complaint in error[0]
+
+
+def test_a_date_must_be_a_date(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recommend", "--recipe", str(recipe), "--ds", "22.4.1998"]) == 2
+    assert "write it as YYYY-MM-DD" in capsys.readouterr().err
+
+
+def test_a_missing_recipe_names_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recommend", "--recipe", str(tmp_path / "none.toml"), "--ds", "2026-01-01"]) == 2
+    assert "jobs/recipes/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["recommend.user", "user=1", "recommend.=1", "recommend.user.name=1"])
+def test_an_override_of_another_form_is_refused(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    recipe.write_text(recipe.read_text() + "[recommend]\nuser = 'x'\n")
+    assert call(monkeypatch, recipe, "--set", override) == 2
+    assert "--set" in capsys.readouterr().err
+
+
+def test_every_job_of_the_help_can_be_imported_and_keeps_the_form() -> None:
+    for name in cli.JOBS:
+        module = importlib.import_module(f"jobs.{name}")
+        assert callable(module.run)
+        assert module.Config.__dataclass_params__.frozen and module.Result.__dataclass_params__.frozen
+        assert {"inputs", "outputs", "rows"} <= set(module.Result.__dataclass_fields__)
