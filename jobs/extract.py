@@ -121,47 +121,64 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     lake, partition = config.run.lake, f"ds={config.run.ds}"
     forgotten = spark.createDataFrame([(item,) for item in sorted(contracts.tombstones(lake))], "item_id string")
     items = judge_items(spark, config).join(F.broadcast(forgotten), "item_id", "left_anti").persist(DISK)
-    events = judge_events(spark, config, items, forgotten).persist(DISK)
+    events = judge_events(spark, config, items, forgotten)
+    good = events.where("reason is null and not later").select(INTERACTIONS.schema.names)
+    sums = events.agg(F.count_if(~F.col("later")), F.count_if("later"), order_free_hash("user_id", "item_id", "timestamp")).first()
+    seen = {"items": items.count(), "interactions": int(sums[0] if sums else 0)}
+    # by user from here on: deduplicating, sorting and collecting histories then need no further shuffle
+    files = -(-max(seen["interactions"], 1) // config.part_rows)
+    copies = good.repartition(files, "user_id").groupBy(INTERACTIONS.schema.names).agg(F.count("*").alias("copies")).persist(DISK)
 
-    seen = {"items": items.count(), "interactions": events.where("not later").count()}
     quarantine = refused(items, "items", "item_id").unionByName(refused(events, "interactions", "user_id"))
+    quarantine = quarantine.unionByName(duplicates(copies)).persist(DISK)
     reasons = quarantine.groupBy("source", "reason").count().collect()
     quarantined = {f"{row.source}: {row.reason}": int(row["count"]) for row in reasons}
     written = {QUARANTINE.name: save(quarantine, ["source", "reason", "record"], QUARANTINE, staging, config)}
     check_quarantine(config, seen, quarantined)
 
-    kept_items = with_first_seen(spark, config, items.where("reason is null"))
-    kept_events = events.where("reason is null and not later").select(INTERACTIONS.schema.names)
-    days = kept_events.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
-    check_dates(config, [(int(row.day), int(row["count"])) for row in days])
-    cuts = cut_times([(int(row.day), int(row["count"])) for row in days], config) if config.split == "temporal" else None
-
-    counts = {"items": kept_items.count(), "interactions": sum(row["count"] for row in days)}
-    check_change(config, counts)
+    kept_items = with_first_seen(spark, config, items.where("reason is null")).persist(DISK)
+    kept_events = copies.drop("copies")
+    days = [
+        (int(row.day), int(row["count"]))
+        for row in kept_events.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
+    ]
+    check_dates(config, days)
+    cuts = cut_times(days, config) if config.split == "temporal" else None
+    check_change(config, {"items": kept_items.count(), "interactions": sum(count for _, count in days)})
     written[ITEMS.name] = save(kept_items, ["item_id"], ITEMS, staging, config)
-    written[INTERACTIONS.name] = save(kept_events, ["user_id", "timestamp", "item_id"], INTERACTIONS, staging, config)
+    written[INTERACTIONS.name] = save(kept_events, ["user_id", "timestamp", "item_id"], INTERACTIONS, staging, config, files)
     sequences = histories(kept_events, cuts, config.max_history)
-    written[SEQUENCES.name] = save(sequences, ["user_id"], SEQUENCES, staging, config)
+    written[SEQUENCES.name] = save(sequences, ["user_id"], SEQUENCES, staging, config, files)
     new, changed = compare(spark, config, kept_items)
+    text_hash = items.agg(order_free_hash("item_id", "record")).first()
     result = Result(
-        inputs={"items": fingerprint(config.items.table, items), "interactions": fingerprint(config.interactions.table, events)},
+        inputs={
+            config.items.table: f"{seen['items']}:{text_hash[0] if text_hash else 0}",
+            config.interactions.table: f"{seen['interactions']}:{sums[2] if sums else 0}",
+        },
         outputs={f"{name}/{partition}": commit.digest for name, commit in written.items()},
         rows={name: commit.rows for name, commit in written.items()},
         seen=seen,
-        later=events.where("later").count(),
+        later=int(sums[1] if sums else 0),
         quarantined=quarantined,
         forgotten=forgotten.count(),
         new_items=new,
         changed_items=changed,
         fill=fill(kept_items, config.items.attributes),
-        cuts={
-            name: f"{dt.datetime.fromtimestamp(cut, dt.UTC):%Y-%m-%d}" for name, cut in zip(("valid", "test"), cuts, strict=True)
-        }
-        if cuts
-        else {},
+        cuts={name: date(cut) for name, cut in zip(("valid", "test"), cuts, strict=True)} if cuts else {},
     )
     tell(result)
     return result
+
+
+def order_free_hash(*columns: str) -> Column:
+    """Identity of what was read, whatever the order of its rows: the sum of the rows' hashes."""
+    return F.sum(F.xxhash64(*columns).cast("decimal(38,0)"))
+
+
+def date(seconds: int) -> str:
+    """Unix seconds as YYYY-MM-DD, UTC."""
+    return f"{dt.datetime.fromtimestamp(seconds, dt.UTC):%Y-%m-%d}"
 
 
 # --------------------------------------------------------------------------------------------------------------- judging
@@ -227,22 +244,12 @@ def judge_events(spark: SparkSession, config: Config, items: DataFrame, forgotte
         seconds = F.unix_timestamp(moment.cast("timestamp"))
     else:
         seconds = F.floor(F.try_divide(moment.try_cast("double"), F.lit(PER_SECOND[names.unit])))
-    rows = rows.select(
-        F.trim(F.col(f"`{names.user_id}`").cast("string")).alias("user_id"),
-        F.trim(F.col(f"`{names.item_id}`").cast("string")).alias("item_id"),
-        seconds.alias("timestamp"),
-        F.to_json(F.struct("*")).alias("record"),
-    ).join(F.broadcast(forgotten), "item_id", "left_anti")
+    user, item = (F.trim(F.col(f"`{name}`").cast("string")) for name in (names.user_id, names.item_id))
+    rows = rows.withColumns({"user_id": user, "item_id": item, "timestamp": seconds, "record": F.struct("*")})
     known = items.where("reason is null").select("item_id", F.lit(True).alias("known"))
-    copies = Window.partitionBy("user_id", "item_id", "timestamp").orderBy("record")
-    rows = rows.join(known, "item_id", "left").withColumn("copy", F.row_number().over(copies))
+    rows = rows.join(F.broadcast(forgotten), "item_id", "left_anti").join(known, "item_id", "left")
     now = int(dt.datetime.now(dt.UTC).timestamp())
-    return rows.select(
-        "user_id",
-        "item_id",
-        "timestamp",
-        "record",
-        F.coalesce(F.col("timestamp").between(snapshot_end(config.run.ds), now + DAY), F.lit(False)).alias("later"),
+    reason = (
         F.when(F.coalesce(F.length("user_id"), F.lit(0)) == 0, "user_id is null or empty")
         .when(F.coalesce(F.length("item_id"), F.lit(0)) == 0, "item_id is null or empty")
         .when(F.col("timestamp").isNull(), "timestamp is null or not a number")
@@ -250,8 +257,14 @@ def judge_events(spark: SparkSession, config: Config, items: DataFrame, forgotte
         .when(F.col("timestamp") > LATEST_SECONDS, f"timestamp is not in {names.unit}: set extract.interactions.unit")
         .when(F.col("timestamp") > now + DAY, "timestamp is in the future")
         .when(F.col("known").isNull(), "item is unknown")
-        .when(F.col("copy") > 1, "duplicate event")
-        .alias("reason"),
+    )
+    return rows.select(
+        "user_id",
+        "item_id",
+        "timestamp",
+        reason.alias("reason"),
+        F.coalesce(F.col("timestamp").between(snapshot_end(config.run.ds), now + DAY), F.lit(False)).alias("later"),
+        F.when(reason.isNotNull(), F.to_json("record")).alias("record"),
     )
 
 
@@ -263,6 +276,17 @@ def snapshot_end(ds: str) -> int:
 def refused(rows: DataFrame, name: str, key: str) -> DataFrame:
     """The refused records of a source, as rows of `quarantine`."""
     return rows.where("reason is not null").select(F.lit(name).alias("source"), F.col(key).alias("key"), "reason", "record")
+
+
+def duplicates(copies: DataFrame) -> DataFrame:
+    """One row of `quarantine` for each further copy of an event."""
+    again = copies.where("copies > 1").withColumn("copy", F.explode(F.sequence(F.lit(2), F.col("copies"))))
+    return again.select(
+        F.lit("interactions").alias("source"),
+        F.col("user_id").alias("key"),
+        F.lit("duplicate event").alias("reason"),
+        F.to_json(F.struct(*INTERACTIONS.schema.names, "copy")).alias("record"),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- shaping
@@ -343,10 +367,12 @@ def events_before(cut: int) -> Column:
     return F.size(F.filter("events", lambda event: event["timestamp"] < cut))
 
 
-def save(rows: DataFrame, order: list[str], table: contracts.Table, staging: Path, config: Config) -> contracts.Commit:
+def save(
+    rows: DataFrame, order: list[str], table: contracts.Table, staging: Path, config: Config, files: int = 0
+) -> contracts.Commit:
     """Replaces the partition of ds: rows spread by the first column's hash and sorted, so that a rerun's bytes are equal."""
     rows = rows.select(table.schema.names)
-    files = max(1, -(-rows.count() // config.part_rows))
+    files = files or max(1, -(-rows.count() // config.part_rows))
     where = staging / table.name
     rows.repartition(files, order[0]).sortWithinPartitions(*order).write.option("compression", "zstd").parquet(str(where))
     return contracts.commit_files(config.run.lake, table.name, f"ds={config.run.ds}", sorted(where.glob("part-*.parquet")))
@@ -404,12 +430,6 @@ def fill(items: DataFrame, attributes: Sequence[str]) -> dict[str, float]:
     has = [F.array_contains("attributes.name", name) for name in attributes]
     row = items.agg(*(F.avg(there.cast("double")) for there in has)).first()
     return {name: round(float(value or 0), 4) for name, value in zip(attributes, row or (), strict=True)}
-
-
-def fingerprint(table: str, rows: DataFrame) -> str:
-    """Identity of what was read: row count and an order-free sum of the records' hashes."""
-    row = rows.agg(F.count("*").alias("n"), F.sum(F.xxhash64("record").cast("decimal(38,0)")).alias("sum")).first()
-    return f"{table}:{row.n}:{row['sum']}" if row else table
 
 
 def tell(result: Result) -> None:
