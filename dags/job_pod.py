@@ -1,0 +1,92 @@
+"""One job as a pod. What the pod is like, image, resources, tolerations, volumes, secrets, stands in a template of the platform:
+`pod-spark.yaml`, `pod-gpu.yaml` or `pod-cpu.yaml` in the folder LLMEMB_PODS. Here only the job's arguments are added."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.sdk.exceptions import AirflowException
+from job_task import ROOT, judge, setting
+
+TAIL = 100
+"""Raw log lines that are asked for to get the last one: a node breaks a line at 16 KiB."""
+
+
+def pod_arguments(job: str, *, gpu: bool) -> dict[str, Any]:
+    """What the operator is told of a job's pod."""
+    kind = "spark" if job == "extract" else "gpu" if gpu else "cpu"
+    return {
+        "name": f"llmemb-{job}",
+        "labels": {"app.kubernetes.io/name": "llmemb", "app.kubernetes.io/component": job},
+        "pod_template_file": str(Path(setting("PODS", str(ROOT / "infra" / "kubernetes"))) / f"pod-{kind}.yaml"),
+        "image": os.environ.get(f"LLMEMB_IMAGE_{kind.upper()}"),
+        "namespace": os.environ.get("LLMEMB_NAMESPACE"),
+        "env_vars": {name: os.environ[name] for name in ("LLMEMB_REVISION",) if name in os.environ},
+        # a worker that died finds its pod again; one that was told to stop takes the pod with it
+        "durable": True,
+        "on_finish_action": "delete_pod",
+        "startup_timeout_seconds": int(setting("POD_START_S", "1800")),
+        "container_name_log_prefix_enabled": False,
+        "log_pod_spec_on_failure": False,
+        "log_events_on_failure": True,
+    }
+
+
+class JobPod(KubernetesPodOperator):  # type: ignore[misc]
+    """Runs a job as a pod; waits in the worker, or in the triggerer if `operators.default_deferrable` is set."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.last = ""
+
+    def execute(self, context: Any) -> Any:
+        """The job's Result. Raises what `judge` makes of its exit status."""
+        super().execute(context)
+        return self.result(context)
+
+    def trigger_reentry(self, context: Any, event: dict[str, Any]) -> Any:
+        """The same, where the triggerer had waited."""
+        super().trigger_reentry(context, event)
+        return self.result(context)
+
+    def result(self, context: Any) -> Any:
+        """The last line that the job printed, as the XCom. No sidecar: that would take the right to run commands in pods."""
+        value = json.loads(self.last)
+        context["ti"].xcom_push(key="return_value", value=value)
+        return value
+
+    def cleanup(self, pod: Any, remote_pod: Any, xcom_result: Any = None, context: Any = None) -> None:
+        """Reads the last line before the pod goes, and makes its exit status final or worth a retry."""
+        if remote_pod and not self._killed:
+            self.last = self.last_line(remote_pod)
+        try:
+            super().cleanup(pod, remote_pod, xcom_result, context)
+        except AirflowException:
+            code = exit_code(remote_pod, self.base_container_name)
+            if code is not None:
+                judge(self.arguments[0], code, self.last, context)
+            raise
+
+    def last_line(self, pod: Any) -> str:
+        """The newest line of the job's log, empty where the log is gone."""
+        from kubernetes.client.exceptions import ApiException
+
+        where = {"name": pod.metadata.name, "namespace": pod.metadata.namespace, "container": self.base_container_name}
+        try:
+            lines = self.client.read_namespaced_pod_log(**where, tail_lines=TAIL).splitlines()
+        except ApiException:
+            return ""
+        return next((line for line in reversed(lines) if line.strip()), "")
+
+
+def exit_code(pod: Any, container: str) -> int | None:
+    """The exit status of a pod's container; None where it never ended by itself: evicted, or its node was lost."""
+    for status in (pod.status.container_statuses if pod and pod.status else None) or []:
+        if status.name == container and status.state and status.state.terminated:
+            code: int = status.state.terminated.exit_code
+            return code
+    return None

@@ -1,0 +1,256 @@
+"""One job as an Airflow task, always the command `python -m jobs NAME --recipe FILE --ds DATE [--set job.key=value]`.
+
+Settings are environment variables, read when the DAG files are parsed, so that a laptop and a cluster run the same files:
+LLMEMB_RECIPE, LLMEMB_PYTHON, LLMEMB_EXECUTOR (`process` or `kubernetes`), LLMEMB_SHARDS, LLMEMB_RETRIES, LLMEMB_RETRY_S,
+LLMEMB_DEADLINE_HOURS, LLMEMB_ALERT_URL, LLMEMB_NIGHTLY_CRON, LLMEMB_SCFT_CRON, LLMEMB_RAT_CRON, LLMEMB_MAINTENANCE_CRON; for
+pods also LLMEMB_PODS, LLMEMB_NAMESPACE and LLMEMB_IMAGE_SPARK, _GPU, _CPU.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import DAG, Asset, AssetAlias, AssetOrTimeSchedule, BaseOperator, CronDataIntervalTimetable, Param
+from airflow.sdk.definitions.callback import SyncCallback
+from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU_JOBS = ("scft", "embed", "pretrain", "rat", "evaluate")
+HOURS = {"extract": 6, "scft": 24, "embed": 12, "pretrain": 12, "rat": 12, "evaluate": 4, "publish": 6}
+"""How long a try may take; two hours for the others."""
+DATE = "{{ snapshot_date(params, dag_run, triggering_asset_events) }}"
+GRACE_S = 30
+"""What a job gets to save its checkpoint when it is told to stop."""
+
+log = logging.getLogger("airflow.task.job")
+
+# --------------------------------------------------------------------------------------------------------------- settings
+
+
+def setting(name: str, default: str = "") -> str:
+    """The environment variable LLMEMB_NAME."""
+    return os.environ.get(f"LLMEMB_{name}", default)
+
+
+def asset(name: str) -> Asset:
+    """What one DAG makes and another waits for."""
+    return Asset(name=name, uri=f"llmemb://{name}")
+
+
+def schedule(variable: str, cron: str, *assets: Asset) -> Any:
+    """At the times of the setting LLMEMB_VARIABLE (UTC), `cron` unless it says otherwise, and when an asset is made.
+
+    A run's logical date is the start of its interval: the day that a night works on. An empty setting leaves the times out.
+    """
+    cron = setting(variable, cron)
+    if not cron:
+        return list(assets) or None
+    timetable = CronDataIntervalTimetable(cron, timezone="UTC")
+    return AssetOrTimeSchedule(timetable=timetable, assets=list(assets)) if assets else timetable
+
+
+# ------------------------------------------------------------------------------------------------------------ DAG and task
+
+
+def job_dag(dag_id: str, *, schedule: Any, doc: str, params: Mapping[str, Param] | None = None) -> DAG:
+    """A DAG whose runs each have one explicit date, one at a time, with alerts on failure and on lateness."""
+    return DAG(
+        dag_id,
+        schedule=schedule,
+        doc_md=doc,
+        tags={"llmemb"},
+        # backfills and tests may go back as far as the logs do: a task before its start date would silently not run
+        start_date=dt.datetime(1970, 1, 1, tzinfo=dt.UTC),
+        catchup=False,
+        max_active_runs=1,
+        params={"ds": Param(None, type=["null", "string"], format="date", description="Date of the snapshot"), **(params or {})},
+        user_defined_macros={"snapshot_date": snapshot_date},
+        default_args={
+            "retries": int(setting("RETRIES", "3")),
+            "retry_delay": dt.timedelta(seconds=float(setting("RETRY_S", "30"))),
+            "retry_exponential_backoff": 2.0,
+            "max_retry_delay": dt.timedelta(minutes=30),
+            "execution_timeout": dt.timedelta(hours=2),
+            "pool": "default_pool",
+            "on_failure_callback": alert,
+        },
+        deadline=deadline(dag_id),
+    )
+
+
+def deadline(dag_id: str) -> DeadlineAlert | None:
+    """An alert where a run has not ended in time; none at LLMEMB_DEADLINE_HOURS=0, as `airflow dags test` (3.3) needs it."""
+    hours = float(setting("DEADLINE_HOURS", "6" if dag_id == "nightly_embeddings" else "48"))
+    if not hours:
+        return None
+    return DeadlineAlert(
+        name="late",
+        reference=DeadlineReference.DAGRUN_QUEUED_AT,
+        interval=dt.timedelta(hours=hours),
+        callback=SyncCallback(late, kwargs={"dag_id": dag_id}),
+    )
+
+
+def job_task(
+    name: str,
+    *,
+    task_id: str = "",
+    shards: int = 0,
+    makes: Asset | None = None,
+    when: Callable[[Mapping[str, Any]], bool] | None = None,
+    settings: Mapping[str, str] | None = None,
+    **airflow: Any,
+) -> Any:
+    """The task of a job: a process here, or a pod where LLMEMB_EXECUTOR is `kubernetes`.
+
+    `shards` of at least 1 maps the task, one shard a task instance. `settings` are the command's `--set job.key=value`.
+    `makes` tells other DAGs of a success, and with `when` only of one whose Result passes it.
+    """
+    command = [name, "--recipe", setting("RECIPE", str(ROOT / "jobs" / "recipes" / "prod.toml")), "--ds", DATE]
+    for key, value in (settings or {}).items():
+        command += ["--set", f"{name}.{key}={value}"]
+    if makes:
+        airflow["outlets"] = [AssetAlias(makes.name) if when else makes]
+        airflow["post_execute"] = partial(announce, makes=makes, when=when)
+    airflow |= {
+        "task_id": task_id or name,
+        "execution_timeout": dt.timedelta(hours=HOURS.get(name, 2)),
+        "pool": "gpu" if name in GPU_JOBS else "default_pool",
+    }
+    operator, argument = JobProcess, "command"
+    if setting("EXECUTOR", "process") == "kubernetes":
+        from job_pod import JobPod, pod_arguments  # brings the Kubernetes client: only where it is used
+
+        operator, argument = JobPod, "arguments"
+        airflow |= pod_arguments(name, gpu=name in GPU_JOBS)
+    if not shards:
+        return operator(**airflow, **{argument: command})
+    portions = [[*command, "--set", f"{name}.shards={shards}", "--set", f"{name}.shard={shard}"] for shard in range(shards)]
+    return operator.partial(**airflow).expand(**{argument: portions})
+
+
+def snapshot_date(params: Mapping[str, Any], dag_run: Any, asset_events: Any = None) -> str:
+    """The date a run works on: its parameter `ds`, its logical date, the newest date of the assets that triggered it, or else
+    the last day that was over when it was to start. The same for every task and every retry of the run."""
+    if params.get("ds"):
+        return str(params["ds"])
+    if dag_run.logical_date:
+        return f"{dag_run.logical_date:%Y-%m-%d}"
+    told = [event.extra["ds"] for events in (asset_events or {}).values() for event in events if event.extra.get("ds")]
+    return max(told, default=f"{dag_run.run_after - dt.timedelta(days=1):%Y-%m-%d}")
+
+
+def announce(context: Any, result: Any, *, makes: Asset, when: Callable[[Mapping[str, Any]], bool] | None) -> None:
+    """Tells the DAGs that wait for an asset, with the date it was made for."""
+    extra = {"ds": snapshot_date(context["params"], context["dag_run"], context.get("triggering_asset_events"))}
+    if when is None:
+        context["outlet_events"][makes].extra = extra
+    elif when(result):
+        context["outlet_events"][AssetAlias(makes.name)].add(makes, extra=extra)
+
+
+# --------------------------------------------------------------------------------------------------------------- processes
+
+
+class JobProcess(BaseOperator):  # type: ignore[misc]
+    """Runs a job as a process of this machine; its standard error is the task's log, as it comes, its Result the XCom."""
+
+    template_fields: Sequence[str] = ("command",)
+    ui_color = "#e8f4ea"
+
+    def __init__(self, *, command: list[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.command = command
+        self.child: subprocess.Popen[str] | None = None
+
+    def execute(self, context: Any) -> Any:
+        """The job's Result. Raises what `judge` makes of its exit status."""
+        line = [setting("PYTHON", sys.executable), "-m", "jobs", *self.command]
+        log.info("$ %s", " ".join(line))
+        started, printed, last = time.monotonic(), deque[str](maxlen=1), ""
+        # a session of its own: stopping it stops what it started, a Spark driver or the ranks of a training
+        self.child = subprocess.Popen(
+            line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
+        try:
+            assert self.child.stdout and self.child.stderr
+            reader = threading.Thread(target=printed.extend, args=(self.child.stdout,), daemon=True)
+            reader.start()
+            for text in self.child.stderr:
+                last = text.rstrip() or last
+                log.info("%s", text.rstrip())
+            status = self.child.wait()
+            reader.join()
+        finally:
+            self.on_kill()
+        judge(self.command[0], status, last, context)
+        log.info("%s: done in %.1f s", self.command[0], time.monotonic() - started)
+        return json.loads(printed[0])
+
+    def on_kill(self) -> None:
+        """Stops the process and what it started, if they still run: politely, then at once."""
+        if self.child is None or self.child.poll() is not None:
+            return
+        os.killpg(self.child.pid, signal.SIGTERM)
+        try:
+            self.child.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.child.pid, signal.SIGKILL)
+
+
+def judge(job: str, status: int | None, last: str, context: Any) -> None:
+    """What an exit status means: 0 done, 2 the input is at fault and 3 refused by a gate (both final), else worth a retry.
+
+    A backfill must not turn serving back, so a `publish` that refuses its older date is skipped there.
+    """
+    if status == 0:
+        return
+    if status == 3 and job == "publish" and context["dag_run"].run_type == "backfill":
+        raise AirflowSkipException(f"the lake is filled, what serves stays: {last}")
+    if status in (2, 3):
+        raise AirflowFailException(last or f"{job} ended with status {status}")
+    raise AirflowException(f"{job} ended with status {status}: {last}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ alerts
+
+
+def alert(context: Any) -> None:
+    """A task failed for good: one line in the log, and to LLMEMB_ALERT_URL where it is set."""
+    ti = context["ti"]
+    why = " ".join(str(context.get("exception") or "no reason given").split())[:500]
+    tell(
+        f"{ti.dag_id}.{ti.task_id} failed: {why}", {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}
+    )
+
+
+def late(dag_id: str, **_: Any) -> None:
+    """A run did not end in time: what serves grows old."""
+    tell(f"{dag_id} is late: what serves is older than it should be", {"dag": dag_id})
+
+
+def tell(text: str, facts: Mapping[str, Any]) -> None:
+    """Logs an alert and posts it as JSON, with a `text` as chat systems take it; never fails the caller."""
+    log.error("ALERT %s", text)
+    if url := setting("ALERT_URL"):
+        body = json.dumps({"text": text, **facts}).encode()
+        try:
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=10).close()
+        except (OSError, ValueError) as error:
+            log.error("the alert did not reach LLMEMB_ALERT_URL: %s", error)

@@ -1,0 +1,29 @@
+"""WHEN the store is tidied and audited: daily, apart from the nights; and the way back, on demand."""
+
+from __future__ import annotations
+
+from airflow.sdk import Param
+from job_task import job_dag, job_task, schedule, setting
+
+with job_dag(
+    "maintenance",
+    schedule=schedule("MAINTENANCE_CRON", "0 12 * * *"),
+    doc="`collect` removes spaces past their grace period; `lookup` then compares every vector that serves with the lake's.",
+):
+    job_task("collect") >> job_task("lookup", settings={"sample": "0", "max_age_days": setting("MAX_AGE_DAYS", "3")})
+
+with job_dag(
+    "rollback",
+    schedule=None,
+    doc="Serves another space again: the one before, or the one given. One write, no copy.",
+    params={"space": Param("", type="string", description="The space to go back to; empty takes the one before")},
+):
+    job_task("rollback", settings={"space": "{{ params.space }}"}) >> job_task("lookup")
+
+with job_dag(
+    "forget",
+    schedule=None,
+    doc="Removes an item everywhere, and keeps it away: lake, every space, indexes, history.",
+    params={"item": Param(type="string", minLength=1, description="The item's id")},
+):
+    job_task("forget", settings={"item": "{{ params.item }}"}) >> job_task("lookup")

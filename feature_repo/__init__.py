@@ -1,0 +1,1 @@
+"""The serving side: what Feast stores, how a space reaches it, and how a serving team reads it."""

@@ -1,0 +1,323 @@
+"""How a space reaches serving and leaves it: staged, verified by reading it back, pointed to, collected; items forgotten.
+
+Nothing here depends on how vectors were made: rows come in chunks of (item ids, vector_ND). Every step may be killed at any
+instant and run again. Shapes: N rows of a chunk, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from feast.protos.feast.types.Value_pb2 import StringList, Value
+
+from feature_repo import feature_definitions as views
+from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of, entity_keys
+from feature_repo.stores import SCAN, NotPublished, Store, key_prefix, key_text, key_texts, serialized
+
+Chunk = tuple[Sequence[str], npt.NDArray[np.float32]]
+Chunks = Callable[[], Iterable[Chunk]]
+"""Gives the rows of a space, from the start at every call: (item ids, vector_ND) in bounded chunks."""
+DELETES = 1_000
+
+
+class Unverified(NotPublished):
+    """What was read back is not what was written."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- staging
+
+
+def inspect(chunks: Iterable[Chunk], width: int, codec: str) -> npt.NDArray[np.int64]:
+    """Checks every row of a space before anything is written; returns one hash an item, 8 bytes, for set questions.
+
+    Raises ValueError for an empty space, another width, values that are not finite in the codec, zero rows, ids that stand
+    twice or have no text, each with an example.
+    """
+    hashes = []
+    for ids, vector_ND in chunks:
+        if vector_ND.ndim != 2 or vector_ND.shape != (len(ids), width):
+            raise ValueError(f"vectors of shape {vector_ND.shape} for {len(ids)} items: the space is {width} wide")
+        with np.errstate(over="ignore"):
+            stored_ND = vector_ND.astype(CODECS[codec][1])
+        for wrong_N, what in (
+            (~np.isfinite(stored_ND).all(axis=1), f"a value that is not finite as {codec}"),
+            (~stored_ND.any(axis=1), f"nothing but zeros as {codec}"),
+        ):
+            if wrong_N.any():
+                raise ValueError(
+                    f"{wrong_N.sum():,} items have {what}, for example {ids[int(wrong_N.argmax())]!r}: project again"
+                )
+        if not all(ids):
+            raise ValueError("an item id is empty: extract again")
+        hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
+    hash_N = np.concatenate(hashes) if hashes else np.empty(0, np.int64)
+    hashes.clear()
+    hash_N.sort()
+    if not len(hash_N):
+        raise ValueError("the space has no items: run project first")
+    if (hash_N[1:] == hash_N[:-1]).any():
+        raise ValueError(f"{(hash_N[1:] == hash_N[:-1]).sum():,} item ids stand more than once in the space: project again")
+    return hash_N
+
+
+def outside(ids: Sequence[str], hash_N: npt.NDArray[np.int64]) -> list[str]:
+    """Those ids that are not among the sorted hashes of `inspect`, of which there is at least one."""
+    asked_N = np.fromiter(map(hash, ids), np.int64, len(ids))
+    at_N = np.minimum(np.searchsorted(hash_N, asked_N), len(hash_N) - 1)
+    return [ids[int(number)] for number in np.flatnonzero(hash_N[at_N] != asked_N)]
+
+
+def stage(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk], *, only_changes: bool) -> tuple[int, int]:
+    """Writes the rows of a space; returns (written, left as they were).
+
+    With `only_changes` each chunk is read first and equal rows are left alone: a nightly delta, which also mends rows that
+    were damaged. Raises Fenced when the lease is lost.
+    """
+    written = kept = 0
+    store.note(space.space_id, None)
+    for ids, vector_ND in chunks:
+        raws = encode(vector_ND, space.codec)
+        if only_changes:
+            before = [raw for _, raw in reader.rows(space, ids)]
+            changed = [number for number, raw in enumerate(raws) if raw != before[number]]
+            kept += len(ids) - len(changed)
+            ids, raws = [ids[number] for number in changed], [raws[number] for number in changed]
+        if ids:
+            store.write(views.item_embedding, embedding_rows(space, ids, raws))
+        else:
+            store.renew()
+        written += len(ids)
+    return written, kept
+
+
+def embedding_rows(space: Space, ids: Sequence[str], raws: Sequence[bytes]) -> list[Any]:
+    """Feast's rows of `item_embedding`. Their event timestamp is the end of the snapshot: a rerun writes the same bytes."""
+    field = CODECS[space.codec][0]
+    keys = entity_keys({"item_id": ids, "space_id": [space.space_id] * len(ids)})
+    moment = end_of(space.ds)
+    if space.codec == "float16":
+        values = [Value(bytes_val=raw) for raw in raws]
+    else:
+        # a float list's message is a head and the numbers as they lie in memory: twenty times faster than appending floats
+        blank = Value()
+        blank.float_list_val.val.extend([0.0] * space.width)
+        head = blank.SerializeToString()[: -4 * space.width]
+        values = [Value.FromString(head + raw) for raw in raws]
+    return [(key, {field: value}, moment, None) for key, value in zip(keys, values, strict=True)]
+
+
+def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk]) -> int:
+    """Reads every row back as a client would and compares its bytes; returns how many.
+
+    Raises Unverified with the count and an example, Fenced when the lease is lost.
+    """
+    count, wrong, example = 0, 0, ""
+    for ids, vector_ND in chunks:
+        store.renew()
+        raws = encode(vector_ND, space.codec)
+        for item_id, raw, (_, online) in zip(ids, raws, reader.rows(space, ids), strict=True):
+            if raw != online:
+                wrong, example = wrong + 1, example or f"{item_id!r} is {'absent' if online is None else 'different'}"
+        count += len(ids)
+    if wrong or count != space.items:
+        raise Unverified(
+            f"space {space.space_id}: {wrong:,} of {count:,} vectors read back differ from those written ({example}), "
+            f"{space.items:,} expected; what serves is untouched. Is the store full, evicting, or written by others? Run again"
+        )
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------- pointer
+
+
+def current(reader: Reader) -> Pointer | None:
+    """What serves, if anything does."""
+    try:
+        return reader.pointer()
+    except NothingServed:
+        return None
+
+
+def flip(store: Store, reader: Reader, space: Space) -> Pointer:
+    """Lets a verified space serve: one write. Serving it already as it is, nothing is written. Raises Fenced."""
+    now = current(reader)
+    if now is not None and now.space == space:
+        return now
+    same = now is not None and now.space_id == space.space_id
+    previous = None if now is None else now.previous if same else now.space
+    return point(store, reader, space, previous, now)
+
+
+def point(store: Store, reader: Reader, space: Space, previous: Space | None, now: Pointer | None) -> Pointer:
+    """Writes the pointer and reads it back. Its timestamp always moves on, also when the snapshot's date does not."""
+    moment = end_of(space.ds)
+    if now is not None:
+        moment = max(moment, now.written + dt.timedelta(seconds=1))
+    values = {
+        "space_id": Value(string_val=space.space_id),
+        "recommender_id": Value(string_val=space.recommender_id),
+        "ds": Value(string_val=space.ds),
+        "width": Value(int64_val=space.width),
+        "codec": Value(string_val=space.codec),
+        "items": Value(int64_val=space.items),
+        "sequence": Value(int64_val=now.sequence + 1 if now else 1),
+        "previous": Value(string_val=json.dumps(dataclasses.asdict(previous), sort_keys=True) if previous else ""),
+    }
+    store.write(views.serving_pointer, [(entity_keys({"catalogue": [views.CATALOGUE]})[0], values, moment, None)])
+    after = reader.pointer()
+    if after.space != space:
+        raise Unverified(
+            f"the pointer names space {after.space_id} after {space.space_id} was written: another writer is at work"
+        )
+    return after
+
+
+def rollback(store: Store, reader: Reader, sample: Sequence[str] = ()) -> Pointer:
+    """Lets the space before serve again: one write. A second rollback undoes the first.
+
+    Raises NotPublished where there is no space before, or none of the `sample` items is found in it any more.
+    """
+    now = reader.pointer()
+    if now.previous is None:
+        raise NotPublished(f"space {now.space_id} is the first that was published: there is none to go back to")
+    if sample and all(raw is None for _, raw in reader.rows(now.previous, sample)):
+        raise NotPublished(f"space {now.previous.space_id} is no longer in the store: publish it again")
+    return point(store, reader, now.previous, now.space, now)
+
+
+# ------------------------------------------------------------------------------------------------------------- attributes
+
+
+def write_attributes(store: Store, reader: Reader, items: Sequence[Mapping[str, Any]], ds: str) -> int:
+    """Writes the attributes of those items whose `content_hash` is not online; returns how many.
+
+    An item is {item_id, attributes: [{name, value}], content_hash}.
+    """
+    ids = {"item_id": [item["item_id"] for item in items]}
+    online = reader.transport.read("item_attributes", ids, ["content_hash"]) if items else []
+    rows: list[Any] = []
+    for key, item, (_, now) in zip(entity_keys(ids), items, online, strict=True):
+        if now.get("content_hash") != item["content_hash"]:
+            values = {
+                "names": Value(string_list_val=StringList(val=[pair["name"] for pair in item["attributes"]])),
+                "values": Value(string_list_val=StringList(val=[pair["value"] for pair in item["attributes"]])),
+                "content_hash": Value(string_val=item["content_hash"]),
+            }
+            rows.append((key, values, end_of(ds), None))
+    if rows:
+        store.write(views.item_attributes, rows)
+    else:
+        store.renew()
+    return len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------- leaving
+
+
+def spaces_online(store: Store) -> dict[str, int]:
+    """Every space with rows in the store and how many, published or half-staged. Reads all keys. Raises Fenced."""
+    counts: dict[str, int] = {}
+    for keys in store.keys(views.item_embedding):
+        store.renew()
+        for key in keys:
+            space_id = key_texts(views.item_embedding, key)[1]
+            counts[space_id] = counts.get(space_id, 0) + 1
+    return counts
+
+
+def remove_rows(store: Store, start: bytes = b"", end: bytes = b"") -> int:
+    """Removes rows of `item_embedding` whose serialized key begins and ends so; returns how many. Raises Fenced."""
+    removed = 0
+    for keys in store.keys(views.item_embedding, start):
+        store.renew()
+        for part in batched([key for key in set(keys) if key.startswith(start) and key.endswith(end)], DELETES):
+            store.delete(views.item_embedding, part)
+            removed += len(part)
+    return removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What `collect` did."""
+
+    removed: dict[str, int]
+    """Rows of each space removed."""
+    waiting: dict[str, float]
+    """Hours that other spaces have left."""
+    kept: dict[str, Space]
+    """The serving space and the one before."""
+
+
+def collect(store: Store, reader: Reader, grace: dt.timedelta) -> Collected:
+    """Removes every space that neither serves nor is the one before, once `grace` has passed since that was first seen.
+
+    Half-staged spaces of a publisher that died go the same way. Raises Fenced.
+    """
+    pointer, now = current(reader), dt.datetime.now(dt.UTC)
+    kept = live(pointer) if pointer else {}
+    online, notes = spaces_online(store), store.notes()
+    for space_id in set(notes) - (set(online) - set(kept)):
+        store.note(space_id, None)
+    removed: dict[str, int] = {}
+    waiting: dict[str, float] = {}
+    for space_id in sorted(set(online) - set(kept)):
+        since = dt.datetime.fromisoformat(notes.get(space_id, now.isoformat()))
+        if space_id not in notes:
+            store.note(space_id, now.isoformat())
+        if now - since >= grace:
+            removed[space_id] = remove_rows(store, end=key_text(space_id))
+            store.note(space_id, None)
+        else:
+            waiting[space_id] = round((grace - (now - since)).total_seconds() / 3600, 2)
+    return Collected(removed=removed, waiting=waiting, kept=kept)
+
+
+def live(pointer: Pointer) -> dict[str, Space]:
+    """The spaces that must stay: the serving one and the one before."""
+    kept = [pointer.space, *([pointer.previous] if pointer.previous else [])]
+    return {space.space_id: space for space in kept}
+
+
+def remove_items(store: Store, space_id: str, item_ids: Sequence[str]) -> int:
+    """Removes some items of one space: those that left the catalogue."""
+    keys = [serialized(key) for key in entity_keys({"item_id": item_ids, "space_id": [space_id] * len(item_ids)})]
+    for part in batched(keys, DELETES):
+        store.delete(views.item_embedding, part)
+    return len(keys)
+
+
+def forget(store: Store, item_id: str, ds: str) -> int:
+    """Removes an item from every space and leaves its tombstone, first: a reader never finds it merely missing.
+
+    Returns how many vectors were removed. Run again after a kill, it finishes.
+    """
+    bury(store, [item_id], ds)
+    for key in entity_keys({"item_id": [item_id]}):
+        store.delete(views.item_attributes, [serialized(key)])
+    return remove_rows(store, start=key_prefix(views.item_embedding, item_id))
+
+
+def bury(store: Store, item_ids: Sequence[str], ds: str) -> None:
+    """Writes tombstones, by which readers tell deleted from missing."""
+    moment = end_of(ds)
+    for part in batched(list(item_ids), SCAN):
+        value = {"forgotten_at": Value(unix_timestamp_val=int(moment.timestamp()))}
+        store.write(views.item_tombstone, [(key, value, moment, None) for key in entity_keys({"item_id": part})])
+
+
+def vectors_of(store: Store, item_id: str) -> int:
+    """How many vectors of an item are in the store, in any space: the proof of `forget`."""
+    return sum(len(set(keys)) for keys in store.keys(views.item_embedding, key_prefix(views.item_embedding, item_id)))
+
+
+def batched(values: Sequence[Any], size: int) -> Iterator[Any]:
+    """Slices of at most `size`."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -1,0 +1,134 @@
+"""The online store -> nothing: reads vectors back as a client would, and fails on any difference from the lake."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from feature_repo.reader import BATCH, Answer, Reader, encode
+from jobs import contracts, serving
+from jobs.contracts import InputError, Refused, Run
+
+SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is read back."""
+
+    run: Run
+    item: str | int = ""
+    """An item whose vector is shown; empty takes the first."""
+    sample: int = 0
+    """Vectors compared, spread over the catalogue; 0 compares all."""
+    url: str = ""
+    """Reads through Feast's feature server, for example `http://localhost:6566`; empty reads the store itself."""
+    max_age_days: float = 0.0
+    """A space whose snapshot ended longer ago is refused; 0 allows any age."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a client sees."""
+
+    space_id: str
+    recommender_id: str
+    serves_ds: str
+    age_days: float
+    """Since the end of the snapshot that serves."""
+    codec: str
+    width: int
+    compared: int
+    """Vectors that were read and equal the lake's, byte by byte."""
+    item: str
+    vector: list[float]
+    """The first numbers of the item's vector."""
+    norm: float
+    read_ms_p50: float
+    """Median time of a read of up to 500 items, pointer included."""
+    read_ms_p99: float
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+
+
+def run(config: Config) -> Result:
+    """Compares what is online with `item_embeddings` of the space that serves.
+
+    Raises InputError where nothing serves, or the item is unknown or forgotten; Refused where a vector differs or is missing,
+    or the space is too old.
+    """
+    lake = config.run.lake
+    reader = Reader.over_http(config.url) if config.url else Reader.open(lake)
+    pointer = serving.served(reader)
+    age_days = round(pointer.age.total_seconds() / 86_400, 2)
+    if config.max_age_days and age_days > config.max_age_days:
+        raise Refused(
+            f"what serves is of {pointer.ds}, {age_days} days old, more than lookup.max_age_days = {config.max_age_days}"
+        )
+    partition = serving.partition_of(pointer.space_id, pointer.ds)
+    compared, milliseconds, first = compare(config, reader, partition, pointer.codec, pointer.items)
+    item = str(config.item) or first
+    shown = reader.vectors([item])
+    if not shown.item_ids:
+        why = "was forgotten" if shown.deleted else "is not in the space that serves"
+        raise InputError(f"lookup.item {item!r} {why}: take one of items/ds={pointer.ds}, for example {first!r}")
+    result = Result(
+        space_id=pointer.space_id,
+        recommender_id=pointer.recommender_id,
+        serves_ds=pointer.ds,
+        age_days=age_days,
+        codec=pointer.codec,
+        width=pointer.width,
+        compared=compared,
+        item=item,
+        vector=[round(float(value), 6) for value in shown.vector_ND[0, :SHOWN]],
+        norm=round(float(np.linalg.norm(shown.vector_ND[0])), 6),
+        read_ms_p50=round(float(np.percentile(milliseconds, 50)), 3),
+        read_ms_p99=round(float(np.percentile(milliseconds, 99)), 3),
+        inputs={
+            "item_embeddings": contracts.read_commit(lake, "item_embeddings", partition).digest,
+            "pointer": serving.pointer_text(pointer),
+        },
+        outputs={},
+        rows={},
+    )
+    print(f"{compared:,} vectors of space {pointer.space_id} ({pointer.ds}) equal the lake's", file=sys.stderr)
+    print(f"{item}: [{', '.join(f'{value:.4f}' for value in result.vector)}, …] width {pointer.width}", file=sys.stderr)
+    return result
+
+
+def compare(config: Config, reader: Reader, partition: str, codec: str, items: int) -> tuple[int, list[float], str]:
+    """(vectors compared, milliseconds of each read, first item id). Raises Refused at the first difference."""
+    step = max(1, items // config.sample) if config.sample else 1
+    compared, seen, milliseconds, first = 0, 0, list[float](), ""
+    for ids, emb_ND in serving.chunks(config.run.lake, partition, BATCH):
+        rows = range(-seen % step, len(ids), step)
+        seen += len(ids)
+        chosen = [ids[row] for row in rows]
+        if chosen:
+            started = time.monotonic()
+            answer = reader.vectors(chosen)
+            milliseconds.append((time.monotonic() - started) * 1000)
+            check_answer(answer, chosen, encode(emb_ND[list(rows)], codec), partition)
+            compared, first = compared + len(chosen), first or chosen[0]
+    forgotten = len(contracts.tombstones(config.run.lake))
+    if not config.sample and not items - forgotten <= compared <= items:
+        raise Refused(f"the pointer promises {items:,} items, item_embeddings/{partition} has {compared:,}: publish again")
+    return compared, milliseconds, first
+
+
+def check_answer(answer: Answer, chosen: list[str], wanted: list[bytes], partition: str) -> None:
+    """Raises Refused where an answer is not the lake's rows, each under its own id."""
+    if serving.partition_of(answer.pointer.space_id, answer.pointer.ds) != partition:
+        raise Refused(f"the pointer moved to space {answer.pointer.space_id} during the lookup: run it again")
+    if answer.missing or answer.deleted:
+        absent = answer.missing + answer.deleted
+        raise Refused(f"{len(absent)} items of {partition} are not online, for example {absent[0]!r}: publish again")
+    online = encode(answer.vector_ND, answer.pointer.codec)
+    wrong = [item_id for item_id, raw, want in zip(chosen, online, wanted, strict=True) if raw != want]
+    if answer.item_ids != chosen or wrong:
+        raise Refused(f"{len(wrong)} vectors of {partition} differ online, for example {(wrong or chosen)[0]!r}: publish again")

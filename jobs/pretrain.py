@@ -1,0 +1,102 @@
+"""`sequences` -> the collaborative teacher: an ID-only SRS, trained on train rows alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from jobs import contracts
+from jobs.contracts import InputError, Run
+from jobs.tensors import checkpoint_path, pick_device, progress_log, read_catalogue, read_histories
+from models.data import held_out, train_counts, without_items
+from models.recommender import Backbone, IdItems, Recommender, build_sequence, save_recommender
+from models.training import Training, join, same_everywhere, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the teacher is trained. Give `rat` the same backbone: it aligns to a teacher of its own kind only."""
+
+    run: Run
+    backbone: Backbone = field(default_factory=Backbone)
+    training: Training = field(default_factory=Training)
+    cold_share: float = 0.0
+    """Share of the items whose train events are left out, so that `evaluate` can rank them as cold; 0 in production."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cold_share < 1:
+            raise InputError(f"pretrain.cold_share {self.cold_share} is not in [0, 1): it is a share of the items")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The teacher and how good it became."""
+
+    teacher_id: str
+    epochs: int
+    best_epoch: int
+    validation_ndcg: float
+    """NDCG@10 of the best epoch, full ranking, over the last validation event of each user."""
+    validation_recall: float
+    seconds_per_epoch: float
+    device: str
+    history: tuple[dict[str, float], ...]
+    """Of each epoch: loss, and ndcg and recall where it was validated."""
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+
+
+def run(config: Config) -> Result:
+    """Trains the teacher and keeps it in the lake.
+
+    Raises InputError or ValueError for items or sequences that are missing, or nothing to train or validate on.
+    """
+    device = pick_device(config.run)
+    rank, _ = join()
+    catalogue = read_catalogue(config.run)
+    events, digest = read_histories(config.run, catalogue.item_ids)
+    events = without_items(events, held_out(catalogue.item_ids, config.cold_share, config.run.seed)).to(device)
+    inputs = {"items": catalogue.digest, "sequences": digest}
+    torch.manual_seed(config.run.seed)
+    teacher = Recommender(IdItems(events.catalogue + 1, config.backbone.width), build_sequence(config.backbone))
+    checkpoint = checkpoint_path("pretrain", config, inputs, config.run.lake)
+    trained = train(
+        teacher, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
+        log=progress_log("pretrain"), checkpoint=checkpoint,
+    )  # fmt: skip
+    teacher_id = keep(config, teacher, catalogue.item_ids) if rank == 0 else "0" * 16
+    teacher_id = same_everywhere(teacher_id, device)
+    if rank == 0:
+        checkpoint.unlink(missing_ok=True)
+    result = Result(
+        teacher_id=teacher_id,
+        epochs=trained.epochs,
+        best_epoch=trained.best_epoch,
+        validation_ndcg=trained.ndcg,
+        validation_recall=trained.recall,
+        seconds_per_epoch=trained.seconds_per_epoch,
+        device=str(device),
+        history=trained.history,
+        inputs=inputs,
+        outputs={"teacher": teacher_id},
+        rows={"users": len(events.train_end_U), "items": events.catalogue, "train_events": int(train_counts(events).sum())},
+    )
+    if rank == 0 and config.run.tracking_uri:
+        # MLflow takes seconds to load, and GPU workers may lack it
+        from jobs import registry
+
+        metrics = {"validation_ndcg": trained.ndcg, "validation_recall": trained.recall}
+        registry.log_run(
+            config.run, "pretrain", {"teacher_id": teacher_id, "config": contracts.as_json(config)}, metrics, None, None, None
+        )
+    return result
+
+
+def keep(config: Config, teacher: Recommender, item_ids: tuple[str, ...]) -> str:
+    """Keeps the teacher's weights in the lake and returns their id."""
+    staged = contracts.stage_artifact(config.run.lake, "teacher")
+    meta = {"cold_share": config.cold_share, "seed": config.run.seed, "ds": config.run.ds}
+    save_recommender(staged, teacher, item_ids=item_ids, backbone=config.backbone, items={"kind": "id"}, meta=meta)
+    return contracts.keep_artifact(config.run.lake, "teacher", staged)

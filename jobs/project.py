@@ -1,0 +1,143 @@
+"""`llm_embeddings`, a recommender -> `item_embeddings` of one space: every item's vector, in bounded batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from jobs import contracts, registry
+from jobs.contracts import ITEMS, SEQUENCES, InputError, Run, item_embeddings
+from jobs.tensors import embeddings_digest, pick_device, read_embeddings
+from models.data import GROUPS, item_groups
+from models.recommender import LoadedRecommender, load_recommender
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which recommender projects, and how much of the catalogue is held at once."""
+
+    run: Run
+    recommender: str = "champion"
+    """`champion`, `latest` (of the newest `rat` run), `previous`, or a recommender's id."""
+    pass_items: int = 1_000_000
+    """Items joined with their embeddings at once; a larger catalogue takes several passes over both tables."""
+    batch_rows: int = 65_536
+    """Items projected at once, and rows of one Parquet file."""
+
+    def __post_init__(self) -> None:
+        if self.pass_items < 1 or self.batch_rows < 1:
+            raise InputError("project.pass_items and project.batch_rows must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The space written."""
+
+    space_id: str
+    encoder_id: str
+    recommender_id: str
+    width: int
+    groups: dict[str, int]
+    """Items by train interactions: cold, tail, head."""
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+
+
+def run(config: Config) -> Result:
+    """Replaces partition `space=SPACE/ds=DATE` of `item_embeddings`.
+
+    Raises InputError for items without an embedding (run embed), or a recommender that is not there; ValueError for a vector
+    that is zero or not finite. The partition of before then stays.
+    """
+    lake = config.run.lake
+    chosen = registry.resolve(config.run, config.recommender)
+    encoder_id, recommender_id = chosen["encoder_id"], chosen["recommender_id"]
+    recommender = load_recommender(contracts.artifact(lake, "recommender", recommender_id), pick_device(config.run))
+    space_id = contracts.space_id(encoder_id, recommender_id)
+    items, sequences = (contracts.latest(lake, table.name, config.run.ds) for table in (ITEMS, SEQUENCES))
+    warm, counted = warm_groups(config.run, sequences), dict.fromkeys(GROUPS, 0)
+
+    def parts() -> Iterator[pa.Table]:
+        for rows in passes(config, items):
+            llm_NE = read_embeddings(config.run, encoder_id, rows["content_hash"].combine_chunks())
+            for start in range(0, rows.num_rows, config.batch_rows):
+                some = rows.slice(start, config.batch_rows)
+                part = projected(some, llm_NE[start : start + config.batch_rows], recommender, space_id, warm)
+                for group in GROUPS:
+                    counted[group] += pc.sum(pc.equal(part["group"], group)).as_py()
+                yield part
+
+    commit = contracts.write(lake, item_embeddings(recommender.width), f"space={space_id}/ds={config.run.ds}", parts())
+    return Result(
+        space_id=space_id,
+        encoder_id=encoder_id,
+        recommender_id=recommender_id,
+        width=recommender.width,
+        groups=counted,
+        inputs={
+            "items": contracts.read_commit(lake, ITEMS.name, items).digest,
+            "sequences": contracts.read_commit(lake, SEQUENCES.name, sequences).digest,
+            "llm_embeddings": embeddings_digest(config.run, encoder_id),
+            "encoder": encoder_id,
+            "recommender": recommender_id,
+        },
+        outputs={"item_embeddings": commit.digest},
+        rows={"item_embeddings": commit.rows},
+    )
+
+
+def passes(config: Config, partition: str) -> Iterator[pa.Table]:
+    """The catalogue's (item_id, content_hash), at most about `pass_items` at once: ranges of the hash, which is even."""
+    count = max(1, -(-contracts.read_commit(config.run.lake, ITEMS.name, partition).rows // config.pass_items))
+    bounds = [f"{number * 16**8 // count:08x}" for number in range(count)] + ["g"]
+    forgotten = pa.array(sorted(contracts.tombstones(config.run.lake)), pa.string())
+    for low, high in itertools.pairwise(bounds):
+        found = []
+        for batch in contracts.scan(config.run.lake, ITEMS, partition, columns=("item_id", "content_hash")):
+            inside = pc.and_(pc.greater_equal(batch["content_hash"], low), pc.less(batch["content_hash"], high))
+            found.append(batch.filter(pc.and_(inside, pc.invert(pc.is_in(batch["item_id"], forgotten)))))
+        if any(batch.num_rows for batch in found):
+            yield pa.Table.from_batches(found).sort_by("item_id")
+
+
+def warm_groups(run: Run, partition: str) -> pa.Table:
+    """(item_id, group) of every item with a train event; all others are cold."""
+    counts = pa.table({"item_id": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
+    for batch in contracts.scan(run.lake, SEQUENCES, partition, columns=("item_ids", "train_end")):
+        length = pc.list_value_length(batch["item_ids"]).to_numpy(zero_copy_only=False)
+        position = np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
+        in_train = pa.array(position < np.repeat(batch["train_end"].to_numpy(zero_copy_only=False), length))
+        items = batch["item_ids"].flatten().filter(in_train)
+        new = pa.table({"item_id": items, "count": pa.array(np.ones(len(items), dtype=np.int64))})
+        merged = pa.concat_tables([counts, new]).group_by("item_id").aggregate([("count", "sum")])
+        counts = merged.rename_columns(["item_id", "count"]).select(["item_id", "count"])
+    counts = counts.sort_by("item_id")
+    group_V = item_groups(torch.tensor([0, *counts["count"].to_pylist()]))
+    return pa.table({"item_id": counts["item_id"], "group": [GROUPS[group] for group in group_V[1:].tolist()]})
+
+
+def projected(rows: pa.Table, llm_NE: torch.Tensor, recommender: LoadedRecommender, space_id: str, warm: pa.Table) -> pa.Table:
+    """Rows of `item_embeddings`. Raises ValueError for a vector that is zero or not finite."""
+    emb_ND = recommender.project(llm_NE, rows["item_id"].to_pylist()).cpu()
+    bad_N = ~emb_ND.isfinite().all(1) | (emb_ND == 0).all(1)
+    if bool(bad_N.any()):
+        raise ValueError(f"{int(bad_N.sum())} items have a vector that is zero or not finite, for example "
+                         f"{rows['item_id'][int(bad_N.nonzero()[0])]}: the recommender is broken, train it again")  # fmt: skip
+    group = warm["group"].take(pc.index_in(rows["item_id"], value_set=warm["item_id"].combine_chunks()))
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(emb_ND.flatten().numpy()), recommender.width)
+    return pa.table(
+        {
+            "item_id": rows["item_id"],
+            "space_id": pa.repeat(space_id, rows.num_rows),
+            "embedding": vectors,
+            "content_hash": rows["content_hash"],
+            "group": pc.fill_null(group, GROUPS[0]),
+        }
+    )

@@ -1,0 +1,324 @@
+"""`item_embeddings` of one space -> Feast's offline and online stores, verified; then the index; then the pointer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from sqlalchemy.exc import OperationalError
+
+from feature_repo import compatibility, feature_definitions, index, offline, spaces
+from feature_repo.compatibility import Compatibility
+from feature_repo.index import Graph
+from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_store, settings
+from feature_repo.stores import Store, lease, open_writer
+from jobs import contracts, registry, serving
+from jobs.contracts import ITEMS, InputError, Refused, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which space goes online, and how. Where the stores are say LLMEMB_ONLINE_STORE and LLMEMB_REGISTRY, or else the lake."""
+
+    run: Run
+    space: str = "champion"
+    """`champion`, `latest`, `previous`, a recommender's id, or a space's id."""
+    codec: Literal["float32", "float16"] = "float32"
+    """How vectors lie in the online store: a float32 array, or float16 bytes: half the size, faster, about 3 digits."""
+    chunk_rows: int = 1_024
+    """Items written or read at once: bounds memory and one transaction, for which Redis lets its readers wait."""
+    approximate: bool = True
+    """Builds the approximate index beside the exact one; it holds all vectors in memory while it is built."""
+    graph: Graph = field(default_factory=Graph)
+    offline: bool = True
+    """Writes Feast's offline tables too: vectors, attributes and histories as they were at the end of ds."""
+    attributes: bool = True
+    """Writes `item_attributes` online, where they changed."""
+    max_churn: float = 0.05
+    """Inside the space that serves: more of the nearest neighbours changed in a group, though no text did, is refused."""
+    max_churn_new_space: float = 1.0
+    """The same for another space than the one that serves; 1 only reports it, as the gates of `promote` judge quality."""
+    churn_items: int = 20_000
+    """Items compared for churn, chosen by their ids: bounds memory."""
+    lease_wait_s: float = 60.0
+    """How long to wait for another writer of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What went online."""
+
+    space_id: str
+    encoder_id: str
+    recommender_id: str
+    previous_space_id: str
+    sequence: int
+    """How many times the pointer was written."""
+    kind: Literal["new space", "delta", "nothing to do"]
+    codec: str
+    width: int
+    items: int
+    written: int
+    """Vectors written; the others were online as they are."""
+    removed: int
+    """Vectors removed: their items left the catalogue."""
+    verified: int
+    """Vectors read back and compared, byte by byte."""
+    attributes_written: int
+    compatibility: str
+    """With what served: `first`, `same space`, `alignable` (it is the old space, turned) or `breaking`."""
+    residual: float
+    """Share of the old vectors that the best rotation of the new ones leaves over."""
+    churn: dict[str, float]
+    """Share of the ten nearest neighbours that changed, by group, among items whose text did not."""
+    recall_at_10: float
+    """Of the approximate index, for up to 256 items as queries; 0 without one."""
+    seconds: dict[str, float]
+    """Of each step."""
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+
+
+class Clock:
+    """Seconds of each step, told as they end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.monotonic()
+
+    def lap(self, step: str, what: str) -> None:
+        """Ends a step and says what it did."""
+        now = time.monotonic()
+        self.seconds[step] = round(now - self.last, 4)
+        self.last = now
+        print(f"{step}: {what} in {self.seconds[step]:.2f} s", file=sys.stderr, flush=True)
+
+
+def run(config: Config) -> Result:
+    """Puts a space online whole, verified, and lets it serve; or brings the changes of a night into the space that serves.
+
+    Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where another writer is at
+    work, what is read back differs, or ds is older than what serves. The pointer then stays as it was.
+    """
+    lake, clock = config.run.lake, Clock()
+    made_by = resolve(config)
+    space_id = made_by["space_id"]
+    partition = serving.partition_of(space_id, config.run.ds)
+    width = serving.width_of(lake, partition)
+    hash_N = inspected(config, partition, width)
+    space = Space(
+        space_id=space_id,
+        recommender_id=made_by["recommender_id"],
+        ds=config.run.ds,
+        width=width,
+        codec=config.codec,
+        items=len(hash_N),
+    )
+    clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
+    with serving.refusals():
+        register(lake)
+        before = spaces.current(Reader.open(lake))
+    moved = compared(config, before, space)
+    clock.lap("compare", f"{moved.kind}, neighbours changed {moved.churn or 'none'}")
+    index_digest = serving.build_index(lake, space, config.graph if config.approximate else None, config.chunk_rows)
+    found = recall(config, space)
+    clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
+    if config.offline:
+        write_offline(config, space)
+        clock.lap("offline", f"history up to {space.ds}")
+    with serving.refusals():
+        figures = put_online(config, space, before, hash_N, clock)
+    after = figures.after
+    return Result(
+        space_id=space_id,
+        encoder_id=made_by["encoder_id"],
+        recommender_id=made_by["recommender_id"],
+        previous_space_id=after.previous.space_id if after.previous else "",
+        sequence=after.sequence,
+        kind=kind(before, after),
+        codec=space.codec,
+        width=width,
+        items=space.items,
+        written=figures.written,
+        removed=figures.removed,
+        verified=figures.verified,
+        attributes_written=figures.attributes,
+        compatibility=moved.kind,
+        residual=moved.residual,
+        churn=moved.churn,
+        recall_at_10=round(found, 4),
+        seconds=clock.seconds,
+        inputs={
+            "item_embeddings": contracts.read_commit(lake, "item_embeddings", partition).digest,
+            "encoder": made_by["encoder_id"],
+            "recommender": made_by["recommender_id"],
+        },
+        outputs={"index": index_digest, "pointer": serving.pointer_text(after)},
+        rows={"item_embedding": figures.verified},
+    )
+
+
+def kind(before: Pointer | None, after: Pointer) -> Literal["new space", "delta", "nothing to do"]:
+    """What a publish turned out to be."""
+    if before is None or before.space_id != after.space_id:
+        return "new space"
+    return "delta" if before.sequence != after.sequence else "nothing to do"
+
+
+def resolve(config: Config) -> dict[str, str]:
+    """`space_id`, `encoder_id` and `recommender_id` of the space that the recipe asks for. Raises InputError."""
+    lake = config.run.lake
+    if (lake / "item_embeddings" / f"space={config.space}").is_dir():
+        return {"space_id": config.space, **serving.recommender_of(lake, config.space)}
+    chosen = registry.resolve(config.run, config.space)
+    ids = {name: str(chosen[name]) for name in ("encoder_id", "recommender_id")}
+    return {"space_id": contracts.space_id(ids["encoder_id"], ids["recommender_id"]), **ids}
+
+
+def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int64]:
+    """Hashes of the items to publish, every row checked, every item of the catalogue there. Raises InputError, Refused."""
+    lake = config.run.lake
+    try:
+        hash_N = spaces.inspect(serving.chunks(lake, partition, config.chunk_rows, checked=True), width, config.codec)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"item_embeddings/{partition}: {error}") from error
+    snapshot = contracts.latest(lake, ITEMS.name, config.run.ds)
+    gone = contracts.tombstones(lake)
+    absent, example = 0, ""
+    for batch in contracts.scan(lake, ITEMS, snapshot, ("item_id",)):
+        lost = [item_id for item_id in spaces.outside(batch["item_id"].to_pylist(), hash_N) if item_id not in gone]
+        absent, example = absent + len(lost), example or next(iter(lost), "")
+    if absent:
+        raise Refused(
+            f"item_embeddings/{partition} lacks {absent:,} items of the catalogue items/{snapshot}, for example {example!r}: "
+            f"run embed and project for {config.run.ds} first"
+        )
+    return hash_N
+
+
+def compared(config: Config, before: Pointer | None, space: Space) -> Compatibility:
+    """The new rows against those that serve. Raises Refused for an older ds, or neighbours that changed without a reason."""
+    if before is None:
+        return Compatibility(kind="first", residual=0.0, churn={}, items=0)
+    if space.ds < before.ds:
+        raise Refused(f"ds {space.ds} is older than what serves ({before.ds}): `rollback` goes back, publish does not")
+    same = before.space_id == space.space_id
+    moved = compatibility.compare(*serving.unchanged(config.run.lake, before, space, config.churn_items), same=same)
+    key, most = ("max_churn", config.max_churn) if same else ("max_churn_new_space", config.max_churn_new_space)
+    above = {group: share for group, share in moved.churn.items() if share > most}
+    if above:
+        raise Refused(
+            f"of the nearest neighbours of items whose text did not change, too many changed: {above}, more than publish.{key} = "
+            f"{most} ({moved.kind}, residual {moved.residual}); has the encoder's precision, machine or code changed? If it is "
+            f"meant, run once with --set publish.{key}=1"
+        )
+    return moved
+
+
+def recall(config: Config, space: Space) -> float:
+    """Recall at 10 of the approximate index, items as queries."""
+    if not config.approximate:
+        return 0.0
+    built = serving.open_index(config.run.lake, space)
+    rows = np.linspace(0, space.items - 1, min(256, space.items)).astype(np.int64)
+    return index.recall(built, np.asarray(built.vector_ND[rows]), 10, config.graph.breadth_search)
+
+
+# ---------------------------------------------------------------------------------------------------------------- online
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was done to the online store."""
+
+    after: Pointer
+    written: int
+    removed: int
+    verified: int
+    attributes: int
+
+
+def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt.NDArray[np.int64], clock: Clock) -> Figures:
+    """Stages, verifies and flips, under the lease. Raises NotPublished, Refused."""
+    lake = config.run.lake
+    store, reader = open_writer(settings(lake)), Reader.open(lake)
+
+    def rows() -> Iterator[spaces.Chunk]:
+        return serving.chunks(lake, serving.partition_of(space.space_id, space.ds), config.chunk_rows)
+
+    with lease(store, "publish", config.lease_wait_s):
+        if spaces.current(reader) != before:
+            raise Refused("another writer moved the pointer since this publish began: look at what serves now, then run again")
+        delta = before is not None and before.space_id == space.space_id
+        spaces.bury(store, sorted(contracts.tombstones(lake)), space.ds)
+        written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
+        removed = remove_absent(config, store, before, hash_N) if before is not None and delta else 0
+        clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
+        verified = spaces.verify(store, reader, space, rows())
+        clock.lap("verify", f"{verified:,} vectors read back, all equal")
+        attributes = write_attributes(config, store, reader) if config.attributes else 0
+        clock.lap("attributes", f"{attributes:,} items written")
+        after = spaces.flip(store, reader, space)
+        clock.lap("flip", f"space {space.space_id} of {space.ds} serves")
+    if config.offline:
+        offline.write_pointer(Path(offline_folder(lake)), after)
+    return Figures(after=after, written=written, removed=removed, verified=verified, attributes=attributes)
+
+
+def register(lake: Path) -> None:
+    """Makes Feast's registry and tables what the definitions say. Raises ConnectionError where the registry stays locked."""
+    for last in (False, False, True):
+        try:
+            open_store(lake).apply(list(feature_definitions.define(offline_folder(lake))))
+            return
+        except OperationalError as error:
+            if last:
+                raise ConnectionError(
+                    f"Feast's registry can't be written ({error.orig}): is it locked or down? What serves is untouched; run again"
+                ) from error
+            time.sleep(1)
+
+
+def remove_absent(config: Config, store: Store, before: Pointer, hash_N: npt.NDArray[np.int64]) -> int:
+    """Removes items of the space that serves which the new snapshot no longer has; before the flip, so a rerun does it too."""
+    lake, partition = config.run.lake, serving.partition_of(before.space_id, before.ds)
+    if partition not in contracts.partitions(lake, "item_embeddings", f"space={before.space_id}"):
+        return 0
+    lost = (spaces.outside(ids, hash_N) for ids, _ in serving.chunks(lake, partition, config.chunk_rows))
+    return sum(spaces.remove_items(store, before.space_id, ids) for ids in lost if ids)
+
+
+def write_attributes(config: Config, store: Store, reader: Reader) -> int:
+    """Brings `item_attributes` up to the catalogue's; returns how many items changed."""
+    return sum(
+        spaces.write_attributes(store, reader, items.to_pylist(), config.run.ds) for items in catalogue(config, config.chunk_rows)
+    )
+
+
+def catalogue(config: Config, rows: int) -> Iterator[pa.Table]:
+    """The items of the snapshot in bounded tables, without forgotten ones."""
+    lake = config.run.lake
+    gone = pa.array(sorted(contracts.tombstones(lake)), pa.string())
+    columns = ("item_id", "attributes", "content_hash")
+    for batch in contracts.scan(lake, ITEMS, contracts.latest(lake, ITEMS.name, config.run.ds), columns, rows):
+        yield pa.Table.from_batches([batch.filter(pc.invert(pc.is_in(batch["item_id"], gone)))])
+
+
+def write_offline(config: Config, space: Space) -> None:
+    """The history of vectors and items, as Feast's offline store reads it."""
+    lake, home = config.run.lake, Path(offline_folder(config.run.lake))
+    offline.prepare(home)
+    rows = config.chunk_rows * 64  # one row group of Parquet
+    offline.write_vectors(home, space, serving.chunks(lake, serving.partition_of(space.space_id, space.ds), rows))
+    offline.write_items(home, config.run.ds, catalogue(config, rows))

@@ -1,0 +1,155 @@
+"""The online store, the recommender that fits it -> the next items of a user."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+
+from feature_repo.index import Index
+from feature_repo.reader import Reader
+from jobs import contracts, registry, serving
+from jobs.contracts import SEQUENCES, InputError, Run
+from jobs.tensors import pick_device
+from models.recommender import load_recommender
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """For whom, and how many."""
+
+    run: Run
+    user: str | int
+    """A user's id: one of `sequences`, or one whose history was pushed to `user_history`."""
+    k: int = 10
+    """Items to recommend."""
+    index: Literal["exact", "approximate"] = "exact"
+    """How candidates are found."""
+    breadth: int = 200
+    """Candidates while searching the approximate index: more is slower and finds more."""
+    exclude_seen: bool = True
+    """Leaves out items of the user's history."""
+    url: str = ""
+    """Reads through Feast's feature server; empty reads the store itself."""
+    shown: int = 5
+    """Newest items of the history that are shown beside the recommendations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Recommendations, best first."""
+
+    space_id: str
+    recommender_id: str
+    history_items: int
+    """Events of the history that were found online."""
+    recent: list[str]
+    """Titles of the newest ones, newest last."""
+    item_ids: list[str]
+    titles: list[str]
+    scores: list[float]
+    """Dot products of the user's vector with the items'."""
+    recall: float
+    """Share of the exact recommendations that the index found."""
+    seconds: float
+    """From the user's id to the recommendations, models and index loaded."""
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+
+
+def run(config: Config) -> Result:
+    """Encodes the user's history from online vectors and takes the items nearest to it in the space that serves.
+
+    Raises InputError for an unknown user, a history none of whose items is online, or a space without its recommender or index.
+    """
+    lake = config.run.lake
+    if config.k < 1:
+        raise InputError(f"recommend.k is {config.k}: ask for at least one item")
+    reader = Reader.over_http(config.url) if config.url else Reader.open(lake)
+    pointer = serving.served(reader)
+    recommender_id = pointer.recommender_id or serving.recommender_of(lake, pointer.space_id)["recommender_id"]
+    if not recommender_id:
+        raise InputError(f"no recommender of the lake makes space {pointer.space_id}, which serves: fetch its artifact first")
+    recommender = load_recommender(registry.fetch(config.run, "recommender", recommender_id), pick_device(config.run))
+    neighbours = serving.open_index(lake, pointer.space)
+    history = history_of(config, reader)
+    started = time.monotonic()
+    answer = reader.vectors(history[-recommender.backbone.max_len :])
+    if answer.pointer.space_id != pointer.space_id:
+        raise InputError("another space began to serve meanwhile: run recommend again")
+    if not answer.item_ids:
+        raise InputError("no item of the user's history is in the space that serves: has publish run for the newest items?")
+    emb_BLD = torch.from_numpy(answer.vector_ND)[None]
+    user_BD = recommender.encode(emb_BLD, torch.ones(emb_BLD.shape[:2], dtype=torch.bool)).float().cpu().numpy()
+    hidden = set(history) if config.exclude_seen else set()
+    found, scores = nearest(neighbours, user_BD, config, hidden, config.index)
+    seconds = time.monotonic() - started
+    exact, _ = nearest(neighbours, user_BD, config, hidden, "exact")
+    recent = answer.item_ids[-config.shown :] if config.shown else []
+    names = serving.titles(lake, pointer.ds, [*found, *recent])
+    result = Result(
+        space_id=pointer.space_id,
+        recommender_id=recommender_id,
+        history_items=len(answer.item_ids),
+        recent=[names[item_id] for item_id in recent],
+        item_ids=found,
+        titles=[names[item_id] for item_id in found],
+        scores=[round(float(score), 5) for score in scores],
+        recall=round(len(set(found) & set(exact)) / len(exact), 4) if exact else 1.0,
+        seconds=round(seconds, 4),
+        inputs={"pointer": serving.pointer_text(pointer), "recommender": recommender_id},
+        outputs={},
+        rows={},
+    )
+    tell(result)
+    return result
+
+
+def history_of(config: Config, reader: Reader) -> list[str]:
+    """The user's items, oldest first: pushed to `user_history`, else in `sequences`.
+
+    Raises InputError for an unknown user, whose id it does not repeat: errors are logged.
+    """
+    _, values = reader.transport.read("user_history", {"user_id": [str(config.user)]}, ["item_ids"])[0]
+    if values.get("item_ids"):
+        return [str(item_id) for item_id in values["item_ids"]]
+    lake = config.run.lake
+    for batch in contracts.scan(lake, SEQUENCES, contracts.latest(lake, SEQUENCES.name, config.run.ds), ("user_id", "item_ids")):
+        rows = batch.filter(pc.equal(batch["user_id"], str(config.user)))
+        if rows.num_rows:
+            return [str(item_id) for item_id in rows["item_ids"][0].as_py()]
+    raise InputError(
+        f"recommend.user has no history: neither pushed to `user_history`, nor in `sequences` up to {config.run.ds}; "
+        "take a user_id of that table"
+    )
+
+
+def nearest(
+    neighbours: Index, user_BD: npt.NDArray[np.float32], config: Config, hidden: set[str], kind: str
+) -> tuple[list[str], list[float]]:
+    """The best `k` items that are not hidden, with their scores: so many more are asked for as might be hidden."""
+    wanted = config.k + len(hidden)
+    if kind == "exact":
+        row_QK, score_QK = neighbours.exact(user_BD, wanted)
+    else:
+        row_QK, score_QK = neighbours.approximate(user_BD, wanted, config.breadth)
+    pairs = [(neighbours.item_ids[row], float(score)) for row, score in zip(row_QK[0], score_QK[0], strict=True)]
+    kept = [pair for pair in pairs if pair[0] not in hidden][: config.k]
+    return [item_id for item_id, _ in kept], [score for _, score in kept]
+
+
+def tell(result: Result) -> None:
+    """The recommendations, for a person."""
+    print("history, newest last:", file=sys.stderr)
+    for title in result.recent:
+        print(f"      {title}", file=sys.stderr)
+    print("recommended next:", file=sys.stderr)
+    for number, (title, score) in enumerate(zip(result.titles, result.scores, strict=True), start=1):
+        print(f"  {number:>2}. {title}  ({score:.3f})", file=sys.stderr)

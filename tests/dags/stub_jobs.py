@@ -1,0 +1,46 @@
+"""Stands for `python -m jobs`: notes each call, and does what the test's plan says of it: a status, a kill, a long sleep.
+
+STUB names a folder with `plan.json`: {"results": {JOB: RESULT or [RESULT, …]}, "acts": {JOB or JOB#SHARD: [ACT of the first try, …]}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main(arguments: list[str]) -> int:
+    """The call's exit status."""
+    folder = Path(os.environ["STUB"])
+    job, rest = arguments[2], arguments[3:]
+    settings = dict(rest[place + 1].split("=", 1) for place, word in enumerate(rest) if word == "--set")
+    key = f"{job}#{settings[f'{job}.shard']}" if f"{job}.shard" in settings else job
+    call = {"job": job, "key": key, "ds": rest[rest.index("--ds") + 1], "set": settings, "pid": os.getpid(), "words": arguments}
+    calls = folder / "calls.jsonl"
+    with calls.open("a") as stream:
+        stream.write(json.dumps(call) + "\n")
+    seen = [json.loads(line) for line in calls.read_text().splitlines()]
+    tries = sum(other["key"] == key and other["ds"] == call["ds"] for other in seen)
+    plan = json.loads((folder / "plan.json").read_text())
+    acts = plan.get("acts", {}).get(key, [])
+    act = acts[tries - 1] if tries <= len(acts) else 0
+    print(f"{job}: try {tries}", file=sys.stderr, flush=True)
+    if act == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if act == "sleep":
+        time.sleep(600)
+    if act:
+        print(f"{job}: error: planned, with a remedy", file=sys.stderr)
+        return int(act)
+    result = plan.get("results", {}).get(job, {"job": job})
+    result = result[min(tries, len(result)) - 1] if isinstance(result, list) else result
+    print("a line of no interest\n" + json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

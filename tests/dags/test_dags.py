@@ -1,0 +1,201 @@
+"""The DAGs: what each runs, in which order, for which date, and what becomes of a job's exit status."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dags.conftest import ROOT, Stub, Worker
+
+FILES = sorted(path.stem for path in (ROOT / "dags").glob("*.py") if not path.stem.startswith("job_"))
+ORDER = {
+    "scft_refresh": ["extract", "scft"],
+    "rat_training": ["embed", "pretrain", "rat", "evaluate", "promote"],
+    "nightly_embeddings": ["extract", "embed", "project", "publish", "lookup", "report"],
+    "maintenance": ["collect", "lookup"],
+    "rollback": ["rollback", "lookup"],
+    "forget": ["forget", "lookup"],
+}
+GPU = {"scft", "embed", "pretrain", "rat", "evaluate"}
+
+
+def test_a_dag_file_loads_within_a_second_of_airflow_and_brings_no_engine(tmp_path: Path) -> None:
+    code = (
+        "import airflow.sdk, importlib, json, sys, time\nspent = {}\n"
+        f"for name in {FILES}:\n    before = time.perf_counter()\n    importlib.import_module(name)\n"
+        "    spent[name] = time.perf_counter() - before\n"
+        "heavy = {'jobs', 'models', 'torch', 'pyspark', 'feast', 'mlflow', 'numpy', 'pandas', 'pyarrow', 'kubernetes'}\n"
+        "print(json.dumps([spent, sorted(heavy & set(sys.modules))]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    spent, heavy = json.loads(done.stdout.splitlines()[-1])
+    assert heavy == []
+    assert all(seconds < 1 for seconds in spent.values()), spent
+
+
+def test_every_task_has_retries_with_backoff_a_timeout_a_pool_and_an_alert(worker: Worker) -> None:
+    pools = json.loads((ROOT / "infra" / "pools.json").read_text())
+    dags = worker.ask("describe", {"DEADLINE_HOURS": "3"})
+    assert set(dags) == set(ORDER)
+    for name, dag in dags.items():
+        assert dag["max_active_runs"] == 1
+        assert dag["deadline_hours"] == [3]
+        for task_id, task in dag["tasks"].items():
+            if task["type"] == "EmptyOperator":
+                continue
+            where = f"{name}.{task_id}"
+            assert task["retries"] == 3 and task["backoff"] == 2, where
+            assert task["hours"] or task["type"] == "ApprovalOperator", where
+            assert task["alerts"], where
+            assert task["pool"] == ("gpu" if task_id in GPU else "default_pool"), where
+            assert task["pool"] in pools and pools[task["pool"]]["include_deferred"], where
+
+
+@pytest.mark.parametrize("dag", sorted(ORDER))
+def test_a_dag_runs_its_jobs_in_order_for_one_explicit_date(worker: Worker, stub: Stub, dag: str) -> None:
+    stub.plan()
+    conf = {"item": "m7"} if dag == "forget" else None
+    done = worker.run(dag, "1998-04-22", conf)
+    assert done["state"] == "success"
+    calls = stub.calls()
+    assert [call["job"] for call in calls] == ORDER[dag]
+    for call in calls:
+        assert call["words"][:2] == ["-m", "jobs"]
+        assert call["words"][3:7] == ["--recipe", "recipe.toml", "--ds", "1998-04-22"]
+
+
+def test_publish_gets_the_space_that_this_run_projected(worker: Worker, stub: Stub) -> None:
+    stub.plan(results={"project": {"space_id": "0123456789abcdef"}})
+    worker.run("nightly_embeddings")
+    assert next(call["set"] for call in stub.calls() if call["job"] == "publish") == {"publish.space": "0123456789abcdef"}
+
+
+def test_a_run_without_logical_date_works_on_its_parameter(worker: Worker, stub: Stub) -> None:
+    stub.plan()
+    assert worker.run("nightly_embeddings", None, {"ds": "2025-12-31"})["state"] == "success"
+    assert {call["ds"] for call in stub.calls()} == {"2025-12-31"}
+
+
+def test_a_run_without_any_date_works_on_the_last_day_that_was_over(worker: Worker) -> None:
+    def date(params: dict[str, Any], logical: str | None, told: list[str]) -> str:
+        return str(worker.ask("snapshot_date", params=params, logical_date=logical, told=told))
+
+    assert date({}, None, []) == "2026-03-01"
+    assert date({}, None, [""]) == "2026-03-01"
+    assert date({}, None, ["2026-02-20", "2026-02-27"]) == "2026-02-27"
+    assert date({}, "2026-02-15T01:00:00+00:00", ["2026-02-20"]) == "2026-02-15"
+    assert date({"ds": "2026-01-01"}, "2026-02-15T01:00:00+00:00", []) == "2026-01-01"
+
+
+def test_a_date_that_is_none_never_starts(worker: Worker, stub: Stub) -> None:
+    stub.plan()
+    with pytest.raises(AssertionError, match="yesterday"):
+        worker.run("nightly_embeddings", None, {"ds": "yesterday"})
+    assert stub.calls() == []
+
+
+@pytest.mark.parametrize("status", [2, 3])
+def test_a_fault_of_the_input_and_a_refusal_are_final(worker: Worker, stub: Stub, status: int) -> None:
+    stub.plan(acts={"extract": [status]})
+    done = worker.run("nightly_embeddings")
+    assert done["state"] == "failed"
+    assert done["tasks"]["extract"] == ["failed", 1]
+    assert done["tasks"]["publish"][0] == done["tasks"]["served"][0] == "upstream_failed"
+    assert [call["job"] for call in stub.calls()] == ["extract", "report"], "the report is made also after a failure"
+
+
+def test_a_first_night_without_champion_ends_at_embed_with_its_remedy(worker: Worker, stub: Stub) -> None:
+    stub.plan(acts={"embed#0": [2]})
+    done = worker.run("nightly_embeddings")
+    assert done["state"] == "failed" and done["tasks"]["embed#0"] == ["failed", 1]
+    assert "planned, with a remedy" in worker.log.read_text()
+
+
+def test_anything_else_is_tried_again(worker: Worker, stub: Stub) -> None:
+    stub.plan(acts={"collect": [1, 1, 0]})
+    done = worker.run("maintenance")
+    assert done["state"] == "success" and done["tasks"]["collect"] == ["success", 3]
+
+
+def test_a_killed_shard_is_repeated_and_no_other(worker: Worker, stub: Stub) -> None:
+    stub.plan(acts={"embed#1": ["kill"]})
+    done = worker.run("rat_training", SHARDS="3")
+    assert done["state"] == "success"
+    shards = [call["set"] for call in stub.calls() if call["job"] == "embed"]
+    assert all(settings["embed.shards"] == "3" and settings["embed.encoder"] == "latest" for settings in shards)
+    assert sorted(settings["embed.shard"] for settings in shards) == ["0", "1", "1", "2"]
+
+
+def test_a_promoted_or_refused_challenger_asks_nobody(worker: Worker, stub: Stub) -> None:
+    stub.plan()
+    assert worker.run("rat_training")["tasks"]["ask"][0] == "skipped"
+    stub.plan(acts={"promote": [3]})
+    done = worker.run("rat_training", "2026-03-02")
+    assert done["state"] == "failed" and done["tasks"]["ask"][0] == "upstream_failed"
+
+
+def test_a_backfill_leaves_what_serves_and_only_publish_may_say_so(worker: Worker) -> None:
+    def verdict(job: str, status: int, run_type: str) -> str:
+        return str(worker.ask("judge", job=job, status=status, run_type=run_type))
+
+    assert verdict("publish", 3, "backfill") == "AirflowSkipException"
+    assert verdict("publish", 3, "scheduled") == verdict("extract", 3, "backfill") == "AirflowFailException"
+    assert verdict("publish", 1, "backfill") == verdict("embed", -9, "manual") == "AirflowException"
+    assert verdict("publish", 0, "manual") == ""
+
+
+class Inbox(http.server.BaseHTTPRequestHandler):
+    """Keeps what was posted."""
+
+    letters: list[dict[str, Any]] = []  # noqa: RUF012 — http.server makes an instance for each request
+
+    def do_POST(self) -> None:
+        Inbox.letters.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+def test_a_failure_is_told_once_at_the_alert_address(worker: Worker, stub: Stub) -> None:
+    stub.plan(acts={"collect": [1, 3]})
+    server = http.server.HTTPServer(("127.0.0.1", 0), Inbox)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    worker.run("maintenance", "2026-03-05", ALERT_URL=f"http://127.0.0.1:{server.server_port}/")
+    server.shutdown()
+    assert [letter["text"] for letter in Inbox.letters] == ["maintenance.collect failed: collect: error: planned, with a remedy"]
+    assert Inbox.letters[0]["try"] == 2
+
+
+def test_an_alert_address_that_is_down_changes_nothing(worker: Worker, stub: Stub) -> None:
+    stub.plan(acts={"collect": [3]})
+    assert worker.run("maintenance", "2026-03-06", ALERT_URL="http://127.0.0.1:9/")["state"] == "failed"
+    assert "did not reach LLMEMB_ALERT_URL" in worker.log.read_text()
+
+
+def test_stopping_a_task_stops_the_job_and_what_it_started(tmp_path: Path) -> None:
+    job = tmp_path / "python"
+    job.write_text('#!/bin/sh\nsleep 600 &\necho "$$ $!" >"$(dirname "$0")/pids"\nwait\n')
+    job.chmod(0o755)
+    code = (
+        "import os, pathlib, threading, time; from job_task import JobProcess; "
+        "task = JobProcess(task_id='t', command=['embed']); "
+        "thread = threading.Thread(target=lambda: task.execute({}), daemon=True); thread.start(); "
+        f"pids = pathlib.Path({str(tmp_path / 'pids')!r}); "
+        "exec('while not (pids.exists() and pids.read_text().strip()): time.sleep(0.02)'); task.on_kill(); time.sleep(0.2); "
+        "print([pid for pid in pids.read_text().split() if os.path.exists(f'/proc/{pid}') "
+        "and open(f'/proc/{pid}/stat').read().split()[2] != 'Z'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "LLMEMB_PYTHON": str(job)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]

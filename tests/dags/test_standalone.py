@@ -1,0 +1,214 @@
+"""`airflow standalone`: the DAGs under a real scheduler, dag processor, triggerer and API server, with a stub for the jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dags.conftest import Stub, airflow_environment, migrate
+
+PATIENCE_S = 60
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Standalone:
+    """A running Airflow, spoken to through its REST API."""
+
+    def __init__(self, port: int, log: Path, stub: Stub) -> None:
+        self.url, self.log, self.stub = f"http://127.0.0.1:{port}", log, stub
+        self.token = ""
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """The API's answer."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+    def until(self, what: str, met: Callable[[], Any]) -> Any:
+        """Waits for a condition; gives what it gave."""
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            try:
+                if found := met():
+                    return found
+            except (urllib.error.URLError, OSError):
+                pass
+            time.sleep(0.3)
+        raise AssertionError(f"waited {PATIENCE_S} s for {what}\n{self.log.read_text()[-4000:]}")
+
+    def runs(self, dag: str) -> list[dict[str, Any]]:
+        """Every run of a DAG."""
+        return list(self.call("GET", f"/api/v2/dags/{dag}/dagRuns")["dag_runs"])
+
+    def ended(self, dag: str, kind: str, count: int = 1) -> list[dict[str, Any]]:
+        """The runs of one kind, once so many have ended."""
+
+        def met() -> list[dict[str, Any]]:
+            found = [run for run in self.runs(dag) if run["run_type"] == kind and run["state"] in ("success", "failed")]
+            return found if len(found) >= count else []
+
+        done: list[dict[str, Any]] = self.until(f"{count} {kind} runs of {dag}", met)
+        return done
+
+    def states(self, dag: str, run_id: str) -> dict[str, str]:
+        """State of each task of a run."""
+        path = f"/api/v2/dags/{dag}/dagRuns/{urllib.request.quote(run_id)}/taskInstances"
+        return {task["task_id"]: task["state"] for task in self.call("GET", path)["task_instances"]}
+
+
+class Inbox(http.server.BaseHTTPRequestHandler):
+    """Keeps the alerts."""
+
+    texts: list[str] = []  # noqa: RUF012 — http.server makes an instance for each request
+
+    def do_POST(self) -> None:
+        Inbox.texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]:
+    """Airflow as `airflow standalone` starts it."""
+    home = tmp_path_factory.mktemp("standalone")
+    stub = Stub(home / "stub")
+    inbox = http.server.HTTPServer(("127.0.0.1", 0), Inbox)
+    threading.Thread(target=inbox.serve_forever, daemon=True).start()
+    port = free_port()
+    environment = airflow_environment(home) | {
+        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "True",
+        "AIRFLOW__CORE__PARALLELISM": "3",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+        "AIRFLOW__API__PORT": str(port),
+        "AIRFLOW__API__BASE_URL": f"http://127.0.0.1:{port}",
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{port}/execution/",
+        "AIRFLOW__API__WORKERS": "1",
+        "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
+        "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
+        "AIRFLOW__SCHEDULER__ENABLE_HEALTH_CHECK": "False",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "LLMEMB_PYTHON": str(stub.python),
+        "LLMEMB_RECIPE": "recipe.toml",
+        "LLMEMB_SCFT_CRON": "",
+        "LLMEMB_RAT_CRON": "",
+        # a deadline that every run misses
+        "LLMEMB_DEADLINE_HOURS": "0.0003",
+        "LLMEMB_ALERT_URL": f"http://127.0.0.1:{inbox.server_port}/",
+    }
+    migrate(environment)
+    running = Standalone(port, home / "log", stub)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "airflow", "standalone"],
+        env=environment,
+        stdout=running.log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        running.until("a healthy scheduler", lambda: healthy(running))
+        running.token = token(running)
+        running.until("the DAGs", lambda: running.call("GET", "/api/v2/dags")["total_entries"] == 6)
+        yield running
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        inbox.shutdown()
+
+
+def healthy(running: Standalone) -> bool:
+    """Whether every part that runs DAGs reports."""
+    health = running.call("GET", "/api/v2/monitor/health")
+    return all(health[part]["status"] == "healthy" for part in ("scheduler", "dag_processor", "triggerer", "metadatabase"))
+
+
+def token(running: Standalone) -> str:
+    """A token of the administrator that everyone is here."""
+    return str(running.call("POST", "/auth/token", {"username": "admin", "password": "admin"})["access_token"])
+
+
+def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalone: Standalone) -> None:
+    asked = {
+        "decision": "undecided",
+        "recommender_id": "r1",
+        "reasons": [{"gate": "not worse on tail", "verdict": "?", "text": "-"}],
+    }
+    standalone.stub.plan(results={"promote": [asked, {**asked, "decision": "promoted"}]})
+    for dag in ("scft_refresh", "rat_training", "nightly_embeddings"):
+        standalone.call("PATCH", f"/api/v2/dags/{dag}", {"is_paused": False})
+    body = {"logical_date": None, "conf": {"ds": "2026-01-05"}}
+    standalone.call("POST", "/api/v2/dags/scft_refresh/dagRuns", body)
+    assert standalone.ended("scft_refresh", "manual")[0]["state"] == "success"
+
+    training = standalone.until("the training that the encoder triggers", lambda: standalone.runs("rat_training"))[0]
+    where = f"/api/v2/dags/rat_training/dagRuns/{training['dag_run_id']}"
+
+    def waiting() -> bool:
+        return standalone.states("rat_training", training["dag_run_id"])["ask"] == "awaiting_input"
+
+    standalone.until("the question", waiting)
+    question = standalone.call("GET", f"{where}/taskInstances/ask/-1/hitlDetails")
+    assert "r1" in question["subject"] and "not worse on tail" in question["body"]
+    answer = {"chosen_options": ["Approve"], "params_input": {}}
+    standalone.call("PATCH", f"{where}/taskInstances/ask/-1/hitlDetails", answer)
+    assert standalone.ended("rat_training", "asset_triggered")[0]["state"] == "success"
+
+    assert standalone.ended("nightly_embeddings", "asset_triggered")[0]["state"] == "success"
+    calls = [call for call in standalone.stub.calls() if call["ds"] == "2026-01-05"]
+    chain = ["extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "promote"]
+    assert [call["job"] for call in calls] == [*chain, "extract", "embed", "project", "publish", "lookup", "report"]
+    assert [call["set"] for call in calls if call["job"] == "promote"] == [{}, {"promote.approved_by": "Anonymous"}]
+
+
+def test_the_night_on_schedule_is_green_and_works_on_the_day_before(standalone: Standalone) -> None:
+    night = standalone.ended("nightly_embeddings", "scheduled")[0]
+    assert night["state"] == "success"
+    start = dt.datetime.fromisoformat(night["data_interval_start"])
+    assert start.date() < dt.datetime.now(dt.UTC).date()
+    assert [call["job"] for call in standalone.stub.calls() if call["ds"] == f"{start:%Y-%m-%d}"][-1] == "report"
+
+
+def test_a_run_that_is_late_is_told(standalone: Standalone) -> None:
+    text = "nightly_embeddings is late: what serves is older than it should be"
+    standalone.until("the alert", lambda: text in Inbox.texts)
+
+
+def test_a_backfill_fills_each_date_and_what_serves_stays(standalone: Standalone) -> None:
+    standalone.stub.plan(acts={"publish": [3]})
+    dates = {"from_date": "2025-12-01T00:00:00Z", "to_date": "2025-12-02T23:00:00Z", "max_active_runs": 1}
+    standalone.call("POST", "/api/v2/backfills", {"dag_id": "nightly_embeddings", **dates})
+    for run in standalone.ended("nightly_embeddings", "backfill", 2):
+        assert run["state"] == "success"
+        states = standalone.states("nightly_embeddings", run["dag_run_id"])
+        assert states["project"] == states["report"] == "success" and states["publish"] == states["lookup"] == "skipped"
+    filled = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
+    jobs = ["extract", "embed", "project", "publish", "report"]
+    assert filled == [(ds, job) for ds in ("2025-12-01", "2025-12-02") for job in jobs]

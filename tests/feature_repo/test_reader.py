@@ -1,0 +1,152 @@
+"""Reader: one space an answer, every id accounted for, the same through SDK, HTTP and Feast's own API."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from feast.feature_server import get_app
+from feast.protos.feast.types.Value_pb2 import Value
+
+from feature_repo import spaces
+from feature_repo.reader import NothingServed, Reader, Space, open_store, packed_floats, settings
+from feature_repo.stores import key_text, lease, open_writer
+
+IDS = [f"i{number}" for number in range(30)]
+
+
+def space(letter: str = "a", codec: str = "float32", width: int = 8, items: int = 30) -> Space:
+    return Space(space_id=letter * 16, recommender_id="r" * 16, ds="2026-01-01", width=width, codec=codec, items=items)
+
+
+def vectors(seed: int, width: int = 8) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return np.random.default_rng(seed).normal(size=(30, width)).astype(np.float32)
+
+
+def put(lake: Path, which: Space, seed: int) -> None:
+    store, reader = open_writer(settings(lake)), Reader.open(lake)
+    with lease(store, "test"):
+        spaces.stage(store, reader, which, [(IDS, vectors(seed, which.width))], only_changes=False)
+        spaces.verify(store, reader, which, [(IDS, vectors(seed, which.width))])
+        spaces.flip(store, reader, which)
+
+
+def test_found_missing_and_deleted_are_told_apart(lake: Path) -> None:
+    put(lake, space(), 1)
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        assert spaces.forget(store, "i3", "2026-01-02") == 1
+    answer = Reader.open(lake).vectors(["i2", "i3", "nope", "i2"])
+    assert (answer.item_ids, answer.deleted, answer.missing) == (["i2", "i2"], ["i3"], ["nope"])
+    assert np.array_equal(answer.vector_ND, vectors(1)[[2, 2]])
+
+
+def test_ages_are_told(lake: Path) -> None:
+    put(lake, space(), 1)
+    answer = Reader.open(lake).vectors(["i1"])
+    assert answer.as_of == [dt.datetime(2026, 1, 2, tzinfo=dt.UTC)]
+    assert answer.stale(dt.timedelta(days=1)) == ["i1"]
+    assert answer.stale(dt.timedelta(days=100_000)) == []
+    assert answer.pointer.age > dt.timedelta(days=1)
+
+
+def test_an_answer_is_of_the_space_that_serves(lake: Path) -> None:
+    put(lake, space("a"), 1)
+    put(lake, space("b", codec="float16", width=4), 2)
+    answer = Reader.open(lake).vectors(IDS)
+    assert answer.pointer.space_id == "b" * 16
+    assert answer.pointer.previous == space("a")
+    assert np.array_equal(answer.vector_ND, vectors(2, 4).astype(np.float16).astype(np.float32))
+
+
+def test_a_space_collected_between_two_reads_is_left_for_the_one_that_serves(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(lake, space("a"), 1)
+    reader = Reader.open(lake)
+    stale = reader.pointer()
+    put(lake, space("b"), 2)
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        spaces.remove_rows(store, end=key_text("a" * 16))
+    fresh, answers = reader.pointer, iter([stale])
+    monkeypatch.setattr(reader, "pointer", lambda: next(answers, None) or fresh())
+    assert np.array_equal(reader.vectors(IDS).vector_ND, vectors(2))
+
+
+def test_no_ids_give_no_vectors(lake: Path) -> None:
+    put(lake, space(), 1)
+    assert Reader.open(lake).vectors([]).vector_ND.shape == (0, 8)
+
+
+def test_before_the_first_publish_nothing_serves(lake: Path) -> None:
+    with pytest.raises(NothingServed, match="jobs publish"):
+        Reader.open(lake).vectors(["i1"])
+
+
+def test_feasts_own_api_reads_the_same_vectors(lake: Path) -> None:
+    put(lake, space(), 1)
+    rows = [{"item_id": item_id, "space_id": "a" * 16} for item_id in IDS]
+    answer = open_store(lake).get_online_features(features=["item_embedding:vector"], entity_rows=rows).to_dict()
+    assert np.array_equal(np.asarray(answer["vector"], np.float32), vectors(1))
+    pointer = open_store(lake).get_online_features(features=["serving_pointer:space_id"], entity_rows=[{"catalogue": "items"}])
+    assert pointer.to_dict()["space_id"] == ["a" * 16]
+
+
+@pytest.fixture
+def server(lake: Path) -> Iterator[str]:
+    """Feast's feature server on a free port."""
+    running = uvicorn.Server(uvicorn.Config(get_app(open_store(lake)), host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    running.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16"])
+def test_over_http_the_answer_is_the_same(lake: Path, server: str, codec: str) -> None:
+    put(lake, space(codec=codec), 1)
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        spaces.forget(store, "i3", "2026-01-02")
+    here, there = (reader.vectors([*IDS, "nope"]) for reader in (Reader.open(lake), Reader.over_http(server)))
+    assert (there.item_ids, there.missing, there.deleted) == (here.item_ids, ["nope"], ["i3"])
+    assert np.array_equal(here.vector_ND, there.vector_ND)
+    assert there.pointer == here.pointer
+    assert there.as_of == here.as_of
+
+
+@pytest.mark.parametrize("width", [1, 3, 31, 32, 33, 4095, 4096, 5000])
+def test_packed_floats_are_the_numbers_of_the_message(width: int) -> None:
+    numbers = np.random.default_rng(width).normal(size=width).astype(np.float32)
+    value = Value()
+    value.float_list_val.val.extend(numbers.tolist())
+    assert packed_floats(value.SerializeToString()) == numbers.tobytes()
+
+
+def test_an_empty_float_list_has_no_numbers() -> None:
+    value = Value()
+    value.float_list_val.SetInParent()
+    assert packed_floats(value.SerializeToString()) == b""
+
+
+def test_settings_without_a_lake_need_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMEMB_ONLINE_STORE", raising=False)
+    with pytest.raises(ValueError, match="set LLMEMB_ONLINE_STORE and LLMEMB_REGISTRY"):
+        Reader.open()
+
+
+@pytest.mark.parametrize("text", ["redis", "{}", "[1]", "{"])
+def test_a_strange_store_setting_is_refused_without_repeating_it(
+    monkeypatch: pytest.MonkeyPatch, text: str, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", text)
+    with pytest.raises(ValueError, match='not a JSON object with a "type"'):
+        Reader.open(tmp_path)

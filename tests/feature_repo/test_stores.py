@@ -1,0 +1,157 @@
+"""Stores: one writer at a time, and a writer that was overtaken changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from feature_repo import spaces
+from feature_repo.feature_definitions import item_attributes, item_embedding, item_tombstone
+from feature_repo.reader import Reader, Space, settings
+from feature_repo.stores import Fenced, Held, RedisStore, SqliteStore, Store, key_prefix, key_texts, lease, open_writer
+
+SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
+
+
+def rows(*ids: str) -> list[Any]:
+    return spaces.embedding_rows(SPACE, list(ids), [bytes([1] * 4)] * len(ids))
+
+
+def listed(store: Store, start: bytes = b"") -> set[str]:
+    return {key_texts(item_embedding, key)[0] for keys in store.keys(item_embedding, start) for key in keys}
+
+
+def overtake(store: Any) -> None:
+    """What happens to a writer that sleeps through the end of its lease: another one takes it, and is done."""
+    if isinstance(store, SqliteStore):
+        store.path.with_suffix(".lease").unlink()
+    else:
+        store.plain.delete(store.lease_key)
+
+
+def test_a_second_writer_is_told_who_holds_the_lease(lake: Path) -> None:
+    first, second = open_writer(settings(lake)), open_writer(settings(lake))
+    with lease(first, "publish"), pytest.raises(Held, match=r"publish on .*, process \d+, since 20"):
+        second.acquire("rollback")
+    assert second.acquire("rollback") > 1
+    second.release()
+
+
+def test_tokens_only_grow(lake: Path) -> None:
+    tokens = []
+    for _ in range(3):
+        with lease(open_writer(settings(lake)), "test") as token:
+            tokens.append(token)
+    assert tokens == sorted(set(tokens))
+
+
+def test_a_writer_that_was_overtaken_changes_nothing(lake: Path) -> None:
+    slow, quick = open_writer(settings(lake)), open_writer(settings(lake))
+    slow.acquire("slow")
+    slow.write(item_embedding, rows("before"))
+    overtake(slow)
+    with lease(quick, "quick"):
+        for attempt in (
+            lambda: slow.write(item_embedding, rows("late")),
+            lambda: slow.delete(item_embedding, [next(iter(slow.keys(item_embedding)))[0]]),
+            lambda: slow.note("x", "y"),
+            slow.renew,
+        ):
+            with pytest.raises(Fenced, match="run again"):
+                attempt()  # type: ignore[no-untyped-call]
+    with pytest.raises(Fenced):
+        slow.write(item_embedding, rows("later still"))
+    assert listed(quick) == {"before"}
+    assert quick.notes() == {}
+
+
+def test_nothing_is_written_without_a_lease(lake: Path) -> None:
+    store = open_writer(settings(lake))
+    with pytest.raises(Fenced):
+        store.write(item_embedding, rows("x"))
+    with lease(store, "test"):
+        store.write(item_embedding, rows("x"))
+    with pytest.raises(Fenced):
+        store.write(item_embedding, rows("y"))
+    assert listed(store) == {"x"}
+
+
+@pytest.mark.parametrize("odd", ["*", "?[a]", "\\", "a^-", "☃", "é" * 40, " ", "x" * 2_000])
+def test_keys_are_listed_by_their_beginning_whatever_their_characters(lake: Path, odd: str) -> None:
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        store.write(item_embedding, rows(odd, odd + "2", "other"))
+        assert listed(store, key_prefix(item_embedding, odd)) == {odd}
+        assert listed(store) == {odd, odd + "2", "other"}
+
+
+def test_a_delete_leaves_other_views_of_the_same_item(lake: Path) -> None:
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        spaces.bury(store, ["x"], "2026-01-01")
+        item = {"item_id": "x", "attributes": [{"name": "title", "value": "X"}], "content_hash": "h"}
+        assert spaces.write_attributes(store, Reader.open(lake), [item], "2026-01-01") == 1
+        assert spaces.write_attributes(store, Reader.open(lake), [item], "2026-01-01") == 0
+        keys = [key for keys in store.keys(item_tombstone) for key in keys]
+        store.delete(item_attributes, keys)
+    reader = Reader.open(lake)
+    assert reader.forgotten(["x"]) == {"x"}
+    assert reader.transport.read("item_attributes", {"item_id": ["x"]}, ["content_hash"])[0][1] == {}
+
+
+def test_more_keys_than_one_page_are_all_listed(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feature_repo.stores.SCAN", 7)
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        store.write(item_embedding, rows(*(f"i{number}" for number in range(50))))
+        assert len(listed(store)) == 50
+        assert spaces.remove_rows(store) == 50
+        assert listed(store) == set()
+
+
+def test_a_lease_ends_by_itself_when_its_writer_is_gone(redis_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    online = {"type": "redis", "connection_string": f"127.0.0.1:{redis_port}"}
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps(online))
+    monkeypatch.setenv("LLMEMB_LEASE_MS", "300")
+    redis.Redis(port=redis_port).flushall()
+    open_writer(settings(tmp_path)).acquire("dead")
+    with pytest.raises(Held):
+        open_writer(settings(tmp_path)).acquire("next")
+    assert open_writer(settings(tmp_path)).acquire("next", wait_s=2) > 1
+
+
+def test_a_store_that_is_down_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", '{"type": "redis", "connection_string": "127.0.0.1:1"}')
+    monkeypatch.setattr("redis.retry.sleep", lambda seconds: None)  # between its retries
+    with pytest.raises(redis.ConnectionError, match=r"127\.0\.0\.1:1"):
+        open_writer(settings(tmp_path)).acquire("test")
+
+
+def test_a_store_that_is_full_refuses_the_write_whole(redis_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{redis_port}"}))
+    server = redis.Redis(port=redis_port)
+    server.flushall()
+    store = open_writer(settings(tmp_path))
+    with lease(store, "test"):
+        store.write(item_embedding, rows("x"))
+        server.config_set("maxmemory", "1")
+        try:
+            with pytest.raises(redis.RedisError, match=r"OOM|maxmemory"):
+                store.write(item_embedding, rows(*(f"y{number}" for number in range(100))))
+            assert listed(store) == {"x"}
+        finally:
+            server.config_set("maxmemory", "0")
+
+
+def test_a_redis_cluster_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", '{"type": "redis", "redis_type": "redis_cluster", "connection_string": "x:1"}')
+    with pytest.raises(ValueError, match="can't be written under a lease"):
+        open_writer(settings(tmp_path))
+
+
+def test_stores_are_feasts_own(lake: Path) -> None:
+    assert isinstance(open_writer(settings(lake)), SqliteStore | RedisStore)

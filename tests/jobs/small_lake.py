@@ -1,0 +1,76 @@
+"""A small lake with items, sequences and embeddings, for the jobs that train and project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from jobs import contracts
+from jobs.contracts import ITEMS, SEQUENCES, Run, llm_embeddings
+
+DS = "2026-03-10"
+ENCODER = "e0e0e0e0e0e0e0e0"
+ITEM_COUNT, USER_COUNT, WIDTH = 20, 24, 12
+
+
+def item_rows() -> pa.Table:
+    """Items i00…i19; i18 has the text of i17."""
+    texts = [f"text {17 if number == 18 else number}" for number in range(ITEM_COUNT)]
+    attributes = [[{"name": "title", "value": text}] for text in texts]
+    return pa.table(
+        {
+            "item_id": [f"i{number:02d}" for number in range(ITEM_COUNT)],
+            "attributes": pa.array(attributes, contracts.ATTRIBUTES),
+            "content_hash": [contracts.content_hash([("title", text)]) for text in texts],
+            "first_seen_ds": [DS] * ITEM_COUNT,
+        }
+    )
+
+
+def sequence_rows() -> pa.Table:
+    """Users walk i00…i18 in a circle, so that nobody touches i19; the last user has a single event."""
+    lists = [[f"i{(user + step) % 19:02d}" for step in range(8 if user < USER_COUNT - 1 else 1)] for user in range(USER_COUNT)]
+    lengths = [len(events) for events in lists]
+    return pa.table(
+        {
+            "user_id": [f"u{user}" for user in range(USER_COUNT)],
+            "item_ids": lists,
+            "timestamps": [[7] * length for length in lengths],
+            "train_end": pa.array([max(length - 2, 1) for length in lengths], pa.int32()),
+            "valid_end": pa.array([max(length - 1, 1) for length in lengths], pa.int32()),
+        }
+    )
+
+
+def embedding_rows(hashes: list[str]) -> pa.Table:
+    """One random embedding a text, always the same."""
+    vectors = np.stack([np.random.default_rng(int(text[:8], 16)).normal(size=WIDTH) for text in hashes]).astype(np.float16)
+    flat = pa.array(vectors.ravel(), pa.float16())
+    return pa.table(
+        {
+            "item_id": [f"of {text}" for text in hashes],
+            "content_hash": hashes,
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, WIDTH),
+        }
+    )
+
+
+def make(path: Path) -> Run:
+    """The run of a lake in which `extract`, `scft` and `embed` (in two partitions) have run."""
+    run = Run(ds=DS, lake=path / "lake", device="cpu")
+    items = item_rows()
+    contracts.write(run.lake, ITEMS, f"ds={DS}", [items])
+    contracts.write(run.lake, SEQUENCES, f"ds={DS}", [sequence_rows()])
+    hashes = sorted(set(items["content_hash"].to_pylist()))
+    for number, part in enumerate((hashes[:7], hashes[7:])):
+        contracts.write(run.lake, llm_embeddings(WIDTH), f"encoder={ENCODER}/shard={number}", [embedding_rows(part)])
+    remember(run, "scft", {"encoder_id": ENCODER})
+    return run
+
+
+def remember(run: Run, job: str, result: object) -> None:
+    """Writes the manifest that the command line would have written."""
+    manifest = {"status": "done", "result": contracts.as_json(result)}
+    contracts.write_json(contracts.manifest_path(run.lake, run.ds, job), manifest)

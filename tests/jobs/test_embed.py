@@ -1,0 +1,277 @@
+"""embed: each text once, ever; shards that share nothing; kills that cost one part; bad embeddings named."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import contracts, embed
+from jobs.contracts import InputError, Run
+from models.encoder import Encoder, embed_items, load_encoder, save_encoder
+from models.packing import Step
+from tests.jobs.small_lake import remember
+from tests.jobs.test_scft import write_items
+from tests.models import tiny
+
+DS = "2026-03-10"
+COUNT = 30
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> embed.Config:
+    """A zero-shot encoder kept in a lake, and a catalogue of 30 items of which two read the same."""
+    lake = tmp_path / "lake"
+    items = tiny.items(COUNT)
+    items[7] = items[3]
+    write_items(lake, DS, items)
+    staged = contracts.stage_artifact(lake, "encoder")
+    save_encoder(staged, tiny.encoder(tiny.llama(tmp_path / "base")).spec, None)
+    run = Run(ds=DS, lake=lake, device="cpu")
+    remember(run, "scft", {"encoder_id": contracts.keep_artifact(lake, "encoder", staged)})
+    return embed.Config(run=run, encoder="latest", part_items=8)
+
+
+def changed(config: embed.Config, **more: Any) -> embed.Config:
+    return dataclasses.replace(config, **more)
+
+
+def rows(config: embed.Config) -> pa.Table:
+    """All embeddings in the lake."""
+    table = contracts.llm_embeddings(32, config.dtype)
+    found = contracts.partitions(config.run.lake, table.name)
+    return pa.concat_tables([contracts.read(config.run.lake, table, partition) for partition in found])
+
+
+def bytes_of(config: embed.Config) -> dict[str, bytes]:
+    """Every file of the table, by name."""
+    root = config.run.lake / "llm_embeddings"
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_each_text_has_the_encoders_embedding_under_its_own_hash(config: embed.Config) -> None:
+    result = embed.run(config)
+    found = rows(config)
+    assert (result.embedded, result.rows["llm_embeddings"], found.num_rows) == (COUNT - 1, COUNT - 1, COUNT - 1)
+    encoder = load_encoder(contracts.artifact(config.run.lake, "encoder", result.encoder_id), device=tiny.CPU)
+    items = {contracts.content_hash(item): item for item in tiny.items(COUNT)}
+    wanted = embed_items(encoder, [items[text] for text in found["content_hash"].to_pylist()])
+    emb_NE = np.asarray(found["embedding"].to_pylist())
+    cosine = (emb_NE * wanted).sum(1) / np.linalg.norm(emb_NE, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert cosine.min() > 0.999
+    assert result.tokens > 0 and result.cost_per_million_items is not None
+    assert json.dumps(contracts.as_json(result))
+
+
+def test_a_rerun_embeds_nothing_loads_no_model_and_leaves_the_same_bytes(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed.run(config)
+    before = bytes_of(config)
+    monkeypatch.setattr(embed, "load_encoder", None)
+    again = embed.run(config)
+    assert (again.embedded, again.known) == (0, COUNT - 1)
+    assert bytes_of(config) == before
+
+
+def test_the_next_night_embeds_only_what_is_new_or_changed(config: embed.Config) -> None:
+    embed.run(config)
+    items = tiny.items(COUNT)
+    write_items(config.run.lake, "2026-03-11", [*items[:-1], [("title", "changed")]])
+    result = embed.run(changed(config, run=dataclasses.replace(config.run, ds="2026-03-11")))
+    # item 7 has its own text again
+    assert (result.embedded, result.rows["llm_embeddings"]) == (2, 2)
+
+
+def test_an_items_table_that_grew_on_the_same_date_adds_to_the_partition(config: embed.Config) -> None:
+    embed.run(config)
+    write_items(config.run.lake, DS, tiny.items(COUNT + 5))
+    result = embed.run(config)
+    assert (result.embedded, result.rows["llm_embeddings"]) == (6, COUNT + 5)
+    assert len(set(rows(config)["content_hash"].to_pylist())) == COUNT + 5
+
+
+def test_shards_share_the_texts_without_overlap_and_give_the_same_embeddings(config: embed.Config) -> None:
+    embed.run(config)
+    whole = {row["content_hash"]: row["embedding"] for row in rows(config).to_pylist()}
+    shutil.rmtree(config.run.lake / "llm_embeddings")
+    for shard in range(3):
+        embed.run(changed(config, shards=3, shard=shard))
+    found = rows(config).to_pylist()
+    assert len(found) == len(whole)
+    for row in found:
+        np.testing.assert_allclose(row["embedding"], whole[row["content_hash"]], atol=2e-2)
+
+
+def test_a_shard_without_texts_commits_an_empty_partition(config: embed.Config) -> None:
+    write_items(config.run.lake, DS, tiny.items(1))
+    results = [embed.run(changed(config, shards=4, shard=shard)) for shard in range(4)]
+    assert sorted(result.rows["llm_embeddings"] for result in results) == [0, 0, 0, 1]
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("moment", ["model", "write", "commit", "after"])
+def test_a_killed_run_goes_on_from_its_finished_parts_and_ends_with_the_same_bytes(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    embed.run(config)
+    wanted = bytes_of(config)
+    shutil.rmtree(config.run.lake / "llm_embeddings")
+    calls = [0]
+
+    def dying(original: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == at:
+                raise Killed
+            return original(*given, **named)
+
+        return call
+
+    target, name, at = {
+        "model": (embed, "embedded", 3),
+        "write": (embed.pq, "write_table", 3),
+        "commit": (embed.contracts, "commit_files", 1),
+        "after": (embed.shutil, "rmtree", 1),
+    }[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, dying(getattr(target, name), at))
+        with pytest.raises(Killed):
+            embed.run(config)
+    if moment != "after":
+        assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+    result = embed.run(config)
+    assert result.resumed + result.known == {"model": 16, "write": 16, "commit": COUNT - 1, "after": COUNT - 1}[moment]
+    assert bytes_of(config) == wanted
+
+
+def test_forgotten_items_are_not_embedded(config: embed.Config) -> None:
+    contracts.bury(config.run.lake, "i0005", DS)
+    embed.run(config)
+    assert "i0005" not in rows(config)["item_id"].to_pylist()
+    assert rows(config).num_rows == COUNT - 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_embeddings_that_are_not_finite_or_zero_fail_the_shard_and_name_their_items(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    original = embed.embed
+
+    def bad(*given: Any, **named: Any) -> Any:
+        emb_BE = original(*given, **named)
+        emb_BE[2] = value
+        return emb_BE
+
+    monkeypatch.setattr(embed, "embed", bad)
+    with pytest.raises(InputError, match="of items i0002"):
+        embed.run(config)
+    assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+
+
+def test_values_too_large_for_float16_are_refused_and_fit_float32(config: embed.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Encoder.forward
+    monkeypatch.setattr(Encoder, "forward", lambda self, step: forward(self, step) * 1e6)
+    with pytest.raises(InputError, match=r"set embed\.dtype to float32"):
+        embed.run(config)
+    assert embed.run(changed(config, dtype="float32")).embedded == COUNT - 1
+
+
+def test_an_encoder_deleted_in_mid_run_is_a_clear_error_and_loses_no_finished_part(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, encoders = embed.embedded, config.run.lake / "models" / "encoder"
+    kept = config.run.lake / "kept"
+    shutil.copytree(encoders, kept)
+
+    def deleting(*given: Any) -> Any:
+        shutil.rmtree(encoders, ignore_errors=True)
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "embedded", deleting)
+        with pytest.raises(InputError, match="is not in the lake"):
+            embed.run(config)
+    assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+    shutil.copytree(kept, encoders)
+    assert embed.run(config).resumed == COUNT - 1
+
+
+def test_a_full_disk_is_said_and_finished_parts_stay(config: embed.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, calls = pq.write_table, [0]
+
+    def full(*given: Any, **named: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed.pq, "write_table", full)
+        with pytest.raises(InputError, match="make room and run again"):
+            embed.run(config)
+    assert embed.run(config).resumed == 16
+
+
+def test_long_prompts_are_cut_and_counted_and_items_without_attributes_too(config: embed.Config) -> None:
+    items = [[(f"field {number}", "x" * 60) for number in range(9)], [], [("title", "short")]]
+    write_items(config.run.lake, DS, items)
+    result = embed.run(config)
+    assert (result.cut, result.empty, result.embedded) == (1, 1, 3)
+
+
+def test_memory_holds_one_part(config: embed.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = embed.embedded
+    monkeypatch.setattr(embed, "embedded", lambda part, *rest: (sizes.append(part.num_rows), original(part, *rest))[1])
+    embed.run(config)
+    assert sizes == [8, 8, 8, 5]
+
+
+def test_items_that_see_their_neighbours_fail_before_the_first_part(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Encoder.forward
+
+    def mixing(self: Encoder, step: Step) -> Any:
+        emb_BE = forward(self, step)
+        return emb_BE.roll(1, 0)
+
+    monkeypatch.setattr(Encoder, "forward", mixing)
+    with pytest.raises(ValueError, match="depend on the prompts beside them"):
+        embed.run(config)
+
+
+@pytest.mark.parametrize("wrong", [{"shard": 1}, {"shards": 2, "shard": -1}, {"part_items": 0}])
+def test_a_shard_that_is_not_there_is_refused(config: embed.Config, wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="embed"):
+        changed(config, **wrong)
+
+
+def test_without_a_champion_the_remedy_is_named(config: embed.Config) -> None:
+    with pytest.raises(InputError, match="set it to 'latest'"):
+        embed.run(changed(config, encoder="champion"))
+    with pytest.raises(InputError, match="is not in the lake"):
+        embed.run(changed(config, encoder="0" * 16))
+
+
+def test_eight_bits_without_a_gpu_are_refused_with_the_remedy(config: embed.Config) -> None:
+    with pytest.raises(ValueError, match="set fp8 to false"):
+        embed.run(changed(config, fp8=True))

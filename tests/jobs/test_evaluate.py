@@ -1,0 +1,202 @@
+"""evaluate: every model on the same held-out events, the same table at every run, bad input refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jobs import contracts, evaluate, pretrain, rat, registry
+from jobs.contracts import METRICS, SEQUENCES, InputError, Run
+from models.evaluation import SLICES
+from models.recommender import Backbone
+from models.training import Training
+from tests.jobs.small_lake import DS, ENCODER, make, remember, sequence_rows
+
+SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
+
+
+def trained(run: Run, **more: Any) -> str:
+    """Trains a teacher and a recommender; the latter's id."""
+    remember(run, "pretrain", pretrain.run(pretrain.Config(run=run, **SMALL, **more)))
+    result = rat.run(rat.Config(run=run, **SMALL, hidden=16, whitened_width=8, **more))
+    remember(run, "rat", result)
+    return result.recommender_id
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of a lake in which two recommenders were trained; it is copied, never changed."""
+    run = make(tmp_path_factory.mktemp("evaluate"))
+    trained(dataclasses.replace(run, seed=1))
+    trained(run)
+    return run
+
+
+@pytest.fixture
+def lake(made: Run, tmp_path: Path) -> Run:
+    """A copy of that lake."""
+    shutil.copytree(made.lake, tmp_path / "lake")
+    return dataclasses.replace(made, lake=tmp_path / "lake")
+
+
+def judge(run: Run, **more: Any) -> evaluate.Result:
+    return evaluate.run(evaluate.Config(run=run, **{"min_users": 5, "negatives": 5, "resamples": 100, **more}))
+
+
+def other(run: Run) -> str:
+    """Id of the recommender that is not the newest."""
+    latest = contracts.read_manifest(run.lake, run.ds, "rat")["result"]["recommender_id"]
+    return next(path.name for path in (run.lake / "models" / "recommender").iterdir() if path.name != latest)
+
+
+def crown(monkeypatch: pytest.MonkeyPatch, **aliases: str) -> None:
+    """Sets the registry's aliases."""
+
+    def by_alias(run: Run, alias: str) -> dict[str, str] | None:
+        return {"recommender_id": aliases[alias]} if alias in aliases else None
+
+    monkeypatch.setattr(registry, "by_alias", by_alias)
+
+
+def test_every_model_is_in_the_table_on_every_slice_with_its_interval(lake: Run) -> None:
+    result = judge(lake, baselines={"another": other(lake)})
+    models = ["popularity", "repeat_markov_popularity", "id_only", "another", "llmemb"]
+    assert list(result.values) == models
+    rows = contracts.read(lake.lake, METRICS, f"ds={DS}").to_pylist()
+    assert len(rows) == len(models) * len(SLICES) * 6 == result.rows["metrics"]
+    overall = next(row for row in rows if (row["model"], row["slice"], row["metric"]) == ("llmemb", "overall", "ndcg@10"))
+    assert overall["low"] <= overall["value"] <= overall["high"]
+    assert overall["n"] == 23
+    assert {row.against for row in result.differences} == set(models) - {"llmemb"}
+    assert result.encoder_id == ENCODER
+    assert set(result.inputs) == {"items", "sequences", "encoder", "llm_embeddings", "recommender", "champion"}
+
+
+def test_a_rerun_leaves_the_same_table_and_the_same_negatives(lake: Run) -> None:
+    first, second = judge(lake), judge(lake)
+    assert dataclasses.replace(second, ranking_seconds=first.ranking_seconds) == first
+    assert len(list((lake.lake / "models" / "negatives").iterdir())) == 1
+
+
+def test_the_challenger_is_measured_against_the_champion(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    crown(monkeypatch, champion=other(lake))
+    result = judge(lake)
+    assert result.champion_id == other(lake) == result.inputs["champion"]
+    [overall] = [row for row in result.differences if (row.against, row.slice) == ("champion", "overall")]
+    ndcg = {model: by_slice["overall"]["ndcg@10"] for model, by_slice in result.values.items()}
+    assert overall.value == pytest.approx((ndcg["llmemb"] or 0) - (ndcg["champion"] or 0), abs=2e-6)
+    assert overall.reference == ndcg["champion"]
+
+
+def test_a_night_run_again_after_its_promotion_gives_the_same_table(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    crown(monkeypatch, champion=other(lake))
+    before = judge(lake)
+    crown(monkeypatch, champion=before.recommender_id, previous=other(lake))
+    assert judge(lake).outputs == before.outputs
+    crown(monkeypatch, champion=before.recommender_id)
+    assert judge(lake).champion_id == ""
+
+
+def test_items_held_out_of_training_are_cold_here_and_the_id_only_model_is_lost_on_them(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    trained(run, cold_share=0.4)
+    result = judge(run)
+    assert result.users["cold"] > 3
+    assert result.users["cold"] + result.users["tail"] + result.users["head"] == result.users["overall"] == 23
+
+
+def test_slices_of_too_few_users_have_values_but_no_interval_and_empty_ones_nothing(lake: Run) -> None:
+    judge(lake, min_users=1000)
+    rows = contracts.read(lake.lake, METRICS, f"ds={DS}").to_pylist()
+    assert all(row["low"] is None and row["high"] is None for row in rows)
+    assert all((row["value"] is None) == (row["n"] == 0) for row in rows)
+    assert any(row["n"] == 0 for row in rows if row["slice"] == "cold")
+
+
+def test_an_empty_test_split_is_refused_with_the_remedy(lake: Run) -> None:
+    rows = sequence_rows()
+    whole = pa.array([len(items) for items in rows["item_ids"].to_pylist()], pa.int32())
+    rows = rows.set_column(4, "valid_end", whole)
+    contracts.write(lake.lake, SEQUENCES, f"ds={DS}", [rows])
+    with pytest.raises(ValueError, match="no user has an event in the test part"):
+        judge(lake)
+    assert judge(lake, part="valid").users["overall"] == 23
+
+
+def test_an_event_of_an_item_outside_the_catalogue_is_refused(lake: Run) -> None:
+    rows = sequence_rows()
+    lists = rows["item_ids"].to_pylist()
+    lists[0][-1] = "stranger"
+    contracts.write(lake.lake, SEQUENCES, f"ds={DS}", [rows.set_column(1, "item_ids", pa.array(lists))])
+    with pytest.raises(InputError, match="'stranger'"):
+        judge(lake)
+
+
+def test_a_missing_embedding_is_refused_with_the_remedy(lake: Run) -> None:
+    shutil.rmtree(lake.lake / "llm_embeddings" / f"encoder={ENCODER}" / "shard=1")
+    with pytest.raises(InputError, match="run embed"):
+        judge(lake)
+
+
+def test_an_embedding_that_is_not_a_number_is_refused(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = evaluate.read_embeddings
+
+    def broken(*given: Any) -> Any:
+        llm_NE = real(*given)
+        llm_NE[3, 2] = float("nan")
+        return llm_NE
+
+    monkeypatch.setattr(evaluate, "read_embeddings", broken)
+    with pytest.raises(ValueError, match="not finite"):
+        judge(lake)
+
+
+def test_embeddings_that_carry_popularity_raise_the_flag(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "LEAK_ITEMS", (10, 1000))
+    rows = sequence_rows()
+    lists = [[*items[:-1], f"i{user % 3:02d}"] for user, items in enumerate(rows["item_ids"].to_pylist())]
+    contracts.write(lake.lake, SEQUENCES, f"ds={DS}", [rows.set_column(1, "item_ids", pa.array(lists))])
+    assert not judge(lake).leaking
+    real = evaluate.read_embeddings
+
+    def leaky(*given: Any) -> Any:
+        llm_NE = real(*given)
+        llm_NE[:3] += 10
+        return llm_NE
+
+    monkeypatch.setattr(evaluate, "read_embeddings", leaky)
+    result = judge(lake)
+    assert result.leaking
+    assert result.leak["r2"] > 0.5
+
+
+def test_a_name_the_table_has_already_is_refused(lake: Run) -> None:
+    with pytest.raises(InputError, match=r"baselines\.champion"):
+        evaluate.Config(run=lake, baselines={"champion": "x"})
+
+
+def test_the_table_reads_well_and_names_no_user(lake: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    result = judge(lake)
+    written = capfd.readouterr().err
+    assert "llmemb - id_only" in written
+    assert "could have shown" in written
+    assert "nan" not in written
+    assert not [user for user in sequence_rows()["user_id"].to_pylist() if f"{user} " in written]
+    json.dumps(contracts.as_json(result), allow_nan=False)
+
+
+def test_negatives_are_kept_as_indices_of_the_catalogue(lake: Run) -> None:
+    from safetensors.numpy import load_file
+
+    result = judge(lake)
+    kept = load_file(contracts.artifact(lake.lake, "negatives", result.negatives_id) / "negatives.safetensors")
+    assert kept["negative_CN"].shape == (23, 5)
+    assert not np.any(kept["negative_CN"] == kept["target_C"][:, None])
+    assert (kept["negative_CN"].min() >= 1) and (kept["negative_CN"].max() <= 20)

@@ -1,0 +1,69 @@
+"""Lookup: fails on any difference between what a client sees and the lake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import contracts, lookup, publish
+from jobs.contracts import InputError, Refused, Run
+
+A = "a" * 16
+
+
+@pytest.fixture
+def lake(catalogue: Callable[..., Path]) -> Path:
+    lake = catalogue()
+    publish.run(publish.Config(run=Run(ds="2026-01-01", lake=lake), space=A))
+    return lake
+
+
+def look(lake: Path, **more: Any) -> lookup.Result:
+    return lookup.run(lookup.Config(run=Run(ds="2026-01-01", lake=lake), **more))
+
+
+def test_an_items_vector_is_shown(lake: Path) -> None:
+    result = look(lake, item="m4")
+    rows = contracts.read(lake, contracts.item_embeddings(16), f"space={A}/ds=2026-01-01").to_pylist()
+    assert result.vector == pytest.approx(rows[4]["embedding"][:8], abs=1e-6)
+    assert result.rows == {}
+
+
+def test_a_sample_is_spread_over_the_catalogue(lake: Path) -> None:
+    assert look(lake, sample=10).compared == 10
+
+
+def test_a_vector_that_differs_is_refused(lake: Path, catalogue: Callable[..., Path]) -> None:
+    catalogue(version={"m11": 1})
+    with pytest.raises(Refused, match=r"1 vectors .* differ online, for example 'm11'"):
+        look(lake)
+
+
+def test_a_vector_that_is_absent_is_refused(lake: Path, catalogue: Callable[..., Path]) -> None:
+    catalogue(ids=[f"m{number}" for number in range(41)])
+    with pytest.raises(Refused, match=r"1 items .* are not online, for example 'm40'"):
+        look(lake)
+
+
+def test_a_partition_that_shrank_is_refused(lake: Path, catalogue: Callable[..., Path]) -> None:
+    catalogue(ids=[f"m{number}" for number in range(39)])
+    with pytest.raises(Refused, match="promises 40 items"):
+        look(lake)
+
+
+def test_a_space_that_is_too_old_is_refused(lake: Path) -> None:
+    with pytest.raises(Refused, match="more than lookup"):
+        look(lake, max_age_days=1)
+
+
+def test_an_unknown_item_names_one_that_is_there(lake: Path) -> None:
+    with pytest.raises(InputError, match=r"'nope' is not in the space that serves.*'m0'"):
+        look(lake, item="nope")
+
+
+def test_before_the_first_publish_the_remedy_is_named(catalogue: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="jobs publish"):
+        look(catalogue())

@@ -1,0 +1,258 @@
+"""Publish: a space serves whole and verified, or what served before still does."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from feature_repo.reader import Reader, settings
+from feature_repo.stores import SqliteStore, lease, open_writer
+from jobs import contracts, lookup, publish, serving
+from jobs.contracts import InputError, Refused, Run
+
+A, B = "a" * 16, "b" * 16
+Catalogue = Callable[..., Path]
+
+
+def config(lake: Path, space: str = A, ds: str = "2026-01-01", **more: Any) -> publish.Config:
+    return publish.Config(run=Run(ds=ds, lake=lake), space=space, **{"lease_wait_s": 0, **more})
+
+
+def look(lake: Path, ds: str = "2026-01-01") -> lookup.Result:
+    return lookup.run(lookup.Config(run=Run(ds=ds, lake=lake)))
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16"])
+def test_what_was_published_is_read_back_equal(catalogue: Catalogue, codec: str) -> None:
+    lake = catalogue()
+    result = publish.run(config(lake, codec=codec))
+    assert (result.kind, result.written, result.verified, result.sequence) == ("new space", 40, 40, 1)
+    seen = look(lake)
+    assert (seen.space_id, seen.compared, seen.codec, seen.width) == (A, 40, codec, 16)
+
+
+def test_publishing_again_changes_nothing(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    publish.run(config(lake))
+    index = (serving.index_home(lake, Reader.open(lake).pointer().space) / serving.INDEX).read_bytes()
+    again = publish.run(config(lake))
+    assert (again.kind, again.written, again.verified, again.sequence) == ("nothing to do", 0, 40, 1)
+    assert (serving.index_home(lake, Reader.open(lake).pointer().space) / serving.INDEX).read_bytes() == index
+
+
+def test_a_delta_writes_only_what_changed(catalogue: Catalogue) -> None:
+    publish.run(config(catalogue()))
+    ids = [f"m{number}" for number in range(1, 41)]
+    lake = catalogue(ds="2026-01-02", ids=ids, version={"m5": 1})
+    result = publish.run(config(lake, ds="2026-01-02"))
+    assert (result.kind, result.written, result.removed, result.verified) == ("delta", 2, 1, 40)
+    assert result.attributes_written == 2
+    assert look(lake, "2026-01-02").compared == 40
+    answer = Reader.open(lake).vectors(["m0", "m40"])
+    assert (answer.missing, answer.item_ids) == (["m0"], ["m40"])
+
+
+def test_neighbours_that_change_without_a_reason_are_refused_inside_a_space(catalogue: Catalogue) -> None:
+    ids = [f"m{number}" for number in range(40)]
+    publish.run(config(catalogue(texts=dict.fromkeys(ids, 0))))
+    lake = catalogue(ds="2026-01-02", version=dict.fromkeys(ids, 1), texts=dict.fromkeys(ids, 0))
+    with pytest.raises(Refused, match=r"'head': 0\.[0-9]+}, more than publish\.max_churn = 0\.05 \(same space"):
+        publish.run(config(lake, ds="2026-01-02"))
+    assert Reader.open(lake).pointer().ds == "2026-01-01"
+    assert publish.run(config(lake, ds="2026-01-02", max_churn=1.0)).churn["head"] > 0.5
+
+
+def test_another_space_is_told_breaking_and_may_have_a_budget_too(catalogue: Catalogue) -> None:
+    publish.run(config(catalogue()))
+    lake = catalogue(space=B)
+    with pytest.raises(Refused, match=r"max_churn_new_space = 0\.3 \(breaking"):
+        publish.run(config(lake, space=B, max_churn_new_space=0.3))
+    result = publish.run(config(lake, space=B))
+    assert (result.compatibility, result.churn["head"] > 0.5) == ("breaking", True)
+
+
+def test_a_damaged_row_of_the_serving_space_is_mended_by_the_next_publish(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    publish.run(config(lake))
+    store = open_writer(settings(lake))
+    store.connection.execute("DELETE FROM llmemb_item_embedding WHERE rowid = 3")  # type: ignore[attr-defined]
+    store.connection.commit()  # type: ignore[attr-defined]
+    with pytest.raises(Refused, match="not online"):
+        look(lake)
+    assert publish.run(config(lake)).written == 1
+    assert look(lake).compared == 40
+
+
+def test_a_change_of_codec_is_a_delta(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    publish.run(config(lake))
+    assert publish.run(config(lake, codec="float16")).kind == "delta"
+    assert look(lake).codec == "float16"
+
+
+def test_a_second_space_leaves_the_first_to_roll_back_to(catalogue: Catalogue) -> None:
+    publish.run(config(catalogue()))
+    result = publish.run(config(catalogue(space=B), space=B))
+    assert (result.space_id, result.previous_space_id, result.sequence) == (B, A, 2)
+
+
+def test_an_older_snapshot_never_goes_over_a_newer_one(catalogue: Catalogue) -> None:
+    catalogue()
+    lake = catalogue(ds="2026-01-02")
+    publish.run(config(lake, ds="2026-01-02"))
+    with pytest.raises(Refused, match="older than what serves"):
+        publish.run(config(lake))
+    assert look(lake, "2026-01-02").serves_ds == "2026-01-02"
+
+
+def test_of_two_publishers_the_second_is_told_who_is_at_work(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    with (
+        lease(open_writer(settings(lake)), "publish"),
+        pytest.raises(Refused, match=r"another writer holds the lease.*publish on .* process"),
+    ):
+        publish.run(config(lake))
+    assert publish.run(config(lake)).kind == "new space"
+
+
+def test_forgotten_items_are_not_published_again(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    contracts.bury(lake, "m3", "2026-01-01")
+    assert publish.run(config(lake)).items == 39
+    assert Reader.open(lake).vectors(["m3"]).deleted == ["m3"]
+
+
+def write_raw(lake: Path, rows: pa.Table, space: str = A) -> None:
+    """A partition as a careless tool might leave it: nothing checked."""
+    import pyarrow.parquet as pq
+
+    home = contracts.folder(lake, "item_embeddings", f"space={space}/ds=2026-01-01")
+    pq.write_table(rows, home / ".x.parquet")
+    contracts.commit_files(lake, "item_embeddings", f"space={space}/ds=2026-01-01", [home / ".x.parquet"])
+
+
+def damage(rows: pa.Table, what: str) -> pa.Table:
+    emb_ND = np.stack(rows["embedding"].to_pylist()).astype(np.float32)
+    ids = rows["item_id"].to_pylist()
+    if what == "nan":
+        emb_ND[7, 3] = np.nan
+    if what == "zero":
+        emb_ND[7] = 0
+    if what == "overflow":
+        emb_ND[7, 0] = 1e6
+    if what == "twice":
+        ids[7] = ids[8]
+    if what == "lost":
+        return rows.slice(1)
+    if what == "empty":
+        return rows.slice(0, 0)
+    if what == "foreign":
+        return rows.set_column(1, "space_id", pa.repeat(B, rows.num_rows))
+    if what == "list":
+        return rows.set_column(2, "embedding", pa.array(emb_ND.tolist(), pa.list_(pa.float32())))
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(emb_ND.ravel()), emb_ND.shape[1])
+    return rows.set_column(2, "embedding", vectors).set_column(0, "item_id", pa.array(ids))
+
+
+@pytest.mark.parametrize(
+    ("what", "complaint"),
+    [
+        ("nan", "NaN values in embedding"),
+        ("zero", "1 items have nothing but zeros as float16, for example 'm7'"),
+        ("overflow", "1 items have a value that is not finite as float16, for example 'm7'"),
+        ("twice", "1 item ids stand more than once"),
+        ("lost", "lacks 1 items of the catalogue items/ds=2026-01-01, for example 'm0'"),
+        ("empty", "the space has no items"),
+        ("foreign", "rows of space bbbb"),
+        ("list", "not a list of fixed size"),
+    ],
+)
+def test_rows_that_must_not_be_served_are_refused_and_nothing_is_written(catalogue: Catalogue, what: str, complaint: str) -> None:
+    lake = catalogue(space=B)
+    publish.run(config(lake, space=B))
+    before = Reader.open(lake).pointer()
+    catalogue()
+    good = contracts.read(lake, contracts.item_embeddings(16), f"space={A}/ds=2026-01-01")
+    write_raw(lake, damage(good, what))
+    with pytest.raises((InputError, Refused), match=complaint):
+        publish.run(config(lake, codec="float16"))
+    assert Reader.open(lake).pointer() == before
+    assert [raw for _, raw in Reader.open(lake).rows(before, ["m7"])] != [None]
+
+
+def test_a_space_that_is_not_in_the_lake_names_the_remedy(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    with pytest.raises(InputError, match="run the job that writes item_embeddings"):
+        publish.run(config(lake, ds="2026-02-02"))
+
+
+def test_ids_with_odd_characters_come_back_under_themselves(catalogue: Catalogue) -> None:
+    ids = ["a b", "ü/☃", "*?[x]", "'; DROP TABLE x;--", '"q"', "0", "-1", "a" * 300, "\t", "m\\n", "A", "a", "llmemb"]
+    lake = catalogue(ids=ids)
+    publish.run(config(lake))
+    assert look(lake).compared == len(ids)
+    assert Reader.open(lake).vectors(ids).item_ids == ids
+
+
+def test_what_is_read_back_wrong_does_not_serve(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = catalogue()
+    publish.run(config(lake))
+    catalogue(space=B)
+    real = Reader.rows
+
+    def evicting(self: Reader, space: Any, item_ids: Any) -> Any:
+        rows = zip(item_ids, real(self, space, item_ids), strict=True)
+        return [(moment, None if item == "m9" else raw) for item, (moment, raw) in rows]
+
+    monkeypatch.setattr(Reader, "rows", evicting)
+    with pytest.raises(Refused, match=r"1 of 40 vectors read back differ.*'m9' is absent"):
+        publish.run(config(lake, space=B))
+    monkeypatch.undo()
+    monkeypatch.delenv("LLMEMB_ONLINE_STORE", raising=False)
+    assert Reader.open(lake).pointer().space_id == A
+
+
+def test_a_registry_that_is_locked_is_told_and_what_serves_stays(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = catalogue()
+    publish.run(config(lake))
+    monkeypatch.setattr("jobs.publish.open_store", locked)
+    monkeypatch.setattr("jobs.publish.time.sleep", lambda seconds: None)
+    with pytest.raises(ConnectionError, match=r"registry can't be written .*locked"):
+        publish.run(config(catalogue(space=B), space=B))
+    assert Reader.open(lake).pointer().space_id == A
+
+
+def locked(lake: Path) -> Any:
+    raise OperationalError("", {}, Exception("database is locked"))
+
+
+def test_a_store_that_is_locked_is_told_and_what_serves_stays(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = catalogue()
+    publish.run(config(lake))
+    monkeypatch.setattr(SqliteStore, "WAIT_MS", 100)
+    with sqlite3.connect(lake / "feast" / "online.db") as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(ConnectionError, match=r"online store failed .*locked"):
+            publish.run(config(catalogue(space=B), space=B))
+        other.rollback()
+    assert Reader.open(lake).pointer().space_id == A
+    assert publish.run(config(lake, space=B)).kind == "new space"
+
+
+def test_the_command_line_runs_it(catalogue: Catalogue, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.__main__ import main
+
+    lake = catalogue()
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[run]\nlake = "{lake}"\n[publish]\nspace = "{A}"\n[publish.graph]\nneighbours = 8\n')
+    assert main(["publish", "--recipe", str(recipe), "--ds", "2026-01-01"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["verified"] == 40
+    assert contracts.read_manifest(lake, "2026-01-01", "publish")["result"]["space_id"] == A

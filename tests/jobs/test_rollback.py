@@ -1,0 +1,85 @@
+"""Rollback: one write, and the space before serves again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from feature_repo.reader import Reader, settings
+from feature_repo.spaces import remove_rows
+from feature_repo.stores import key_text, lease, open_writer
+from jobs import lookup, publish, rollback
+from jobs.contracts import InputError, Refused, Run
+
+A, B = "a" * 16, "b" * 16
+RUN_DS = "2026-01-01"
+
+
+def put(lake: Path, space: str) -> None:
+    publish.run(publish.Config(run=Run(ds=RUN_DS, lake=lake), space=space))
+
+
+def back(lake: Path, space: str = "") -> rollback.Result:
+    return rollback.run(rollback.Config(run=Run(ds=RUN_DS, lake=lake), space=space, lease_wait_s=0))
+
+
+def test_the_space_before_serves_again_whole(catalogue: Callable[..., Path]) -> None:
+    put(catalogue(), A)
+    lake = catalogue(space=B)
+    put(lake, B)
+    result = back(lake)
+    assert (result.space_id, result.from_space_id, result.sequence) == (A, B, 3)
+    assert lookup.run(lookup.Config(run=Run(ds=RUN_DS, lake=lake))).compared == 40
+
+
+def test_a_second_rollback_undoes_the_first(catalogue: Callable[..., Path]) -> None:
+    put(catalogue(), A)
+    lake = catalogue(space=B)
+    put(lake, B)
+    back(lake)
+    assert back(lake).space_id == B
+
+
+def test_a_rollback_to_a_named_space_can_be_repeated(catalogue: Callable[..., Path]) -> None:
+    put(catalogue(), A)
+    lake = catalogue(space=B)
+    put(lake, B)
+    assert [back(lake, A).sequence, back(lake, A).sequence] == [3, 3]
+    with pytest.raises(Refused, match="is not the one before"):
+        back(lake, "c" * 16)
+
+
+def test_each_write_of_the_pointer_is_later_than_the_last(catalogue: Callable[..., Path]) -> None:
+    put(catalogue(), A)
+    lake = catalogue(space=B)
+    first = Reader.open(lake).pointer().written
+    put(lake, B)
+    second = Reader.open(lake).pointer().written
+    back(lake)
+    assert first < second < Reader.open(lake).pointer().written
+
+
+def test_the_first_space_has_none_to_go_back_to(catalogue: Callable[..., Path]) -> None:
+    lake = catalogue()
+    put(lake, A)
+    with pytest.raises(Refused, match="none to go back to"):
+        back(lake)
+
+
+def test_a_space_that_is_gone_is_not_pointed_to(catalogue: Callable[..., Path]) -> None:
+    put(catalogue(), A)
+    lake = catalogue(space=B)
+    put(lake, B)
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        assert remove_rows(store, end=key_text(A)) == 40
+    with pytest.raises(Refused, match="no longer in the store: publish it again"):
+        back(lake)
+    assert Reader.open(lake).pointer().space_id == B
+
+
+def test_before_the_first_publish_the_remedy_is_named(catalogue: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="jobs publish"):
+        back(catalogue())

@@ -1,0 +1,215 @@
+"""scft: trains when due, judges what it wrote, keeps what passes, and says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jobs import contracts, scft
+from jobs.contracts import ITEMS, InputError, Refused, Run
+from models.encoder import Lora, load_encoder
+from models.prompts import FieldPolicy
+from models.scft import Gates, Scft
+from tests.jobs.small_lake import remember
+from tests.models import tiny
+
+DS = "2026-03-10"
+FAST = Scft(steps=12, batch=8, learning_rate=5e-3, validate_every=6, validation_items=10, candidates=30, compile=False, ratio=0.1)
+
+
+LENIENT = Gates(effective_rank=1.0, mean_cosine=1.0, recall_drop=1.0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
+
+
+def write_items(lake: Path, ds: str, items: list[list[tuple[str, str]]]) -> None:
+    """A snapshot of `items`."""
+    attributes = [[{"name": name, "value": value} for name, value in item] for item in items]
+    rows = {
+        "item_id": [f"i{number:04d}" for number in range(len(items))],
+        "attributes": pa.array(attributes, contracts.ATTRIBUTES),
+        "content_hash": [contracts.content_hash(item) for item in items],
+        "first_seen_ds": [ds] * len(items),
+    }
+    contracts.write(lake, ITEMS, f"ds={ds}", [pa.table(rows)])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> scft.Config:
+    """A small model over a catalogue of 50 items."""
+    lake = tmp_path / "lake"
+    write_items(lake, DS, tiny.items(50))
+    base = tiny.llama(tmp_path / "base")
+    run = Run(ds=DS, lake=lake, device="cpu")
+    return scft.Config(run=run, base=str(base), policy=tiny.POLICY, training=FAST, max_tokens=256, lora=Lora(dropout=0.0),
+                       gates=LENIENT)  # fmt: skip
+
+
+def changed(config: scft.Config, **more: Any) -> scft.Config:
+    return dataclasses.replace(config, **more)
+
+
+def on(config: scft.Config, ds: str, **more: Any) -> scft.Config:
+    return changed(config, run=dataclasses.replace(config.run, ds=ds), **more)
+
+
+def test_the_encoder_is_kept_with_its_figures_and_loads(config: scft.Config) -> None:
+    result = scft.run(config)
+    assert result.due
+    assert 0 <= result.figures["recall_1"] <= result.figures["recall_10"] <= 1
+    assert result.base_figures["step"] == 0
+    assert result.moved > 1e-3
+    path = contracts.artifact(config.run.lake, "encoder", result.encoder_id)
+    assert load_encoder(path, device=tiny.CPU).spec.policy == tiny.POLICY
+    assert {file.name for file in path.iterdir()} == {"adapter_model.safetensors", "encoder.json"}
+    assert result.inputs["items"] == contracts.read_commit(config.run.lake, "items", f"ds={DS}").digest
+    assert json.dumps(contracts.as_json(result))
+    assert not list((config.run.lake / "models" / "encoder").glob(".staged*"))
+    assert not list((config.run.lake / "checkpoints").glob("scft*"))
+
+
+def test_a_rerun_leaves_the_same_encoder(config: scft.Config) -> None:
+    assert scft.run(config).encoder_id == scft.run(config).encoder_id
+
+
+def test_no_steps_keep_the_base_model_as_a_zero_shot_encoder(config: scft.Config) -> None:
+    result = scft.run(changed(config, training=dataclasses.replace(FAST, steps=0)))
+    path = contracts.artifact(config.run.lake, "encoder", result.encoder_id)
+    assert [file.name for file in path.iterdir()] == ["encoder.json"]
+    assert json.loads((path / "encoder.json").read_text())["lora"] is None
+    assert (result.steps, result.moved, result.update_norm) == (0, 0.0, 0.0)
+    assert load_encoder(path, device=tiny.CPU).spec.lora is None
+
+
+def test_shuffled_texts_make_another_encoder(config: scft.Config) -> None:
+    plain, control = (scft.run(changed(config, shuffle_texts=flag)) for flag in (False, True))
+    assert plain.encoder_id != control.encoder_id
+
+
+# ------------------------------------------------------------------------------------------------------------- is it due
+
+
+def test_an_encoder_is_due_by_share_of_new_texts_by_age_and_by_recipe_and_otherwise_stays(config: scft.Config) -> None:
+    first = scft.run(config)
+    remember(config.run, "scft", first)
+    items = tiny.items(50)
+    write_items(config.run.lake, "2026-03-11", [*items[:-2], *[[("title", f"new {number}")] for number in range(2)]])
+    again = scft.run(on(config, "2026-03-11"))
+    assert (again.due, again.encoder_id) == (False, first.encoder_id)
+    assert "4.0% of the items are new" in again.reason
+    assert "new or changed" in scft.due(on(config, "2026-03-11", refresh_share=0.03), "ds=2026-03-11")[0]
+    assert "31 days old" in scft.due(on(config, "2026-04-10"), "ds=2026-03-11")[0]
+    assert scft.due(on(config, "2026-03-11", pooling="last"), "ds=2026-03-11")[0] == "the recipe has changed"
+    assert scft.due(on(config, "2026-03-11", max_age_days=0), "ds=2026-03-11")[1] is None
+
+
+def test_an_encoder_that_is_gone_is_trained_again(config: scft.Config) -> None:
+    remember(config.run, "scft", scft.run(changed(config, training=dataclasses.replace(FAST, steps=0))))
+    for file in (config.run.lake / "models" / "encoder").glob("*/*"):
+        file.unlink()
+    for folder in (config.run.lake / "models" / "encoder").iterdir():
+        folder.rmdir()
+    assert scft.due(config, f"ds={DS}")[1] is None
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("gates", "why"),
+    [
+        (dataclasses.replace(LENIENT, mean_cosine=-1.0), "mean cosine"),
+        (dataclasses.replace(LENIENT, moved=1e9), "are the base model's"),
+    ],
+)
+def test_a_refused_encoder_is_not_kept_and_the_figures_are_given(config: scft.Config, gates: Gates, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        scft.run(changed(config, gates=gates))
+    assert not [path for path in (config.run.lake / "models" / "encoder").iterdir() if not path.name.startswith(".")]
+
+
+def test_an_encoder_worse_than_the_base_model_is_refused(config: scft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = scft.validate
+
+    def worse(encoder: Any, validation: Any) -> Any:
+        quality, emb_CE = validate(encoder, validation)
+        return {**quality, "recall_1": -0.1}, emb_CE
+
+    monkeypatch.setattr(scft, "validate", worse)
+    with pytest.raises(Refused, match="less often than the base model"):
+        scft.run(changed(config, gates=dataclasses.replace(LENIENT, recall_drop=0.0)))
+
+
+def test_embeddings_that_are_not_finite_are_refused(config: scft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = scft.validate
+    monkeypatch.setattr(scft, "validate", lambda *given: ({**validate(*given)[0], "mrr": np.nan}, validate(*given)[1]))
+    with pytest.raises(Refused, match="not finite"):
+        scft.run(config)
+
+
+def test_a_field_that_leaks_popularity_stops_the_job_unless_admitted(config: scft.Config) -> None:
+    items = [[*item, ("stars", "5")] for item in tiny.items(50)]
+    write_items(config.run.lake, DS, items)
+    with pytest.raises(ValueError, match=r"policy\.admit"):
+        scft.run(config)
+    zero_shot = dataclasses.replace(FAST, steps=0)
+    assert scft.run(changed(config, training=zero_shot, policy=FieldPolicy(domain="Item:", admit=("stars",)))).encoder_id
+
+
+def test_forgotten_items_are_not_trained_on_and_large_catalogues_are_sampled(config: scft.Config) -> None:
+    contracts.bury(config.run.lake, "i0003", DS)
+    assert len(scft.read_texts(config, f"ds={DS}")) == 49
+    assert 4 <= len(scft.read_texts(changed(config, max_items=20), f"ds={DS}")) <= 35
+
+
+@pytest.mark.parametrize("wrong", [{"max_items": 1}, {"layers": -1}, {"refresh_share": 2.0}])
+def test_settings_out_of_range_are_refused(config: scft.Config, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="scft"):
+        changed(config, **wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------- preemption
+
+
+def test_sigterm_saves_and_the_next_run_ends_with_the_bytes_of_an_uninterrupted_one(
+    config: scft.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scft.run(config)
+    shutil.rmtree(contracts.artifact(config.run.lake, "encoder", whole.encoder_id))
+    with monkeypatch.context() as patch:
+        patch.setattr(scft, "progress", lambda _: lambda metrics, step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as left:
+            scft.run(config)
+    assert left.value.code == 143
+    assert len(list((config.run.lake / "checkpoints").glob("scft*.safetensors"))) == 1
+    resumed = scft.run(config)
+    assert (resumed.encoder_id, resumed.losses) == (whole.encoder_id, whole.losses)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_registered_encoder_embeds_raw_records(config: scft.Config, tmp_path: Path) -> None:
+    import mlflow
+
+    from models.encoder import embed_items
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    result = scft.run(changed(config, run=dataclasses.replace(config.run, tracking_uri=uri)))
+    assert result.version == "1"
+    mlflow.set_tracking_uri(uri)
+    model = mlflow.pyfunc.load_model("models:/llmemb-encoder/1")
+    records = [{"title": "film 7", "year": None, "kind": ["a", "b"]}, {"title": "film 8", "year": "1990", "kind": []}]
+    encoder = load_encoder(contracts.artifact(config.run.lake, "encoder", result.encoder_id), device=tiny.CPU)
+    wanted = embed_items(encoder, [[("title", "film 7"), ("kind", "a, b")], [("title", "film 8"), ("year", "1990")]])
+    np.testing.assert_allclose(model.predict(records), wanted, atol=1e-5)
