@@ -102,7 +102,7 @@ def deadline(dag_id: str) -> DeadlineAlert | None:
         name="late",
         reference=DeadlineReference.DAGRUN_QUEUED_AT,
         interval=dt.timedelta(hours=hours),
-        callback=SyncCallback(late, kwargs={"dag_id": dag_id}),
+        callback=SyncCallback(late, kwargs={"dag_id": dag_id, "hours": hours}),
     )
 
 
@@ -239,9 +239,9 @@ def alert(context: Any) -> None:
     )
 
 
-def late(dag_id: str, **_: Any) -> None:
+def late(dag_id: str, hours: float, **_: Any) -> None:
     """A run did not end in time: what serves grows old."""
-    tell(f"{dag_id} is late: what serves is older than it should be", {"dag": dag_id})
+    tell(f"{dag_id} has not ended within {hours:g} h: what serves grows old", {"dag": dag_id})
 
 
 def tell(text: str, facts: Mapping[str, Any]) -> None:

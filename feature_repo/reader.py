@@ -144,7 +144,7 @@ class Answer:
     pointer: Pointer
     item_ids: list[str]
     """Ids found, in the order of the request."""
-    vector_ND: npt.NDArray[np.float32]  # noqa: N815
+    vector_ND: npt.NDArray[np.float32]
     """Their vectors; row n belongs to item_ids[n]."""
     as_of: list[dt.datetime]
     """End of the snapshot in which each vector last changed."""

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from jobs import logs
 from jobs.contracts import InputError, Refused, Run, as_json, code_revision, manifest_path, write_json
 
 C = TypeVar("C")
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = module.run(config)
         record |= {"status": "done", "result": as_json(result)}
         record |= {name: as_json(getattr(result, name)) for name in ("inputs", "outputs", "rows")}
-        print(json.dumps(record["result"], sort_keys=True), flush=True)
+        if first_process():
+            print(json.dumps(record["result"], sort_keys=True), flush=True)
         return 0
     except Refused as error:
         record |= {"status": "refused", "error": str(error)}
@@ -79,9 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return complain(arguments.job, error, 1)
     finally:
-        if where is not None:
+        if where is not None and first_process():
             record |= {"started_at": started.isoformat(), "seconds": round(time.monotonic() - clock, 3)}
             write_json(where, record)
+            if os.environ.get("LLMEMB_LOG") == "json":
+                print(logs.line(record), file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -182,6 +186,11 @@ def refuse_unknown(cls: Any, values: Mapping[str, Any], table: str) -> None:
         nested = [part for part in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(part)]
         if isinstance(value, dict) and nested and not isinstance(hints[key], types.GenericAlias):
             refuse_unknown(nested[0], value, f"{table}.{key}")
+
+
+def first_process() -> bool:
+    """Whether this process speaks for the job: under `torchrun` only rank 0 does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def manifest_name(job: str, config: Any) -> str:

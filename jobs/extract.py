@@ -123,7 +123,9 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     items = judge_items(spark, config).join(F.broadcast(forgotten), "item_id", "left_anti").persist(DISK)
     events = judge_events(spark, config, items, forgotten)
     good = events.where("reason is null and not later").select(INTERACTIONS.schema.names)
-    sums = events.agg(F.count_if(~F.col("later")), F.count_if("later"), order_free_hash("user_id", "item_id", "timestamp")).first()
+    sums = events.agg(
+        F.count_if(~F.col("later")), F.count_if("later"), order_free_hash("user_id", "item_id", "timestamp")
+    ).first()
     seen = {"items": items.count(), "interactions": int(sums[0] if sums else 0)}
     # by user from here on: deduplicating, sorting and collecting histories then need no further shuffle
     files = -(-max(seen["interactions"], 1) // config.part_rows)

@@ -23,7 +23,8 @@ from jobs.tensors import (
     read_histories,
 )
 from models.adapter import MlpAdapter, NullSpaceItems, TextItems, Whitening, fit_whitening
-from models.data import held_out, train_counts, without_items
+from models.data import Histories, held_out, train_counts, without_items
+from models.llm_esr import Distiller, DualItems, like_users
 from models.recommender import Backbone, Items, Recommender, build_sequence, load_recommender, save_recommender
 from models.training import Aligner, Training, join, same_everywhere, train
 
@@ -45,10 +46,15 @@ class Config:
     training: Training = field(default_factory=Training)
     whitened_width: int = 1536
     """Directions kept by whitening, at most; the items' own rank bounds it too."""
-    adapter: Literal["mlp", "null_space"] = "mlp"
-    """`mlp`: vectors from text alone; `null_space`: frozen text beside a learned ID part (AlphaFuse)."""
+    adapter: Literal["mlp", "null_space", "llm_esr"] = "mlp"
+    """`mlp`: vectors from text alone; `null_space`: frozen text beside a learned ID part (AlphaFuse); `llm_esr`: that baseline,
+    for `evaluate.baselines`, without alignment."""
     hidden: int = 256
-    """Hidden width of the `mlp` adapter."""
+    """Hidden width of the `mlp` adapter, and of LLM-ESR's."""
+    distil: float = 0.1
+    """Weight of LLM-ESR's self-distillation."""
+    like_users: int = 10
+    """Like users that a user learns from in it."""
     text_width: int = 32
     """Of the vector's width, what `null_space` gives to text."""
     alpha: float = 0.01
@@ -109,7 +115,7 @@ def run(config: Config) -> Result:
     llm_NE = read_embeddings(config.run, encoder_id, catalogue.content_hashes).to(device)
     whitening = fit_whitening(llm_NE, config.whitened_width)
     torch.manual_seed(config.run.seed)
-    recommender = Recommender(make_items(config, whitening, llm_NE), build_sequence(config.backbone))
+    recommender = Recommender(make_items(config, whitening, llm_NE), build_sequence(config.backbone, config.adapter))
     inputs = {
         "items": catalogue.digest,
         "sequences": digest,
@@ -121,7 +127,8 @@ def run(config: Config) -> Result:
     trained = train(
         recommender, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
         log=progress_log("rat"), candidates_M=counts_V.nonzero().flatten(),
-        aligner=make_aligner(config, teacher_id, catalogue, counts_V), checkpoint=checkpoint,
+        aligner=make_aligner(config, teacher_id, catalogue, counts_V),
+        distiller=make_distiller(config, recommender.items, events), checkpoint=checkpoint,
     )  # fmt: skip
     meta = {"encoder_id": encoder_id, "teacher_id": teacher_id, "cold_share": config.cold_share, "seed": config.run.seed,
             "ds": config.run.ds}  # fmt: skip
@@ -181,7 +188,17 @@ def make_items(config: Config, whitening: Whitening, llm_NE: Tensor) -> Items:
         white_NK = whitening(llm_NE)
     if config.adapter == "null_space":
         return NullSpaceItems(white_NK, config.backbone.width, config.text_width)
+    if config.adapter == "llm_esr":
+        return DualItems(white_NK, config.hidden, config.backbone.width)
     return TextItems(white_NK, MlpAdapter(white_NK.shape[1], config.hidden, config.backbone.width))
+
+
+def make_distiller(config: Config, items: Items, events: Histories) -> Distiller | None:
+    """LLM-ESR's self-distillation over users alike in what they read; None for other adapters."""
+    if not isinstance(items, DualItems) or config.distil == 0:
+        return None
+    like_US = like_users(events, items.white_VK.to(events.items_N.device), config.like_users)
+    return Distiller(events, like_US, config.backbone.width, config.distil)
 
 
 def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V: Tensor) -> Aligner | None:
@@ -189,7 +206,7 @@ def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V
 
     Raises InputError for a teacher of another backbone or trained on items held out here.
     """
-    if teacher_id == "none" or config.alpha == 0:
+    if teacher_id == "none" or config.alpha == 0 or config.adapter == "llm_esr":
         return None
     teacher = load_recommender(contracts.artifact(config.run.lake, "teacher", teacher_id), counts_V.device)
     if (teacher.backbone.name, teacher.width) != (config.backbone.name, config.backbone.width):
@@ -206,7 +223,7 @@ def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V
 def keep(config: Config, recommender: Recommender, whitening: Whitening, item_ids: tuple[str, ...], meta: dict[str, Any]) -> str:
     """Keeps the recommender in the lake and returns its id."""
     items = {"kind": config.adapter} | (
-        {"hidden": config.hidden} if config.adapter == "mlp" else {"text_width": config.text_width}
+        {"text_width": config.text_width} if config.adapter == "null_space" else {"hidden": config.hidden}
     )
     staged = contracts.stage_artifact(config.run.lake, "recommender")
     save_recommender(

@@ -69,7 +69,7 @@ class Map:
     what: str
     places: list[int]
     """Which items of the sample it shows, in the order of its points."""
-    point_N2: Matrix  # noqa: N815
+    point_N2: Matrix
     purity: float | None
     """Share of an item's nearest neighbours in the sample that have its category; none without categories."""
     chance: float | None

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.data import Histories, cases, inputs_before, targets
+from models.metrics import full_ranks
 from models.recommender import Recommender, score
 
 LOGITS = 2**28
@@ -94,11 +95,6 @@ def validate(
         dist.broadcast(mean_2, 0)
     ndcg, recall = mean_2.tolist()
     return {"ndcg": ndcg, "recall": recall}
-
-
-def full_ranks(scores_BV: Tensor, target_B: Tensor) -> Tensor:  # FALLBACK until models/metrics.py exists
-    own_B1 = scores_BV.gather(1, target_B[:, None])
-    return 1 + (scores_BV > own_B1).sum(1) + ((scores_BV == own_B1).sum(1) - 1) / 2
 
 
 class Progress:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.adapter import MlpAdapter, NullSpaceItems, TextItems, Whitening
 from models.bert4rec import Bert4Rec
 from models.gru4rec import GRU4Rec
+from models.llm_esr import DualItems, DualView
 from models.sasrec import SASRec
 
 SEQUENCES = {"sasrec": SASRec, "gru4rec": GRU4Rec, "bert4rec": Bert4Rec}
@@ -71,9 +72,11 @@ class IdItems(nn.Module):
         return self.weight
 
 
-def build_sequence(backbone: Backbone) -> nn.Module:
-    """The sequence encoder of a backbone: `forward(emb_BLD, valid_BL) -> hidden_BLD`."""
+def build_sequence(backbone: Backbone, kind: str = "id") -> nn.Module:
+    """The sequence encoder of a backbone for items of a kind: `forward(emb_BLD, valid_BL) -> hidden_BLD`."""
     sizes = {name: value for name, value in dataclasses.asdict(backbone).items() if name != "name"}
+    if kind == "llm_esr":
+        return DualView(SEQUENCES[backbone.name](**{**sizes, "width": backbone.width // 2}), backbone.width)
     return SEQUENCES[backbone.name](**sizes)
 
 
@@ -125,7 +128,7 @@ class LoadedRecommender:
             mean_E, map_EK = tensors["whitening.mean_E"], tensors["whitening.map_EK"]
             self.whitening = Whitening(mean_E, map_EK, meta["explained_variance"]).to(device)
         self.items = build_items(meta["items"], self.backbone, self.whitening, len(item_ids)).to(device)
-        self.sequence = build_sequence(self.backbone).to(device).eval()
+        self.sequence = build_sequence(self.backbone, meta["items"]["kind"]).to(device).eval()
         self.items.load_state_dict(below(tensors, "recommender.items."))
         self.sequence.load_state_dict(below(tensors, "recommender.sequence."))
         self.items.eval().requires_grad_(False)
@@ -159,8 +162,10 @@ class LoadedRecommender:
         white_NK = self.whitening(llm_NE.to(self.device))
         if not bool(white_NK.isfinite().all()):
             raise ValueError("an LLM embedding is not finite: embed these items again")
+        row_N = torch.tensor([self.row.get(item_id, 0) for item_id in item_ids], device=self.device)
+        if isinstance(self.items, DualItems):
+            return self.items.project(white_NK, row_N)
         if isinstance(self.items, NullSpaceItems):
-            row_N = torch.tensor([self.row.get(item_id, 0) for item_id in item_ids], device=self.device)
             return torch.cat([self.items.text(white_NK), self.items.learned[row_N]], dim=1)
         emb_ND: Tensor = self.items.adapter(white_NK)
         return emb_ND
@@ -181,6 +186,8 @@ def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whiten
     width = whitening.map_EK.shape[1]
     if config["kind"] == "mlp":
         return TextItems(torch.zeros(0, width), MlpAdapter(width, config["hidden"], backbone.width))
+    if config["kind"] == "llm_esr":
+        return DualItems(torch.zeros(catalogue, width), config["hidden"], backbone.width)
     return NullSpaceItems(torch.zeros(catalogue, width), backbone.width, config["text_width"])
 
 
@@ -201,7 +208,8 @@ def save_recommender(
 ) -> None:
     """Writes recommender.safetensors, recommender.json and item_ids.json into a folder: all that serving needs.
 
-    `items` is {"kind": "id"}, {"kind": "mlp", "hidden": …} or {"kind": "null_space", "text_width": …}; `meta` is JSON.
+    `items` is {"kind": "id"}, {"kind": "mlp" or "llm_esr", "hidden": …} or {"kind": "null_space", "text_width": …}; `meta` is
+    JSON.
     """
     tensors = {f"recommender.{name}": value for name, value in recommender.state_dict().items()}
     known: dict[str, Any] = {**meta, "backbone": dataclasses.asdict(backbone), "items": dict(items), "width": backbone.width}

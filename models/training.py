@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from models import losses
 from models.data import Histories, training_rows, window
+from models.llm_esr import Distiller
 from models.progress import LOGITS, Progress, Trained, make_validation, rounded, validate
 from models.recommender import Recommender
 
@@ -132,6 +133,7 @@ class Task:
     """The last row has no events: odd last batches are filled up with it."""
     candidates_M: Tensor
     aligner: Aligner | None
+    distiller: Distiller | None
     config: Training
     autocast: Callable[[], AbstractContextManager[Any]]
     processes: int
@@ -156,6 +158,9 @@ def step_loss(task: Task, row_B: Tensor, width: int, capacity: int) -> Tensor:
         if task.aligner is not None:
             # a batch has at most as many different items as events: a label or a row's first each
             loss = loss + align(task.aligner, events_BW, look_up, capacity + len(row_B)) / task.processes
+        if task.distiller is not None:
+            user_BD = hidden_BLD[:, -1].float()
+            loss = loss + task.distiller(task.users_R[row_B], task.ends_R[row_B], user_BD) / task.processes
     return loss
 
 
@@ -310,6 +315,7 @@ def train(
     log: Log,
     candidates_M: Tensor | None = None,
     aligner: Aligner | None = None,
+    distiller: Distiller | None = None,
     checkpoint: Path | None = None,
 ) -> Trained:
     """Trains in place, on the device of `events`, and leaves the weights of the best epoch.
@@ -325,7 +331,7 @@ def train(
     recommender.to(device)
     if candidates_M is None:
         candidates_M = torch.arange(1, events.catalogue + 1, device=device)
-    task, length_R = make_task(recommender, events, config, max_len, candidates_M, aligner, processes)
+    task, length_R = make_task(recommender, events, config, max_len, candidates_M, aligner, processes, distiller)
     validation = make_validation(events, candidates_M, config.validation_users, max_len)
     graph = config.graph and device.type == "cuda" and processes == 1
     optimizer = torch.optim.AdamW(
@@ -367,6 +373,7 @@ def make_task(
     candidates_M: Tensor,
     aligner: Aligner | None,
     processes: int,
+    distiller: Distiller | None = None,
 ) -> tuple[Task, Tensor]:
     """The task, and on the CPU the number of labels of each row."""
     users_R, ends_R = training_rows(events, max_len, config.windows)
@@ -382,6 +389,7 @@ def make_task(
         ends_R=F.pad(ends_R, (0, 1)),
         candidates_M=candidates_M,
         aligner=aligner,
+        distiller=distiller,
         config=config,
         # the cache of casted weights would outlive a recorded step
         autocast=(lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False)) if half else nullcontext,

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
 from models.data import GROUPS, Histories, cases, histories, inputs_before, item_groups, leave_one_out, targets, train_counts
-from models.progress import Trained, full_ranks
+from models.metrics import full_ranks
+from models.progress import Trained
 from models.recommender import Backbone, IdItems, Recommender, build_sequence, score
 from models.training import Aligner, Training, train
 
@@ -63,7 +64,8 @@ def test(recommender: Recommender, events: Histories, max_len: int) -> dict[str,
         ranks.append(full_ranks(scores_BV, target_B))
         own_B1 = scores_BV.gather(1, target_B[:, None])
         scores_BV.scatter_(1, inputs_before(events, users_B, position_B, longest), -torch.inf)
-        unseen.append(full_ranks(scores_BV.scatter_(1, target_B[:, None], own_B1), target_B))
+        scores_BV.scatter_(1, target_B[:, None], own_B1)
+        unseen.append(full_ranks(scores_BV, target_B, scores_BV == -torch.inf))
     rank_C, unseen_C = torch.cat(ranks), torch.cat(unseen)
     hit_C = (rank_C <= 10).float()
     gain_C, group_C = hit_C / (rank_C + 1).log2(), group_V[targets(events, users_C, position_C)]

@@ -1,6 +1,7 @@
 """Stands for `python -m jobs`: notes each call, and does what the test's plan says of it: a status, a kill, a long sleep.
 
-STUB names a folder with `plan.json`: {"results": {JOB: RESULT or [RESULT, …]}, "acts": {JOB or JOB#SHARD: [ACT of the first try, …]}}.
+STUB names a folder with `plan.json`: {"results": {JOB: RESULT or [RESULT, …]},
+"acts": {JOB or JOB#SHARD: [ACT of the first try, …]}}.
 """
 
 from __future__ import annotations
