@@ -23,7 +23,7 @@ import pytest
 
 from tests.dags.conftest import Stub, airflow_environment, migrate
 
-PATIENCE_S = 60
+PATIENCE_S = 120
 
 
 def free_port() -> int:
