@@ -25,7 +25,7 @@ def pod_arguments(job: str, *, gpu: bool) -> dict[str, Any]:
         "pod_template_file": str(Path(setting("PODS", str(ROOT / "infra" / "kubernetes"))) / f"pod-{kind}.yaml"),
         "image": os.environ.get(f"LLMEMB_IMAGE_{kind.upper()}"),
         "namespace": os.environ.get("LLMEMB_NAMESPACE"),
-        "env_vars": {name: os.environ[name] for name in ("LLMEMB_REVISION",) if name in os.environ},
+        "env_vars": {"LLMEMB_IMAGE_SPARK": setting("IMAGE_SPARK")} if kind == "spark" else {},  # its executors' image
         # a worker that died finds its pod again; one that was told to stop takes the pod with it
         "durable": True,
         "on_finish_action": "delete_pod",

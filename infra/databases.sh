@@ -1,0 +1,12 @@
+#!/bin/sh
+# PostgreSQL's first start: a database and an account for each of Airflow, MLflow and Feast.
+set -eu
+create() {
+  psql --set ON_ERROR_STOP=1 --username "$POSTGRES_USER" --set name="$1" --set password="$2" <<'SQL'
+CREATE ROLE :"name" LOGIN PASSWORD :'password';
+CREATE DATABASE :"name" OWNER :"name";
+SQL
+}
+create airflow "$AIRFLOW_PASSWORD"
+create mlflow "$MLFLOW_PASSWORD"
+create feast "$FEAST_PASSWORD"
