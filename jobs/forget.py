@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -241,11 +242,18 @@ def shorter(row: dict[str, Any], item: str) -> dict[str, Any]:
 
 
 def forget_answers(lake: Path, item: str) -> int:
-    """Removes manifests of serving jobs whose answer named the item; returns how many."""
+    """Removes what was said of the item: manifests of serving jobs whose answer named it, and reports; returns how many."""
     found = [path for job in ECHOES for path in (lake / "manifests").glob(f"ds=*/{job}.json") if item in values(path.read_text())]
+    found += [page for page in (lake / "reports").glob("ds=*/*.html") if item in shown(page.read_text())]
     for path in found:
         path.unlink()
     return len(found)
+
+
+def shown(page: str) -> set[str]:
+    """The ids of the items that a report names: it lists them for its own script."""
+    listed = re.search(r'(?s)id="titles">(.*?)</script>', page)
+    return set(json.loads(listed[1])["named"]) if listed else set()
 
 
 # ----------------------------------------------------------------------------------------------------------------- proof
@@ -261,6 +269,8 @@ def mentions(lake: Path, item: str) -> Iterator[str]:
         if name.startswith(("tombstones/", "manifests/", "feast/offline/item_tombstone/")) or not path.is_file():
             continue
         if path.suffix == ".parquet" and any(pc.any(named(batch, item)).as_py() for batch in batches(path)):
+            yield name
+        if path.suffix == ".html" and item in shown(path.read_text()):
             yield name
         if path.suffix == ".json" and not name.endswith(contracts.COMMIT) and item in values(path.read_text()):
             yield name

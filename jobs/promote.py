@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs import contracts, registry
+from jobs import contracts, model_card, registry
 from jobs.contracts import InputError, Refused, Run
 
 Verdict = Literal["passed", "failed", "undecided"]
@@ -93,7 +93,7 @@ def run(config: Config) -> Result:
     if decision == "promoted" and serving != challenger_id:
         before = [("previous", champion["version"])] if champion else []
         registry.set_aliases(config.run, [*before, ("challenger", None), ("champion", version)])
-    return Result(
+    result = Result(
         decision="promoted" if decision == "promoted" else "undecided",
         recommender_id=challenger_id,
         encoder_id=judged["encoder_id"],
@@ -106,6 +106,10 @@ def run(config: Config) -> Result:
         outputs={"champion": challenger_id} if decision == "promoted" else {},
         rows={},
     )
+    if decision == "promoted" and serving != challenger_id:
+        card = model_card.card(config.run.lake, config.run.ds, contracts.as_json(result), judged)
+        registry.describe(config.run, version, card)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------------ gates

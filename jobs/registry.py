@@ -235,3 +235,9 @@ def set_aliases(run: Run, moves: Sequence[tuple[str, str | None]]) -> None:
                 client.delete_registered_model_alias(RECOMMENDER, alias)
             else:
                 client.set_registered_model_alias(RECOMMENDER, alias, version)
+
+
+def describe(run: Run, version: str, text: str) -> None:
+    """Puts a model card beside a version of the recommender, where the registry's pages show it."""
+    with connected(run) as client:
+        client.update_model_version(RECOMMENDER, version, description=text)

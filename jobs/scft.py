@@ -180,7 +180,18 @@ def due(config: Config, snapshot: str) -> tuple[str, dict[str, Any] | None]:
         return f"the encoder is {age} days old (max_age_days is {config.max_age_days})", None
     if changed > config.refresh_share:
         return f"{changed:.1%} of the items are new or changed (refresh_share is {config.refresh_share:.1%})", None
+    if drifted := drift_since(lake, ds, previous["trained_ds"]):
+        return drifted, None
     return f"the encoder is {age} days old and {changed:.1%} of the items are new or changed since", previous
+
+
+def drift_since(lake: Path, ds: str, trained_ds: str) -> str:
+    """Why the newest report since the training asks for a new encoder: texts or neighbours drifted; empty where it doesn't."""
+    try:
+        newest = contracts.read_manifest(lake, ds, "report")
+    except InputError:
+        return ""
+    return str(newest["result"].get("refresh_encoder", "")) if newest["ds"] > trained_ds else ""
 
 
 def changed_share(lake: Path, before: str, now: str) -> float:

@@ -55,6 +55,16 @@ def test_nothing_of_the_item_is_left(lake: Path) -> None:
     assert not contracts.manifest_path(lake, DS, "lookup").exists()
 
 
+def test_a_report_that_shows_the_item_goes_and_others_stay(lake: Path) -> None:
+    for ds, named in (("2026-01-01", ["m3", "m4"]), ("2026-01-02", ["m44"])):
+        page = lake / "reports" / f"ds={ds}" / "report.html"
+        page.parent.mkdir(parents=True)
+        page.write_text(f'<p><script type="application/json" id="titles">{json.dumps({"named": named})}</script></p>')
+    result = gone(lake)
+    assert result.left_in_lake == []
+    assert [page.parent.name for page in (lake / "reports").glob("*/*.html")] == ["ds=2026-01-02"]
+
+
 def test_readers_tell_it_deleted_and_the_rest_is_untouched(lake: Path) -> None:
     gone(lake)
     answer = Reader.open(lake).vectors(["m3", "m4", "m44"])

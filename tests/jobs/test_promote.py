@@ -90,6 +90,16 @@ def test_a_better_challenger_moves_champion_and_previous_together(tmp_path: Path
     assert aliases(run) == {"champion": second.name, "previous": first.name}
 
 
+def test_the_version_that_is_promoted_bears_its_model_card(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    first = crowned(run)
+    champion = registry.champion(run)
+    assert champion
+    with registry.connected(run) as client:
+        text = client.get_model_version(registry.RECOMMENDER, champion["version"]).description
+    assert text.startswith(f"# Recommender {first.name}") and "**promoted**" in text
+
+
 def test_promoting_again_changes_nothing_and_gives_the_same_result(tmp_path: Path) -> None:
     run = fresh(tmp_path)
     first, second = crowned(run), kept(run, 1)

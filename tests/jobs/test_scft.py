@@ -115,6 +115,16 @@ def test_an_encoder_is_due_by_share_of_new_texts_by_age_and_by_recipe_and_otherw
     assert scft.due(on(config, "2026-03-11", max_age_days=0), "ds=2026-03-11")[1] is None
 
 
+def test_drift_that_a_report_found_since_the_training_makes_an_encoder_due(config: scft.Config) -> None:
+    remember(config.run, "scft", scft.run(changed(config, training=dataclasses.replace(FAST, steps=0))))
+    same = changed(config, training=dataclasses.replace(FAST, steps=0))
+    for ds, due in ((DS, False), ("2026-03-12", True)):
+        manifest = {"status": "done", "ds": ds, "result": {"refresh_encoder": "token length drifted"}}
+        contracts.write_json(contracts.manifest_path(config.run.lake, ds, "report"), manifest)
+        why, previous = scft.due(on(same, "2026-03-12"), f"ds={DS}")
+        assert (why == "token length drifted", previous is None) == (due, due)
+
+
 def test_an_encoder_that_is_gone_is_trained_again(config: scft.Config) -> None:
     remember(config.run, "scft", scft.run(changed(config, training=dataclasses.replace(FAST, steps=0))))
     for file in (config.run.lake / "models" / "encoder").glob("*/*"):
