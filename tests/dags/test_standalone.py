@@ -45,8 +45,16 @@ class Standalone:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+        for waited in range(PATIENCE_S):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as refused:
+                # 503: the scheduler holds SQLite's write lock, and the request did nothing
+                if refused.code != 503 or waited == PATIENCE_S - 1:
+                    raise
+                time.sleep(1)
+        raise AssertionError("never here")
 
     def until(self, what: str, met: Callable[[], Any]) -> Any:
         """Waits for a condition; gives what it gave."""
