@@ -1,0 +1,334 @@
+"""Measures what SCFT and RAT are worth on a catalogue and its logs: three seeds, full ranking, paired intervals.
+
+Three commands, the first two on a GPU, each of which prints one JSON line:
+
+python tests/benchmarks/bench_quality.py encode --data ../shared/data/amazon_beauty --out encoded
+    fine-tunes an encoder for each seed, and one on shuffled texts as a control; keeps every item's embedding
+python tests/benchmarks/bench_quality.py rank --data ../shared/data/amazon_beauty --encoded encoded --out ranks --seed 42
+    trains every recommender, on all items and with a tenth of them held out as cold; keeps each user's rank
+python tests/benchmarks/bench_quality.py compare ranks/*.safetensors
+    means over the seeds by slice, and differences with 95 % intervals from a bootstrap over users
+
+Needs torch, transformers, peft, numpy and pyarrow only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from models.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
+from models.data import Histories, held_out, train_counts, without_items
+from models.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256
+from models.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
+from models.llm_esr import Distiller, DualItems, like_users
+from models.metrics import bootstrap, by_rank, estimate
+from models.prompts import Attributes, FieldPolicy
+from models.recommender import Backbone, IdItems, Recommender, build_sequence
+from models.scft import Scft, shuffled, validate
+from models.scft import held_out as held_out_views
+from models.scft import train as fine_tune
+from models.training import Aligner, Training, train
+from tests.benchmarks.bench_rat import load
+
+FIELDS = ("title", "brand", "categories", "price")
+COLD_SHARE, COLD_SEED = 0.1, 42
+"""Items held out of training in the setting `cold`; the same ones for every seed, so that users can be paired."""
+PRIOR, ALPHA, TEMPERATURE, HIDDEN, WHITENED, LIKE_USERS, DISTIL = 5.0, 0.01, 0.1, 256, 1536, 10, 0.1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A recommender of the table: where its item vectors come from, and what reads them."""
+
+    items: str
+    llm: str = ""
+    backbone: str = "sasrec"
+    settings: tuple[str, ...] = ("all", "cold")
+
+
+MODELS = {
+    "id_only": Model("id"),
+    "scft": Model("mlp", "scft"),
+    "zero_shot": Model("mlp", "zero"),
+    "shuffled": Model("mlp", "shuffled"),
+    "null_space": Model("null_space", "scft"),
+    "llm_esr": Model("llm_esr", "zero", settings=("all",)),
+    "gru4rec_id": Model("id", backbone="gru4rec", settings=("all",)),
+    "gru4rec_scft": Model("mlp", "scft", "gru4rec", ("all",)),
+    "bert4rec_id": Model("id", backbone="bert4rec", settings=("all",)),
+    "bert4rec_scft": Model("mlp", "scft", "bert4rec", ("all",)),
+}
+PAIRS = (
+    ("scft", "zero_shot"), ("scft", "id_only"), ("shuffled", "scft"), ("null_space", "id_only"), ("null_space", "scft"),
+    ("scft", "llm_esr"), ("null_space", "llm_esr"), ("gru4rec_scft", "gru4rec_id"), ("bert4rec_scft", "bert4rec_id"),
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- encode
+
+
+def read_items(data: Path) -> list[Attributes]:
+    """What the LLM may read of every item, in the file's order; its sales rank tells of test days and stays out."""
+    rows = pq.read_table(data / "items.parquet", columns=list(FIELDS)).to_pylist()
+    text = [{name: ", ".join(value) if isinstance(value, list) else value or "" for name, value in row.items()} for row in rows]
+    return [[(name, row[name]) for name in FIELDS if row[name]] for row in text]
+
+
+def fresh(base: str, policy: FieldPolicy, pooling: Any, layers: int, seed: int, device: torch.device) -> Encoder:
+    """The base model with LoRA weights that change nothing yet."""
+    model, tokenizer, folder = load_base(base, device=device, layers=layers)
+    torch.manual_seed(seed)
+    spec = Spec(base=base, base_sha256=base_sha256(folder), tokenizer_sha256=tokenizer_sha256(tokenizer), policy=policy,
+                lora=Lora(), pooling=pooling, layers=layers, max_tokens=512, width=model.config.hidden_size)  # fmt: skip
+    return Encoder(add_lora(model, Lora()), tokenizer, spec)
+
+
+def encode(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keeps zero.safetensors, scft-SEED.safetensors for each seed and shuffled.safetensors, all float16."""
+    device = torch.device(arguments.device)
+    items, policy = read_items(arguments.data), FieldPolicy(domain=arguments.domain)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    config = Scft(steps=arguments.steps, batch=arguments.batch, ratio=arguments.ratio, temperature=arguments.temperature,
+                  learning_rate=arguments.learning_rate, validate_every=max(1, arguments.steps // 4))  # fmt: skip
+    figures: dict[str, Any] = {}
+    for name in ("zero", *(f"scft-{seed}" for seed in arguments.seeds), "shuffled"):
+        seed = int(name.partition("-")[2] or arguments.seeds[0])
+        began = time.perf_counter()
+        encoder = fresh(arguments.base, policy, arguments.pooling, arguments.layers, seed, device)
+        texts = encoder.tokenize(shuffled(items, seed) if name == "shuffled" else items)
+        if name == "zero":
+            figures[name] = validate(encoder.eval(), held_out_views(texts, config, encoder.limit, seed)[0])[0]
+        else:
+            tuned = fine_tune(encoder, texts, config, seed=seed, log=quietly)
+            best = next(entry for entry in tuned.history if entry["step"] == tuned.best_step)
+            figures[name] = {"base": tuned.history[0], "tuned": best, "tokens_per_s": round(tuned.tokens_per_second)}
+        # the control reads true texts with weights that learned from false ones
+        llm_NE = torch.from_numpy(embed_items(encoder.eval(), items))
+        save_file({"llm_NE": llm_NE.half()}, arguments.out / f"{name}.safetensors")
+        figures[name]["seconds"] = round(time.perf_counter() - began, 1)
+        print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr, flush=True)
+        del encoder
+        torch.cuda.empty_cache()
+    return figures
+
+
+def quietly(metrics: dict[str, float], step: int) -> None:
+    """Tells of validations only."""
+    if "loss" not in metrics:
+        print(step, {name: round(value, 4) for name, value in metrics.items()}, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------- rank
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Histories to train on, and the same cases ranked in three ways."""
+
+    events: Histories
+    counts_V: Tensor
+    among_all: Cases
+    among_unseen: Cases
+
+
+def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
+    """The logs as they are, and with a tenth of the items never met in training."""
+    whole = load(arguments.data, "cpu")
+    item_ids = pq.read_table(arguments.data / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
+    for name, share in (("all", 0.0), ("cold", COLD_SHARE)):
+        events = without_items(whole, held_out(item_ids, share, COLD_SEED)).to(arguments.device)
+        options: dict[str, Any] = {"negatives": 100, "paper_tail": 4, "chunk": 4096, "seed": COLD_SEED}
+        among_all, among_unseen = (make_cases(events, "test", unseen=unseen, **options) for unseen in (False, True))
+        yield name, Setting(events, train_counts(events), among_all, among_unseen)
+
+
+def rank(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains every model with one seed; keeps OUT/SEED.safetensors with ranks, rewritten after each model."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    began, kept, told = time.perf_counter(), dict[str, Tensor](), dict[str, Any]()
+    made = dict(settings(arguments))
+    for setting, parts in made.items():
+        kept[f"{setting}/slices"] = parts.among_all.slices_SC.to(torch.uint8)
+        for name, (full_C, sampled_C) in floor_ranks(parts.among_all).items():
+            kept |= {f"{setting}/{name}/full": full_C, f"{setting}/{name}/sampled": sampled_C}
+    todo = [(name, setting) for name in arguments.models for setting in made if setting in MODELS[name].settings]
+    teachers: dict[str, Tensor] = {}
+    for name, setting in todo:
+        if time.perf_counter() - began > arguments.limit:
+            print(f"{setting}/{name}: left out, {arguments.limit:.0f} s are over", file=sys.stderr, flush=True)
+            continue
+        try:
+            found, told[f"{setting}/{name}"] = trained(arguments, name, setting, made[setting], teachers)
+        except Exception as error:  # hours of the other models' training are not lost
+            found, told[f"{setting}/{name}"] = {}, {"error": f"{type(error).__name__}: {error}"[:500]}
+        kept |= {f"{setting}/{name}/{kind}": rank_C for kind, rank_C in found.items()}
+        save_file({key: value.float().cpu() for key, value in kept.items()}, arguments.out / f"{arguments.seed}.safetensors")
+        print(f"{setting}/{name}: {told[f'{setting}/{name}']}", file=sys.stderr, flush=True)
+    return {"seed": arguments.seed, "seconds": round(time.perf_counter() - began, 1), **told}
+
+
+def trained(
+    arguments: argparse.Namespace, name: str, setting: str, parts: Setting, teachers: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Ranks of one model's cases, and how it trained. An ID-only model stays as the teacher of those after it."""
+    model, device, events = MODELS[name], arguments.device, parts.events
+    backbone = Backbone(name=model.backbone, dropout=arguments.dropout)  # type: ignore[arg-type]
+    training = Training(epochs=arguments.epochs, patience=arguments.patience, loss="full")
+    torch.manual_seed(arguments.seed)
+    more: dict[str, Any] = {}
+    if model.llm:
+        llm_NE = embeddings(arguments, model.llm).to(device)
+        white_NK = fit_whitening(llm_NE, WHITENED)(llm_NE)
+        items = item_source(model.items, white_NK, backbone.width)
+        if model.items == "llm_esr":
+            like_US = like_users(events, items.white_VK, LIKE_USERS)
+            more["distiller"] = Distiller(events, like_US, backbone.width, DISTIL)
+        else:
+            weight_V = parts.counts_V / (parts.counts_V + PRIOR)
+            teacher_VD = teachers[f"{setting}/{model.backbone}"]
+            more["aligner"] = Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=ALPHA, temperature=TEMPERATURE)
+    else:
+        items = IdItems(events.catalogue + 1, backbone.width)
+    recommender = Recommender(items, build_sequence(backbone, model.items))
+    began = time.perf_counter()
+    done = train(recommender, events, training, max_len=backbone.max_len, seed=arguments.seed, log=lambda *_: None,
+                 candidates_M=parts.counts_V.nonzero().flatten(), **more)  # fmt: skip
+    recommender.eval()
+
+    def user(emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+        user_BD: Tensor = recommender.sequence(emb_BLD, valid_BL)[:, -1]
+        return user_BD
+
+    with torch.no_grad():
+        table_VD = recommender.item_table().float()
+        full_C, sampled_C = vector_ranks(parts.among_all, table_VD, user, backbone.max_len)
+        unseen_C, _ = vector_ranks(parts.among_unseen, table_VD, user, backbone.max_len)
+    if not model.llm:
+        teachers[f"{setting}/{model.backbone}"] = table_VD
+    told = {"epochs": done.epochs, "best": done.best_epoch, "seconds": round(time.perf_counter() - began, 1),
+            "seconds_per_epoch": round(done.seconds_per_epoch, 3), "valid": round(done.ndcg, 4),
+            "test": round(float(by_rank(full_C)["ndcg"].mean()), 4)}  # fmt: skip
+    return {"full": full_C, "sampled": sampled_C, "unseen": unseen_C}, told
+
+
+def embeddings(arguments: argparse.Namespace, name: str) -> Tensor:
+    """llm_NE of one encoder; `scft` is that of the seed."""
+    file = arguments.encoded / f"{f'scft-{arguments.seed}' if name == 'scft' else name}.safetensors"
+    return load_file(file)["llm_NE"].float()
+
+
+def item_source(kind: str, white_NK: Tensor, width: int) -> Any:
+    """Item vectors from whitened text."""
+    if kind == "null_space":
+        return NullSpaceItems(white_NK, width, width // 2)
+    if kind == "llm_esr":
+        return DualItems(white_NK, HIDDEN, width)
+    return TextItems(white_NK, MlpAdapter(white_NK.shape[1], HIDDEN, width))
+
+
+# ---------------------------------------------------------------------------------------------------------------- compare
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each user's metrics averaged over the seeds, then resampled over the users."""
+    files = [safe_open(file, framework="pt") for file in arguments.ranks]
+    shared = set.intersection(*(set(file.keys()) for file in files))
+    result: dict[str, Any] = {"seeds": len(files)}
+    for setting in ("all", "cold"):
+        models = [name for name in ("popularity", "repeat_markov_popularity", *MODELS) if f"{setting}/{name}/full" in shared]
+        slices_SC = files[0].get_tensor(f"{setting}/slices").bool()
+        columns, values = [], []
+        for name in models:
+            for kind in ("full", "unseen", "sampled"):
+                if f"{setting}/{name}/{kind}" in shared:
+                    by_seed = [by_rank(file.get_tensor(f"{setting}/{name}/{kind}")) for file in files]
+                    for metric in ("hr", "ndcg"):
+                        columns.append((name, kind, metric))
+                        values.append(torch.stack([found[metric] for found in by_seed]).mean(0))
+        found = bootstrap(torch.stack(values, dim=1), slices_SC, seed=COLD_SEED)
+        place = {column: number for number, column in enumerate(columns)}
+        result[setting] = {
+            "users": dict(zip(SLICES, found.n_S.tolist(), strict=True)),
+            "table": {name: row(found.mean_SK, place, name) for name in models},
+            "differences": {
+                f"{one} - {other}": {slice_: interval(found, place, number, one, other) for number, slice_ in enumerate(SLICES)}
+                for one, other in PAIRS
+                if one in models and other in models
+            },
+        }
+    return result
+
+
+def row(mean_SK: Tensor, place: dict[tuple[str, str, str], int], name: str) -> dict[str, float]:
+    """A model's figures: NDCG@10 by slice over all items, and overall among unseen items and among 100 sampled ones."""
+    ndcg = {slice_: round(float(mean_SK[number, place[name, "full", "ndcg"]]), 4) for number, slice_ in enumerate(SLICES)}
+    more = {
+        f"{kind}_{metric}": round(float(mean_SK[0, place[name, kind, metric]]), 4)
+        for kind in ("full", "unseen", "sampled")
+        for metric in ("hr", "ndcg")
+        if (name, kind, metric) in place
+    }
+    return {**ndcg, **more}
+
+
+def interval(found: Any, place: dict[tuple[str, str, str], int], slice_: int, one: str, other: str) -> list[float]:
+    """NDCG@10 of one model less another's: value, lower and upper end of its 95 % interval."""
+    less = estimate(found, slice_, place[one, "full", "ndcg"], minus=place[other, "full", "ndcg"])
+    return [round(value, 4) for value in (less.value, less.low, less.high)]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    first, second, third = (commands.add_parser(name) for name in ("encode", "rank", "compare"))
+    for command in (first, second):
+        command.add_argument("--data", type=Path, required=True)
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    first.add_argument("--base", default="embedded")
+    first.add_argument("--domain", default="The beauty product has the following attributes:")
+    first.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[42, 43, 44])
+    first.add_argument("--steps", type=int, default=300)
+    first.add_argument("--batch", type=int, default=512)
+    first.add_argument("--ratio", type=float, default=0.4)
+    first.add_argument("--temperature", type=float, default=0.05)
+    first.add_argument("--learning-rate", type=float, default=2e-4)
+    first.add_argument("--pooling", default="mean")
+    first.add_argument("--layers", type=int, default=0, help="layers of the base in use, from the bottom; 0 is all")
+    second.add_argument("--encoded", type=Path, required=True)
+    second.add_argument("--seed", type=int, default=42)
+    second.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
+    second.add_argument("--epochs", type=int, default=150)
+    second.add_argument("--patience", type=int, default=15)
+    second.add_argument("--dropout", type=float, default=0.5)
+    second.add_argument("--limit", type=float, default=1e9, help="seconds after which no further model is begun")
+    third.add_argument("ranks", type=Path, nargs="+")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints one JSON line."""
+    arguments = parse()
+    device = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__}
+    found = {"encode": encode, "rank": rank, "compare": compare}[arguments.command](arguments)
+    print(json.dumps(found if arguments.command == "compare" else device | found))
+
+
+if __name__ == "__main__":
+    main()
