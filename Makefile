@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := train,spark,serve,scheduler,kubernetes,dev
+EXTRAS := train,spark,serve,scheduler,kubernetes,cluster,dev
 
 export LLMEMB_DEMO ?= $(CURDIR)/.demo
 export MLFLOW_DISABLE_TELEMETRY := true

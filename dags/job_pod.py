@@ -1,5 +1,6 @@
 """One job as a pod. What the pod is like, image, resources, tolerations, volumes, secrets, stands in a template of the platform:
-`pod-spark.yaml`, `pod-gpu.yaml` or `pod-cpu.yaml` in the folder LLMEMB_PODS. Here only the job's arguments are added."""
+`pod-spark.yaml`, `pod-gpu.yaml` or `pod-cpu.yaml` in the folder LLMEMB_PODS, or `pod-JOB.yaml` for a job that is to be unlike the
+others of its kind. Here only the job's arguments are added."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ TAIL = 100
 def pod_arguments(job: str, *, gpu: bool) -> dict[str, Any]:
     """What the operator is told of a job's pod."""
     kind = "spark" if job == "extract" else "gpu" if gpu else "cpu"
+    templates = Path(setting("PODS", str(ROOT / "infra" / "kubernetes")))
+    own = templates / f"pod-{job}.yaml"
     return {
         "name": f"llmemb-{job}",
         "labels": {"app.kubernetes.io/name": "llmemb", "app.kubernetes.io/component": job},
-        "pod_template_file": str(Path(setting("PODS", str(ROOT / "infra" / "kubernetes"))) / f"pod-{kind}.yaml"),
+        "pod_template_file": str(own if own.exists() else templates / f"pod-{kind}.yaml"),
         "image": os.environ.get(f"LLMEMB_IMAGE_{kind.upper()}"),
         "namespace": os.environ.get("LLMEMB_NAMESPACE"),
         "env_vars": {"LLMEMB_IMAGE_SPARK": setting("IMAGE_SPARK")} if kind == "spark" else {},  # its executors' image

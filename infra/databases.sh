@@ -1,10 +1,11 @@
 #!/bin/sh
-# PostgreSQL's first start: a database and an account for each of Airflow, MLflow and Feast.
+# PostgreSQL's first start: a database and an account for each of Airflow, MLflow and Feast, closed to the others.
 set -eu
 create() {
   psql --set ON_ERROR_STOP=1 --username "$POSTGRES_USER" --set name="$1" --set password="$2" <<'SQL'
 CREATE ROLE :"name" LOGIN PASSWORD :'password';
 CREATE DATABASE :"name" OWNER :"name";
+REVOKE ALL ON DATABASE :"name" FROM PUBLIC;
 SQL
 }
 create airflow "$AIRFLOW_PASSWORD"

@@ -276,7 +276,9 @@ OPTIONS = frozenset(inspect.signature(varlen.varlen_attn).parameters if varlen e
 def variable_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, scale: float) -> Tensor:
     """FlashAttention over sequences of any length, keys longer than queries by the shared prefix (causal from the end)."""
     if packing.key_K is not None:
-        key_TGD, value_TGD = key_TGD[packing.key_K], value_TGD[packing.key_K]
+        # the kernel leaves the gradient of filler keys, which no sequence reads, unset: it must not reach a token
+        read_K11 = torch.arange(len(packing.key_K), device=key_TGD.device)[:, None, None] < packing.k_S1[-1]
+        key_TGD, value_TGD = (torch.where(read_K11, states[packing.key_K], 0) for states in (key_TGD, value_TGD))
     options: dict[str, Any] = {"scale": scale} if "scale" in OPTIONS else {}
     if "scale" not in OPTIONS:
         query_THD = query_THD * (scale * query_THD.shape[-1] ** 0.5)

@@ -64,8 +64,8 @@ class Model:
 MODELS = {
     "id_only": Model("id"),
     "scft": Model("mlp", "scft"),
-    "zero_shot": Model("mlp", "zero"),
-    "shuffled": Model("mlp", "shuffled"),
+    "zero_shot": Model("mlp", "zero", settings=("cold",)),
+    "shuffled": Model("mlp", "shuffled", settings=("cold",)),
     "null_space": Model("null_space", "scft"),
     "llm_esr": Model("llm_esr", "zero", settings=("all",)),
     "gru4rec_id": Model("id", backbone="gru4rec", settings=("all",)),

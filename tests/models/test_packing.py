@@ -106,6 +106,38 @@ def test_the_plan_for_variable_length_attention_gives_the_same_embeddings(
     np.testing.assert_allclose(embed(made, source), padded, atol=1e-4)
 
 
+class Unset(torch.autograd.Function):
+    """FlashAttention's backward leaves the gradient of keys that no sequence reads as the memory was: here NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, key_KGD: Tensor, read: int) -> Tensor:
+        ctx.read = read
+        return key_KGD.view_as(key_KGD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KGD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        unset = torch.arange(len(grad_KGD))[:, None, None] >= ctx.read
+        return grad_KGD.masked_fill(unset, torch.nan), None
+
+
+def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, q_S1: Tensor, k_S1: Tensor, *rest: Any, **options: Any) -> Tensor:
+        assert int(k_S1[-1]) < len(key), "the step has no filler keys"
+        key, value = (Unset.apply(states, int(k_S1[-1])) for states in (key, value))
+        return reference(query, key, value, q_S1, k_S1, *rest, **options)
+
+    source = some_prompts(made)
+    weights = list(made.model.parameters())
+    plain = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
+    monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=kernel))
+    monkeypatch.setattr(packing, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    made.fill = True
+    filled = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
+    for found, wanted in zip(filled, plain, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
 def test_filled_steps_have_few_shapes() -> None:
     shapes = set()
     for count in range(20, 200):
