@@ -20,8 +20,8 @@ DEMO = Path(os.environ.get("LLMEMB_DEMO") or ROOT / ".demo").absolute()
 RECIPE = os.environ.get("LLMEMB_RECIPE", str(ROOT / "jobs" / "recipes" / "smoke.toml"))
 DS = "1998-04-22"
 DAGS = ("scft_refresh", "rat_training", "nightly_embeddings")
-USER = "405"
-"""The user of MovieLens with the most ratings."""
+USER = "459"
+"""A user of MovieLens with 118 ratings, the newest of films that many know."""
 ENVIRONMENT = {
     "LLMEMB_DEMO": str(DEMO),
     "LLMEMB_RECIPE": RECIPE,

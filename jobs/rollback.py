@@ -1,4 +1,4 @@
-"""The pointer -> the space that served before: one write, no vector is touched."""
+"""The pointer -> the space that served before: one write, no vector is touched. The champion follows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from feature_repo import offline, spaces
 from feature_repo.reader import Pointer, Reader, offline_folder, settings
 from feature_repo.stores import Store, lease, open_writer
-from jobs import serving
-from jobs.contracts import Refused, Run
+from jobs import registry, serving
+from jobs.contracts import InputError, Refused, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class Config:
     run may be repeated: serving already, it stays."""
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
+    demote: bool = True
+    """Swaps the aliases champion and previous too, where they name what served and what serves again: else the next night would
+    publish the same champion once more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class Result:
     sequence: int
     flip_ms: float
     """Time of the write and of reading it back."""
+    champion: str
+    """The recommender that nights follow from now on; empty without a registry, or where it could not be asked."""
     inputs: dict[str, str]
     outputs: dict[str, str]
     rows: dict[str, int]
@@ -60,6 +65,7 @@ def run(config: Config) -> Result:
         flip_ms = round((time.monotonic() - started) * 1000, 2)
     if Path(offline_folder(lake)).is_dir():
         offline.write_pointer(Path(offline_folder(lake)), after)
+    champion = follow(config, before, after)
     print(f"space {after.space_id} of {after.ds} serves again, {before.space_id} no longer ({flip_ms} ms)", file=sys.stderr)
     return Result(
         space_id=after.space_id,
@@ -68,6 +74,7 @@ def run(config: Config) -> Result:
         from_space_id=before.space_id,
         sequence=after.sequence,
         flip_ms=flip_ms,
+        champion=champion,
         inputs={"pointer": serving.pointer_text(before)},
         outputs={"pointer": serving.pointer_text(after)},
         rows={"serving_pointer": 1},
@@ -80,3 +87,30 @@ def back(config: Config, store: Store, reader: Reader, before: Pointer) -> Point
     if last and config.space not in ("", last.space_id):
         raise Refused(f"rollback.space {config.space} is not the one before, {last.space_id}: publish it instead")
     return spaces.rollback(store, reader, serving.sample_ids(config.run.lake, last, 100) if last else [])
+
+
+def follow(config: Config, before: Pointer, after: Pointer) -> str:
+    """Moves the aliases after the pointer; returns the champion. What serves is right by then, so MLflow's failure only warns."""
+    run = config.run
+    try:
+        champion, previous = registry.champion(run), registry.by_alias(run, "previous")
+        if champion is None:
+            return ""
+        served, serves = (registry_name(run, pointer) for pointer in (before, after))
+        if config.demote and previous and (champion["recommender_id"], previous["recommender_id"]) == (served, serves):
+            registry.set_aliases(run, [("champion", previous["version"]), ("previous", champion["version"])])
+            champion = previous
+    except InputError as error:
+        print(f"the champion stays as it is, and the next night would publish it again: {error}", file=sys.stderr)
+        return ""
+    if champion["recommender_id"] != serves:
+        told = champion["recommender_id"]
+        print(
+            f"the champion is {told}, not what serves: the next night publishes it. Pause that DAG, or promote", file=sys.stderr
+        )
+    return champion["recommender_id"]
+
+
+def registry_name(run: Run, pointer: Pointer) -> str:
+    """The recommender that made a space."""
+    return pointer.recommender_id or serving.recommender_of(run.lake, pointer.space_id)["recommender_id"]

@@ -132,14 +132,15 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str
     """
     home, partition = index_home(lake, space), partition_of(space.space_id, space.ds)
     source = contracts.read_commit(lake, "item_embeddings", partition).digest
-    made_of = {"item_embeddings": source, "items": space.items, "graph": dataclasses.asdict(graph) if graph else None}
+    # counted, not taken from the pointer: that knows nothing of items forgotten since
+    items = sum(len(ids) for ids, _ in chunks(lake, partition, rows))
+    made_of = {"item_embeddings": source, "items": items, "graph": dataclasses.asdict(graph) if graph else None}
     now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
     if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
         staged = home / f".staged-{uuid.uuid4().hex[:8]}"
         staged.mkdir(parents=True)
-        index.build(
-            staged, ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows)), space.items, space.width, graph
-        )
+        vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows))
+        index.build(staged, vectors, items, space.width, graph)
         digest = contracts.digest_folder(staged)
         target = home / digest[:16]
         if target.exists():

@@ -51,7 +51,8 @@ def test_nothing_of_the_item_is_left(lake: Path) -> None:
     assert {name: count for name, count in result.lake_removed.items() if name != "feast_offline"} == expected
     assert result.lake_removed["feast_offline"] == 3
     assert (result.left_online, result.left_in_lake, result.manifests_removed, result.indexes) == (0, [], 1, 2)
-    assert "m4" not in serving.open_index(lake, Reader.open(lake).pointer().space).item_ids
+    index = serving.open_index(lake, Reader.open(lake).pointer().space)
+    assert "m4" not in index.item_ids and len(index.item_ids) == len(index.vector_ND)
     assert not contracts.manifest_path(lake, DS, "lookup").exists()
 
 

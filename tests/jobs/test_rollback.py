@@ -10,8 +10,9 @@ import pytest
 from feature_repo.reader import Reader, settings
 from feature_repo.spaces import remove_rows
 from feature_repo.stores import key_text, lease, open_writer
-from jobs import lookup, publish, rollback
+from jobs import contracts, lookup, publish, registry, rollback
 from jobs.contracts import InputError, Refused, Run
+from tests.jobs.small_registry import fresh, kept
 
 A, B = "a" * 16, "b" * 16
 RUN_DS = "2026-01-01"
@@ -83,3 +84,49 @@ def test_a_space_that_is_gone_is_not_pointed_to(catalogue: Callable[..., Path]) 
 def test_before_the_first_publish_the_remedy_is_named(catalogue: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="jobs publish"):
         back(catalogue())
+
+
+@pytest.fixture
+def two_models(catalogue: Callable[..., Path], tmp_path: Path) -> tuple[Run, str, str]:
+    """Two recommenders published one after the other, the second the champion and the first the previous one."""
+    run, ids = fresh(tmp_path), []
+    for seed in (0, 1):
+        artifact = kept(run, seed)
+        version = registry.log_run(
+            run, "rat", {}, {}, artifact, registry.RECOMMENDER, Path(rollback.__file__).with_name("pyfunc.py")
+        )
+        space_id = contracts.space_id("e" * 16, artifact.name)
+        catalogue(space=space_id)
+        publish.run(publish.Config(run=run, space=space_id))
+        registry.set_aliases(run, [("previous" if seed == 0 else "champion", version)])
+        ids.append(artifact.name)
+    return run, ids[0], ids[1]
+
+
+def test_the_champion_follows_so_that_the_next_night_does_too(two_models: tuple[Run, str, str]) -> None:
+    run, first, second = two_models
+    result = rollback.run(rollback.Config(run=run))
+    assert (result.recommender_id, result.champion) == (first, first)
+    assert registry.resolve(run, "champion")["recommender_id"] == first
+    assert registry.resolve(run, "previous")["recommender_id"] == second
+    assert rollback.run(rollback.Config(run=run)).champion == second
+
+
+def test_a_champion_that_stays_is_told(two_models: tuple[Run, str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    run, _, second = two_models
+    assert rollback.run(rollback.Config(run=run, demote=False)).champion == second
+    assert "the next night publishes it" in capsys.readouterr().err
+
+
+def test_a_registry_that_is_down_does_not_hold_a_rollback_up(
+    two_models: tuple[Run, str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, first, _ = two_models
+
+    def down(*_: object) -> None:
+        raise InputError("MLflow failed")
+
+    monkeypatch.setattr(registry, "champion", down)
+    result = rollback.run(rollback.Config(run=run))
+    assert (result.recommender_id, result.champion) == (first, "")
+    assert "MLflow failed" in capsys.readouterr().err
