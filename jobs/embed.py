@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -41,7 +41,8 @@ class Config:
 
     run: Run
     encoder: str = "champion"
-    """`champion` (the one that serves), `latest` (of the newest `scft` run), or an encoder's id."""
+    """`champion` (the one that serves), `latest` (of the newest `scft` run), `opponent` (of the recommender that `evaluate` will
+    measure the newest one against; does nothing where there is none yet), or an encoder's id."""
     shards: int = 1
     """Tasks that share the catalogue, by content hash."""
     shard: int = 0
@@ -68,12 +69,19 @@ class Config:
         if self.part_items < 1 or self.token_budget < 0:
             raise InputError("embed.part_items must be at least 1 and embed.token_budget at least 0")
 
+    @property
+    def manifest(self) -> str:
+        """A shard's manifest stands beside the others, and the opponent's beside the challenger's: both are of one date."""
+        name = "embed-opponent" if self.encoder == "opponent" else "embed"
+        return name if self.shards == 1 else f"{name}-{self.shard:05d}-of-{self.shards:05d}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What was embedded, and at what cost."""
 
     encoder_id: str
+    """Empty, like all else, where there is no opponent."""
     partition: str
     embedded: int
     """Texts embedded in this run."""
@@ -132,11 +140,15 @@ class Tally:
 def run(config: Config) -> Result:
     """Embeds the texts of the shard that the encoder has not embedded yet and commits them at once.
 
+    Two runs of a shard at once, as two DAGs may start them, go one after the other: the second finds all done.
     Raises InputError for an encoder that is not there or went away, embeddings that are not finite or all zero (with the
     items), or a full disk: finished parts are kept aside and the next run goes on from them. Refused when 8 bits fail the gate.
     """
     lake, snapshot = config.run.lake, contracts.latest(config.run.lake, ITEMS.name, config.run.ds)
     encoder_id = chosen(config)
+    if not encoder_id:
+        say("no recommender has served yet: none to measure against, so nothing to embed")
+        return summed(Tally(price=config.gpu_hour_price, total=0))
     folder, device = registry.fetch(config.run, "encoder", encoder_id), pick_device(config.run)
     table = llm_embeddings(read_spec(folder).width, config.dtype)
     partition = f"encoder={encoder_id}/ds={config.run.ds}/shard={config.shard:05d}-of-{config.shards:05d}"
@@ -144,14 +156,29 @@ def run(config: Config) -> Result:
     tally = Tally(price=config.gpu_hour_price, total=items.rows // config.shards)
     ready = cache(lambda: prepare(config, load_encoder(folder, device=device), snapshot, tally))
     try:
-        portions = missing(config, snapshot, encoder_id, tally)
-        parts = [finished(part, config, ready, table, partition, tally) for part in portions]
-        contracts.artifact(lake, "encoder", encoder_id)
-        commit = publish(lake, table, partition, parts)
+        with contracts.alone(lake, f"embed {encoder_id} {config.shard:05d}-of-{config.shards:05d}"):
+            portions = missing(config, snapshot, encoder_id, tally)
+            parts = [finished(part, config, ready, table, partition, tally) for part in portions]
+            contracts.artifact(lake, "encoder", encoder_id)
+            commit = publish(lake, table, partition, parts)
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
             raise InputError(f"the disk of {lake} is full: make room and run again; finished parts are kept") from error
         raise
+    inputs = {"items": items.digest, "encoder": encoder_id}
+    return summed(tally, encoder_id=encoder_id, partition=partition, device=str(device), inputs=inputs, commit=commit)
+
+
+def summed(
+    tally: Tally,
+    *,
+    encoder_id: str = "",
+    partition: str = "",
+    device: str = "",
+    inputs: Mapping[str, str] | None = None,
+    commit: contracts.Commit | None = None,
+) -> Result:
+    """A run's Result; without a commit that of a run that had nothing to do."""
     cost = tally.cost()
     return Result(
         encoder_id=encoder_id,
@@ -166,18 +193,22 @@ def run(config: Config) -> Result:
         cost_per_million_items=None if cost is None else round(cost, 4),
         fp8_cosine=tally.gate[0] if tally.gate else None,
         fp8_overlap=tally.gate[1] if tally.gate else None,
-        device=str(device),
-        inputs={"items": items.digest, "encoder": encoder_id},
-        outputs={"llm_embeddings": commit.digest},
-        rows={"llm_embeddings": commit.rows},
+        device=device,
+        inputs=dict(inputs or {}),
+        outputs={"llm_embeddings": commit.digest} if commit else {},
+        rows={"llm_embeddings": commit.rows} if commit else {},
     )
 
 
 def chosen(config: Config) -> str:
-    """The id of the configured encoder. Raises InputError where there is none."""
+    """The id of the configured encoder; "" for an opponent that is not there. Raises InputError where there is none."""
     if config.encoder == "latest":
         found: str = contracts.read_manifest(config.run.lake, config.run.ds, "scft")["result"]["encoder_id"]
         return found
+    if config.encoder == "opponent":
+        challenger_id = str(contracts.read_manifest(config.run.lake, config.run.ds, "rat")["result"]["recommender_id"])
+        against = registry.opponent(config.run, challenger_id)
+        return registry.resolve(config.run, against)["encoder_id"] if against else ""
     if config.encoder != "champion":
         return config.encoder
     champion = registry.champion(config.run)
@@ -190,7 +221,7 @@ def chosen(config: Config) -> str:
 
 
 def missing(config: Config, snapshot: str, encoder_id: str, tally: Tally) -> Iterator[pa.Table]:
-    """Parts of the shard's texts without an embedding, in the snapshot's order; memory holds hashes and one part."""
+    """Parts of the shard's texts without an embedding, in the snapshot's order; memory holds keys and one part."""
     lake = config.run.lake
     known = committed(lake, encoder_id, config)
     forgotten = pa.array(sorted(contracts.tombstones(lake)), pa.string())
@@ -198,12 +229,12 @@ def missing(config: Config, snapshot: str, encoder_id: str, tally: Tally) -> Ite
     for batch in contracts.scan(lake, ITEMS, snapshot, columns=("item_id", "content_hash", "attributes")):
         rows = pa.Table.from_batches([batch])
         rows = rows.filter(pc.invert(pc.is_in(rows["item_id"], forgotten)))
-        rows = first_of_each(rows.filter(in_shard(rows["content_hash"], config)))
-        there = pc.is_in(rows["content_hash"], known)
+        rows = first_of_each(rows.filter(in_shard(keys_of(rows["content_hash"]), config)))
+        keys = keys_of(rows["content_hash"])
+        there = pc.is_in(keys, known)
         tally.known += pc.sum(there).as_py() or 0
-        rows = rows.filter(pc.invert(there))
-        known = pa.concat_arrays([known, rows["content_hash"].combine_chunks()])
-        waiting.append(rows)
+        waiting.append(rows.filter(pc.invert(there)))
+        known = pa.concat_arrays([known, keys.filter(pc.invert(there))])
         while sum(table.num_rows for table in waiting) >= config.part_items:
             whole = pa.concat_tables(waiting)
             yield whole.slice(0, config.part_items)
@@ -213,20 +244,28 @@ def missing(config: Config, snapshot: str, encoder_id: str, tally: Tally) -> Ite
         yield rest
 
 
-def committed(lake: Path, encoder_id: str, config: Config) -> pa.Array:
-    """Content hashes of the shard that the encoder has embedded in any partition."""
-    found = []
+def committed(lake: Path, encoder_id: str, config: Config) -> pa.FixedSizeBinaryArray:
+    """Keys of the shard's texts that the encoder has embedded in any partition."""
+    found = [pa.array([], pa.binary(16))]
     for partition in contracts.partitions(lake, "llm_embeddings", f"encoder={encoder_id}"):
         for name in contracts.read_commit(lake, "llm_embeddings", partition).files:
             with pq.ParquetFile(contracts.folder(lake, "llm_embeddings", partition) / name) as file:
                 for batch in file.iter_batches(columns=["content_hash"]):
-                    found.append(batch["content_hash"].filter(in_shard(batch["content_hash"], config)))
-    return pa.concat_arrays(found) if found else pa.array([], pa.string())
+                    keys = keys_of(batch["content_hash"])
+                    found.append(keys.filter(in_shard(keys, config)))
+    return pa.concat_arrays(found)
 
 
-def in_shard(hashes: pa.Array, config: Config) -> pa.Array:
-    """Which content hashes belong to the shard."""
-    return pa.array([int(text[:8], 16) % config.shards == config.shard for text in hashes.to_pylist()], pa.bool_())
+def keys_of(hashes: pa.Array | pa.ChunkedArray) -> pa.FixedSizeBinaryArray:
+    """The 16 bytes that each content hash writes in hexadecimal: they alone stay in memory for the whole catalogue."""
+    written = bytes.fromhex("".join(hashes.to_pylist()))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(hashes), [None, pa.py_buffer(written)])
+
+
+def in_shard(keys: pa.FixedSizeBinaryArray, config: Config) -> pa.Array:
+    """Which keys belong to the shard, by their first four bytes."""
+    head_N = np.frombuffer(keys.buffers()[1], ">u4", len(keys) * 4, keys.offset * 16)[::4]
+    return pa.array(head_N % config.shards == config.shard)
 
 
 def first_of_each(rows: pa.Table) -> pa.Table:

@@ -8,18 +8,21 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 
 from jobs import contracts, registry
 from jobs.contracts import ITEMS, InputError, Refused, Run
-from jobs.tensors import checkpoint_path, pick_device
+from jobs.tensors import checkpoint_path, pick_device, read_catalogue, read_histories
+from models.data import train_counts
 from models.encoder import (  # fmt: skip
     Encoder,
     Lora,
@@ -34,8 +37,10 @@ from models.encoder import (  # fmt: skip
     update_norm,
 )
 from models.packing import Pooling
-from models.prompts import FieldPolicy, Texts
-from models.scft import Gates, Interrupted, Scft, Tuned, distance, held_out, precision, refusals, shuffled, train, validate
+from models.prompts import FieldPolicy, Ints, Texts
+from models.recommender import load_recommender
+from models.retrieval import Gates, distance, held_out, precision, refusals, validate
+from models.scft import Interrupted, Scft, Tuned, shuffled, train
 from models.training import join, same_everywhere
 
 Attributes = list[tuple[str, str]]
@@ -61,6 +66,10 @@ class Config:
     gates: Gates = field(default_factory=Gates)
     four_bit: bool = False
     """Holds the base in 4 bits while training (needs bitsandbytes)."""
+    teacher: str = "latest"
+    """Whose clusters training.cluster_weight is about: a teacher's id, or `latest`, that of the newest `pretrain`."""
+    clusters: int = 100
+    """Clusters of the teacher's items, at most."""
     max_items: int = 1_000_000
     """Items trained on, at most: a fixed sample by content hash."""
     shuffle_texts: bool = False
@@ -71,8 +80,10 @@ class Config:
     """Trains again at this age, whatever changed; 0 trains at every run."""
 
     def __post_init__(self) -> None:
-        if self.max_items < 4 or self.layers < 0 or not 0 <= self.refresh_share <= 1:
-            raise InputError("scft: max_items must be at least 4, layers at least 0, refresh_share a share in [0, 1]")
+        if self.max_items < 4 or self.layers < 0 or self.clusters < 2 or not 0 <= self.refresh_share <= 1:
+            raise InputError(
+                "scft: max_items must be at least 4, layers at least 0, clusters at least 2, refresh_share a share in [0, 1]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +122,8 @@ class Result:
     inputs: dict[str, str]
     outputs: dict[str, str]
     rows: dict[str, int]
+    device: str = ""
+    """That it was trained on; empty where an older manifest does not tell."""
 
 
 def run(config: Config) -> Result:
@@ -127,14 +140,14 @@ def run(config: Config) -> Result:
     say(f"due: {reason}")
     device = pick_device(config.run)
     rank, _ = join()
-    items = read_texts(config, snapshot)
+    item_ids, items = read_texts(config, snapshot)
     encoder = build(config, device)
     texts = encoder.tokenize(shuffled(items, config.run.seed) if config.shuffle_texts else items)
     inputs = {"items": contracts.read_commit(config.run.lake, ITEMS.name, snapshot).digest, "base": encoder.spec.base_sha256}
     checkpoint = checkpoint_path("scft", config, inputs, config.run.lake)
-    tuned = tune(config, encoder, texts, checkpoint)
+    tuned = tune(config, encoder, texts, teacher_clusters(config, item_ids), checkpoint)
     if rank == 0:
-        facts = keep(config, encoder, texts, tuned)
+        facts = keep(config, encoder, texts, tuned, inputs)
         checkpoint.unlink(missing_ok=True)
     else:
         facts = {"encoder_id": "0" * 16, "figures": {}, "moved": 0.0, "version": None}
@@ -155,6 +168,7 @@ def run(config: Config) -> Result:
         history=tuned.history,
         tokens_per_second=tuned.tokens_per_second,
         empty=texts.empty,
+        device=str(device),
         inputs=inputs,
         outputs={"encoder": facts["encoder_id"]},
         rows={"texts": len(texts)},
@@ -215,21 +229,47 @@ def recipe_digest(config: Config) -> str:
 # ----------------------------------------------------------------------------------------------------------------- train
 
 
-def read_texts(config: Config, snapshot: str) -> list[Attributes]:
-    """Attributes of the snapshot's different texts, in the order of their hashes, without what was forgotten."""
+def read_texts(config: Config, snapshot: str) -> tuple[list[str], list[Attributes]]:
+    """An item and the attributes of each different text of the snapshot, by their hashes, without what was forgotten."""
     lake = config.run.lake
     rows = contracts.read_commit(lake, ITEMS.name, snapshot).rows
     bound = f"{min(int(config.max_items / max(rows, 1) * 2**32), 2**32 - 1):08x}"
     forgotten = contracts.tombstones(lake)
-    found: dict[str, Attributes] = {}
+    found: dict[str, tuple[str, Attributes]] = {}
     for batch in contracts.scan(lake, ITEMS, snapshot, columns=("item_id", "content_hash", "attributes")):
         sampled = batch.filter(pc.less_equal(pc.utf8_slice_codeunits(batch["content_hash"], 0, 8), bound))
         for row in sampled.to_pylist():
             if row["item_id"] not in forgotten:
-                found[row["content_hash"]] = [(entry["name"], entry["value"]) for entry in row["attributes"]]
+                found[row["content_hash"]] = row["item_id"], [(entry["name"], entry["value"]) for entry in row["attributes"]]
     if not found:
         raise InputError(f"items/{snapshot} holds no item: extract a catalogue first")
-    return [found[text] for text in sorted(found)]
+    ordered = [found[text] for text in sorted(found)]
+    return [item_id for item_id, _ in ordered], [attributes for _, attributes in ordered]
+
+
+def teacher_clusters(config: Config, item_ids: Sequence[str]) -> Ints | None:
+    """The teacher's cluster of each item, -1 for those without a train event; None where the second signal is off.
+
+    k-means on the directions of the teacher's vectors, which stand for train rows alone. Raises InputError without a teacher.
+    """
+    if not config.training.cluster_weight:
+        return None
+    from sklearn.cluster import KMeans
+
+    teacher_id = config.teacher
+    if teacher_id == "latest":
+        teacher_id = contracts.read_manifest(config.run.lake, config.run.ds, "pretrain")["result"]["teacher_id"]
+    teacher = load_recommender(contracts.artifact(config.run.lake, "teacher", teacher_id))
+    catalogue = read_catalogue(config.run)
+    counts_V = train_counts(read_histories(config.run, catalogue.item_ids)[0])
+    met = [item for item, count in zip(catalogue.item_ids, counts_V[1:].tolist(), strict=True) if count and item in teacher.row]
+    vector_MD = F.normalize(teacher.table()[[teacher.row[item] for item in met]].float(), dim=1).numpy()
+    count = min(config.clusters, len(met))
+    if count < 2:
+        raise InputError(f"teacher {teacher_id} knows {len(met)} items with train events: too few to cluster; run pretrain again")
+    cluster_M = KMeans(count, n_init=2, random_state=config.run.seed).fit_predict(vector_MD)
+    known = dict(zip(met, cluster_M.tolist(), strict=True))
+    return np.asarray([known.get(item, -1) for item in item_ids], dtype=np.int64)
 
 
 def build(config: Config, device: torch.device) -> Encoder:
@@ -250,7 +290,7 @@ def build(config: Config, device: torch.device) -> Encoder:
     return Encoder(add_lora(model, spec.lora) if spec.lora else model, tokenizer, spec)
 
 
-def tune(config: Config, encoder: Encoder, texts: Texts, checkpoint: Path) -> Tuned:
+def tune(config: Config, encoder: Encoder, texts: Texts, cluster_I: Ints | None, checkpoint: Path) -> Tuned:
     """Trains, or only validates the base where there are no steps; SIGTERM saves and leaves with status 143."""
     if not config.training.steps:
         validation, _ = held_out(texts, config.training, encoder.limit, config.run.seed)
@@ -260,7 +300,7 @@ def tune(config: Config, encoder: Encoder, texts: Texts, checkpoint: Path) -> Tu
     with terminated() as stop:
         try:
             return train(encoder, texts, config.training, seed=config.run.seed, log=progress(config.training.steps),
-                         checkpoint=checkpoint, stop=stop)  # fmt: skip
+                         cluster_I=cluster_I, checkpoint=checkpoint, stop=stop)  # fmt: skip
         except Interrupted as error:
             say(str(error))
             raise SystemExit(143) from error
@@ -280,7 +320,7 @@ def terminated() -> Iterator[Callable[[], bool]]:
 # ------------------------------------------------------------------------------------------------------- judge and keep
 
 
-def keep(config: Config, encoder: Encoder, texts: Texts, tuned: Tuned) -> dict[str, Any]:
+def keep(config: Config, encoder: Encoder, texts: Texts, tuned: Tuned, inputs: dict[str, str]) -> dict[str, Any]:
     """Writes the artifact, judges it as it reads back, keeps and registers it. Raises Refused with the figures."""
     validation, _ = held_out(texts, config.training, encoder.limit, config.run.seed)
     staged = contracts.stage_artifact(config.run.lake, "encoder")
@@ -299,10 +339,11 @@ def keep(config: Config, encoder: Encoder, texts: Texts, tuned: Tuned) -> dict[s
     if wrong:
         raise Refused(f"the encoder is refused: {'; '.join(wrong)}")
     encoder_id = contracts.keep_artifact(config.run.lake, "encoder", staged)
-    return {"encoder_id": encoder_id, "figures": figures, "moved": moved, "version": register(config, encoder_id, figures)}
+    version = register(config, encoder_id, figures, inputs)
+    return {"encoder_id": encoder_id, "figures": figures, "moved": moved, "version": version}
 
 
-def register(config: Config, encoder_id: str, figures: dict[str, float]) -> str | None:
+def register(config: Config, encoder_id: str, figures: dict[str, float], inputs: dict[str, str]) -> str | None:
     """The encoder's version in MLflow's registry, as a pyfunc that embeds raw attribute records; None without MLflow."""
     if not config.run.tracking_uri:
         return None
@@ -314,6 +355,7 @@ def register(config: Config, encoder_id: str, figures: dict[str, float]) -> str 
         contracts.artifact(config.run.lake, "encoder", encoder_id),
         registry.ENCODER,
         Path(__file__).with_name("encoder_pyfunc.py"),
+        inputs=inputs,
     )
 
 

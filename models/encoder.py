@@ -307,10 +307,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
     """The model with trainable LoRA weights on every linear map of its layers; all else is frozen."""
-    stack = layers_of(model)
-    inside = {id(module) for module in stack.modules() if isinstance(module, nn.Linear)}
-    names = [name for name, module in model.named_modules() if id(module) in inside]
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(linear_maps(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of a name that transformers is giving up
         wrapped: nn.Module = get_peft_model(model, config)
@@ -324,7 +321,35 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_lora(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Puts LoRA weights in. Raises ValueError for keys missing or unexpected, other shapes, or values not finite."""
-    expected = get_peft_model_state_dict(model)
+    check_lora(state, {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()})
+    set_peft_model_state_dict(model, dict(state))
+
+
+def merge_lora(model: nn.Module, lora: Lora, state: Mapping[str, Tensor]) -> None:
+    """Adds the updates ΔW = alpha / r B A to a plain base model's maps, as PEFT's merge does without wrapping any of them.
+
+    Raises ValueError as `load_lora` does.
+    """
+    maps = linear_maps(model)
+    expected = {}
+    for name, module in maps.items():
+        expected[f"base_model.model.{name}.lora_A.weight"] = (lora.r, module.in_features)
+        expected[f"base_model.model.{name}.lora_B.weight"] = (module.out_features, lora.r)
+    check_lora(state, expected)
+    with torch.no_grad():
+        for name, module in maps.items():
+            down, up = (state[f"base_model.model.{name}.lora_{part}.weight"].to(module.weight.device).float() for part in "AB")
+            module.weight.copy_(torch.addmm(module.weight.float(), up, down, alpha=lora.alpha / lora.r))
+
+
+def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear map of the model's layers, by name: those that LoRA adapts."""
+    inside = {id(module) for module in layers_of(model).modules()}
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside}
+
+
+def check_lora(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError for LoRA weights of other names or shapes than expected, or not finite."""
     missing, strange = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or strange:
         raise ValueError(
@@ -332,11 +357,10 @@ def load_lora(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"for example {(missing or strange)[0]}: train them on this base"
         )
     for name, value in state.items():
-        if value.shape != expected[name].shape:
-            raise ValueError(f"LoRA weight {name} is {tuple(value.shape)}, the base needs {tuple(expected[name].shape)}")
+        if tuple(value.shape) != expected[name]:
+            raise ValueError(f"LoRA weight {name} is {tuple(value.shape)}, the base needs {expected[name]}")
         if not bool(value.isfinite().all()):
             raise ValueError(f"LoRA weight {name} is not finite: train again with a lower learning rate")
-    set_peft_model_state_dict(model, dict(state))
 
 
 def update_norm(state: Mapping[str, Tensor]) -> float:
@@ -383,12 +407,14 @@ def load_encoder(path: Path, *, device: torch.device, dtype: torch.dtype | None 
     if spec.lora is not None:
         if not (path / WEIGHTS).exists():
             raise ValueError(f"{path} holds no {WEIGHTS}: the encoder is not whole")
-        model = add_lora(model, spec.lora)
         state = load_file(path / WEIGHTS)
-        load_lora(model, state)
+        if merge:
+            merge_lora(model, spec.lora, state)
+        else:
+            model = add_lora(model, spec.lora)
+            load_lora(model, state)
         if update_norm(state) < NO_EFFECT:
             raise ValueError("LoRA weights have no effect: the norm of ΔW is zero; train them, or keep a zero-shot encoder")
-        model = model.merge_and_unload() if merge else model  # type: ignore[operator]
     return Encoder(model, tokenizer, spec).eval()
 
 

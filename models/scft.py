@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +21,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from peft.helpers import disable_input_dtype_casting
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from models.contrastive import alike, backward, info_nce
-from models.encoder import Encoder, embed, layers_of, load_lora, lora_state
-from models.prompts import Ints, Prompts, Texts, prompts, take, views
+from models.encoder import Encoder, load_lora, lora_state
+from models.memory import Memory
+from models.prompts import Ints, Prompts, Texts, take, views
+from models.retrieval import held_out, precision, validate
 from models.training import sum_gradients
 
 Log = Callable[[dict[str, float], int], None]
-HELD_OUT = 0.2
-"""No more than this share of a small catalogue is kept for validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +66,8 @@ class Scft:
     """Items kept out of training, at most, whose views are looked for among the catalogue."""
     candidates: int = 10_000
     """Items of the catalogue that are looked through, at most."""
+    cluster_weight: float = 0.0
+    """Weight of the second signal: telling from an item's text in which of the teacher's clusters it lies (P2Rec, 2406.00333)."""
 
     def __post_init__(self) -> None:
         if self.batch < 2:
@@ -78,20 +76,8 @@ class Scft:
             raise ValueError(f"ratio = {self.ratio} must lie in [0, 1): a view never drops all attributes")
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature} must be positive; usual are 0.05 to 0.1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gates:
-    """When an encoder is refused (METHOD §1)."""
-
-    mean_cosine: float = 0.98
-    """Largest mean cosine between two different items: above it the space has collapsed."""
-    effective_rank: float = 4.0
-    """Smallest effective rank of the items' embeddings (Roy and Vetterli 2007); a quarter of the items in tiny catalogues."""
-    moved: float = 1e-3
-    """Smallest relative distance from the base model's embeddings."""
-    recall_drop: float = 0.0
-    """How much less often than the base model it may find held-out views; more than 0 is for small validation sets."""
+        if self.cluster_weight < 0:
+            raise ValueError(f"cluster_weight = {self.cluster_weight} must be at least 0, which leaves the clusters out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,117 +99,6 @@ class Interrupted(Exception):
     """Training was told to stop and saved its state."""
 
 
-# ------------------------------------------------------------------------------------------------------------ validation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """Held-out items' views, to be found among whole items of the catalogue."""
-
-    view_a: Prompts
-    view_b: Prompts
-    candidates: Prompts
-    target_Q: Ints
-    """The candidate of each view's item."""
-    items: Ints
-    """The held-out items."""
-
-
-def held_out(texts: Texts, config: Scft, limit: int, seed: int) -> tuple[Validation, Ints]:
-    """The validation set, and the items left to train on; of items that read the same only the first counts.
-
-    Raises ValueError where fewer than 4 different texts are left.
-    """
-    unique = np.unique(texts.text_I, return_index=True)[1]
-    if len(unique) < 4:
-        raise ValueError(f"the catalogue has {len(unique)} different texts: SCFT needs at least 4, and thousands to be of use")
-    random = np.random.default_rng([seed, 0])
-    order = random.permutation(unique)
-    count = max(2, min(config.validation_items, int(len(unique) * HELD_OUT)))
-    items, rest = np.sort(order[:count]), np.sort(order[count:])
-    looked = np.concatenate([items, order[count : max(count, config.candidates)]])
-    first, second = (views(texts, items, config.ratio, limit, random)[0] for _ in range(2))
-    whole, _ = prompts(texts, looked, limit)
-    return Validation(view_a=first, view_b=second, candidates=whole, target_Q=np.arange(count), items=items), rest
-
-
-def validate(encoder: Encoder, validation: Validation) -> tuple[dict[str, float], NDArray[np.float32]]:
-    """Figures of an encoder as it is, and its candidates' embeddings."""
-    was = encoder.training
-    encoder.eval()
-    with precision(encoder):
-        a_QE, b_QE, items_CE = (embed(encoder, part) for part in (validation.view_a, validation.view_b, validation.candidates))
-    encoder.train(was)
-    return figures(*map(torch.from_numpy, (a_QE, b_QE, items_CE, validation.target_Q))), items_CE
-
-
-def figures(a_QE: Tensor, b_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> dict[str, float]:
-    """Retrieval of view a's item, and the shape of the space; NaN where an embedding is not finite.
-
-    alignment and uniformity: Wang and Isola 2020, arXiv 2005.10242; effective rank: Roy and Vetterli 2007.
-    """
-    a_QE, b_QE, items_CE = (F.normalize(emb.float(), dim=1) for emb in (a_QE, b_QE, items_CE))
-    rank_Q = torch.cat(
-        [ranks(a_QE[start : start + 512], items_CE, target_Q[start : start + 512]) for start in range(0, len(a_QE), 512)]
-    )
-    shape_NE = items_CE[torch.linspace(0, len(items_CE) - 1, min(2048, len(items_CE))).long()]
-    cosine_NN = shape_NE @ shape_NE.T
-    others = ~torch.eye(len(shape_NE), dtype=torch.bool)
-    return {
-        "recall_1": float((rank_Q <= 1).float().mean()),
-        "recall_10": float((rank_Q <= 10).float().mean()),
-        "mrr": float((1 / rank_Q).mean()),
-        "alignment": float((a_QE - b_QE).square().sum(1).mean()),
-        "uniformity": float((4 * cosine_NN[others] - 4).exp().mean().log()),
-        "mean_cosine": float(cosine_NN[others].mean()),
-        "effective_rank": effective_rank(shape_NE),
-    }
-
-
-def ranks(query_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> Tensor:
-    """Expected rank_Q of each query's target under ties, 1 is best; NaN where a score is not finite."""
-    scores_QC = query_QE @ items_CE.T
-    own_Q1 = scores_QC.gather(1, target_Q[:, None])
-    rank_Q = 1 + (scores_QC > own_Q1).sum(1) + ((scores_QC == own_Q1).sum(1) - 1) / 2
-    return rank_Q.masked_fill(~scores_QC.isfinite().all(1), math.nan)
-
-
-def effective_rank(emb_NE: Tensor) -> float:
-    """exp of the entropy of the singular values' shares, after centring: how many directions the embeddings use."""
-    if not bool(emb_NE.isfinite().all()):
-        return math.nan
-    values = torch.linalg.svdvals(emb_NE - emb_NE.mean(0))
-    share = values / values.sum().clamp(min=1e-12)
-    return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
-
-
-def refusals(
-    tuned: Mapping[str, float], base: Mapping[str, float], moved: float, gates: Gates, *, candidates: int, zero_shot: bool = False
-) -> list[str]:
-    """Why an encoder is refused, each with its figures; empty where it may go on.
-
-    `moved` is the relative distance of its embeddings from the base model's.
-    """
-    if not all(map(math.isfinite, (*tuned.values(), moved))):
-        return ["its embeddings are not finite"]
-    wrong = []
-    smallest = min(gates.effective_rank, candidates / 4)
-    if tuned["mean_cosine"] > gates.mean_cosine:
-        wrong.append(f"the space has collapsed: mean cosine {tuned['mean_cosine']:.4f} is above {gates.mean_cosine}")
-    if tuned["effective_rank"] < smallest:
-        wrong.append(f"the space has collapsed: effective rank {tuned['effective_rank']:.2f} is below {smallest:.2f}")
-    if not zero_shot and moved < gates.moved:
-        wrong.append(f"its embeddings are the base model's: relative distance {moved:.1e} is below {gates.moved}")
-    if tuned["recall_1"] < base["recall_1"] - gates.recall_drop:
-        wrong.append(f"it finds held-out views less often than the base model: {tuned['recall_1']:.4f} < {base['recall_1']:.4f}")
-    return wrong
-
-
-def distance(emb_CE: NDArray[np.float32], base_CE: NDArray[np.float32]) -> float:
-    """Relative distance between two encoders' embeddings of the same texts."""
-    return float(np.linalg.norm(emb_CE - base_CE) / max(float(np.linalg.norm(base_CE)), 1e-12))
-
-
 # -------------------------------------------------------------------------------------------------------------- training
 
 
@@ -234,17 +109,20 @@ def train(
     *,
     seed: int,
     log: Log,
+    cluster_I: Ints | None = None,
     checkpoint: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tuned:
     """Fine-tunes the encoder's LoRA weights and leaves the best ones in it.
+
+    `cluster_I`, wanted where config.cluster_weight is not 0, is the number of each item's cluster, -1 where it has none.
 
     `checkpoint` is a file that is written at each validation and when `stop` says so (then Interrupted is raised), and taken
     up where it exists. Under torch.distributed every process calls this with the same arguments.
     Raises ValueError for a loss that is not finite, a batch that the processes cannot share, or too few texts.
     """
     validation, items = held_out(texts, config, encoder.limit, seed)
-    trainer = Trainer(encoder, texts, items, config, seed)
+    trainer = Trainer(encoder, texts, items, config, seed, cluster_I)
     if checkpoint and checkpoint.exists():
         trainer.load(checkpoint)
     else:
@@ -270,16 +148,12 @@ def speed(trainer: Trainer, started: float, done: int) -> float:
     return (trainer.tokens_done - done) / max(time.monotonic() - started, 1e-9)
 
 
-def precision(encoder: Encoder) -> AbstractContextManager[Any]:
-    """bf16 arithmetic where the base is in bf16: LoRA weights stay in float32 and are cast as they are used."""
-    half = next(encoder.model.parameters()).dtype == torch.bfloat16
-    return torch.autocast(encoder.device.type, torch.bfloat16, enabled=half)
-
-
 class Trainer:
     """LoRA weights, optimizer and the record of a fine-tuning."""
 
-    def __init__(self, encoder: Encoder, texts: Texts, items: Ints, config: Scft, seed: int) -> None:
+    def __init__(
+        self, encoder: Encoder, texts: Texts, items: Ints, config: Scft, seed: int, cluster_I: Ints | None = None
+    ) -> None:
         self.encoder, self.texts, self.items, self.config, self.seed = encoder, texts, items, config, seed
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.batch = min(config.batch, len(items)) // self.world * self.world
@@ -287,9 +161,13 @@ class Trainer:
             raise ValueError(f"batch = {config.batch} can't be shared by {self.world} processes: give a multiple")
         self.weights = [p for p in encoder.model.parameters() if p.requires_grad]
         self.scale = torch.tensor(math.log(1 / config.temperature), device=encoder.device, requires_grad=config.learn_temperature)
-        groups: list[dict[str, Any]] = [{"params": self.weights}, {"params": [self.scale], "weight_decay": 0.0}]
+        self.cluster_I = cluster_I if config.cluster_weight else None
+        if config.cluster_weight and cluster_I is None:
+            raise ValueError("cluster_weight needs the teacher's clusters: none were given")
+        self.head = cluster_head(encoder, self.cluster_I)
+        groups: list[dict[str, Any]] = [{"params": self.weights}, {"params": [self.scale, *self.head], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.memory = Memory(encoder, config)
+        self.memory = Memory(encoder, tokens=config.tokens, compiled=config.compile)
         self.losses: list[float] = []
         self.history: list[dict[str, float]] = []
         self.best, self.best_step, self.tokens_done = lora_state(encoder.model), 0, 0
@@ -326,7 +204,7 @@ class Trainer:
         own = take(rows, np.arange(self.rank * share, (self.rank + 1) * share))
 
         def loss_of(all_RE: Tensor) -> Tensor:
-            return info_nce(all_RE[0::2], all_RE[1::2], self.scale.exp(), alike_BB)
+            return info_nce(all_RE[0::2], all_RE[1::2], self.scale.exp(), alike_BB) + self.cluster_loss(all_RE, items)
 
         self.encoder.train()
         loss = self.memory.fitting(partial(self.gradient, own, loss_of))
@@ -336,6 +214,15 @@ class Trainer:
         self.losses.append(loss)
         self.tokens_done += int(rows.length_B.sum())
         return loss
+
+    def cluster_loss(self, all_RE: Tensor, items: Ints) -> Tensor | float:
+        """The second signal over a batch's views, weighed; every process computes it whole, as it does the first."""
+        if self.cluster_I is None:
+            return 0.0
+        label_R = torch.from_numpy(np.repeat(self.cluster_I[items], 2)).to(all_RE.device)
+        logits_RK = self.scale.exp().detach() * F.linear(F.normalize(all_RE, dim=1), *self.head)
+        loss = F.cross_entropy(logits_RK, label_R, ignore_index=-1, reduction="sum")
+        return self.config.cluster_weight * loss / (label_R >= 0).sum().clamp_min(1)
 
     def gradient(self, own: Prompts, loss_of: Callable[[Tensor], Tensor]) -> float:
         """Gradient of this process's rows, in micro-batches that fit; returns the loss of the whole batch."""
@@ -392,6 +279,7 @@ class Trainer:
             return
         tensors = {f"lora.{name}": value for name, value in lora_state(self.encoder.model).items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()} | {"scale": self.scale.detach()}
+        tensors |= {f"head.{number}": value.detach() for number, value in enumerate(self.head)}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
         known = {"losses": self.losses, "history": self.history, "best_step": self.best_step, "tokens": self.tokens_done}
@@ -412,6 +300,8 @@ class Trainer:
         load_lora(self.encoder.model, state)
         with torch.no_grad():
             self.scale.copy_(tensors["scale"])
+            for number, value in enumerate(self.head):
+                value.copy_(tensors[f"head.{number}"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("adam."):
@@ -420,78 +310,13 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
-class Memory:
-    """How a step fits into the device: which layers are recomputed in the backward pass, and the size of micro-batches.
-
-    Starts from an estimate. Where it was too bold, it recomputes more layers first (a third more time for all of them), then
-    halves the micro-batches (one more forward).
-    """
-
-    def __init__(self, encoder: Encoder, config: Scft) -> None:
-        self.device = encoder.device
-        stack = layers_of(encoder.model)
-        self.layers = len(stack)
-        self.whole, self.kept = stored(encoder)
-        self.fixed = config.tokens
-        self.recomputed = 0
-        self.halvings = 0
-        compiled = config.compile and self.device.type == "cuda"
-        if compiled:
-            encoder.round_shapes()
-        for number, layer in enumerate(stack):
-            # one compiled layer serves all, as they share their code
-            layer.forward = partial(self.run, number, torch.compile(layer.forward) if compiled else layer.forward)
-
-    def run(self, number: int, forward: Callable[..., Any], *states: Any, **options: Any) -> Any:
-        """A layer's forward, to be done again in the backward pass where its memory is needed."""
-        if number < self.recomputed and torch.is_grad_enabled():
-            return recompute(forward, *states, use_reentrant=False, **options)
-        return forward(*states, **options)
-
-    def room(self) -> float:
-        """Bytes for activations."""
-        if self.device.type != "cuda":
-            return math.inf
-        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-        return 0.85 * (free - torch.cuda.memory_allocated(self.device))
-
-    def split(self, rows: Prompts) -> list[Prompts]:
-        """Micro-batches of whole items (two rows each), and the layers to recompute so that they fit."""
-        room, total = self.room(), int(rows.length_B.sum())
-        most = self.fixed or (total if math.isinf(room) else int(room / (self.layers * self.kept + self.whole)))
-        most = max(1, most // 2**self.halvings)
-        pairs = len(rows.length_B) // 2
-        parts = min(pairs, -(-total // most))
-        largest = -(-total // parts)
-        if not math.isinf(room):
-            spare = room - largest * self.layers * self.whole
-            self.recomputed = max(self.recomputed, min(self.layers, math.ceil(-spare / (largest * (self.whole - self.kept)))))
-        ends = np.linspace(0, pairs, parts + 1).astype(int)
-        return [take(rows, np.arange(2 * start, 2 * end)) for start, end in pairwise(ends)]
-
-    def fitting(self, attempt: Callable[[], float]) -> float:
-        """Runs a step's gradient, more thriftily after each time that memory was too small for it."""
-        while True:
-            try:
-                return attempt()
-            except torch.OutOfMemoryError:
-                if dist.is_initialized() or self.halvings > 6:
-                    raise
-                torch.cuda.empty_cache()
-                if self.recomputed < self.layers:
-                    self.recomputed = min(self.layers, self.recomputed + -(-self.layers // 4))
-                else:
-                    self.halvings += 1
-
-
-def stored(encoder: Encoder) -> tuple[float, float]:
-    """Bytes a token that one layer keeps for the backward pass, and those where it is recomputed.
-
-    Counted in 16-bit states: inputs and outputs of norms, maps, LoRA dropout and attention, and the gated inner states.
-    """
-    config = encoder.config
-    width, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    return 2.0 * (18 * width + 7 * inner), 2.0 * width
+def cluster_head(encoder: Encoder, cluster_I: Ints | None) -> list[Tensor]:
+    """Weight and bias of a linear map from embeddings to clusters: only training needs it, no artifact holds it."""
+    if cluster_I is None:
+        return []
+    shape = (int(cluster_I.max(initial=0)) + 1, encoder.spec.width)
+    weight = torch.zeros(shape, device=encoder.device, requires_grad=True)
+    return [weight, torch.zeros(shape[0], device=encoder.device, requires_grad=True)]
 
 
 def shuffled(items: Sequence[Sequence[tuple[str, str]]], seed: int) -> list[list[tuple[str, str]]]:

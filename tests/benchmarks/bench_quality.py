@@ -39,8 +39,9 @@ from models.llm_esr import Distiller, DualItems, like_users
 from models.metrics import bootstrap, by_rank, estimate
 from models.prompts import Attributes, FieldPolicy
 from models.recommender import Backbone, IdItems, Recommender, build_sequence
-from models.scft import Scft, shuffled, validate
-from models.scft import held_out as held_out_views
+from models.retrieval import held_out as held_out_views
+from models.retrieval import validate
+from models.scft import Scft, shuffled
 from models.scft import train as fine_tune
 from models.training import Aligner, Training, train
 from tests.benchmarks.bench_rat import load

@@ -14,11 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import contracts, scft
+from jobs import contracts, pretrain, scft
 from jobs.contracts import ITEMS, InputError, Refused, Run
 from models.encoder import Lora, load_encoder
 from models.prompts import FieldPolicy
-from models.scft import Gates, Scft
+from models.retrieval import Gates
+from models.scft import Scft
+from models.training import Training
+from tests.jobs import small_lake
 from tests.jobs.small_lake import remember
 from tests.models import tiny
 
@@ -180,8 +183,8 @@ def test_a_field_that_leaks_popularity_stops_the_job_unless_admitted(config: scf
 
 def test_forgotten_items_are_not_trained_on_and_large_catalogues_are_sampled(config: scft.Config) -> None:
     contracts.bury(config.run.lake, "i0003", DS)
-    assert len(scft.read_texts(config, f"ds={DS}")) == 49
-    assert 4 <= len(scft.read_texts(changed(config, max_items=20), f"ds={DS}")) <= 35
+    assert len(scft.read_texts(config, f"ds={DS}")[1]) == 49
+    assert 4 <= len(scft.read_texts(changed(config, max_items=20), f"ds={DS}")[1]) <= 35
 
 
 @pytest.mark.parametrize("wrong", [{"max_items": 1}, {"layers": -1}, {"refresh_share": 2.0}])
@@ -223,3 +226,20 @@ def test_a_registered_encoder_embeds_raw_records(config: scft.Config, tmp_path: 
     encoder = load_encoder(contracts.artifact(config.run.lake, "encoder", result.encoder_id), device=tiny.CPU)
     wanted = embed_items(encoder, [[("title", "film 7"), ("kind", "a, b")], [("title", "film 8"), ("year", "1990")]])
     np.testing.assert_allclose(model.predict(records), wanted, atol=1e-5)
+
+
+def test_the_teachers_clusters_join_what_users_join_and_leave_items_without_a_past_out(tmp_path: Path) -> None:
+    run = small_lake.make(tmp_path)
+    training = Training(epochs=1, patience=1, graph=False)
+    remember(run, "pretrain", pretrain.run(pretrain.Config(run=run, training=training)))
+    config = scft.Config(run=run, clusters=4, training=Scft(steps=2, batch=4, cluster_weight=0.5))
+    found = scft.teacher_clusters(config, ["i03", "i19", "nobody", "i04"])
+    assert found is not None
+    assert found[1:3].tolist() == [-1, -1] and set(found[[0, 3]]) <= set(range(4))
+    assert scft.teacher_clusters(dataclasses.replace(config, training=Scft()), ["i03"]) is None
+
+
+def test_clusters_without_a_teacher_name_the_remedy(config: scft.Config) -> None:
+    weighed = dataclasses.replace(config.training, cluster_weight=0.5)
+    with pytest.raises(InputError, match="pretrain"):
+        scft.run(changed(config, training=weighed))

@@ -18,20 +18,8 @@ from safetensors.torch import load_file
 
 from models.encoder import Lora, lora_state
 from models.prompts import Attributes, Texts, tokenize
-from models.scft import (
-    Gates,
-    Interrupted,
-    Scft,
-    Trainer,
-    Tuned,
-    effective_rank,
-    figures,
-    held_out,
-    ranks,
-    refusals,
-    shuffled,
-    train,
-)
+from models.retrieval import Gates, effective_rank, figures, held_out, ranks, refusals
+from models.scft import Interrupted, Scft, Trainer, Tuned, shuffled, train
 from tests.models import tiny
 
 SMALL = Scft(steps=6, batch=8, learning_rate=5e-3, validate_every=3, validation_items=8, candidates=20, compile=False)
@@ -102,6 +90,24 @@ def test_a_learned_temperature_is_saved_with_the_state(base: Path, tmp_path: Pat
     with pytest.raises(Interrupted):
         tuned(base, config, checkpoint=file, stop=lambda: next(steps) >= 3)
     assert tuned(base, config, checkpoint=file)[0].temperature == whole.temperature
+
+
+def test_the_second_signal_tells_clusters_from_texts_and_resumes(base: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, cluster_weight=1.0, steps=40)
+    decades = [[("decade", "1950" if number % 2 else "2000")] for number in range(40)]
+    items = [[*own, *item[:1]] for own, item in zip(decades, tiny.items(40), strict=True)]
+    cluster_I = np.where(np.arange(40) % 5, np.arange(40) % 2, -1)
+    told, _ = tuned(base, config, items=items, cluster_I=cluster_I)
+    plain, _ = tuned(base, dataclasses.replace(config, cluster_weight=0.0), items=items, cluster_I=cluster_I)
+    before, after = (np.subtract(told.losses[part], plain.losses[part]).mean() for part in (slice(1), slice(-5, None)))
+    assert before == pytest.approx(math.log(2), rel=1e-5)
+    assert after < 0.8 * before
+    file, steps = tmp_path / "state.safetensors", iter(range(99))
+    with pytest.raises(Interrupted):
+        tuned(base, config, items=items, cluster_I=cluster_I, checkpoint=file, stop=lambda: next(steps) >= 3)
+    assert tuned(base, config, items=items, cluster_I=cluster_I, checkpoint=file)[0].losses == told.losses
+    with pytest.raises(ValueError, match="none were given"):
+        tuned(base, config)
 
 
 def test_micro_batches_with_dropout_give_the_losses_of_the_whole_batch_without(base: Path) -> None:
