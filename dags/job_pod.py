@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import AirflowException
 from job_task import ROOT, judge, setting
 
 TAIL = 100
-"""Raw log lines that are asked for to get the last one: a node breaks a line at 16 KiB."""
+"""Raw log lines that are asked for: a node breaks a line at 16 KiB, and libraries that end may say more than the job does."""
 
 
 def pod_arguments(job: str, *, gpu: bool) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class JobPod(KubernetesPodOperator):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.last = ""
+        self.lines: list[str] = []
 
     def execute(self, context: Any) -> Any:
         """The job's Result. Raises what `judge` makes of its exit status."""
@@ -57,33 +57,35 @@ class JobPod(KubernetesPodOperator):  # type: ignore[misc]
         return self.result(context)
 
     def result(self, context: Any) -> Any:
-        """The last line that the job printed, as the XCom. No sidecar: that would take the right to run commands in pods."""
-        value = json.loads(self.last)
+        """The Result that the job printed, as the XCom. No sidecar: that would take the right to run commands in pods."""
+        value = next(json.loads(line) for line in reversed(self.lines) if line.startswith("{"))
         context["ti"].xcom_push(key="return_value", value=value)
         return value
 
     def cleanup(self, pod: Any, remote_pod: Any, xcom_result: Any = None, context: Any = None) -> None:
-        """Reads the last line before the pod goes, and makes its exit status final or worth a retry."""
+        """Reads the last lines before the pod goes, and makes its exit status final or worth a retry."""
         if remote_pod and not self._killed:
-            self.last = self.last_line(remote_pod)
+            self.lines = self.last_lines(remote_pod)
         try:
             super().cleanup(pod, remote_pod, xcom_result, context)
         except AirflowException:
             code = exit_code(remote_pod, self.base_container_name)
             if code is not None:
-                judge(self.arguments[0], code, self.last, context)
+                job = self.arguments[0]
+                own = [line for line in self.lines if line.startswith(f"{job}: ")]
+                judge(job, code, (own or self.lines or [""])[-1], context)
             raise
 
-    def last_line(self, pod: Any) -> str:
-        """The newest line of the job's log, empty where the log is gone."""
+    def last_lines(self, pod: Any) -> list[str]:
+        """The newest lines of the job's log, none where the log is gone."""
         from kubernetes.client.exceptions import ApiException
 
         where = {"name": pod.metadata.name, "namespace": pod.metadata.namespace, "container": self.base_container_name}
         try:
             lines = self.client.read_namespaced_pod_log(**where, tail_lines=TAIL).splitlines()
         except ApiException:
-            return ""
-        return next((line for line in reversed(lines) if line.strip()), "")
+            return []
+        return [line for line in lines if line.strip()]
 
 
 def exit_code(pod: Any, container: str) -> int | None:

@@ -55,7 +55,7 @@ def asset(name: str) -> Asset:
 def schedule(variable: str, cron: str, *assets: Asset) -> Any:
     """At the times of the setting LLMEMB_VARIABLE (UTC), `cron` unless it says otherwise, and when an asset is made.
 
-    A run's logical date is the start of its interval: the day that a night works on. An empty setting leaves the times out.
+    A run covers the interval that ends when it starts, and works on the last day of it. An empty setting leaves the times out.
     """
     cron = setting(variable, cron)
     if not cron:
@@ -118,7 +118,8 @@ def job_task(
 ) -> Any:
     """The task of a job: a process here, or a pod where LLMEMB_EXECUTOR is `kubernetes`.
 
-    `shards` of at least 1 maps the task, one shard a task instance. `settings` are the command's `--set job.key=value`.
+    `shards` of at least 1 maps the task, one shard a task instance. `settings` are the command's `--set job.key=value`;
+    what people or jobs fill in goes through `tojson`, or an item 405 would be a number, and a space 12e45678 a large one.
     `makes` tells other DAGs of a success, and with `when` only of one whose Result passes it.
     """
     command = [name, "--recipe", setting("RECIPE", str(ROOT / "jobs" / "recipes" / "prod.toml")), "--ds", DATE]
@@ -145,10 +146,14 @@ def job_task(
 
 
 def snapshot_date(params: Mapping[str, Any], dag_run: Any, asset_events: Any = None) -> str:
-    """The date a run works on: its parameter `ds`, its logical date, the newest date of the assets that triggered it, or else
-    the last day that was over when it was to start. The same for every task and every retry of the run."""
+    """The date a run works on: its parameter `ds`, the last day of the interval that it covers on schedule or in a backfill, its
+    logical date, the newest date of the assets that triggered it, or else the last day that was over when it was to start. The
+    same for every task and every retry of the run."""
     if params.get("ds"):
         return str(params["ds"])
+    if dag_run.run_type in ("scheduled", "backfill") and dag_run.data_interval_end:
+        # not the first: a weekly run would work on logs a week old, older than what a night has promoted since
+        return f"{dag_run.data_interval_end - dt.timedelta(days=1):%Y-%m-%d}"
     if dag_run.logical_date:
         return f"{dag_run.logical_date:%Y-%m-%d}"
     told = [event.extra["ds"] for events in (asset_events or {}).values() for event in events if event.extra.get("ds")]

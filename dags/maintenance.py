@@ -18,7 +18,7 @@ with job_dag(
     doc="Serves another space again: the one before, or the one given. One write, no copy.",
     params={"space": Param("", type="string", description="The space to go back to; empty takes the one before")},
 ):
-    job_task("rollback", settings={"space": "{{ params.space }}"}) >> job_task("lookup")
+    job_task("rollback", settings={"space": "{{ params.space | tojson }}"}) >> job_task("lookup")
 
 with job_dag(
     "forget",
@@ -26,4 +26,4 @@ with job_dag(
     doc="Removes an item everywhere, and keeps it away: lake, every space, indexes, history.",
     params={"item": Param(type="string", minLength=1, description="The item's id")},
 ):
-    job_task("forget", settings={"item": "{{ params.item }}"}) >> job_task("lookup")
+    job_task("forget", settings={"item": "{{ params.item | tojson }}"}) >> job_task("lookup")

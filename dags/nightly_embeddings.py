@@ -26,7 +26,7 @@ with job_dag(
         >> job_task("embed", settings={"encoder": "champion"}, shards=int(setting("SHARDS", "1")))
         >> job_task("project")
         # the space that this run projected: another may have become champion meanwhile
-        >> job_task("publish", settings={"space": "{{ ti.xcom_pull('project')['space_id'] }}"}, makes=asset("space"))
+        >> job_task("publish", settings={"space": "{{ ti.xcom_pull('project')['space_id'] | tojson }}"}, makes=asset("space"))
         >> lookup
     )
     lookup >> job_task(

@@ -6,22 +6,32 @@ import datetime as dt
 from collections.abc import Mapping
 from typing import Any
 
-from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import task
 from job_task import asset, job_dag, job_task, schedule, setting
 
 DOC = """
 `embed` runs the catalogue through the newest encoder, `pretrain` trains the collaborative teacher, `rat` the recommender,
-`evaluate` compares it with the champion on held-out data, `promote` lets it out, refuses it, or, if the data can't tell, leaves
-it to a person.
+`embed_opponent` brings in what the champion's encoder has not seen yet, `evaluate` compares the two on the same held-out data,
+`promote` lets the new one out, refuses it, or, if the data can't tell, leaves it to a person, whose answer it records.
 """
+SHARDS = int(setting("SHARDS", "1"))
 GATES = """
+{%- set told = ti.xcom_pull("promote") -%}
+Challenger {{ told["recommender_id"] }} (encoder {{ told["encoder_id"] }}) against
+{{ told["champion_id"] or "no champion" }}, on the same held-out events. Differences in NDCG with paired 95 % intervals:
+
 | gate | verdict | figures |
 |---|---|---|
-{% for reason in ti.xcom_pull("promote")["reasons"] -%}
+{% for reason in told["reasons"] -%}
 | {{ reason["gate"] }} | {{ reason["verdict"] }} | {{ reason["text"] }} |
 {% endfor %}
 """
+ANSWERED = """
+{%- set answer = ti.xcom_pull("ask") -%}
+{%- set who = (answer["responded_by_user"] or {"name": "nobody in time"})["name"] -%}
+{{ (who if answer["chosen_options"] == ["OPTION"] else "") | tojson }}"""
+"""Who chose OPTION, empty where nobody did."""
 
 
 @task.short_circuit
@@ -42,16 +52,18 @@ with job_dag(
 ):
     promote = job_task("promote", makes=asset("champion"), when=promoted)
     (
-        job_task("embed", settings={"encoder": "latest"}, shards=int(setting("SHARDS", "1")))
+        job_task("embed", settings={"encoder": "latest"}, shards=SHARDS)
         >> job_task("pretrain")
         >> job_task("rat")
+        >> job_task("embed", task_id="embed_opponent", settings={"encoder": "opponent"}, shards=SHARDS)
         >> job_task("evaluate")
         >> promote
     )
-    ask = ApprovalOperator(
+    ask = HITLOperator(
         task_id="ask",
         subject="Let recommender {{ ti.xcom_pull('promote')['recommender_id'] }} serve? Its gates can't tell.",
         body=GATES,
+        options=["Approve", "Reject"],
         defaults="Reject",
         response_timeout=dt.timedelta(days=3),
     )
@@ -59,7 +71,7 @@ with job_dag(
     ask >> job_task(
         "promote",
         task_id="promote_by_hand",
-        settings={"approved_by": "{{ ti.xcom_pull('ask')['responded_by_user']['name'] }}"},
+        settings={"approved_by": ANSWERED.replace("OPTION", "Approve"), "rejected_by": ANSWERED.replace("OPTION", "Reject")},
         makes=asset("champion"),
         when=promoted,
     )

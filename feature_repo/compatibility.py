@@ -17,7 +17,7 @@ QUERIES = 1_000
 """Items of each group whose neighbours are compared."""
 BLOCK = 256
 ALIGNABLE = 0.1
-"""A residual below this share: the new space is the old one, turned."""
+"""A distance or residual up to this share: the new space is the old one, or it turned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,11 @@ class Compatibility:
     """A refresh against what serves."""
 
     kind: str
-    """`first`, `same space`, `alignable` (a rotation explains it) or `breaking`."""
+    """`first`, `same space`, `aligned` (nearly equal as they are), `alignable` (a rotation explains it) or `breaking`."""
+    distance: float
+    """|new - old| / |old|, as they are."""
     residual: float
-    """Share of the old vectors that the best rotation of the new ones leaves over; 0 in the same space, unmoved."""
+    """What the best rotation of the new ones leaves of it; 0 in the same space, unmoved. Both are 1 for another width."""
     churn: dict[str, float]
     """Share of the ten nearest neighbours that changed, by group of items, though no text did."""
     items: int
@@ -37,19 +39,30 @@ class Compatibility:
 def compare(old_ND: Matrix, new_ND: Matrix, groups: Sequence[str], *, same: bool) -> Compatibility:
     """Compares vectors of the same items, unchanged in text, in two snapshots; row n is one item in both."""
     if not len(old_ND):
-        return Compatibility(kind="same space" if same else "breaking", residual=1.0, churn={}, items=0)
-    residual = 1.0 if old_ND.shape[1] != new_ND.shape[1] else procrustes(old_ND, new_ND)[1]
-    kind = "same space" if same else "alignable" if residual <= ALIGNABLE else "breaking"
-    return Compatibility(kind=kind, residual=round(residual, 4), churn=churn(old_ND, new_ND, groups), items=len(old_ND))
+        return Compatibility(kind="same space" if same else "breaking", distance=1.0, residual=1.0, churn={}, items=0)
+    distance = residual = 1.0
+    if old_ND.shape[1] == new_ND.shape[1]:
+        distance, residual = apart(old_ND, new_ND), apart(old_ND, new_ND @ procrustes(old_ND, new_ND))
+    explained = "aligned" if distance <= ALIGNABLE else "alignable" if residual <= ALIGNABLE else "breaking"
+    return Compatibility(
+        kind="same space" if same else explained,
+        distance=round(distance, 4),
+        residual=round(residual, 4),
+        churn=churn(old_ND, new_ND, groups),
+        items=len(old_ND),
+    )
 
 
-def procrustes(old_ND: Matrix, new_ND: Matrix) -> tuple[Matrix, float]:
-    """(turn_DD, residual): the rotation or reflection with new_ND @ turn_DD nearest to old_ND (Schönemann 1966), and what it
-    leaves, |new turn - old| / |old|."""
+def procrustes(old_ND: Matrix, new_ND: Matrix) -> Matrix:
+    """turn_DD: the rotation or reflection with new_ND @ turn_DD nearest to old_ND (Schönemann 1966)."""
     left_DD, _, right_DD = np.linalg.svd(new_ND.astype(np.float64).T @ old_ND.astype(np.float64))
-    turn_DD = left_DD @ right_DD
-    residual = float(np.linalg.norm(new_ND @ turn_DD - old_ND) / np.linalg.norm(old_ND))
-    return turn_DD.astype(np.float32), residual
+    turn_DD: Matrix = (left_DD @ right_DD).astype(np.float32)
+    return turn_DD
+
+
+def apart(old_ND: Matrix, new_ND: Matrix) -> float:
+    """|new - old| / |old|, the relative Frobenius error."""
+    return float(np.linalg.norm(new_ND - old_ND) / np.linalg.norm(old_ND))
 
 
 def churn(old_ND: Matrix, new_ND: Matrix, groups: Sequence[str]) -> dict[str, float]:

@@ -243,13 +243,16 @@ class Http:
         self.timeout_s = timeout_s
 
     def read(self, view: str, keys: Mapping[str, Sequence[str]], fields: Sequence[str]) -> list[Row]:
-        """See `Transport`."""
+        """See `Transport`. Raises ConnectionError where the server is down, slow, or its own store is."""
         body = {"features": [f"{view}:{field}" for field in fields], "entities": {name: list(ids) for name, ids in keys.items()}}
         request = urllib.request.Request(
             f"{self.url}/get-online-features", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-            reply = json.load(response)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                reply = json.load(response)
+        except OSError as error:
+            raise ConnectionError(f"the feature server {self.url} failed ({error}): is it up, and its online store?") from error
         columns = dict(zip(reply["metadata"]["feature_names"], reply["results"], strict=True))
         rows: list[Row] = []
         for number in range(len(next(iter(keys.values())))):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime as dt
+import gc
 import hashlib
 import importlib
 import json
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from jobs import logs
+from jobs import lineage, logs
 from jobs.contracts import InputError, Refused, Run, as_json, code_revision, manifest_path, write_json
 
 C = TypeVar("C")
@@ -57,19 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
         run = build(Run, {"ds": arguments.ds, **recipe.get("run", {})}, "run")
+        refuse_future(run.ds, started)
         where = manifest_path(run.lake, run.ds, arguments.job)
         # a job's standard output is its Result alone: what its libraries print goes with the logs
         with contextlib.redirect_stdout(sys.stderr):
             module = importlib.import_module(f"jobs.{arguments.job}")
             config = build(module.Config, {"run": run, **recipe.get(arguments.job, {})}, arguments.job)
-            where = manifest_path(run.lake, run.ds, manifest_name(arguments.job, config))
+            # a job that runs more than once for a date, in shards say, names a manifest for each
+            where = manifest_path(run.lake, run.ds, getattr(config, "manifest", arguments.job))
             record |= {"config": as_json(config), "recipe_sha256": digest(recipe), "code_revision": code_revision()}
             result = module.run(config)
         record |= {"status": "done", "result": as_json(result)}
         record |= {name: as_json(getattr(result, name)) for name in ("inputs", "outputs", "rows")}
-        if first_process():
-            print(json.dumps(record["result"], sort_keys=True), flush=True)
-        return 0
     except Refused as error:
         record |= {"status": "refused", "error": str(error)}
         return complain(arguments.job, error, 3)
@@ -83,9 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if where is not None and first_process():
             record |= {"started_at": started.isoformat(), "seconds": round(time.monotonic() - clock, 3)}
+            record |= {"earlier": lineage.runs_so_far(where)}
             write_json(where, record)
             if os.environ.get("LLMEMB_LOG") == "json":
                 print(logs.line(record), file=sys.stderr, flush=True)
+    if first_process():
+        # the very last line: a pod's log has both streams in one
+        print(json.dumps(record["result"], sort_keys=True), flush=True)
+    return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -188,15 +193,16 @@ def refuse_unknown(cls: Any, values: Mapping[str, Any], table: str) -> None:
             refuse_unknown(nested[0], value, f"{table}.{key}")
 
 
+def refuse_future(ds: str, now: dt.datetime) -> None:
+    """Raises InputError for a date that has not begun: it would hold what isn't known yet, and block the nights until then."""
+    if ds > f"{now:%Y-%m-%d}":
+        clock = f"{now:%Y-%m-%d %H:%M} UTC"
+        raise InputError(f"--ds {ds} lies in the future: it is {clock} by this machine's clock; correct one of the two")
+
+
 def first_process() -> bool:
     """Whether this process speaks for the job: under `torchrun` only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def manifest_name(job: str, config: Any) -> str:
-    """A shard's manifest stands beside the others of its job."""
-    shards = getattr(config, "shards", 1)
-    return job if shards == 1 else f"{job}-{config.shard:05d}-of-{shards:05d}"
 
 
 def digest(recipe: Mapping[str, Any]) -> str:
@@ -212,4 +218,7 @@ def complain(job: str, error: Exception, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    # the process ends anyway: to look for cycles among all that torch and MLflow made would take another second
+    gc.freeze()
+    sys.exit(ended)

@@ -115,7 +115,7 @@ def run(config: Config) -> Result:
     """
     device = pick_device(config.run)
     chosen = registry.resolve(config.run, config.recommender)
-    champion_id = served_before(config.run, chosen["recommender_id"])
+    champion_id = registry.opponent(config.run, chosen["recommender_id"])
     catalogue = read_catalogue(config.run)
     challenger = opened(config.run, chosen["recommender_id"], device)
     events, digest = read_histories(config.run, catalogue.item_ids)
@@ -162,18 +162,6 @@ def run(config: Config) -> Result:
 
 
 # ----------------------------------------------------------------------------------------------------------------- models
-
-
-def served_before(run: Run, challenger_id: str) -> str:
-    """The recommender to measure against: the champion, or once the challenger is that, the one it replaced; "" for none.
-
-    So a night that is run again after its promotion comes to the same table.
-    """
-    for alias in ("champion", "previous"):
-        found = registry.by_alias(run, alias)
-        if found is not None and found["recommender_id"] != challenger_id:
-            return found["recommender_id"]
-    return ""
 
 
 def opened(run: Run, recommender_id: str, device: torch.device) -> LoadedRecommender:
@@ -363,4 +351,4 @@ def record(config: Config, result: Result) -> None:
         if value is not None and (slice_ == "overall" or name.startswith("ndcg"))
     }
     params = {"recommender_id": result.recommender_id, "champion_id": result.champion_id, **contracts.as_json(config)}
-    registry.log_run(config.run, "evaluate", params, metrics, documents={"evaluation": result})
+    registry.log_run(config.run, "evaluate", params, metrics, inputs=result.inputs, documents={"evaluation": result})

@@ -338,6 +338,8 @@ def recommender_steps(lake: Path, ids: dict[str, str], pointer: Pointer) -> Iter
         known = json.loads(path.read_text())
         backbone = known.get("backbone", {})
         text = f"{backbone.get('name', 'SRS')} of width {backbone.get('width', pointer.width)}; the encoder and it make the space"
+        if turned := known.get("rotation"):
+            text += f"; turned towards that of {turned['to']}, residual {turned['residual']}"
     yield artifact_step(lake, "recommender", identity, ("rat",), text, 2)
     yield gate_step(lake, identity)
 

@@ -27,6 +27,10 @@ LATEST_SECONDS = 100_000_000_000
 """Unix seconds past this are the year 5138: such a number counts milliseconds."""
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 DISK = StorageLevel.DISK_ONLY
+BROADCAST_ITEMS = 1_000_000
+"""Catalogues up to this size go to every executor, about 100 MB; larger ones are joined by a shuffle."""
+BY_TIME = ["user_id", "timestamp", "item_id"]
+"""The one order of events: it deduplicates, is the order of the files, and makes histories, all with a single sort."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +123,17 @@ def run(config: Config) -> Result:
 def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     """The work of `run` inside one session."""
     lake, partition = config.run.lake, f"ds={config.run.ds}"
-    forgotten = spark.createDataFrame([(item,) for item in sorted(contracts.tombstones(lake))], "item_id string")
-    items = judge_items(spark, config).join(F.broadcast(forgotten), "item_id", "left_anti").persist(DISK)
-    events = judge_events(spark, config, items, forgotten)
-    good = events.where("reason is null and not later").select(INTERACTIONS.schema.names)
+    forgotten = contracts.tombstones(lake)
+    items = without(spark, forgotten, judge_items(spark, config)).persist(DISK)
+    seen = {"items": items.count()}
+    # judged once: the source is scanned a single time, so that all counts are of the same rows while it is written to
+    events = judge_events(config, without(spark, forgotten, read_events(spark, config)), items, seen["items"]).persist(DISK)
     sums = events.agg(
         F.count_if(~F.col("later")), F.count_if("later"), order_free_hash("user_id", "item_id", "timestamp")
     ).first()
-    seen = {"items": items.count(), "interactions": int(sums[0] if sums else 0)}
-    # by user from here on: deduplicating, sorting and collecting histories then need no further shuffle
+    seen["interactions"] = int(sums[0] if sums else 0)
     files = -(-max(seen["interactions"], 1) // config.part_rows)
-    copies = good.repartition(files, "user_id").groupBy(INTERACTIONS.schema.names).agg(F.count("*").alias("copies")).persist(DISK)
+    copies = number_copies(events.where("reason is null and not later"), files).persist(DISK)
 
     quarantine = refused(items, "items", "item_id").unionByName(refused(events, "interactions", "user_id"))
     quarantine = quarantine.unionByName(duplicates(copies)).persist(DISK)
@@ -139,7 +143,7 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     check_quarantine(config, seen, quarantined)
 
     kept_items = with_first_seen(spark, config, items.where("reason is null")).persist(DISK)
-    kept_events = copies.drop("copies")
+    kept_events = copies.where("copy = 1").drop("copy")
     days = [
         (int(row.day), int(row["count"]))
         for row in kept_events.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
@@ -148,7 +152,7 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     cuts = cut_times(days, config) if config.split == "temporal" else None
     check_change(config, {"items": kept_items.count(), "interactions": sum(count for _, count in days)})
     written[ITEMS.name] = save(kept_items, ["item_id"], ITEMS, staging, config)
-    written[INTERACTIONS.name] = save(kept_events, ["user_id", "timestamp", "item_id"], INTERACTIONS, staging, config, files)
+    written[INTERACTIONS.name] = save(kept_events, BY_TIME, INTERACTIONS, staging, config, files)
     sequences = histories(kept_events, cuts, config.max_history)
     written[SEQUENCES.name] = save(sequences, ["user_id"], SEQUENCES, staging, config, files)
     new, changed = compare(spark, config, kept_items)
@@ -163,7 +167,7 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
         seen=seen,
         later=int(sums[1] if sums else 0),
         quarantined=quarantined,
-        forgotten=forgotten.count(),
+        forgotten=len(forgotten),
         new_items=new,
         changed_items=changed,
         fill=fill(kept_items, config.items.attributes),
@@ -237,8 +241,16 @@ def content_hash(attributes: Column) -> Column:
     return F.substring(F.sha2(F.concat_ws("", written), 256), 1, 32)
 
 
-def judge_events(spark: SparkSession, config: Config, items: DataFrame, forgotten: DataFrame) -> DataFrame:
-    """Every source event, in unix seconds, with the `reason` to refuse it, and whether it lies after ds (`later`)."""
+def without(spark: SparkSession, forgotten: frozenset[str], rows: DataFrame) -> DataFrame:
+    """Rows of no item that was forgotten."""
+    if not forgotten:
+        return rows
+    gone = spark.createDataFrame([(item,) for item in sorted(forgotten)], "item_id string")
+    return rows.join(F.broadcast(gone), "item_id", "left_anti")
+
+
+def read_events(spark: SparkSession, config: Config) -> DataFrame:
+    """Every source event: user, item, unix seconds, and the `record` as it stands in the source."""
     names = config.interactions
     rows = source(spark, names.table, "extract.interactions.table", [names.user_id, names.item_id, names.timestamp])
     moment = F.col(f"`{names.timestamp}`")
@@ -247,16 +259,22 @@ def judge_events(spark: SparkSession, config: Config, items: DataFrame, forgotte
     else:
         seconds = F.floor(F.try_divide(moment.try_cast("double"), F.lit(PER_SECOND[names.unit])))
     user, item = (F.trim(F.col(f"`{name}`").cast("string")) for name in (names.user_id, names.item_id))
-    rows = rows.withColumns({"user_id": user, "item_id": item, "timestamp": seconds, "record": F.struct("*")})
+    return rows.select(user.alias("user_id"), item.alias("item_id"), seconds.alias("timestamp"), F.struct("*").alias("record"))
+
+
+def judge_events(config: Config, rows: DataFrame, items: DataFrame, count: int) -> DataFrame:
+    """Events with the `reason` to refuse them, and whether they lie after ds (`later`); `count` is how many items there are."""
     known = items.where("reason is null").select("item_id", F.lit(True).alias("known"))
-    rows = rows.join(F.broadcast(forgotten), "item_id", "left_anti").join(known, "item_id", "left")
+    rows = rows.join(F.broadcast(known) if count <= BROADCAST_ITEMS else known, "item_id", "left")
     now = int(dt.datetime.now(dt.UTC).timestamp())
     reason = (
         F.when(F.coalesce(F.length("user_id"), F.lit(0)) == 0, "user_id is null or empty")
         .when(F.coalesce(F.length("item_id"), F.lit(0)) == 0, "item_id is null or empty")
         .when(F.col("timestamp").isNull(), "timestamp is null or not a number")
         .when(F.col("timestamp") < 0, "timestamp is before 1970")
-        .when(F.col("timestamp") > LATEST_SECONDS, f"timestamp is not in {names.unit}: set extract.interactions.unit")
+        .when(
+            F.col("timestamp") > LATEST_SECONDS, f"timestamp is not in {config.interactions.unit}: set extract.interactions.unit"
+        )
         .when(F.col("timestamp") > now + DAY, "timestamp is in the future")
         .when(F.col("known").isNull(), "item is unknown")
     )
@@ -280,10 +298,17 @@ def refused(rows: DataFrame, name: str, key: str) -> DataFrame:
     return rows.where("reason is not null").select(F.lit(name).alias("source"), F.col(key).alias("key"), "reason", "record")
 
 
+def number_copies(events: DataFrame, files: int) -> DataFrame:
+    """Events by user and time with the number of the `copy`, 1 for the one that is kept."""
+    events = events.select(INTERACTIONS.schema.names).repartition(files, "user_id")
+    copy = F.row_number().over(Window.partitionBy(*BY_TIME).orderBy("item_id"))
+    # the rows are in this order already; saying so lets Spark leave out the sorts of what is made from them
+    return events.withColumn("copy", copy).sortWithinPartitions(*BY_TIME)
+
+
 def duplicates(copies: DataFrame) -> DataFrame:
     """One row of `quarantine` for each further copy of an event."""
-    again = copies.where("copies > 1").withColumn("copy", F.explode(F.sequence(F.lit(2), F.col("copies"))))
-    return again.select(
+    return copies.where("copy > 1").select(
         F.lit("interactions").alias("source"),
         F.col("user_id").alias("key"),
         F.lit("duplicate event").alias("reason"),

@@ -13,7 +13,10 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 PATH = (
     "movielens", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
@@ -22,10 +25,52 @@ PATH = (
 """Jobs in the order of the data. Answers to single questions (`recommend`, `explain`) and the report itself are left out."""
 NIGHTLY = ("extract", "embed", "project", "publish")
 """Jobs without which a night is unfinished; the others run when they are due."""
-SHAPES: Mapping[str, type] = {
-    **dict.fromkeys(("seen", "quarantined", "rows", "fill", "inputs", "outputs", "churn", "values", "users", "figures"), dict),
-    **dict.fromkeys(("differences", "history", "losses", "reasons"), list),
-}
+Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+Number = Whole | Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Difference(TypedDict):
+    """A comparison of `evaluate`, as far as it is shown."""
+
+    against: str
+    slice: str
+    value: Number | None
+    low: Number | None
+    high: Number | None
+    detectable: NotRequired[Number | None]
+    reference: NotRequired[Number | None]
+    n: NotRequired[Whole]
+
+
+class Reason(TypedDict):
+    """A gate's verdict."""
+
+    gate: str
+    verdict: str
+    text: str
+
+
+SHAPES: Mapping[str, TypeAdapter[Any]] = {
+    **dict.fromkeys(("seen", "quarantined", "rows"), TypeAdapter(dict[str, Whole])),
+    **dict.fromkeys(("fill", "users", "figures", "base_figures"), TypeAdapter(dict[str, Number])),
+    **dict.fromkeys(("inputs", "outputs"), TypeAdapter(dict[str, str | None])),
+    **dict.fromkeys(
+        ("items", "embedded", "resumed", "written", "tokens", "tokens_per_second", "new_items", "changed_items", "forgotten",
+         "later", "steps", "best_step", "best_epoch", "validation_ndcg", "read_ms_p50"),
+        TypeAdapter(Number | None),
+    ),
+    **dict.fromkeys(("space_id", "encoder_id", "serves_ds", "decision", "device"), TypeAdapter(str)),
+    "churn": TypeAdapter(dict[str, Number | None]),
+    "values": TypeAdapter(dict[str, dict[str, dict[str, Number | None]]]),
+    "history": TypeAdapter(list[dict[str, Number | None]]),
+    "losses": TypeAdapter(list[Number]),
+    "differences": TypeAdapter(list[Difference]),
+    "reasons": TypeAdapter(list[Reason]),
+}  # fmt: skip
+"""What the page reads of a Result. A manifest may be of another version, or half of it written by hand."""
+KEPT = ("device", "embedded", "resumed", "tokens", "tokens_per_second", "written")
+"""Of a Result, what stays known of a run after the job has run again for the same date."""
+ATTEMPTS = 20
 PRODUCER = "urn:llmemb:jobs"
 EVENT = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
 FACETS = "https://openlineage.io/spec/facets"
@@ -51,12 +96,19 @@ class JobRun:
         found = self.manifest.get("result")
         if not isinstance(found, Mapping):
             return {}
-        return {name: value for name, value in found.items() if name not in SHAPES or isinstance(value, SHAPES[name])}
+        return {name: value for name, value in found.items() if name not in SHAPES or fits(SHAPES[name], value)}
 
     @property
     def seconds(self) -> float:
         """How long it ran."""
-        return float(self.manifest.get("seconds") or 0.0)
+        return as_number(self.manifest.get("seconds"))
+
+    @property
+    def earlier(self) -> tuple[JobRun, ...]:
+        """Runs of the same job and date before this one, oldest first: retries, or the same job in another DAG."""
+        found = self.manifest.get("earlier")
+        kept = found if isinstance(found, list) else []
+        return tuple(JobRun(name=self.name, job=self.job, manifest=one) for one in kept if isinstance(one, Mapping))
 
     @property
     def on_gpu(self) -> bool:
@@ -87,9 +139,39 @@ class Night:
         found = self.done(job)
         return found.result if found else {}
 
+    def attempts(self, job: str = "") -> tuple[JobRun, ...]:
+        """Every run of a job, or of all jobs, with those that a later one for the same date followed: what a night cost."""
+        return tuple(one for run in self.runs if job in ("", run.job) for one in (*run.earlier, run))
+
     def total(self, job: str, figure: str) -> float:
-        """A figure summed over a job's shards."""
-        return sum(float(run.result.get(figure) or 0) for run in self.all(job))
+        """A figure summed over a job's shards and attempts."""
+        return sum(as_number(run.result.get(figure)) for run in self.attempts(job))
+
+
+def fits(shape: TypeAdapter[Any], value: object) -> bool:
+    """Whether a value has a shape."""
+    try:
+        shape.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+def as_number(value: object) -> float:
+    """A figure of a manifest; 0 for none, and for what is no figure."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0.0
+
+
+def runs_so_far(manifest: Path) -> list[dict[str, Any]]:
+    """Runs that a manifest, about to be replaced, tells of: their end, time and what they did, oldest first; of many the last."""
+    try:
+        known = json.loads(manifest.read_text())
+        own = {name: known[name] for name in ("status", "started_at", "seconds")}
+        result = known.get("result") or {}
+        own["result"] = {name: result[name] for name in KEPT if name in result}
+        return [*known.get("earlier", []), own][-ATTEMPTS:]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def read_night(lake: Path, ds: str) -> Night:
@@ -123,8 +205,9 @@ def nights_before(lake: Path, ds: str, most: int) -> list[Night]:
 def events(night: Night, namespace: str) -> Iterator[dict[str, Any]]:
     """A START and a COMPLETE or FAIL event for each run; equal manifests give equal events."""
     for run in night.runs:
-        begun = run.manifest.get("started_at") or f"{night.ds}T00:00:00+00:00"
-        ended = (dt.datetime.fromisoformat(begun) + dt.timedelta(seconds=run.seconds)).isoformat()
+        begun = started(night, run)
+        # a manifest that counts a million years is no reason for none of the events
+        ended = (dt.datetime.fromisoformat(begun) + dt.timedelta(seconds=min(max(run.seconds, 0), 1e9))).isoformat()
         common: dict[str, Any] = {
             "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{namespace}/{night.ds}/{run.name}/{begun}")), "facets": {}},
             "job": {"namespace": namespace, "name": run.job},
@@ -145,6 +228,15 @@ def events(night: Night, namespace: str) -> Iterator[dict[str, Any]]:
         }
 
 
+def started(night: Night, run: JobRun) -> str:
+    """When a run began; the night's first moment where it does not tell."""
+    try:
+        begun = dt.datetime.fromisoformat(run.manifest["started_at"])
+        return (begun if begun.tzinfo else begun.replace(tzinfo=dt.UTC)).isoformat()
+    except (KeyError, TypeError, ValueError):
+        return f"{night.ds}T00:00:00+00:00"
+
+
 def run_facets(night: Night, run: JobRun) -> dict[str, Any]:
     """The night's date, the code, and the error where there is one."""
     nominal = {"nominalStartTime": f"{night.ds}T00:00:00Z"}
@@ -158,14 +250,17 @@ def run_facets(night: Night, run: JobRun) -> dict[str, Any]:
 
 
 def datasets(digests: object, namespace: str, rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Data sets of a Result's inputs or outputs; empty digests (no champion yet) are left out."""
+    """Data sets of a Result's inputs or outputs; empty digests (no champion yet) are left out.
+
+    A table has one name, whoever reads or writes it, so that a lineage graph hangs together; its partition is in the version.
+    """
     found = []
     for name, digest in (digests if isinstance(digests, Mapping) else {}).items():
         if not digest:
             continue
         facets = {"version": facet("1-0-1/DatasetVersionDatasetFacet", {"datasetVersion": str(digest)})}
-        one = {"namespace": namespace, "name": str(name), "facets": facets}
         table = str(name).partition("/")[0]
+        one = {"namespace": namespace, "name": table, "facets": facets}
         if isinstance(rows.get(table), int) and rows[table] >= 0:
             counted = facet("1-0-2/OutputStatisticsOutputDatasetFacet", {"rowCount": rows[table]})
             one["outputFacets"] = {"outputStatistics": counted}

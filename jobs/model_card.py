@@ -77,6 +77,10 @@ def what_it_is(
     yield f"A sequential recommender ({backbone}) over vectors that an LLM makes of items' texts (LLMEmb: SCFT, then RAT)."
     space_id = decision.get("space_id", "unknown")
     yield f"It reads encoder {encoder_id} ({known(encoder, 'base')}); together they make space {space_id}."
+    if "rotation" in recommender:
+        turned = {name: known(recommender, "rotation", name) for name in ("to", "residual", "cosine")}
+        yield f"Turned, which changes no ranking, towards the space of recommender {turned['to']}: residual " \
+              f"{turned['residual']}, mean cosine {turned['cosine']}."  # fmt: skip
     yield "Meant for the next items of a user in the catalogue it was trained on. Item vectors of other spaces do not fit it."
 
 

@@ -88,9 +88,8 @@ def run(config: Config) -> Result:
         from jobs import registry
 
         metrics = {"validation_ndcg": trained.ndcg, "validation_recall": trained.recall}
-        registry.log_run(
-            config.run, "pretrain", {"teacher_id": teacher_id, "config": contracts.as_json(config)}, metrics, None, None, None
-        )
+        params = {"teacher_id": teacher_id, "config": contracts.as_json(config)}
+        registry.log_run(config.run, "pretrain", params, metrics, inputs=inputs)
     return result
 
 

@@ -11,6 +11,7 @@ from jobs import contracts, model_card, registry
 from jobs.contracts import InputError, Refused, Run
 
 Verdict = Literal["passed", "failed", "undecided"]
+Decision = Literal["promoted", "refused", "undecided", "rejected"]
 CODE = Path(__file__).with_name("pyfunc.py")
 
 
@@ -28,8 +29,14 @@ class Config:
     approved_by: str = ""
     """Who takes an undecided challenger upon themselves: their name, kept with the decision; empty leaves it undecided. Does
     not overrule a gate that failed."""
+    rejected_by: str = ""
+    """Who turns an undecided challenger down: their name, kept with the decision."""
+    wait_s: float = 60.0
+    """How long to wait for another promotion or rollback."""
 
     def __post_init__(self) -> None:
+        if self.approved_by and self.rejected_by:
+            raise InputError("promote.approved_by and promote.rejected_by are both given: leave one empty")
         if self.margin < 0:
             raise InputError(f"promote.margin {self.margin} is below 0: it is the share of NDCG that may be lost")
         if not self.floors and not self.slices:
@@ -49,8 +56,8 @@ class Reason:
 class Result:
     """The decision; a refusal is no result, it ends the job with status 3."""
 
-    decision: Literal["promoted", "undecided"]
-    """`undecided` leaves the champion as it is and waits for a person: run again with `approved_by`."""
+    decision: Literal["promoted", "undecided", "rejected"]
+    """`undecided` leaves the champion as it is and waits for a person: run again with `approved_by` or `rejected_by`."""
     recommender_id: str
     encoder_id: str
     space_id: str
@@ -58,6 +65,7 @@ class Result:
     """Against whom it was judged; empty on the first night."""
     reasons: tuple[Reason, ...]
     approved_by: str
+    rejected_by: str
     version: str
     """Of `llmemb-recommender`."""
     inputs: dict[str, str]
@@ -68,41 +76,54 @@ class Result:
 def run(config: Config) -> Result:
     """Judges the newest evaluation and moves the aliases, champion last: a kill before leaves the old one.
 
-    What is champion already stays so, and nothing is recorded again.
+    What is champion already stays so, and nothing is recorded again. Of two at once one goes first, and the other one's
+    evaluation is then of yesterday.
 
-    Raises InputError without a registry or an evaluation, or for one made against another champion; Refused with the figures.
+    Raises InputError without a registry or an evaluation; Refused with the figures, with the champion that came in between, or
+    with who is at it for too long.
     """
     if not config.run.tracking_uri:
         raise InputError("promote needs the registry: give run.tracking_uri in the recipe")
+    with contracts.alone(config.run.lake, "promotion", config.wait_s):
+        return decide(config)
+
+
+def decide(config: Config) -> Result:
+    """The decision, taken and carried out. Raises InputError, Refused."""
     judged = contracts.read_manifest(config.run.lake, config.run.ds, "evaluate")["result"]
     champion = registry.champion(config.run)
     challenger_id = str(judged["recommender_id"])
     serving = champion["recommender_id"] if champion else ""
-    if serving not in (judged["champion_id"], challenger_id):
-        raise InputError(f"the evaluation compared with {judged['champion_id'] or 'no champion'}, but {serving or 'none'} is "
-                         "champion now: run evaluate again")  # fmt: skip
     reasons = gates(config, judged)
+    decision: Decision
     if champion and serving == challenger_id:
         decision, version = "promoted", champion["version"]
     else:
-        decision = decided(reasons, config.approved_by)
+        reasons += standing(config, judged, champion)
+        decision = decided(reasons, config)
         version = recorded(config, judged, reasons, decision)
-    tell(challenger_id, decision, reasons, config.approved_by)
+        # the registry has no compare-and-set: who moved the alias without our lock is found by looking again
+        late = standing(config, judged, registry.champion(config.run)) if decision == "promoted" else ()
+        if late := tuple(reason for reason in late if reason.verdict == "failed"):
+            reasons, decision = reasons + late, "refused"
+            recorded(config, judged, reasons, decision)
+    tell(challenger_id, decision, reasons, config)
     if decision == "refused":
         raise Refused("; ".join(f"{reason.gate}: {reason.text}" for reason in reasons if reason.verdict == "failed"))
     if decision == "promoted" and serving != challenger_id:
         before = [("previous", champion["version"])] if champion else []
         registry.set_aliases(config.run, [*before, ("challenger", None), ("champion", version)])
     result = Result(
-        decision="promoted" if decision == "promoted" else "undecided",
+        decision=decision,
         recommender_id=challenger_id,
         encoder_id=judged["encoder_id"],
         space_id=contracts.space_id(judged["encoder_id"], challenger_id),
         champion_id=judged["champion_id"],
         reasons=reasons,
         approved_by=config.approved_by,
+        rejected_by=config.rejected_by,
         version=version,
-        inputs={"metrics": judged["outputs"]["metrics"], "recommender": challenger_id, "champion": judged["champion_id"]},
+        inputs=read(judged),
         outputs={"champion": challenger_id} if decision == "promoted" else {},
         rows={},
     )
@@ -129,6 +150,23 @@ def gates(config: Config, judged: dict[str, Any]) -> tuple[Reason, ...]:
             f"raw embeddings foretell test popularity with R2 {judged['leak']['r2']:.3f}: find the field of the prompt that leaks"
         )
         reasons.append(Reason(gate="no leak", verdict="undecided", text=text))
+    return tuple(reasons)
+
+
+def standing(config: Config, judged: dict[str, Any], champion: dict[str, str] | None) -> tuple[Reason, ...]:
+    """What speaks against a promotion whatever the figures: the champion is another, newer, or not to be found."""
+    against, serving = judged["champion_id"], champion["recommender_id"] if champion else ""
+    reasons = []
+    if serving != against:
+        known = against or "no champion", serving or "none"
+        text = f"the evaluation compared with {known[0]}, but {known[1]} is champion now: run evaluate again"
+        reasons.append(Reason(gate="same champion", verdict="failed", text=text))
+    elif champion and config.run.ds < champion["ds"]:
+        text = f"the champion was trained on {champion['ds']}, {config.run.ds} is older: a backfill does not turn it back"
+        reasons.append(Reason(gate="no older snapshot", verdict="failed", text=text))
+    elif not champion and (before := registry.promoted_last(config.run)) not in ("", judged["recommender_id"]):
+        text = f"no alias names a champion, yet {before} was promoted once: set the alias again, or let a person decide without"
+        reasons.append(Reason(gate="champion known", verdict="undecided", text=text))
     return tuple(reasons)
 
 
@@ -178,24 +216,27 @@ def figures(row: dict[str, Any]) -> str:
             f"{row['n']} users{shown}")  # fmt: skip
 
 
-def decided(reasons: tuple[Reason, ...], approved_by: str) -> Literal["promoted", "refused", "undecided"]:
+def decided(reasons: tuple[Reason, ...], config: Config) -> Decision:
     """One failed gate refuses; one that can't tell needs a person."""
     verdicts = {reason.verdict for reason in reasons}
     if "failed" in verdicts:
         return "refused"
-    return "undecided" if "undecided" in verdicts and not approved_by else "promoted"
+    if config.rejected_by:
+        return "rejected"
+    return "undecided" if "undecided" in verdicts and not config.approved_by else "promoted"
 
 
 # ----------------------------------------------------------------------------------------------------------------- record
 
 
-def recorded(config: Config, judged: dict[str, Any], reasons: tuple[Reason, ...], decision: str) -> str:
+def recorded(config: Config, judged: dict[str, Any], reasons: tuple[Reason, ...], decision: Decision) -> str:
     """Records the decision with its reasons and the table it rests on; gives the challenger's version.
 
     Until it is promoted it bears the alias `challenger`.
     """
     artifact = registry.fetch(config.run, "recommender", judged["recommender_id"])
     ids = {name: str(judged[name]) for name in ("recommender_id", "encoder_id", "champion_id")}
+    people = {"approved_by": config.approved_by, "rejected_by": config.rejected_by}
     version = registry.log_run(
         config.run,
         "promote",
@@ -204,8 +245,9 @@ def recorded(config: Config, judged: dict[str, Any], reasons: tuple[Reason, ...]
         artifact,
         registry.RECOMMENDER,
         CODE,
-        tags={**ids, "decision": decision, "approved_by": config.approved_by},
-        documents={"decision": {**ids, "decision": decision, "reasons": reasons, "approved_by": config.approved_by,
+        inputs=read(judged),
+        tags={**ids, "decision": decision, **people},
+        documents={"decision": {**ids, "decision": decision, "reasons": reasons, **people,
                                 "differences": judged["differences"], "values": judged["values"]}},
     )  # fmt: skip
     assert version is not None
@@ -214,9 +256,16 @@ def recorded(config: Config, judged: dict[str, Any], reasons: tuple[Reason, ...]
     return version
 
 
-def tell(challenger_id: str, decision: str, reasons: tuple[Reason, ...], approved_by: str) -> None:
+def read(judged: dict[str, Any]) -> dict[str, str]:
+    """What a decision rests on."""
+    ids = {"recommender": judged["recommender_id"], "champion": judged["champion_id"]}
+    return {"metrics": judged["outputs"]["metrics"], **ids}
+
+
+def tell(challenger_id: str, decision: Decision, reasons: tuple[Reason, ...], config: Config) -> None:
     """The decision, for a person, on standard error."""
-    by = f" by {approved_by}" if approved_by and decision == "promoted" else ""
+    who = {"promoted": config.approved_by, "rejected": config.rejected_by}.get(decision)
+    by = f" by {who}" if who else ""
     print(f"promote: {challenger_id} is {decision}{by}", file=sys.stderr)
     for reason in reasons:
         print(f"  {reason.verdict:<10} {reason.gate:<24} {reason.text}", file=sys.stderr, flush=True)

@@ -74,9 +74,12 @@ class Result:
     """Vectors read back and compared, byte by byte."""
     attributes_written: int
     compatibility: str
-    """With what served: `first`, `same space`, `alignable` (it is the old space, turned) or `breaking`."""
+    """With what served: `first`, `same space`, `aligned` (nearly equal as it is, see `rat.rotate_to`), `alignable` (it is the old
+    space, turned) or `breaking`."""
+    distance: float
+    """|new - old| / |old| over vectors of items whose text did not change."""
     residual: float
-    """Share of the old vectors that the best rotation of the new ones leaves over."""
+    """What the best rotation of the new ones leaves of it."""
     churn: dict[str, float]
     """Share of the ten nearest neighbours that changed, by group, among items whose text did not."""
     recall_at_10: float
@@ -107,7 +110,8 @@ def run(config: Config) -> Result:
     """Puts a space online whole, verified, and lets it serve; or brings the changes of a night into the space that serves.
 
     Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where another writer is at
-    work, what is read back differs, or ds is older than what serves. The pointer then stays as it was.
+    work, what is read back differs, the serving space has another width, or ds is older than what serves. The pointer then stays
+    as it was.
     """
     lake, clock = config.run.lake, Clock()
     made_by = resolve(config)
@@ -128,7 +132,7 @@ def run(config: Config) -> Result:
         register(lake)
         before = spaces.current(Reader.open(lake))
     moved = compared(config, before, space)
-    clock.lap("compare", f"{moved.kind}, neighbours changed {moved.churn or 'none'}")
+    clock.lap("compare", f"{moved.kind}, residual {moved.residual}, neighbours changed {moved.churn or 'none'}")
     index_digest = serving.build_index(lake, space, config.graph if config.approximate else None, config.chunk_rows)
     found = recall(config, space)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
@@ -153,6 +157,7 @@ def run(config: Config) -> Result:
         verified=figures.verified,
         attributes_written=figures.attributes,
         compatibility=moved.kind,
+        distance=moved.distance,
         residual=moved.residual,
         churn=moved.churn,
         recall_at_10=round(found, 4),
@@ -210,10 +215,15 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
 def compared(config: Config, before: Pointer | None, space: Space) -> Compatibility:
     """The new rows against those that serve. Raises Refused for an older ds, or neighbours that changed without a reason."""
     if before is None:
-        return Compatibility(kind="first", residual=0.0, churn={}, items=0)
+        return Compatibility(kind="first", distance=0.0, residual=0.0, churn={}, items=0)
     if space.ds < before.ds:
         raise Refused(f"ds {space.ds} is older than what serves ({before.ds}): `rollback` goes back, publish does not")
     same = before.space_id == space.space_id
+    if same and space.width != before.width:
+        raise Refused(
+            f"space {space.space_id} serves vectors of width {before.width}, these are {space.width} wide: one space has one "
+            "recommender and so one width; project again"
+        )
     moved = compatibility.compare(*serving.unchanged(config.run.lake, before, space, config.churn_items), same=same)
     key, most = ("max_churn", config.max_churn) if same else ("max_churn_new_space", config.max_churn_new_space)
     above = {group: share for group, share in moved.churn.items() if share > most}

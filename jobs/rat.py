@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jobs import contracts
+from jobs import contracts, rotation
 from jobs.contracts import InputError, Run
+from jobs.rotation import Goal, Rotation
 from jobs.tensors import (
     Catalogue,
     checkpoint_path,
@@ -66,6 +68,9 @@ class Config:
     cold_share: float = 0.0
     """Share of the items whose train events are left out, so that `evaluate` can rank them as cold; 0 in production. Must be
     the teacher's, which else has seen them."""
+    rotate_to: str = "champion"
+    """Turns all vectors, users' too, so that items lie near their vectors in another space; no score and no ranking changes.
+    `champion`: that of an earlier date; a recommender's id; or `none`. Without a space of the same width there is no turn."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.cold_share < 1:
@@ -95,6 +100,8 @@ class Result:
     """In the registry, where there is one."""
     history: tuple[dict[str, float], ...]
     """Of each epoch: loss, and ndcg and recall where it was validated."""
+    rotation: Rotation
+    """How near a turn brought the vectors to those of the space that served."""
     inputs: dict[str, str]
     outputs: dict[str, str]
     rows: dict[str, int]
@@ -109,6 +116,7 @@ def run(config: Config) -> Result:
     rank, _ = join()
     encoder_id, teacher_id = chosen(config)
     catalogue = read_catalogue(config.run)
+    goal = rotation.find(config.run, config.rotate_to, catalogue, config.backbone.width)
     events, digest = read_histories(config.run, catalogue.item_ids)
     events = without_items(events, held_out(catalogue.item_ids, config.cold_share, config.run.seed)).to(device)
     counts_V = train_counts(events)
@@ -123,6 +131,8 @@ def run(config: Config) -> Result:
         "llm_embeddings": embeddings_digest(config.run, encoder_id),
         "teacher": teacher_id,
     }
+    if isinstance(goal, Goal):
+        inputs |= {"rotate_to": goal.to, "item_embeddings": goal.digest}
     checkpoint = checkpoint_path("rat", config, inputs, config.run.lake)
     trained = train(
         recommender, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
@@ -132,7 +142,13 @@ def run(config: Config) -> Result:
     )  # fmt: skip
     meta = {"encoder_id": encoder_id, "teacher_id": teacher_id, "cold_share": config.cold_share, "seed": config.run.seed,
             "ds": config.run.ds}  # fmt: skip
-    recommender_id = keep(config, recommender, whitening, catalogue.item_ids, meta) if rank == 0 else "0" * 16
+    turn_DD, turned = rotation.turn(goal, recommender.eval().items, device)
+    if turn_DD is not None:
+        meta["rotation"] = contracts.as_json(turned)
+    recommender_id = "0" * 16
+    if rank == 0:
+        print(f"rat: {rotation.in_words(turned)}", file=sys.stderr)
+        recommender_id = keep(config, recommender, whitening, catalogue.item_ids, meta, turn_DD)
     recommender_id = same_everywhere(recommender_id, device)
     result = Result(
         recommender_id=recommender_id,
@@ -148,6 +164,7 @@ def run(config: Config) -> Result:
         device=str(device),
         model_version=None,
         history=trained.history,
+        rotation=turned,
         inputs=inputs,
         outputs={"recommender": recommender_id},
         rows={"users": len(events.train_end_U), "items": events.catalogue, "train_events": int(counts_V.sum())},
@@ -169,7 +186,7 @@ def register(config: Config, result: Result) -> str | None:
     params = {"recommender_id": result.recommender_id, "encoder_id": result.encoder_id, "config": contracts.as_json(config)}
     metrics = {name: value for name, value in known.items() if isinstance(value, float)}
     artifact = contracts.artifact(config.run.lake, "recommender", result.recommender_id)
-    return registry.log_run(config.run, "rat", params, metrics, artifact, MODEL, CODE)
+    return registry.log_run(config.run, "rat", params, metrics, artifact, MODEL, CODE, inputs=result.inputs)
 
 
 def chosen(config: Config) -> tuple[str, str]:
@@ -220,13 +237,21 @@ def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V
     return Aligner(teacher_VD=teacher.table()[row_V], weight_V=weight_V, alpha=config.alpha, temperature=config.temperature)
 
 
-def keep(config: Config, recommender: Recommender, whitening: Whitening, item_ids: tuple[str, ...], meta: dict[str, Any]) -> str:
+def keep(
+    config: Config,
+    recommender: Recommender,
+    whitening: Whitening,
+    item_ids: tuple[str, ...],
+    meta: dict[str, Any],
+    turn_DD: Tensor | None,
+) -> str:
     """Keeps the recommender in the lake and returns its id."""
     items = {"kind": config.adapter} | (
         {"text_width": config.text_width} if config.adapter == "null_space" else {"hidden": config.hidden}
     )
     staged = contracts.stage_artifact(config.run.lake, "recommender")
     save_recommender(
-        staged, recommender, item_ids=item_ids, backbone=config.backbone, items=items, whitening=whitening, meta=meta
-    )
+        staged, recommender, item_ids=item_ids, backbone=config.backbone, items=items, whitening=whitening, turn_DD=turn_DD,
+        meta=meta,
+    )  # fmt: skip
     return contracts.keep_artifact(config.run.lake, "recommender", staged)

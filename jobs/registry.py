@@ -79,14 +79,16 @@ def log_run(
     register: str | None = None,
     code: Path | None = None,
     *,
+    inputs: Mapping[str, str] | None = None,
     tags: Mapping[str, str] | None = None,
     documents: Mapping[str, object] | None = None,
 ) -> str | None:
     """Records a run of a job; with `register`, its artifact folder becomes a version of that model.
 
-    `artifacts` is a folder `models/KIND/ID` of the lake, `code` the pyfunc file that loads it (needed to register),
-    `documents` are kept as NAME.json. An artifact that is registered already keeps its version. Returns the version, or None
-    where nothing is registered or `tracking_uri` is empty. Raises InputError where MLflow can't be reached.
+    `artifacts` is a folder `models/KIND/ID` of the lake, `code` the pyfunc file that loads it (needed to register), `inputs` the
+    data sets that the job read, with their digests; `documents` are kept as NAME.json. An artifact that is registered already
+    keeps its version. Returns the version, or None where nothing is registered or `tracking_uri` is empty. Raises InputError
+    where MLflow can't be reached.
     """
     if not run.tracking_uri:
         return None
@@ -99,6 +101,7 @@ def log_run(
             for start in range(0, len(flat), 100):  # the most that one request may hold
                 mlflow.log_params(dict(flat[start : start + 100]))
             mlflow.log_metrics({name: float(value) for name, value in metrics.items()})
+            log_inputs(inputs or {})
             for name, document in (documents or {}).items():
                 mlflow.log_dict(contracts.as_json(document), f"{name}.json")
             if artifacts is None or register is None or code is None:
@@ -106,6 +109,22 @@ def log_run(
             version = registered(client, register, artifacts) or add_version(register, artifacts, code, known)
             mlflow.set_tag("model_version", version)
             return version
+
+
+def log_inputs(digests: Mapping[str, str]) -> None:
+    """Data sets with their digests as inputs of the active run; empty digests (no champion yet) are left out."""
+    import mlflow
+    from mlflow.data.http_dataset_source import HTTPDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+
+    # MLflow keeps 36 characters of a digest
+    sets = [
+        MetaDataset(HTTPDatasetSource(f"lake:{name}"), name=name, digest=digest[:36])
+        for name, digest in digests.items()
+        if digest
+    ]
+    if sets:
+        mlflow.log_inputs(sets, [None] * len(sets), [None] * len(sets))
 
 
 def experiment(client: Any, run: Run) -> str:
@@ -194,7 +213,7 @@ def fetch(run: Run, kind: str, artifact_id: str) -> Path:
 
 
 def by_alias(run: Run, alias: str) -> dict[str, str] | None:
-    """recommender_id, encoder_id and version that an alias names, or None while it names nothing."""
+    """recommender_id, encoder_id, version and the ds of its training that an alias names, or None while it names nothing."""
     if not run.tracking_uri:
         return None
     with connected(run) as client:
@@ -203,12 +222,33 @@ def by_alias(run: Run, alias: str) -> dict[str, str] | None:
         if not known:
             return None
         found = client.get_model_version(RECOMMENDER, known[0].aliases[alias])
-        return {name: found.tags.get(name, "") for name in ("recommender_id", "encoder_id")} | {"version": str(found.version)}
+        ids = {name: str(found.tags.get(name, "")) for name in ("recommender_id", "encoder_id", "ds")}
+        return {**ids, "version": str(found.version)}
 
 
 def champion(run: Run) -> dict[str, str] | None:
-    """recommender_id, encoder_id and version of the champion; None while there is none, or no registry."""
+    """recommender_id, encoder_id, version and ds of the champion; None while there is none, or no registry."""
     return by_alias(run, "champion")
+
+
+def opponent(run: Run, challenger_id: str) -> str:
+    """The recommender to measure against: the champion, or once the challenger is that, the one it replaced; "" for none.
+
+    So a night that is run again after its promotion comes to the same table.
+    """
+    for alias in ("champion", "previous"):
+        found = by_alias(run, alias)
+        if found is not None and found["recommender_id"] != challenger_id:
+            return found["recommender_id"]
+    return ""
+
+
+def promoted_last(run: Run) -> str:
+    """The recommender of the newest decision that promoted one, whatever the aliases say; "" where there was none."""
+    with connected(run) as client:
+        known = client.get_experiment_by_name(run.experiment)
+        found = client.search_runs([known.experiment_id], "tags.decision = 'promoted'", max_results=1) if known else []
+        return str(found[0].data.tags["recommender_id"]) if found else ""
 
 
 def resolve(run: Run, which: str) -> dict[str, str]:

@@ -21,6 +21,9 @@ from jobs.report_page import page, verdict
 from jobs.report_sections import Facts
 from jobs.report_views import Layer, Spaces, Views
 
+ENOUGH = 100
+"""Texts embedded on a night, from which on their mean length is a measure."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -96,6 +99,7 @@ def run(config: Config) -> Result:
     views, layers, why = look(config, spaces)
     values = measure(config, night, spaces, layers, views)
     measures = drift.judge(values, earlier(lake, before), config.bounds)
+    serving_ds, space_id = serving([*before, night])
     facts = Facts(
         night=night,
         before=before,
@@ -103,7 +107,9 @@ def run(config: Config) -> Result:
         views=views,
         why_no_views=why,
         gpu_hour_price=config.gpu_hour_price,
-        serving_ds=serving_ds([*before, night]),
+        serving_ds=serving_ds,
+        space_id=space_id,
+        space_since=since(lake, space_id),
     )
     html = page(facts)
     found = list(lineage.events(night, config.namespace))
@@ -169,14 +175,21 @@ def partition(project: Mapping[str, Any], ds: str) -> str:
     return f"space={project.get('space_id')}/ds={ds}"
 
 
-def serving_ds(nights: Sequence[Night]) -> str:
-    """Date of the snapshot that serves after these nights, as their manifests tell; empty where nothing was published."""
-    served = ""
+def serving(nights: Sequence[Night]) -> tuple[str, str]:
+    """(date of the snapshot, space) that serve after these nights, as their manifests tell; empty where nothing was published."""
+    ds, space_id = "", ""
     for night in nights:
         if night.done("publish"):
-            served = night.ds
-        served = str(night.result("rollback").get("serves_ds") or served)
-    return served
+            ds, space_id = night.ds, str(night.result("publish").get("space_id") or "")
+        if back := night.result("rollback"):
+            ds, space_id = str(back.get("serves_ds") or ds), str(back.get("space_id") or space_id)
+    return ds, space_id
+
+
+def since(lake: Path, space_id: str) -> str:
+    """Date of the first snapshot that a space was filled with; empty where the lake no longer tells."""
+    dates = contracts.partitions(lake, "item_embeddings", f"space={space_id}") if space_id else []
+    return dates[0].partition("/ds=")[2] if dates else ""
 
 
 def look(config: Config, spaces: Spaces) -> tuple[Views | None, list[Layer], str]:
@@ -200,8 +213,9 @@ def look(config: Config, spaces: Spaces) -> tuple[Views | None, list[Layer], str
 def measure(config: Config, night: Night, spaces: Spaces, layers: Sequence[Layer], views: Views | None) -> dict[str, float]:
     """Measures of the night; names of vectors' measures carry their space or encoder, so that only like is compared."""
     values = drift.of_extract(night.result("extract"))
-    if tokens := night.total("embed", "tokens"):
-        values["text.tokens"] = tokens / max(night.total("embed", "embedded"), 1)
+    # of a handful of new texts the mean says nothing, and it must not make the encoder due: text.characters is of them all
+    if (texts := night.total("embed", "embedded")) >= ENOUGH:
+        values["embedded.tokens"] = night.total("embed", "tokens") / texts
     if views is not None:
         values |= drift.of_texts([sum(len(name) + len(value) for name, value in pairs) for pairs in views.sample.attributes])
     kinds = {
@@ -274,16 +288,12 @@ def log(config: Config, result: Result, night: Night) -> None:
     try:
         with registry.connected(config.run) as client:
             import mlflow
-            from mlflow.data.http_dataset_source import HTTPDatasetSource
-            from mlflow.data.meta_dataset import MetaDataset
 
             tags = {"job": "report", "ds": night.ds, "state": result.state}
             name = f"report {night.ds}"
             with mlflow.start_run(experiment_id=registry.experiment(client, config.run), run_name=name, tags=tags):
                 mlflow.log_metrics({metric(name): value for name, value in result.drift.items()})
-                for table, digest in written(night).items():
-                    # MLflow keeps 36 characters of a digest
-                    mlflow.log_input(MetaDataset(HTTPDatasetSource(f"lake:{table}"), name=table, digest=digest[:36]))
+                registry.log_inputs(written(night))
                 mlflow.log_artifact(result.path)
                 mlflow.log_artifact(str(Path(result.path).with_name("openlineage.jsonl")))
     except InputError as error:

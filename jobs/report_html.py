@@ -5,6 +5,7 @@ A title with a script tag stays text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup
@@ -27,7 +28,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]], n
         for row in shown
     )
     return Markup(
-        '<div class="scroll" role="region" tabindex="0" aria-label="{}"><table{}><caption>{}{}</caption>'
+        '<div class="scroll" role="region" tabindex="0" aria-label="{}"><table{}><caption><span>{}{}</span></caption>'
         "<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>"
     ).format(
         caption, Markup(' class="numbers"') if numeric else "", caption, more,
@@ -37,10 +38,12 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]], n
 
 def figure(svg: str, words: str) -> Markup:
     """A picture and what it shows in words, which is also what a screen reader says."""
-    return Markup(
-        '<figure><div class="scroll" role="region" tabindex="0" aria-label="Chart: {}"><div class="chart">{}</div></div>'
-        "<figcaption>{}</figcaption></figure>"
-    ).format(words, Markup(svg), words)
+    return Markup('<figure><div class="chart">{}</div><figcaption>{}</figcaption></figure>').format(Markup(svg), words)
+
+
+def folded(summary: str, part: Markup) -> Markup:
+    """A part that is there for whoever opens it."""
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, part)
 
 
 def said(text: str) -> Markup:
@@ -55,7 +58,7 @@ def missing(text: str) -> Markup:
 
 def number(value: object, digits: int = 4) -> str:
     """A figure for a table; a dash where there is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         return "–" if value is None or value == "" else str(value)
     if isinstance(value, int) or (abs(value) >= 1000 and value == int(value)):
         return f"{value:,.0f}"

@@ -13,6 +13,15 @@
     const category = data.categories[data.groups[item]];
     told.textContent = data.titles[item] + (category ? " (" + category + ")" : "");
   };
+  // what the line above the maps says, beside the pointer too; screen readers have that line
+  const tip = document.createElement("div");
+  tip.className = "tip"; tip.hidden = true; tip.setAttribute("aria-hidden", "true");
+  document.body.append(tip);
+  const point = event => {
+    tip.textContent = told.textContent; tip.hidden = false;
+    const room = document.documentElement.clientWidth - tip.offsetWidth - 4;
+    tip.style.left = Math.max(4, Math.min(event.pageX + 14, room)) + "px"; tip.style.top = event.pageY + 18 + "px";
+  };
   const mark = items => {
     for (const map of maps) {
       for (const circle of map.box.querySelectorAll(".on")) circle.classList.remove("on");
@@ -29,8 +38,9 @@
         const away = (cx - x) ** 2 + (cy - y) ** 2;
         if (away < distance && !map.circles[index].classList.contains("dim")) { best = index; distance = away; }
       });
-      if (best >= 0) { map.now = best; show(map.items[best]); }
+      if (best >= 0) { map.now = best; show(map.items[best]); point(event); } else tip.hidden = true;
     });
+    map.box.addEventListener("pointerleave", () => { tip.hidden = true; });
     const order = map.xy.map((_, index) => index).sort((a, b) => map.xy[a][0] - map.xy[b][0] || map.xy[a][1] - map.xy[b][1]);
     map.box.addEventListener("keydown", event => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, PageDown: 25, PageUp: -25 }[event.key];

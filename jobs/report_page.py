@@ -17,6 +17,8 @@ from jobs.report_sections import Facts
 
 State = Literal["good", "look", "bad"]
 SIGNS: dict[State, str] = {"good": "✓ Good", "look": "! Look at this", "bad": "✗ Failed"}
+POINTS = 12
+"""Things to look at that are named; of a thousand failed shards the first will do."""
 SECTIONS: tuple[tuple[str, str, Callable[[Facts], Markup]], ...] = (
     ("jobs", "Jobs", sections.jobs_section),
     ("funnel", "From records to vectors", sections.funnel_section),
@@ -68,7 +70,9 @@ def verdict(facts: Facts) -> Verdict:
             f"{len(alarms)} of {len(facts.measures)} measures drifted: {', '.join(alarms[:4])}{' …' if len(alarms) > 4 else ''}"
         )
     state: State = "bad" if bad else "look" if look else "good"
-    return Verdict(state=state, line=headline(facts, bad, look), points=(*bad, *look))
+    points = [*bad, *look]
+    more = [f"and {len(points) - POINTS:,} more"] if len(points) > POINTS else []
+    return Verdict(state=state, line=headline(facts, bad, look), points=(*points[:POINTS], *more))
 
 
 def below_floors(judged: Mapping[str, Any]) -> list[str]:
@@ -106,15 +110,15 @@ def guarded(section: Callable[[Facts], Markup], facts: Facts) -> Markup:
     """A section, or why it can't be drawn: a manifest of another shape must not cost the whole page."""
     try:
         return section(facts)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:
         return missing(f"This part can't be drawn: its manifest has another shape ({type(error).__name__}: {error}).")
 
 
 def key_figures(facts: Facts) -> list[tuple[str, str]]:
     """The night in a few numbers; a dash for what is not known."""
     night = facts.night
-    seconds = sum(run.seconds for run in night.runs)
-    usual = sections.median_of(lambda one: sum(run.seconds for run in one.runs), facts.before)
+    seconds = sections.minutes(night) or 0.0
+    usual = sections.median_of(sections.minutes, facts.before)
     differences = night.result("evaluate").get("differences", [])
     compared = {row["against"]: row for row in differences if row["slice"] == "overall"}
     against = next((name for name in ("champion", "id_only", "popularity") if name in compared), "")
@@ -127,10 +131,10 @@ def key_figures(facts: Facts) -> list[tuple[str, str]]:
     return [
         ("Items that serve", number(night.result("publish").get("items"))),
         ("Serving snapshot", facts.serving_ds or "–"),
-        (f"NDCG@10 less {against.replace('_', '-') or 'champion'}", gain),
+        (f"NDCG@10 minus {against.replace('_', '-') or 'champion'}", gain),
         ("Refused records", f"{refused:,} of {seen:,}" if seen else "–"),
         ("Device cost per 1,000 items", number(per_thousand)),
-        ("All jobs took", duration(seconds) + (f" (usually {duration(usual)})" if usual else "")),
+        ("All jobs took", duration(60 * seconds) + (f" (usually {duration(60 * usual)})" if usual else "")),
     ]
 
 
@@ -149,7 +153,7 @@ def page(facts: Facts) -> str:
     title = f"Night of {facts.night.ds}"
     return str(
         Markup(PAGE).format(
-            title=title, style=Markup(asset("css") + colours()), state=found.state, sign=SIGNS[found.state], line=found.line,
+            title=title, style=Markup(colours() + asset("css")), state=found.state, sign=SIGNS[found.state], line=found.line,
             points=points if found.points else "", figures=figures, nav=nav, sections=parts, script=Markup(asset("js")),
         )
     )  # fmt: skip
@@ -161,8 +165,11 @@ def asset(kind: str) -> str:
 
 
 def colours() -> str:
-    """A class for each colour of the maps."""
-    return "".join(f".k{place} {{ fill: {colour}; background: {colour}; }}\n" for place, colour in enumerate(plots.PALETTE))
+    """The pictures' colours on white and on a dark page, and a class for each colour of the maps."""
+    light, dark = ("".join(f"--{name}: {pair[way]}; " for name, pair in plots.THEME.items()) for way in (0, 1))
+    return f":root {{ {light}}}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n" + "".join(
+        f".k{place} {{ fill: var(--k{place}); background: var(--k{place}); }}\n" for place in range(len(plots.PALETTE))
+    )
 
 
 PAGE = """<!DOCTYPE html>

@@ -21,13 +21,25 @@ INK, QUIET, GRID = "#1b1b1f", "#5a5f69", "#d9dce1"
 GOOD, BAD, OPEN = "#1f6feb", "#b3261e", "#8a5a00"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#3f9fd8", "#7a3ea8", "#6b6b6b")
 """Told apart by the colour-blind (after Okabe and Ito 2008, darkened to stand out on white); the last is for the rest."""
+DARK = ("#56b4e9", "#ff9248", "#2fd0a0", "#f0a3cc", "#e0c04a", "#8ecbff", "#c79bf2", "#a6a6a6")
+"""The same, lightened to stand out on a dark page."""
+THEME = {
+    "ink": (INK, "#e8e8ec"),
+    "faint": (QUIET, "#a9b0bb"),
+    "grid": (GRID, "#3a3f48"),
+    "better": (GOOD, "#6aa8ff"),
+    "worse": (BAD, "#ff8a80"),
+    "open": (OPEN, "#e3b341"),
+    **{f"k{place}": pair for place, pair in enumerate(zip(PALETTE, DARK, strict=True))},
+}
+"""Names of the pictures' colours in the page's style, on white and on a dark page."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "llmemb",
     # a $ in an attribute's name is no formula
     "text.parse_math": False,
     "font.family": "sans-serif",
-    "font.size": 11,
+    "font.size": 12,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": QUIET,
@@ -40,17 +52,17 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-WIDE = (9.0, 3.2)
+WIDTH = 6.0
+"""Inches of a picture: on a phone, where it shrinks to the screen, its letters can still be read."""
 
 
 @contextmanager
-def drawing(name: str, size: tuple[float, float] = WIDE, columns: int = 1) -> Iterator[tuple[list[Any], list[str]]]:
+def drawing(name: str, height: float, width: float = WIDTH) -> Iterator[tuple[Any, list[str]]]:
     """(axes, list that receives the SVG) of a figure whose ids all begin with `name`."""
     received: list[str] = []
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = list(np.atleast_1d(figure.subplots(1, columns)))
-        yield axes, received
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure.subplots(), received
         stream = io.StringIO()
         figure.savefig(
             stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -59,7 +71,7 @@ def drawing(name: str, size: tuple[float, float] = WIDE, columns: int = 1) -> It
 
 
 def embedded(svg: str, name: str) -> str:
-    """An SVG document as an element of a page: without prolog, scaled by the page, ids its own, hidden from screen readers.
+    """An SVG document as an element of a page: scaled and coloured by the page, ids its own, hidden from screen readers.
 
     The figure around it says in words what it shows.
     """
@@ -70,6 +82,8 @@ def embedded(svg: str, name: str) -> str:
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"^<svg([^>]*?) width=\"[^\"]*\"", r"<svg\1", svg)
     svg = re.sub(r"^<svg([^>]*?) height=\"[^\"]*\"", r"<svg\1", svg)
+    for colour, (light, _) in THEME.items():
+        svg = svg.replace(light, f"var(--{colour})")
     return svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
 
@@ -91,33 +105,35 @@ class Interval:
 
 def forest(name: str, rows: Sequence[Interval], label: str) -> str:
     """Differences with their intervals, zero and the allowed loss marked."""
-    height = 0.9 + 0.34 * len(rows)
-    with drawing(name, (9.0, height)) as ((axis,), out):
+    with drawing(name, 0.9 + 0.34 * len(rows)) as (axis, out):
         for place, row in enumerate(reversed(rows)):
-            colour = {"passed": GOOD, "failed": BAD}.get(row.verdict, OPEN)
+            colour, marker = {"passed": (GOOD, "o"), "failed": (BAD, "s")}.get(row.verdict, (OPEN, "D"))
             if row.low is not None and row.high is not None:
                 axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
-            axis.plot([row.value], [place], marker="o" if row.low is not None else "x", color=colour, markersize=7)
+            axis.plot([row.value], [place], marker=marker if row.low is not None else "x", color=colour, markersize=7)
             if row.margin is not None:
                 axis.plot([-row.margin] * 2, [place - 0.35, place + 0.35], color=BAD, linewidth=1.4, linestyle=":")
         axis.axvline(0, color=INK, linewidth=1)
         axis.set_yticks(range(len(rows)), [row.label for row in reversed(rows)])
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(axis="y", visible=False)
     return out[0]
 
 
 def bars(name: str, labels: Sequence[str], values: Sequence[float], label: str, colours: Sequence[str] | None = None) -> str:
     """Horizontal bars with their figures beside them."""
-    with drawing(name, (9.0, 0.8 + 0.36 * len(labels))) as ((axis,), out):
+    with drawing(name, 0.8 + 0.34 * len(labels)) as (axis, out):
         places = range(len(labels))
         drawn = axis.barh(places, values, color=list(colours or [GOOD] * len(labels)), height=0.62)
-        axis.bar_label(drawn, [f"{value:,.4g}" if value < 1000 else f"{value:,.0f}" for value in values], padding=4, color=INK)
+        axis.bar_label(drawn, [f"{value:,.1f}".removesuffix(".0") for value in values], padding=4, color=INK)
         axis.set_yticks(places, labels)
         axis.invert_yaxis()
         axis.set_xlabel(label)
-        axis.margins(x=0.12)
+        axis.margins(x=0.2)
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter("{x:,.10g}")
         axis.grid(axis="y", visible=False)
     return out[0]
 
@@ -135,34 +151,39 @@ class Panel:
 
 
 def curves(name: str, panels: Sequence[Panel]) -> str:
-    """Line charts side by side; lines differ in dash as well as in colour."""
-    with drawing(name, (4.5 * max(len(panels), 2), 3.2), max(len(panels), 1)) as (axes, out):
-        for axis, panel in zip(axes, panels, strict=True):
-            for number, (label, (x, y)) in enumerate(panel.lines.items()):
-                dash = ("-", "--", ":", "-.")[number % 4]
-                point = "o" if len(x) < 25 else None
-                axis.plot(x, y, dash, color=PALETTE[number % 7], label=label, marker=point, markersize=4, linewidth=1.8)
-            if panel.mark is not None:
-                axis.axvline(panel.mark, color=QUIET, linewidth=1, linestyle=(0, (2, 3)))
-            axis.set_title(panel.title, fontsize=11, loc="left")
-            axis.set_xlabel(panel.across)
-            if panel.lines:
-                axis.legend(fontsize=9)
+    """Line charts, which the page puts side by side where there is room; lines differ in dash as well as in colour."""
+    return "".join(curve(f"{name}{place}", panel) for place, panel in enumerate(panels))
+
+
+def curve(name: str, panel: Panel) -> str:
+    """One line chart."""
+    with drawing(name, 3.4, 5.0) as (axis, out):
+        for number, (label, (x, y)) in enumerate(panel.lines.items()):
+            dash = ("-", "--", ":", "-.")[number % 4]
+            point = "o" if len(x) < 25 else None
+            axis.plot(x, y, dash, color=PALETTE[number % 7], label=label, marker=point, markersize=4, linewidth=1.8)
+        if panel.mark is not None:
+            axis.axvline(panel.mark, color=QUIET, linewidth=1, linestyle=(0, (2, 3)))
+        axis.set_title(panel.title, fontsize=12, loc="left")
+        axis.set_xlabel(panel.across)
+        if len(panel.lines) > 1:
+            axis.legend(fontsize=11)
     return out[0]
 
 
 def over_nights(name: str, dates: Sequence[str], lines: Mapping[str, Sequence[float | None]], label: str) -> str:
     """A measure over the nights; nights without it leave a gap."""
-    with drawing(name, (9.0, 2.6)) as ((axis,), out):
+    with drawing(name, 2.8) as (axis, out):
         for number, (title, values) in enumerate(lines.items()):
             y = [np.nan if value is None else value for value in values]
             axis.plot(range(len(dates)), y, ("-", "--", ":", "-.")[number % 4], marker="o", markersize=4,
                       color=PALETTE[number % 7], label=title)  # fmt: skip
-        step = max(1, len(dates) // 8)
+        step = -(-len(dates) // 4)  # more of them would run into each other
         axis.set_xticks(range(0, len(dates), step), dates[::step])
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=9, ncols=min(len(lines), 4))
+        if len(lines) > 1:
+            axis.legend(fontsize=11, ncols=min(len(lines), 4))
     return out[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ from markupsafe import Markup
 
 from jobs import report_plots as plots
 from jobs.drift import Measure
-from jobs.lineage import Night
-from jobs.report_html import ROWS, duration, figure, first_line, join, missing, number, percent, said, short, table
+from jobs.lineage import JobRun, Night, as_number
+from jobs.report_html import ROWS, duration, figure, first_line, folded, join, missing, number, percent, said, short, table
 from jobs.report_plots import Interval, Panel
 from jobs.report_views import OTHERS, Views
 
@@ -33,6 +34,10 @@ class Facts:
     gpu_hour_price: float
     serving_ds: str
     """Date of the snapshot that serves, as the manifests tell; empty where nothing was published."""
+    space_id: str = ""
+    """Of the space that serves; empty where it is not known."""
+    space_since: str = ""
+    """Date of the first snapshot in that space; empty where the lake does not tell."""
 
 
 # --------------------------------------------------------------------------------------------------------------- sections
@@ -42,34 +47,46 @@ def jobs_section(facts: Facts) -> Markup:
     """What ran, how it ended, and how long it took against the nights before."""
     if not facts.night.runs:
         return missing("No manifest of this night can be read.")
-    rows = []
-    for run in facts.night.runs:
-        usual = usual_seconds(facts.before, run.name)
-        written = ", ".join(f"{name} {count:,}" for name, count in run.result.get("rows", {}).items() if isinstance(count, int))
-        word = {"done": "✓ done", "refused": "! refused", "failed": "✗ failed"}.get(run.status, run.status)
-        rows.append(
-            [
-                run.name,
-                word,
-                duration(run.seconds),
-                duration(usual) if usual else "–",
-                run.result.get("device", "–"),
-                written or "–",
-            ]
-        )
-    parts = [table("Jobs of the night", ["Job", "Ended", "Took", "Usually", "Device", "Rows"], rows, numeric=False)]
-    slow = [(run.name, run.seconds) for run in facts.night.runs if run.seconds > 0][:ROWS]
+    groups = grouped(facts.night.runs)
+    head = ["Job", "Ended", "Took", "Usually", "Device", "Rows"]
+    parts = [table("Jobs of the night", head, [job_row(name, runs, facts.before) for name, runs in groups], numeric=False)]
+    slow = [(name, spent) for name, runs in groups if (spent := seconds_of(runs))][:ROWS]
     if slow:
         longest = max(slow, key=lambda pair: pair[1])
-        words = f"Seconds of each job; {longest[0]} took longest, {duration(longest[1])}."
+        words = f"Seconds of each job, retries included; {longest[0]} took longest, {duration(longest[1])}."
         parts.append(figure(plots.bars("jobs", [name for name, _ in slow], [seconds for _, seconds in slow], "seconds"), words))
     return join(parts)
 
 
-def usual_seconds(before: Sequence[Night], name: str) -> float:
-    """Median time of a job on the nights before; 0 where it did not run."""
-    taken = [run.seconds for night in before for run in night.runs if run.name == name and run.status == "done"]
-    return statistics.median(taken) if taken else 0.0
+def grouped(runs: Sequence[JobRun]) -> list[tuple[str, list[JobRun]]]:
+    """(name, runs): shards that ended well as one, so that many of them don't hide what came after; all others by themselves."""
+    found: dict[str, list[JobRun]] = {}
+    for run in runs:
+        found.setdefault(run.job if run.status == "done" else f"{run.name} ({run.status})", []).append(run)
+    return [(f"{some[0].job}, {len(some)} shards" if len(some) > 1 else some[0].name, some) for some in found.values()]
+
+
+def seconds_of(runs: Iterable[JobRun]) -> float:
+    """Seconds of runs, and of those of the same night that they followed."""
+    return sum(one.seconds for run in runs for one in (*run.earlier, run))
+
+
+def job_row(name: str, runs: Sequence[JobRun], before: Sequence[Night]) -> list[object]:
+    """A job, or its shards, in the table of jobs."""
+    counts: Counter[str] = Counter()
+    for run in runs:
+        counts.update({table: count for table, count in run.result.get("rows", {}).items() if isinstance(count, int)})
+    first = runs[0]
+    usual = median_of(lambda night: seconds_of(night.all(first.job)) if night.done(first.job) else None, before)
+    again = sum(len(run.earlier) for run in runs)
+    return [
+        name,
+        {"done": "✓ done", "refused": "! refused", "failed": "✗ failed"}.get(first.status, first.status),
+        duration(seconds_of(runs)) + (f" in {again + len(runs)} runs" if again else ""),
+        duration(usual) if usual else "–",
+        first.result.get("device") or "–",
+        ", ".join(f"{table} {count:,}" for table, count in counts.items()) or "–",
+    ]
 
 
 def funnel_section(facts: Facts) -> Markup:
@@ -146,30 +163,35 @@ def forests(judged: Mapping[str, Any], margin: float | None) -> list[Markup]:
     rows = [row for row in judged.get("differences", []) if row.get("value") is not None]
     against = [row for row in rows if row["against"] == "champion"]
     overall = [row for row in rows if row["slice"] == "overall" and row["against"] != "champion"]
+    id_only = [row for row in rows if row["against"] == "id_only" and row["slice"] != "overall"]
     parts = []
     for name, some, words in (
         (
             "champion",
             against,
-            "Challenger less champion, NDCG by slice, with 95 % intervals; dotted: the loss that counts as none.",
+            "Challenger less champion by slice, NDCG with 95 % intervals; dotted: the loss that counts as none.",
         ),
-        ("floors", overall, "Challenger less every other model, NDCG overall, with 95 % intervals."),
+        ("floors", overall, "Challenger less every other model, overall, NDCG with 95 % intervals."),
+        ("id-only", id_only, "Challenger less the ID-only model by slice, NDCG with 95 % intervals: what the texts are worth."),
     ):
         if some:
             intervals = [interval(row, margin if name == "champion" else None) for row in some]
-            parts.append(figure(plots.forest(name, intervals, "difference in NDCG"), words))
+            parts.append(figure(plots.forest(name, intervals, "difference in NDCG"), f"{words} {FOREST}"))
             cells = [
                 [
-                    row["slice"] if name == "champion" else row["against"],
+                    row["against"] if name == "floors" else row["slice"],
                     *(number(row.get(key)) for key in ("value", "low", "high", "detectable", "n")),
                 ]
                 for row in some
             ]
-            head = ["Slice" if name == "champion" else "Model", "Difference", "From", "To", "Could have shown", "Users"]
-            parts.append(table(words.split(",")[0], head, cells))
+            head = ["Model" if name == "floors" else "Slice", "Difference", "From", "To", "Could have shown", "Users"]
+            parts.append(folded("These in figures", table(words.split(",")[0], head, cells)))
     if not against:
         parts.append(missing("There was no champion to compare with: the first night, or no registry."))
     return parts
+
+
+FOREST = "Circle: surely no worse; diamond: can't tell; square: surely worse; cross: too few users for an interval."
 
 
 def interval(row: Mapping[str, Any], margin: float | None) -> Interval:
@@ -180,7 +202,7 @@ def interval(row: Mapping[str, Any], margin: float | None) -> Interval:
     found = (
         "undecided" if low is None or high is None else "passed" if low >= floor else "failed" if high < floor else "undecided"
     )
-    name = row["slice"] if margin is not None or row["against"] == "champion" else row["against"]
+    name = row["against"] if row["slice"] == "overall" and row["against"] != "champion" else row["slice"]
     return Interval(label=f"{name} ({row.get('n', 0):,})", value=row["value"], low=low, high=high, margin=allowed, verdict=found)
 
 
@@ -295,10 +317,10 @@ def maps_section(facts: Facts) -> Markup:
     parts.append(controls(views))
     parts.append(Markup('<div class="maps">{}</div>').format(join(one_map(place, views) for place in range(len(views.maps)))))
     parts.append(Markup('<script type="application/json" id="titles">{}</script>').format(Markup(safe_json(titles_data(views)))))
-    rows = [[found.name, f"{len(found.places):,}", percent(found.purity), percent(found.chance)] for found in views.maps]
+    rows = [[found.name, f"{found.compared:,}", percent(found.purity), percent(found.chance)] for found in views.maps]
     parts.append(
         table(
-            f"Share of an item's ten nearest neighbours (among those drawn) with its own “{views.attribute}”",
+            f"Share of an item's ten nearest neighbours with its own “{views.attribute}”, among the items that all maps show",
             ["Embedding", "Items", "Share", "By chance"],
             rows,
         )
@@ -452,14 +474,18 @@ def cost_section(facts: Facts) -> Markup:
     if spent is not None:
         parts.append(said(f"Since the promotion before, device time worth {spent:,.2f} was used: what the last promotion cost."))
     if facts.serving_ds:
-        age = days_between(facts.serving_ds, facts.night.ds)
-        behind = "this night's" if age == 0 else f"{age} day{'' if age == 1 else 's'} behind this night"
+        late = days_between(facts.serving_ds, facts.night.ds)
+        behind = "this night's" if late == 0 else f"{late} day{'' if late == 1 else 's'} behind this night"
         parts.append(said(f"What serves is the snapshot of {facts.serving_ds}: {behind}."))
+        if facts.space_since:
+            old = days_between(facts.space_since, facts.night.ds)
+            age = f"{old} day{'' if old == 1 else 's'} old" if old else "new this night"
+            parts.append(said(f"It is in space {facts.space_id}, which is {age}: first filled with {facts.space_since}."))
     else:
         parts.append(missing("Nothing was published up to this night."))
     if len(nights) > 1:
         dates = [night.ds for night in nights]
-        taken = [sum(run.seconds for run in night.runs) / 60 or None for night in nights]
+        taken = [minutes(night) for night in nights]
         parts.append(
             figure(
                 plots.over_nights("minutes", dates, {"all jobs": taken}, "minutes"),
@@ -482,6 +508,11 @@ def as_share(night: Night, group: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def minutes(night: Night) -> float | None:
+    """Minutes of all jobs and their retries; None where nothing ran."""
+    return sum(run.seconds for run in night.attempts()) / 60 or None
+
+
 PER_THOUSAND = "Device cost per thousand items embedded"
 
 
@@ -489,14 +520,14 @@ def costs(facts: Facts) -> list[tuple[str, Callable[[Night], float | None]]]:
     """Figures of a night, each None where it is not known."""
 
     def speed(night: Night) -> float | None:
-        return float(night.result("embed").get("tokens_per_second") or 0) or None
+        return max((as_number(run.result.get("tokens_per_second")) for run in night.attempts("embed")), default=0.0) or None
 
     def gpu(night: Night) -> float:
-        return sum(run.seconds for run in night.runs if run.on_gpu)
+        return sum(run.seconds for run in night.attempts() if run.on_gpu)
 
     def per_thousand(night: Night) -> float | None:
         embedded = night.total("embed", "embedded")
-        seconds = sum(run.seconds for run in night.all("embed"))
+        seconds = sum(run.seconds for run in night.attempts("embed"))
         return seconds / 3600 * facts.gpu_hour_price / embedded * 1000 if embedded else None
 
     return [
@@ -504,8 +535,8 @@ def costs(facts: Facts) -> list[tuple[str, Callable[[Night], float | None]]]:
         ("Texts embedded", lambda night: int(night.total("embed", "embedded")) if night.all("embed") else None),
         (PER_THOUSAND, per_thousand),
         ("GPU seconds of all jobs", gpu),
-        ("Minutes of all jobs", lambda night: sum(run.seconds for run in night.runs) / 60),
-        ("Vectors written online", lambda night: night.result("publish").get("written")),
+        ("Minutes of all jobs", lambda night: minutes(night) or 0.0),
+        ("Vectors written online", lambda night: int(night.total("publish", "written")) if night.done("publish") else None),
         ("Read of up to 500 vectors, median ms", lambda night: night.result("lookup").get("read_ms_p50")),
     ]
 
@@ -526,7 +557,7 @@ def since_promotion(facts: Facts) -> float | None:
     if not places:
         return None
     start = places[-2] + 1 if len(places) > 1 else 0
-    seconds = sum(run.seconds for night in nights[start : places[-1] + 1] for run in night.runs if run.job in DEVICE_JOBS)
+    seconds = sum(run.seconds for night in nights[start : places[-1] + 1] for run in night.attempts() if run.job in DEVICE_JOBS)
     return seconds / 3600 * facts.gpu_hour_price
 
 
@@ -545,7 +576,7 @@ def origin_section(facts: Facts) -> Markup:
     recipes = sorted({short(run.manifest.get("recipe_sha256")) for run in facts.night.runs})
     parts = [
         said(f"Code {', '.join(code) or 'unknown'}; recipe {', '.join(recipes) or 'unknown'}."),
-        Markup("<details><summary>All digests ({})</summary>{}</details>").format(len(rows), digests(rows)),
+        folded(f"All digests ({len(rows)})", digests(rows)),
         Markup(
             "<p>Where one vector came from: <code>python -m jobs explain --recipe FILE --ds {} --set explain.item=ID</code></p>"
         ).format(facts.night.ds),

@@ -71,9 +71,11 @@ class Map:
     """Which items of the sample it shows, in the order of its points."""
     point_N2: Matrix
     purity: float | None
-    """Share of an item's nearest neighbours in the sample that have its category; none without categories."""
+    """Share of an item's nearest neighbours, among the items of all maps, that have its category; none without categories."""
     chance: float | None
     """The same for neighbours drawn at random."""
+    compared: int
+    """Items that all maps show: among more of them neighbours are nearer, so shares are compared on these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +269,8 @@ def purity(vector_ND: Matrix, group_N: npt.NDArray[np.int64]) -> tuple[float | N
 
 def mapped(layers: Sequence[Layer], sample: Sample, group_N: Sequence[int], seed: int) -> tuple[Map, ...]:
     """Maps of the layers; each begins where the one before ended, so that an item stays about where it was."""
+    shared = [place for place, item_id in enumerate(sample.item_ids) if all(item_id in layer.vectors for layer in layers)]
+    group_S = np.asarray([group_N[place] for place in shared], np.int64)
     maps: list[Map] = []
     before: dict[int, Matrix] = {}
     for layer in layers:
@@ -276,8 +280,19 @@ def mapped(layers: Sequence[Layer], sample: Sample, group_N: Sequence[int], seed
         vector_ND = np.stack([layer.vectors[sample.item_ids[place]] for place in places])
         known = bool(before) and all(place in before for place in places)
         point_N2 = laid_out(vector_ND, np.stack([before[place] for place in places]) if known else None, seed)
-        same, chance = purity(vector_ND, np.asarray([group_N[place] for place in places]))
-        maps.append(Map(name=layer.name, what=layer.what, places=places, point_N2=point_N2, purity=same, chance=chance))
+        shared_SD = np.stack([layer.vectors[sample.item_ids[place]] for place in shared]) if shared else vector_ND[:0]
+        same, chance = purity(shared_SD, group_S)
+        maps.append(
+            Map(
+                name=layer.name,
+                what=layer.what,
+                places=places,
+                point_N2=point_N2,
+                purity=same,
+                chance=chance,
+                compared=len(shared),
+            )
+        )
         before = dict(zip(places, point_N2, strict=True))
     return tuple(maps)
 

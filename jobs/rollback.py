@@ -10,7 +10,7 @@ from pathlib import Path
 from feature_repo import offline, spaces
 from feature_repo.reader import Pointer, Reader, offline_folder, settings
 from feature_repo.stores import Store, lease, open_writer
-from jobs import registry, serving
+from jobs import contracts, registry, serving
 from jobs.contracts import InputError, Refused, Run
 
 
@@ -93,14 +93,15 @@ def follow(config: Config, before: Pointer, after: Pointer) -> str:
     """Moves the aliases after the pointer; returns the champion. What serves is right by then, so MLflow's failure only warns."""
     run = config.run
     try:
-        champion, previous = registry.champion(run), registry.by_alias(run, "previous")
-        if champion is None:
-            return ""
-        served, serves = (registry_name(run, pointer) for pointer in (before, after))
-        if config.demote and previous and (champion["recommender_id"], previous["recommender_id"]) == (served, serves):
-            registry.set_aliases(run, [("champion", previous["version"]), ("previous", champion["version"])])
-            champion = previous
-    except InputError as error:
+        with contracts.alone(run.lake, "promotion", config.lease_wait_s):
+            champion, previous = registry.champion(run), registry.by_alias(run, "previous")
+            if champion is None:
+                return ""
+            served, serves = (registry_name(run, pointer) for pointer in (before, after))
+            if config.demote and previous and (champion["recommender_id"], previous["recommender_id"]) == (served, serves):
+                registry.set_aliases(run, [("champion", previous["version"]), ("previous", champion["version"])])
+                champion = previous
+    except (InputError, Refused) as error:
         print(f"the champion stays as it is, and the next night would publish it again: {error}", file=sys.stderr)
         return ""
     if champion["recommender_id"] != serves:

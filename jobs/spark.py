@@ -34,6 +34,10 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": "8",
+        # rows that are sorted by their group already need neither a hash table nor a second sort
+        "spark.sql.execution.replaceHashWithSortAgg": "true",
+        # blocks kept on disk are compressed whole: compressing each column before that costs time and memory for nothing
+        "spark.sql.inMemoryColumnarStorage.compressed": "false",
         "spark.driver.extraJavaOptions": "-Dlog4j2.level=ERROR -Dderby.stream.error.file=/dev/null",
         **settings,
     }

@@ -133,6 +133,10 @@ class LoadedRecommender:
         self.sequence.load_state_dict(below(tensors, "recommender.sequence."))
         self.items.eval().requires_grad_(False)
         self.sequence.requires_grad_(False)
+        turn_DD = tensors.get("turn_DD")
+        if turn_DD is not None and not torch.allclose(turn_DD @ turn_DD.T, torch.eye(self.width), atol=1e-4):
+            raise RuntimeError("turn_DD is no rotation: scores would change under it")
+        self.turn_DD = None if turn_DD is None else turn_DD.to(device)
 
     @property
     def width(self) -> int:
@@ -146,11 +150,11 @@ class LoadedRecommender:
         """
         if not isinstance(self.items, IdItems):
             raise ValueError("this recommender keeps no item table: project the items' LLM embeddings")
-        return self.items.table()
+        return self.turned(self.items.table())
 
     @torch.no_grad()
     def project(self, llm_NE: Tensor, item_ids: Sequence[str]) -> Tensor:
-        """emb_ND float32 of any items from their LLM embeddings: whitening, adapter, and the ID part where there is one.
+        """emb_ND float32 of any items from their LLM embeddings: whitening, adapter, the ID part where there is one, the turn.
 
         Raises ValueError for another width than the encoder's, a value that is not finite, or an ID-only recommender.
         """
@@ -164,18 +168,23 @@ class LoadedRecommender:
             raise ValueError("an LLM embedding is not finite: embed these items again")
         row_N = torch.tensor([self.row.get(item_id, 0) for item_id in item_ids], device=self.device)
         if isinstance(self.items, DualItems):
-            return self.items.project(white_NK, row_N)
+            return self.turned(self.items.project(white_NK, row_N))
         if isinstance(self.items, NullSpaceItems):
-            return torch.cat([self.items.text(white_NK), self.items.learned[row_N]], dim=1)
-        emb_ND: Tensor = self.items.adapter(white_NK)
-        return emb_ND
+            return self.turned(torch.cat([self.items.text(white_NK), self.items.learned[row_N]], dim=1))
+        return self.turned(self.items.adapter(white_NK))
 
     @torch.no_grad()
     def encode(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """user_BD of histories given as item VECTORS, newest last, LEFT-padded; scores are dot products with item vectors."""
         newest = self.backbone.max_len
-        user_BD: Tensor = self.sequence(emb_BLD[:, -newest:].to(self.device), valid_BL[:, -newest:].to(self.device))[:, -1]
-        return user_BD
+        emb_BLD, valid_BL = emb_BLD[:, -newest:].to(self.device), valid_BL[:, -newest:].to(self.device)
+        if self.turn_DD is not None:
+            emb_BLD = emb_BLD @ self.turn_DD.T  # the sequence encoder knows items as it was trained on them
+        return self.turned(self.sequence(emb_BLD, valid_BL)[:, -1])
+
+    def turned(self, emb_D: Tensor) -> Tensor:
+        """Vectors in the basis of the space that they were aligned to; items and users turn alike, so no score changes."""
+        return emb_D if self.turn_DD is None else emb_D @ self.turn_DD
 
 
 def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whitening | None, catalogue: int) -> Any:
@@ -204,18 +213,23 @@ def save_recommender(
     backbone: Backbone,
     items: Mapping[str, Any],
     whitening: Whitening | None = None,
+    turn_DD: Tensor | None = None,
     meta: Mapping[str, Any],
 ) -> None:
     """Writes recommender.safetensors, recommender.json and item_ids.json into a folder: all that serving needs.
 
-    `items` is {"kind": "id"}, {"kind": "mlp" or "llm_esr", "hidden": …} or {"kind": "null_space", "text_width": …}; `meta` is
-    JSON.
+    `items` is {"kind": "id"}, {"kind": "mlp" or "llm_esr", "hidden": …} or {"kind": "null_space", "text_width": …}; `turn_DD` is
+    an orthogonal map that all vectors take on their way out, none leaves them as they are; `meta` is JSON.
     """
     tensors = {f"recommender.{name}": value for name, value in recommender.state_dict().items()}
     known: dict[str, Any] = {**meta, "backbone": dataclasses.asdict(backbone), "items": dict(items), "width": backbone.width}
     if whitening is not None:
         tensors |= {f"whitening.{name}": value for name, value in whitening.state_dict().items()}
         known["explained_variance"] = whitening.explained
+    if turn_DD is not None:
+        tensors["turn_DD"] = turn_DD
+    if turn_DD is not None:
+        tensors["turn_DD"] = turn_DD
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path / "recommender.safetensors")
     (path / "recommender.json").write_text(json.dumps(known, indent=1, sort_keys=True))
     (path / "item_ids.json").write_text(json.dumps(list(item_ids)))

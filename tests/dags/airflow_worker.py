@@ -72,13 +72,16 @@ def run(environment: dict[str, str], dag: str, logical_date: str | None, conf: d
     return {"state": str(done.state), "tasks": tasks, "run_after": done.run_after.isoformat()}
 
 
-def snapshot_date(environment: dict[str, str], params: dict[str, Any], logical_date: str | None, told: list[str]) -> str:
-    """`job_task.snapshot_date` of a run that starts at 2026-03-02 01:00 UTC."""
+def snapshot_date(
+    environment: dict[str, str], params: dict[str, Any], logical_date: str | None, told: list[str], run_type: str
+) -> str:
+    """`job_task.snapshot_date` of a run that starts at 2026-03-02 01:00 UTC; the interval of a scheduled one ends then."""
     bag(environment)
     from job_task import snapshot_date as date
 
     parsed = dt.datetime.fromisoformat(logical_date) if logical_date else None
-    dag_run = SimpleNamespace(logical_date=parsed, run_after=dt.datetime(2026, 3, 2, 1, tzinfo=dt.UTC))
+    start = dt.datetime(2026, 3, 2, 1, tzinfo=dt.UTC)
+    dag_run = SimpleNamespace(logical_date=parsed, run_after=start, run_type=run_type, data_interval_end=start)
     return str(date(params, dag_run, {"asset": [SimpleNamespace(extra={"ds": ds} if ds else {}) for ds in told]}))
 
 
@@ -94,7 +97,51 @@ def judge(environment: dict[str, str], job: str, status: int, run_type: str) -> 
     return ""
 
 
-ANSWERS: dict[str, Callable[..., Any]] = {"describe": describe, "run": run, "snapshot_date": snapshot_date, "judge": judge}
+def pod_end(environment: dict[str, str], status: int | None, lines: list[str]) -> list[Any]:
+    """What becomes of a pod of `scft` that ended with a status (None: evicted) and these last lines: [exception, text, XCom]."""
+    bag(environment)
+    import job_pod
+    from airflow.sdk.exceptions import AirflowException
+
+    def ended(*_: Any, **__: Any) -> None:
+        if status != 0:
+            raise AirflowException("Pod returned a failure")
+
+    job_pod.KubernetesPodOperator.cleanup = ended
+    pod = job_pod.JobPod(task_id="scft", arguments=["scft"])
+    vars(pod)["client"] = SimpleNamespace(read_namespaced_pod_log=lambda **_: "\n".join(lines))
+    terminated = None if status is None else SimpleNamespace(exit_code=status)
+    container = SimpleNamespace(name="base", state=SimpleNamespace(terminated=terminated))
+    remote = SimpleNamespace(
+        metadata=SimpleNamespace(name="p", namespace="n"), status=SimpleNamespace(container_statuses=[container])
+    )
+    pushed: list[Any] = []
+    context = {"ti": SimpleNamespace(xcom_push=lambda key, value: pushed.append(value)), "dag_run": None}
+    try:
+        pod.cleanup(remote, remote, context=context)
+        pod.result(context)
+    except Exception as error:
+        return [type(error).__name__, str(error), None]
+    return ["", "", pushed[0]]
+
+
+def answered(environment: dict[str, str], answer: dict[str, Any]) -> dict[str, str]:
+    """The settings of `promote` that come of a person's answer, rendered as Airflow does."""
+    dag = bag(environment)["rat_training"]
+    command = dag.get_task("promote_by_hand").command
+    given = {"ti": SimpleNamespace(xcom_pull=lambda _: answer)}
+    templates = [word.split("=", 1) for word in command if word.startswith("promote.")]
+    return {key: dag.get_template_env().from_string(text).render(given) for key, text in templates}
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "describe": describe,
+    "run": run,
+    "snapshot_date": snapshot_date,
+    "judge": judge,
+    "pod_end": pod_end,
+    "answered": answered,
+}
 
 
 if __name__ == "__main__":

@@ -167,7 +167,9 @@ def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalon
     asked = {
         "decision": "undecided",
         "recommender_id": "r1",
-        "reasons": [{"gate": "not worse on tail", "verdict": "?", "text": "-"}],
+        "encoder_id": "e1",
+        "champion_id": "c1",
+        "reasons": [{"gate": "not worse on tail", "verdict": "undecided", "text": "NDCG -0.0015 (95 % -0.0025 to -0.0005)"}],
     }
     standalone.stub.plan(results={"promote": [asked, {**asked, "decision": "promoted"}]})
     for dag in ("scft_refresh", "rat_training", "nightly_embeddings"):
@@ -184,7 +186,8 @@ def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalon
 
     standalone.until("the question", waiting)
     question = standalone.call("GET", f"{where}/taskInstances/ask/-1/hitlDetails")
-    assert "r1" in question["subject"] and "not worse on tail" in question["body"]
+    assert "r1" in question["subject"] and "Challenger r1 (encoder e1) against\nc1, on the same" in question["body"]
+    assert "| gate | verdict | figures |\n|---|---|---|\n| not worse on tail | undecided | NDCG -0.0015 (95 %" in question["body"]
     time.sleep(3)  # an answer within the second in which it was asked counts as a lost task: Airflow then asks again
     answer = {"chosen_options": ["Approve"], "params_input": {}}
     standalone.call("PATCH", f"{where}/taskInstances/ask/-1/hitlDetails", answer)
@@ -192,9 +195,12 @@ def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalon
 
     assert standalone.ended("nightly_embeddings", "asset_triggered")[0]["state"] == "success"
     calls = [call for call in standalone.stub.calls() if call["ds"] == "2026-01-05"]
-    chain = ["extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "promote"]
+    chain = ["extract", "scft", "embed", "pretrain", "rat", "embed", "evaluate", "promote", "promote"]
     assert [call["job"] for call in calls] == [*chain, "extract", "embed", "project", "publish", "lookup", "report"]
-    assert [call["set"] for call in calls if call["job"] == "promote"] == [{}, {"promote.approved_by": "Anonymous"}]
+    assert [call["set"] for call in calls if call["job"] == "promote"] == [
+        {},
+        {"promote.approved_by": '"Anonymous"', "promote.rejected_by": '""'},
+    ]
 
 
 def test_the_night_on_schedule_is_green_and_works_on_the_day_before(standalone: Standalone) -> None:

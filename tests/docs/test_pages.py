@@ -20,7 +20,7 @@ NAMES = [page.name for page in PAGES]
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Words of each `python -m jobs` (or `torchrun … -m jobs`) line, continued ones joined."""
+    """Words of each `python -m jobs` (or `python -m jobs.torchrun … -m jobs`) line, continued ones joined."""
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         found = re.search(r"-m jobs ([a-z]+ --recipe .*)", line)
         if found and not line.lstrip().startswith(("|", "<!--")):

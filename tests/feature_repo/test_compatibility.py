@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from feature_repo.compatibility import churn, compare, procrustes
+from feature_repo.compatibility import apart, churn, compare, procrustes
 
 GENERATOR = np.random.default_rng(0)
 OLD_ND = GENERATOR.normal(size=(300, 8)).astype(np.float32)
@@ -19,9 +19,18 @@ def test_a_turned_space_is_alignable_and_keeps_all_neighbours() -> None:
 
 
 def test_the_rotation_is_found() -> None:
-    turn_DD, residual = procrustes(OLD_ND, OLD_ND @ TURN_DD)
+    turn_DD = procrustes(OLD_ND, OLD_ND @ TURN_DD)
     assert np.allclose(turn_DD, TURN_DD.T, atol=1e-5)
-    assert residual == pytest.approx(0, abs=1e-5)
+    assert apart(OLD_ND, OLD_ND @ TURN_DD @ turn_DD) == pytest.approx(0, abs=1e-5)
+
+
+def test_what_a_rotation_leaves_over_is_the_noise() -> None:
+    noise_ND = 0.05 * GENERATOR.normal(size=OLD_ND.shape).astype(np.float32)
+    result = compare(OLD_ND, (OLD_ND + noise_ND) @ TURN_DD, GROUPS, same=False)
+    assert result.kind == "alignable"
+    assert result.distance > 0.5
+    assert result.residual == pytest.approx(np.linalg.norm(noise_ND) / np.linalg.norm(OLD_ND), rel=0.05)
+    assert compare(OLD_ND, OLD_ND + noise_ND, GROUPS, same=False).kind == "aligned"
 
 
 def test_another_space_is_breaking_and_loses_nearly_all_neighbours() -> None:

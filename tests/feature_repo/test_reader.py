@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
-from feast.feature_server import get_app
 from feast.protos.feast.types.Value_pb2 import Value
 
 from feature_repo import spaces
+from feature_repo.feature_definitions import item_embedding
 from feature_repo.reader import NothingServed, Reader, Space, open_store, packed_floats, settings
 from feature_repo.stores import key_text, lease, open_writer
+from tests.feature_repo.feature_server import feature_server
 
 IDS = [f"i{number}" for number in range(30)]
 
@@ -100,14 +98,8 @@ def test_feasts_own_api_reads_the_same_vectors(lake: Path) -> None:
 @pytest.fixture
 def server(lake: Path) -> Iterator[str]:
     """Feast's feature server on a free port."""
-    running = uvicorn.Server(uvicorn.Config(get_app(open_store(lake)), host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-    running.should_exit = True
-    thread.join()
+    with feature_server(lake) as url:
+        yield url
 
 
 @pytest.mark.parametrize("codec", ["float32", "float16"])
@@ -121,6 +113,25 @@ def test_over_http_the_answer_is_the_same(lake: Path, server: str, codec: str) -
     assert np.array_equal(here.vector_ND, there.vector_ND)
     assert there.pointer == here.pointer
     assert there.as_of == here.as_of
+
+
+def test_over_http_a_store_into_which_nothing_was_published_is_told(lake: Path, server: str) -> None:
+    with pytest.raises(NothingServed, match="jobs publish"):
+        Reader.over_http(server).vectors(["i1"])
+
+
+def test_a_feature_server_that_is_down_is_told_by_its_address() -> None:
+    with pytest.raises(ConnectionError, match=r"feature server http://127\.0\.0\.1:9 failed .*is it up"):
+        Reader.over_http("http://127.0.0.1:9/").vectors(["i1"])
+
+
+def test_a_vector_of_another_width_than_the_space_is_not_answered(lake: Path) -> None:
+    put(lake, space(), 1)
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        store.write(item_embedding, spaces.embedding_rows(space(width=4), ["i3"], [bytes(range(16))]))
+    with pytest.raises(ValueError, match="is 8 wide, but a vector of 4 was read: publish it again"):
+        Reader.open(lake).vectors(IDS)
 
 
 @pytest.mark.parametrize("width", [1, 3, 31, 32, 33, 4095, 4096, 5000])

@@ -200,7 +200,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for path in KUBERNETES.glob("pod-*.yaml"):
         shutil.copy(path, folder)
     many = (KUBERNETES / "pod-gpu.yaml").read_text()
-    many = many.replace("[python, -m, jobs]", "[torchrun, --standalone, --nproc-per-node=gpu, -m, jobs]")
+    many = many.replace("[python, -m, jobs]", "[python, -m, jobs.torchrun, --standalone, --nproc-per-node=gpu, -m, jobs]")
     (folder / "pod-scft.yaml").write_text(many.replace('nvidia.com/gpu: "1"', 'nvidia.com/gpu: "4"'))
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLMEMB_", "AIRFLOW_", "PYTEST_"))}
     environment = clean | variables(KUBERNETES / "cluster.env") | {"LLMEMB_PODS": str(folder), "AIRFLOW_HOME": str(folder)}
@@ -265,7 +265,7 @@ def test_gpus_go_to_the_jobs_that_train_and_embed_and_to_no_other(rendered: dict
 
 def test_a_job_with_a_template_of_its_own_trains_on_several_gpus(rendered: dict[str, Any]) -> None:
     commands = {job_of(pod): pod["spec"]["containers"][0]["command"] for pod in rendered["pods"].values()}
-    assert commands.pop("scft")[0] == "torchrun"
+    assert commands.pop("scft")[:3] == ["python", "-m", "jobs.torchrun"]
     assert {tuple(command) for command in commands.values()} == {("python", "-m", "jobs")}
 
 

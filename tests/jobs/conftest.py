@@ -14,6 +14,7 @@ from jobs import contracts
 from jobs.contracts import ITEMS, SEQUENCES
 from models.adapter import MlpAdapter, TextItems, Whitening
 from models.recommender import Backbone, Recommender, build_sequence, save_recommender
+from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
 
 WIDTH = 16
 Catalogue = Callable[..., Path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def test_a_space_left_half_staged_is_removed(catalogue: Callable[..., Path], lak
             key.entity_values[1].string_val = "d" * 16
         store.write(item_embedding, half)
     assert sweep(lake, 0).removed == {A: 40, "d" * 16: 2}
+
+
+def test_a_clock_that_was_ahead_only_lengthens_the_grace(lake: Path) -> None:
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        store.note(A, (dt.datetime.now(dt.UTC) + dt.timedelta(days=30)).isoformat())
+    result = sweep(lake, 7)
+    assert result.removed == {} and result.waiting[A] == pytest.approx(37 * 24, abs=0.1)
 
 
 def test_rollback_still_works_after_collect(lake: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import contracts
-from jobs.contracts import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, InputError
+from jobs.contracts import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, InputError, Refused
 
 
 def items(*ids: str) -> pa.Table:
@@ -175,6 +175,37 @@ def test_killed_at_any_instant_a_writer_leaves_one_whole_partition(tmp_path: Pat
                 writer.wait(wait or 0.001)
             writer.send_signal(signal.SIGKILL)
         assert contracts.read(tmp_path, ITEMS, "ds=2026-01-01")["item_id"].to_pylist() in (["a"], ["b"])
+
+
+def test_a_partition_without_its_commit_is_no_partition(tmp_path: Path) -> None:
+    for ds in ("2026-01-01", "2026-01-02"):
+        contracts.write(tmp_path, ITEMS, f"ds={ds}", [items("a")])
+    (tmp_path / "items" / "ds=2026-01-02" / contracts.COMMIT).unlink()
+    assert contracts.latest(tmp_path, "items", "2026-01-02") == "ds=2026-01-01"
+    with pytest.raises(InputError, match="run the job that writes items"):
+        contracts.read(tmp_path, ITEMS, "ds=2026-01-02")
+    contracts.write(tmp_path, ITEMS, "ds=2026-01-02", [items("b")])
+    assert contracts.read(tmp_path, ITEMS, "ds=2026-01-02")["item_id"].to_pylist() == ["b"]
+    assert len(list((tmp_path / "items" / "ds=2026-01-02").iterdir())) == 2, "nothing of the first attempt is left"
+
+
+def test_a_lock_names_its_holder_and_goes_with_it_however_it_ends(tmp_path: Path) -> None:
+    program = "import sys, time; from pathlib import Path; from jobs import contracts\n" + textwrap.dedent("""
+        with contracts.alone(Path(sys.argv[1]), "promotion"):
+            print("held", flush=True)
+            time.sleep(60)
+    """)
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(Refused, match=rf"promotion is under way already \(process {holder.pid} on "),
+            contracts.alone(tmp_path, "promotion", 0),
+        ):
+            pass
+        with contracts.alone(tmp_path, "another thing", 0):
+            holder.send_signal(signal.SIGKILL)
+    with contracts.alone(tmp_path, "promotion", 0):
+        pass
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ import dataclasses
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import contracts, embed
+from jobs import contracts, embed, registry
 from jobs.contracts import InputError, Run
 from models.encoder import Encoder, embed_items, load_encoder, save_encoder
 from models.packing import Step
 from tests.jobs.small_lake import remember
+from tests.jobs.small_registry import kept
 from tests.jobs.test_scft import write_items
 from tests.models import tiny
 
@@ -160,6 +168,100 @@ def test_a_killed_run_goes_on_from_its_finished_parts_and_ends_with_the_same_byt
     result = embed.run(config)
     assert result.resumed + result.known == {"model": 16, "write": 16, "commit": COUNT - 1, "after": COUNT - 1}[moment]
     assert bytes_of(config) == wanted
+
+
+def test_a_shard_whose_worker_is_killed_outright_is_repeated_without_its_finished_parts(
+    config: embed.Config, tmp_path: Path
+) -> None:
+    shard = changed(config, shards=2, shard=1, part_items=2)
+    embed.run(shard)
+    wanted = bytes_of(config)
+    shutil.rmtree(config.run.lake / "llm_embeddings")
+    program = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from jobs import embed
+        from jobs.contracts import Run
+        whole, parts = embed.finished, []
+        def finished(*given):
+            if len(parts) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            parts.append(whole(*given))
+            return parts[-1]
+        embed.finished = finished
+        run = Run(ds=sys.argv[1], lake=Path(sys.argv[2]), device="cpu")
+        embed.run(embed.Config(run=run, encoder="latest", shards=2, shard=1, part_items=2))
+    """)
+    evicted = subprocess.run([sys.executable, "-c", program, DS, str(config.run.lake)], capture_output=True, check=False)
+    assert evicted.returncode == -signal.SIGKILL, evicted.stderr[-2000:]
+    assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+    result = embed.run(shard)
+    assert result.resumed == 6 and result.embedded == result.rows["llm_embeddings"] - 6
+    assert bytes_of(config) == wanted
+
+
+def test_of_two_runs_of_a_shard_at_once_the_second_waits_and_finds_all_done(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original, begun, go_on = embed.embedded, threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> Any:
+        begun.set()
+        go_on.wait(30)
+        return original(*given)
+
+    monkeypatch.setattr(embed, "embedded", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(embed.run, config)
+        assert begun.wait(30)
+        second = pool.submit(embed.run, changed(config, run=dataclasses.replace(config.run, ds="2026-03-11")))
+        while "waiting for embed" not in capfd.readouterr().err:
+            time.sleep(0.02)
+        go_on.set()
+        assert (first.result().embedded, second.result().embedded) == (COUNT - 1, 0)
+    assert rows(config).num_rows == COUNT - 1
+
+
+def test_the_opponents_encoder_embeds_what_it_has_not_seen_and_keeps_a_manifest_of_its_own(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, old = config.run, embed.chosen(config)
+    spec = tiny.encoder(tiny.llama(run.lake / "base")).spec
+    staged = contracts.stage_artifact(run.lake, "encoder")
+    save_encoder(staged, dataclasses.replace(spec, policy=dataclasses.replace(spec.policy, domain="Another sentence:")), None)
+    new = contracts.keep_artifact(run.lake, "encoder", staged)
+    champion, challenger = (kept(run, seed, encoder_id=encoder) for seed, encoder in ((0, old), (1, new)))
+    remember(run, "rat", {"recommender_id": challenger.name})
+    aliases = {"champion": champion.name}
+    monkeypatch.setattr(registry, "by_alias", lambda _, alias: {"recommender_id": aliases[alias]} if alias in aliases else None)
+    opponent = changed(config, encoder="opponent")
+    result = embed.run(opponent)
+    assert (result.encoder_id, result.embedded) == (old, COUNT - 1)
+    assert embed.run(opponent).embedded == 0
+    aliases |= {"champion": challenger.name, "previous": champion.name}  # the night run again after its promotion
+    assert embed.chosen(opponent) == old
+    assert opponent.manifest == "embed-opponent"
+    assert changed(opponent, shards=16, shard=3).manifest == "embed-opponent-00003-of-00016"
+    assert changed(config, shards=16, shard=3).manifest == "embed-00003-of-00016"
+
+
+def test_on_the_first_night_there_is_no_opponent_and_that_is_said(
+    config: embed.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remember(config.run, "rat", {"recommender_id": "r" * 16})
+    result = embed.run(changed(config, encoder="opponent"))
+    assert (result.encoder_id, result.embedded, result.outputs) == ("", 0, {})
+    assert "none to measure against, so nothing to embed" in capsys.readouterr().err
+    assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+
+
+def test_a_half_written_snapshot_is_passed_over(config: embed.Config) -> None:
+    later = changed(config, run=dataclasses.replace(config.run, ds="2026-03-11"))
+    write_items(config.run.lake, "2026-03-11", tiny.items(COUNT + 5))
+    (config.run.lake / "items" / "ds=2026-03-11" / contracts.COMMIT).unlink()  # killed before its last step
+    assert embed.run(later).inputs["items"] == contracts.read_commit(config.run.lake, "items", f"ds={DS}").digest
+    write_items(config.run.lake, "2026-03-11", tiny.items(COUNT + 5))
+    assert embed.run(later).embedded == 6
 
 
 def test_forgotten_items_are_not_embedded(config: embed.Config) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyspark.sql import SparkSession
 
 from jobs import contracts, extract
 from jobs.__main__ import build
@@ -26,10 +27,15 @@ Event = tuple[str | None, str | None, int | None]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_java() -> Iterator[None]:
-    """The first session starts the JVM; later ones find it."""
-    yield
-    session("test", {}).stop()
+def one_session() -> Iterator[None]:
+    """Most of a small run's time is Spark's start: all tests share a session, which `run` may not stop."""
+    settings = {"spark.master": "local[1]", "spark.sql.shuffle.partitions": "2"}
+    with pytest.MonkeyPatch.context() as patch:
+        # tiny data: generated Java costs more to compile than it saves
+        spark = session("test", {**settings, "spark.sql.codegen.wholeStage": "false"})
+        patch.setattr(SparkSession, "stop", lambda self: self.catalog.clearCache())
+        yield
+    spark.stop()
 
 
 def item_table(path: Path, rows: list[Item]) -> str:
@@ -184,7 +190,7 @@ def test_what_was_forgotten_does_not_come_back(tmp_path: Path) -> None:
 
 
 def test_registered_tables_are_read_by_name(tmp_path: Path) -> None:
-    spark = session("test", {"spark.master": "local[1]", "spark.sql.warehouse.dir": str(tmp_path / "warehouse")})
+    spark = session("test", {})
     items, events = item_table(tmp_path / "i.parquet", CATALOGUE), event_table(tmp_path / "e.parquet", LOGS)
     spark.read.parquet(items).createOrReplaceGlobalTempView("catalogue")
     spark.read.parquet(events).createOrReplaceGlobalTempView("logs")

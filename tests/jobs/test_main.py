@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib
+import io
 import json
 import sys
 import types
@@ -100,6 +102,19 @@ def test_each_kind_of_failure_has_its_status_and_its_manifest(
     assert manifest(recipe)["status"] == word
 
 
+def test_a_manifest_keeps_the_end_and_the_time_of_the_runs_before_and_nothing_they_read(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(monkeypatch, recipe, fails=RuntimeError("user 4711"))
+    for _ in range(2):
+        call(monkeypatch, recipe, "--set", "recommend.user=secret")
+    manifest = json.loads((recipe.parent / "lake" / "manifests" / "ds=2026-01-01" / "recommend.json").read_text())
+    assert [one["status"] for one in manifest["earlier"]] == ["failed", "done"]
+    assert all(set(one) == {"status", "started_at", "seconds", "result"} for one in manifest["earlier"])
+    assert "4711" not in str(manifest["earlier"])
+    assert "secret" not in str(manifest["earlier"])
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -126,6 +141,24 @@ def test_a_fault_in_the_recipe_is_one_line_that_names_it(
 def test_a_date_must_be_a_date(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recommend", "--recipe", str(recipe), "--ds", "22.4.1998"]) == 2
     assert "write it as YYYY-MM-DD" in capsys.readouterr().err
+
+
+def test_a_date_that_has_not_begun_is_refused_and_leaves_no_manifest(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tomorrow = f"{dt.datetime.now(dt.UTC) + dt.timedelta(days=1):%Y-%m-%d}"
+    assert call(monkeypatch, recipe, "--ds", tomorrow) == 2
+    assert f"--ds {tomorrow} lies in the future: it is 20" in capsys.readouterr().err
+    assert not (recipe.parent / "lake").exists()
+
+
+def test_the_result_comes_after_all_that_is_logged(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMEMB_LOG", "json")
+    both = io.StringIO()  # as in a pod, whose log has both streams in one
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    assert call(monkeypatch, recipe) == 0
+    assert "seen" in json.loads(both.getvalue().splitlines()[-1])
 
 
 def test_a_missing_recipe_names_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

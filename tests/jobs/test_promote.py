@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,15 @@ def judge(run: Run, **more: Any) -> promote.Result:
 def aliases(run: Run) -> dict[str, str]:
     found = {alias: registry.by_alias(run, alias) for alias in registry.ALIASES}
     return {alias: model["recommender_id"] for alias, model in found.items() if model}
+
+
+def decisions(run: Run) -> list[tuple[str, str, list[str]]]:
+    """(decision, recommender, gates that failed) of every decision on record, newest first."""
+    with registry.connected(run) as client:
+        found = client.search_runs([client.get_experiment_by_name(run.experiment).experiment_id], "tags.job = 'promote'")
+        records = [json.loads(mlflow.artifacts.load_text(f"runs:/{entry.info.run_id}/decision.json")) for entry in found]
+    failed = [[reason["gate"] for reason in record["reasons"] if reason["verdict"] == "failed"] for record in records]
+    return [(record["decision"], record["recommender_id"], gates) for record, gates in zip(records, failed, strict=True)]
 
 
 def crowned(run: Run) -> Path:
@@ -239,8 +250,99 @@ def test_an_evaluation_against_a_champion_of_before_is_refused(tmp_path: Path) -
     evaluated(run, second, first.name)
     judge(run)
     evaluated(run, third, first.name)
-    with pytest.raises(InputError, match="run evaluate again"):
-        judge(run)
+    with pytest.raises(Refused, match=f"compared with {first.name}, but {second.name} is champion now: run evaluate again"):
+        judge(run, approved_by="Ada")  # who said so days ago did not know the new one
+    assert aliases(run) == {"champion": second.name, "previous": first.name, "challenger": third.name}
+    assert decisions(run)[0] == ("refused", third.name, ["same champion"])
+
+
+def overlapping(run: Run) -> tuple[Path, tuple[Run, Path], tuple[Run, Path]]:
+    """A champion, and two runs that each hold a challenger measured against it."""
+    first = crowned(run)
+    pairs = [(dataclasses.replace(run, ds=f"2026-01-0{day}"), kept(run, day)) for day in (2, 3)]
+    for later, challenger in pairs:
+        evaluated(later, challenger, first.name)
+    return first, *pairs
+
+
+def test_of_two_promotions_at_once_one_waits_and_is_refused_for_the_champion_that_the_other_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fresh(tmp_path)
+    first, (one, second), (other, third) = overlapping(run)
+    real, moving, go_on = registry.set_aliases, threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> None:
+        moving.set()
+        go_on.wait(30)
+        real(*given)
+
+    monkeypatch.setattr(registry, "set_aliases", slow)
+    with ThreadPoolExecutor(2) as pool:
+        winner = pool.submit(judge, one)
+        assert moving.wait(30)
+        with pytest.raises(Refused, match=r"promotion is under way already \(process \d+ on .*, since 20.*\): run again"):
+            judge(other, wait_s=0.1)
+        loser = pool.submit(judge, other)
+        go_on.set()
+        assert winner.result().decision == "promoted"
+        with pytest.raises(Refused, match=f"{second.name} is champion now"):
+            loser.result()
+    assert aliases(run) == {"champion": second.name, "previous": first.name, "challenger": third.name}
+
+
+def test_a_champion_that_comes_in_between_without_the_lock_is_found_by_looking_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fresh(tmp_path)
+    first, (one, second), (other, third) = overlapping(run)
+    real = promote.recorded
+
+    def meanwhile(*given: Any) -> str:
+        monkeypatch.setattr(promote, "recorded", real)
+        promote.decide(promote.Config(run=other))
+        return real(*given)
+
+    monkeypatch.setattr(promote, "recorded", meanwhile)
+    with pytest.raises(Refused, match=f"compared with {first.name}, but {third.name} is champion now"):
+        judge(one)
+    assert aliases(run) == {"champion": third.name, "previous": first.name, "challenger": second.name}
+    assert decisions(run)[0] == ("refused", second.name, ["same champion"])
+
+
+def test_a_backfill_does_not_put_an_older_model_in_the_champions_place(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    first, (older, second), (newer, third) = overlapping(run)
+    assert judge(newer).decision == "promoted"
+    evaluated(older, second, third.name)
+    with pytest.raises(Refused, match="the champion was trained on 2026-01-03, 2026-01-02 is older"):
+        judge(older)
+    assert aliases(run) == {"champion": third.name, "previous": first.name, "challenger": second.name}
+
+
+def test_a_registry_that_lost_its_aliases_is_not_taken_for_a_first_night(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    first, second = crowned(run), kept(run, 1)
+    registry.set_aliases(run, [("champion", None)])
+    evaluated(run, second)
+    waiting = judge(run)
+    assert (waiting.decision, waiting.reasons[-1].gate) == ("undecided", "champion known")
+    assert f"{first.name} was promoted once" in waiting.reasons[-1].text
+    assert judge(run, approved_by="Ada").decision == "promoted"
+    assert aliases(run) == {"champion": second.name}
+
+
+def test_a_challenger_that_a_person_turns_down_is_rejected_on_record(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    first, second = crowned(run), kept(run, 1)
+    evaluated(run, second, first.name, cold={"low": None, "high": None, "n": 4})
+    assert judge(run).decision == "undecided"
+    rejected = judge(run, rejected_by="Ada")
+    assert (rejected.decision, rejected.rejected_by, rejected.outputs) == ("rejected", "Ada", {})
+    assert aliases(run) == {"champion": first.name, "challenger": second.name}
+    assert [decision for decision, *_ in decisions(run)] == ["rejected", "undecided", "promoted"]
+    with pytest.raises(InputError, match="leave one empty"):
+        judge(run, approved_by="Ada", rejected_by="Bob")
 
 
 def test_without_a_registry_or_an_evaluation_there_is_nothing_to_promote(tmp_path: Path) -> None:

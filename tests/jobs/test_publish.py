@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from feature_repo.reader import Reader, settings
 from feature_repo.stores import SqliteStore, lease, open_writer
-from jobs import contracts, lookup, publish, serving
+from jobs import contracts, lookup, publish, rollback, serving
 from jobs.contracts import InputError, Refused, Run
 
 A, B = "a" * 16, "b" * 16
@@ -77,6 +77,36 @@ def test_another_space_is_told_breaking_and_may_have_a_budget_too(catalogue: Cat
         publish.run(config(lake, space=B, max_churn_new_space=0.3))
     result = publish.run(config(lake, space=B))
     assert (result.compatibility, result.churn["head"] > 0.5) == ("breaking", True)
+
+
+def test_a_turned_space_is_told_alignable_and_one_whose_turn_was_folded_in_aligned(catalogue: Catalogue) -> None:
+    lake = catalogue(space=B)
+    catalogue()
+    publish.run(config(lake))
+    rows = contracts.read(lake, contracts.item_embeddings(16), f"space={A}/ds=2026-01-01")
+    emb_ND = np.stack(rows["embedding"].to_pylist()).astype(np.float32)
+    turn_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0].astype(np.float32)
+    rows = rows.set_column(1, "space_id", pa.repeat(B, 40))
+    for vector_ND, kind in ((emb_ND @ turn_DD, "alignable"), (emb_ND * 1.01, "aligned")):
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(vector_ND.ravel()), 16)
+        write_raw(lake, rows.set_column(2, "embedding", vectors), B)
+        result = publish.run(config(lake, space=B, max_churn_new_space=0.0))
+        assert (result.compatibility, result.residual < 0.02, result.churn) == (kind, True, {"head": 0.0})
+        assert (result.distance <= 0.1) == (kind == "aligned")
+        rollback.run(rollback.Config(run=Run(ds="2026-01-01", lake=lake)))
+
+
+def test_the_serving_space_never_changes_its_width(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    publish.run(config(lake))
+    before = Reader.open(lake).pointer()
+    rows = contracts.read(lake, contracts.item_embeddings(16), f"space={A}/ds=2026-01-01")
+    narrow_ND = np.stack(rows["embedding"].to_pylist()).astype(np.float32)[:, :8]
+    write_raw(lake, rows.set_column(2, "embedding", pa.FixedSizeListArray.from_arrays(pa.array(narrow_ND.ravel()), 8)))
+    with pytest.raises(Refused, match=r"serves vectors of width 16, these are 8 wide"):
+        publish.run(config(lake))
+    assert Reader.open(lake).pointer() == before
+    assert Reader.open(lake).vectors(["m1"]).vector_ND.shape == (1, 16)
 
 
 def test_a_damaged_row_of_the_serving_space_is_mended_by_the_next_publish(catalogue: Catalogue) -> None:

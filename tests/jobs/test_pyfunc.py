@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jobs import contracts, pyfunc, rat
 from models.recommender import Backbone, load_recommender
@@ -52,6 +54,20 @@ def test_each_history_gets_its_k_best_items_in_order(kept: Path) -> None:
     assert [len(items) for items in answer["item_ids"]] == [3, 3, 3]
     assert all(set(items) <= set(IDS) for items in answer["item_ids"])
     assert all(scores == sorted(scores, reverse=True) for scores in answer["scores"])
+
+
+def test_a_turned_recommender_ranks_as_before(kept: Path, tmp_path: Path) -> None:
+    turned = tmp_path / "turned"
+    shutil.copytree(kept, turned)
+    turn_DD = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0].contiguous()
+    save_file({**load_file(kept / "recommender.safetensors"), "turn_DD": turn_DD}, turned / "recommender.safetensors")
+    before, after = (direct(path).predict(None, ASKED) for path in (kept, turned))
+    assert after["item_ids"] == before["item_ids"]
+    assert np.allclose(after["scores"], before["scores"], atol=1e-5)
+    vectors, moved = (
+        direct(path).predict(None, {"item_ids": IDS, "embeddings": EMBEDDINGS})["vectors"] for path in (kept, turned)
+    )
+    assert np.allclose(moved, vectors @ turn_DD.numpy(), atol=1e-5)
 
 
 def test_a_history_of_items_without_an_embedding_is_refused(kept: Path) -> None:

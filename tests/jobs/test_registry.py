@@ -27,6 +27,15 @@ def put(run: Run, artifact: Path) -> str | None:
     return registry.log_run(run, "rat", params, {"validation_ndcg": 0.25}, artifact, registry.RECOMMENDER, CODE)
 
 
+def test_a_run_names_the_data_that_it_read_with_digests(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    registry.log_run(run, "rat", {}, {}, inputs={"items": "1" * 64, "encoder": "e" * 16, "champion": ""})
+    with registry.connected(run) as client:
+        (found,) = client.search_runs([client.get_experiment_by_name("llmemb").experiment_id])
+    given = {one.dataset.name: one.dataset.digest for one in found.inputs.dataset_inputs}
+    assert given == {"items": "1" * 36, "encoder": "e" * 16}, "the digests' beginning; no champion is no data set"
+
+
 def test_an_artifact_keeps_its_version_however_often_it_is_registered(tmp_path: Path) -> None:
     run = fresh(tmp_path)
     first, second = kept(run, 0), kept(run, 1)
@@ -40,7 +49,7 @@ def test_an_alias_names_recommender_encoder_and_version(tmp_path: Path) -> None:
     version = put(run, artifact)
     assert registry.champion(run) is None
     registry.set_aliases(run, [("champion", version)])
-    assert registry.champion(run) == {"recommender_id": artifact.name, "encoder_id": "abcd" * 4, "version": "1"}
+    assert registry.champion(run) == {"recommender_id": artifact.name, "encoder_id": "abcd" * 4, "ds": run.ds, "version": "1"}
     assert registry.by_alias(run, "previous") is None
     registry.set_aliases(run, [("champion", None)])
     assert registry.champion(run) is None
@@ -56,7 +65,7 @@ def test_what_is_asked_for_resolves_to_ids_with_or_without_a_registry(tmp_path: 
     contracts.write_json(contracts.manifest_path(run.lake, run.ds, "rat"), manifest)
     assert registry.resolve(offline, "latest") == expected
     registry.set_aliases(run, [("champion", put(run, artifact))])
-    assert registry.resolve(run, "champion") == expected | {"version": "1"}
+    assert registry.resolve(run, "champion") == expected | {"ds": run.ds, "version": "1"}
 
 
 @pytest.mark.parametrize("which", ["champion", "previous"])

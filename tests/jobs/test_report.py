@@ -12,16 +12,17 @@ import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from html import unescape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import axe_core_python
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import contracts, drift, lineage, report, report_views
+from jobs import contracts, drift, lineage, report, report_plots, report_views
 from jobs.contracts import INTERACTIONS, ITEMS, InputError, Run
 from jobs.drift import Bounds
 from models.encoder import Lora
@@ -448,13 +449,93 @@ def test_manifests_of_another_shape_cost_their_part_not_the_page(tmp_path: Path,
     assert "Map of the embeddings" in html
 
 
-def test_shards_are_counted_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("job", results())
+def test_no_value_of_a_manifest_costs_the_page_or_the_events(tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("forest", "bars", "curves", "over_nights"):
+        monkeypatch.setattr(report_plots, kind, lambda *_, **__: "")
+    runs = {
+        name: {"job": name, "status": "done", "seconds": 1.0, "config": {}, "result": found} for name, found in results().items()
+    }
+    for key in (*runs[job]["result"], "status", "seconds", "started_at", "config", "result", "earlier", "error"):
+        for odd in ("x", [1], [{"a": 1}], {"a": "b"}, {"items": None}, float("inf"), 10**400):
+            own = runs[job]
+            changed = {**own, key: odd} if key not in own["result"] else {**own, "result": {**own["result"], key: odd}}
+            night = lineage.Night(
+                ds=DS,
+                runs=tuple(lineage.JobRun(name=name, job=name, manifest=changed if name == job else runs[name]) for name in runs),
+            )
+            serving_ds, space_id = report.serving([night])
+            config = report.Config(run=Run(ds=DS, lake=tmp_path))
+            values = report.measure(config, night, report.spaces_of(tmp_path, night, [night]), [], None)
+            facts = report.Facts(
+                night=night, before=(night,), measures=drift.judge(values, [values] * 6, Bounds()), views=None, why_no_views="",
+                gpu_hour_price=1.0, serving_ds=serving_ds, space_id=space_id,
+            )  # fmt: skip
+            assert "</html>" in report.page(facts)
+            assert len(list(lineage.events(night, "llmemb"))) == 2 * len(runs)
+
+
+def test_shards_are_counted_together_and_hide_nothing(tmp_path: Path) -> None:
     whole_night(tmp_path)
     contracts.manifest_path(tmp_path, DS, "embed").unlink()
-    for shard in range(3):
-        record(tmp_path, f"embed-{shard:05d}-of-00003", {**results()["embed"], "embedded": 10 + shard})
-    assert "Texts embedded this night" in (html := tell(tmp_path)[1])
-    assert "texts embedded this night 33" in shown(html)
+    for shard in range(40):
+        record(tmp_path, f"embed-{shard:05d}-of-00040", {**results()["embed"], "embedded": 10})
+    record(tmp_path, "embed-00007-of-00040", None, status="failed", error="out of memory")
+    result, html = tell(tmp_path)
+    text = shown(html)
+    assert "texts embedded this night 390" in text
+    assert "embed, 39 shards ✓ done 1.6 min" in text
+    assert "embed-00007-of-00040 ✗ failed" in text
+    assert "publish ✓ done" in text, "behind forty shards"
+    assert result.points == ("embed-00007-of-00040 failed: out of memory",)
+
+
+def test_a_thousand_failed_shards_are_named_by_the_first_few(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    for shard in range(1000):
+        record(tmp_path, f"embed-{shard:05d}-of-01000", None, status="failed", error="no GPU")
+    result, _ = tell(tmp_path)
+    assert len(result.points) == 13
+    assert result.points[-1] == "and 988 more"
+
+
+def test_what_a_night_cost_holds_the_runs_that_a_later_one_followed(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    first = {"status": "done", "seconds": 60.0, "result": {"embedded": 40, "tokens": 800, "tokens_per_second": 9.0}}
+    again = {**results()["embed"], "embedded": 0, "tokens": 0, "tokens_per_second": 0.0}
+    record(tmp_path, "embed", again, earlier=[{"status": "failed", "seconds": 20.0}, first])
+    text = shown(tell(tmp_path, gpu_hour_price=3600.0)[1])
+    assert "embed ✓ done 82.5 s in 3 runs" in text
+    assert "texts embedded this night 40" in text
+    assert "Embedding, tokens a second 9.000" in text
+    assert "Device cost per thousand items embedded 2,062" in text, "82.5 s for 40 texts at 1 a second"
+
+
+def test_the_age_of_the_space_is_told_beside_that_of_the_snapshot(tmp_path: Path) -> None:
+    whole_night(tmp_path, "2026-02-08")
+    whole_night(tmp_path)
+    assert f"It is in space {SPACE}, which is 30 days old: first filled with 2026-02-08." in shown(tell(tmp_path)[1])
+
+
+def test_shares_of_the_maps_are_compared_on_the_items_that_all_of_them_show(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    rows = contracts.read(tmp_path, contracts.llm_embeddings(12, "float32"), f"encoder={BASE}/ds={DS}")
+    contracts.write(tmp_path, contracts.llm_embeddings(12, "float32"), f"encoder={BASE}/ds={DS}", [rows.slice(0, 15)])
+    views, _, _ = report.look(
+        report.Config(run=Run(ds=DS, lake=tmp_path), base_items=0),
+        report.spaces_of(tmp_path, lineage.read_night(tmp_path, DS), ()),
+    )
+    assert views is not None
+    assert [(len(found.places), found.compared) for found in views.maps] == [(15, 15), (40, 15), (40, 15)]
+    assert len({found.chance for found in views.maps}) == 1
+
+
+def test_a_few_long_texts_embedded_on_a_night_do_not_make_the_encoder_due(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    assert not any("token" in name for name in tell(tmp_path)[0].drift), "forty texts are too few"
+    record(tmp_path, "embed", {**results()["embed"], "embedded": 200, "tokens": 5000})
+    assert tell(tmp_path)[0].drift["embedded.tokens"] == 25.0
+    assert not "embedded.tokens".startswith(drift.TEXT)
 
 
 def test_a_report_written_again_has_the_same_bytes(tmp_path: Path) -> None:
@@ -561,6 +642,7 @@ def test_every_run_is_an_openlineage_event_with_digests_and_the_endpoint_gets_th
     assert by_job["lookup"]["eventType"] == "FAIL"
     assert by_job["lookup"]["run"]["facets"]["errorMessage"]["message"] == "store is down"
     (written,) = by_job["extract"]["outputs"]
+    assert written["name"] == "items", "as those name it that read it, whatever the date"
     assert written["facets"]["version"]["datasetVersion"] == "1" * 64
     assert written["outputFacets"]["outputStatistics"]["rowCount"] == 40
     for event in events:
@@ -605,52 +687,83 @@ def test_mlflow_that_is_down_costs_the_record_not_the_report(tmp_path: Path, cap
 
 PROBE = """
 <script>
-const maps = [...document.querySelectorAll("[data-map]")], told = document.getElementById("told").textContent;
+const maps = [...document.querySelectorAll("[data-map]")], svg = maps[0].querySelector("svg");
 maps[0].focus();
 maps[0].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
 const byKey = document.getElementById("told").textContent, marked = document.querySelectorAll(".on").length;
+const circle = svg.querySelector("circle"), at = circle.getBoundingClientRect();
+circle.dispatchEvent(new PointerEvent("pointermove", { clientX: at.x + 1, clientY: at.y + 1, bubbles: true }));
+const byPointer = document.querySelector(".tip").textContent;
 const find = document.getElementById("find");
 find.value = "Film 3"; find.dispatchEvent(new Event("input"));
 const found = document.getElementById("told").textContent;
 const only = document.getElementById("only");
 only.value = "0"; only.dispatchEvent(new Event("change"));
 const dim = document.querySelectorAll(".dim").length;
-const load = performance.getEntriesByType("navigation")[0];
 const out = document.createElement("pre");
 out.id = "probe";
-out.textContent = JSON.stringify({ byKey, marked, found, dim,
+out.textContent = JSON.stringify({ byKey, byPointer, marked, found, dim,
   evil: window.evil === undefined, focused: document.activeElement === maps[0],
   wide: document.documentElement.scrollWidth <= window.innerWidth, errors: window.errors });
-document.body.append(out);
+parent.document.body.append(out);
+</script>
+</body>"""
+ERRORS = "<script>window.errors = []; window.onerror = message => window.errors.push(message);</script></head>"
+AXE = """
+<script>{axe}</script>
+<script>
+axe.run(document, {{ resultTypes: ["violations"] }}).then(found => {{
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify({{ passes: found.passes.length, serious: found.violations.filter(
+    one => one.impact === "serious" || one.impact === "critical").map(one => one.id + ": " + one.nodes[0].html) }});
+  parent.document.body.append(out);
+}});
 </script>
 </body>"""
 
 
-def browse(page: Path, size: str, *more: str) -> str:
-    """What headless Chromium makes of a page."""
+def browse(html: str, folder: Path, width: int, *more: str) -> dict[str, Any]:
+    """What a script in a page found, as headless Chromium runs it in a frame of this width: no window is as narrow as a phone."""
+    page = folder / "framed.html"
+    page.write_text(
+        f'<!DOCTYPE html><body><iframe style="width: {width}px; height: 900px" srcdoc="{escape(html)}"></iframe></body>'
+    )
     command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={page.parent / 'profile'}",
-        f"--window-size={size}", *more, f"file://{page}",
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--window-size=1300,1000",
+        f"--user-data-dir={folder / 'profile'}", *more, "--dump-dom", f"file://{page}",
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found: dict[str, Any] = json.loads(unescape(re.search(r'(?s)<pre id="probe">(.*?)</pre>', dom)[1]))  # type: ignore[index]
+    return found
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
-@pytest.mark.parametrize("size", ["1280,900", "500,900"])
-def test_in_a_real_browser_keys_search_and_filter_work_and_nothing_overflows(tmp_path: Path, size: str) -> None:
+@pytest.mark.parametrize("width", [1280, 390], ids=["desk", "phone"])
+def test_in_a_real_browser_keys_pointer_search_and_filter_work_and_nothing_overflows(tmp_path: Path, width: int) -> None:
     whole_night(tmp_path)
     _, html = tell(tmp_path)
-    page = tmp_path / "probed.html"
-    errors = "<script>window.errors = []; window.onerror = message => window.errors.push(message);</script></head>"
-    page.write_text(html.replace("</head>", errors).replace("</body>", PROBE))
-    dom = browse(page, size, "--dump-dom")
-    seen = json.loads(unescape(re.search(r'(?s)<pre id="probe">(.*?)</pre>', dom)[1]))  # type: ignore[index]
+    seen = browse(html.replace("</head>", ERRORS).replace("</body>", PROBE), tmp_path, width)
     assert seen["errors"] == []
     assert seen["evil"], "markup in a title must not run"
-    assert re.fullmatch(r"(Film \d+|<script>.*) \((Drama|Comedy|Action)\)", seen["byKey"])
+    for told in ("byKey", "byPointer"):
+        assert re.fullmatch(r"(Film \d+|<script>.*) \((Drama|Comedy|Action)\)", seen[told]), told
     assert seen["marked"] == 3, "the item is marked in all three maps"
     assert seen["found"].startswith("11 items: Film 3")
     assert 70 < seen["dim"] < 90, "two of three genres"
     assert seen["focused"]
     assert seen["wide"], "the page does not scroll sideways"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+@pytest.mark.parametrize("colours", [[], ["--force-dark-mode"]], ids=["light", "dark"])
+def test_axe_finds_nothing_serious_in_light_or_dark(tmp_path: Path, colours: list[str]) -> None:
+    whole_night(tmp_path)
+    record(tmp_path, "lookup", None, status="failed", error="store is down")
+    _, html = tell(tmp_path)
+    html = html.replace("<details>", "<details open>")
+    axe = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
+    seen = browse(html.replace("</body>", AXE.format(axe=axe)), tmp_path, 1280, "--virtual-time-budget=60000", *colours)
+    assert seen["passes"] > 20, "it looked"
+    assert seen["serious"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def test_each_write_of_the_pointer_is_later_than_the_last(catalogue: Callable[..
     second = Reader.open(lake).pointer().written
     back(lake)
     assert first < second < Reader.open(lake).pointer().written
+
+
+def test_a_clock_that_goes_back_moves_neither_the_pointer_s_order_nor_the_bytes(
+    catalogue: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(catalogue(), A)
+    lake = catalogue(space=B)
+    before = Reader.open(lake).pointer()
+    monkeypatch.setattr(time, "time", lambda: 1.0)  # 1970
+    put(lake, B)
+    after = Reader.open(lake).pointer()
+    assert (after.space_id, after.sequence) == (B, before.sequence + 1) and after.written > before.written
+    assert back(lake).space_id == A
 
 
 def test_the_first_space_has_none_to_go_back_to(catalogue: Callable[..., Path]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
+from models.llm_esr import DualItems
 from models.recommender import (
     Backbone,
     IdItems,
@@ -24,7 +25,7 @@ def llm() -> torch.Tensor:
     return torch.randn(30, 10).half()
 
 
-def kept(path: Path, kind: str, name: str = "sasrec") -> tuple[Recommender, Path]:
+def kept(path: Path, kind: str, name: str = "sasrec", turn_DD: torch.Tensor | None = None) -> tuple[Recommender, Path]:
     backbone = Backbone(name=name, width=8, max_len=5)  # type: ignore[arg-type]
     whitening = fit_whitening(llm(), 6)
     white = whitening(llm())
@@ -33,14 +34,16 @@ def kept(path: Path, kind: str, name: str = "sasrec") -> tuple[Recommender, Path
         items, described = IdItems(31, 8), {"kind": "id"}
     elif kind == "mlp":
         items, described = TextItems(white, MlpAdapter(6, 16, 8)), {"kind": "mlp", "hidden": 16}  # type: ignore[assignment]
+    elif kind == "llm_esr":
+        items, described = DualItems(white, 16, 8), {"kind": "llm_esr", "hidden": 16}  # type: ignore[assignment]
     else:
         items, described = NullSpaceItems(white, 8, 3), {"kind": "null_space", "text_width": 3}  # type: ignore[assignment]
         items.learned.data[1:] = torch.randn(30, 5)  # type: ignore[union-attr,index,operator]
-    recommender = Recommender(items, build_sequence(backbone)).eval()
+    recommender = Recommender(items, build_sequence(backbone, kind)).eval()
     path.mkdir(exist_ok=True)
     save_recommender(
         path, recommender, item_ids=IDS, backbone=backbone, items=described,
-        whitening=None if kind == "id" else whitening, meta={"encoder_id": "e1"},
+        whitening=None if kind == "id" else whitening, turn_DD=turn_DD, meta={"encoder_id": "e1"},
     )  # fmt: skip
     return recommender, path
 
@@ -82,6 +85,35 @@ def test_a_reloaded_recommender_gives_identical_scores(tmp_path: Path, kind: str
         scores.append(score(loaded.encode(vectors[history], history != 0), vectors))
     assert torch.equal(scores[0], scores[1])
     assert torch.allclose(scores[0], expected, atol=1e-4)
+
+
+TURN_DD = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(5)))[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, "sasrec") for kind in ("mlp", "null_space", "llm_esr")] + [("mlp", "gru4rec"), ("mlp", "bert4rec")]
+)
+def test_turned_vectors_are_those_before_in_another_basis_and_rank_alike(tmp_path: Path, kind: str, name: str) -> None:
+    history = torch.tensor([[0, 0, 4, 9, 30], [1, 2, 3, 4, 5], [0, 0, 0, 0, 7]])
+    vectors, users, scores = [], [], []
+    for turn_DD in (None, TURN_DD):
+        _, path = kept(tmp_path / str(turn_DD is None), kind, name, turn_DD)
+        loaded = load_recommender(path)
+        vectors.append(torch.cat([torch.zeros(1, 8), loaded.project(llm(), IDS)]))
+        users.append(loaded.encode(vectors[-1][history], history != 0))
+        scores.append(score(users[-1], vectors[-1]))
+    for plain, turned in (vectors, users):
+        assert torch.allclose(plain @ TURN_DD, turned, atol=1e-5)
+        assert not torch.allclose(plain, turned, atol=1e-2)
+    assert torch.allclose(scores[0], scores[1], atol=1e-5)
+    assert torch.equal(scores[0].argsort(1), scores[1].argsort(1))
+
+
+@pytest.mark.parametrize("turn_DD", [TURN_DD * 1.1, TURN_DD[:4, :4]])
+def test_a_turn_under_which_scores_would_change_is_refused(tmp_path: Path, turn_DD: torch.Tensor) -> None:
+    _, path = kept(tmp_path / "kept", "mlp", turn_DD=turn_DD)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_recommender(path)
 
 
 def test_an_item_unseen_in_training_is_projected_from_its_text(tmp_path: Path) -> None:
