@@ -178,7 +178,7 @@ def test_mlflow_registers_versions_and_moves_aliases_in_it(
     assert registry.log_run(run, "rat", {"seed": 0}, {}, made[0], registry.RECOMMENDER, code) == "1", "registered once, ever"
     registry.set_aliases(run, [("champion", "1")])
     registry.set_aliases(run, [("previous", "1"), ("champion", "2")])
-    expected = {"encoder_id": "e" * 16, "recommender_id": made[1].name, "version": "2"}
+    expected = {"encoder_id": "e" * 16, "recommender_id": made[1].name, "version": "2", "ds": run.ds}
     assert registry.champion(run) == registry.resolve(run, "champion") == expected
     assert (registry.by_alias(run, "previous") or {})["recommender_id"] == made[0].name
     stored = server.rows("mlflow", "SELECT alias, version::text FROM registered_model_aliases ORDER BY alias")
