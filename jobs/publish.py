@@ -132,7 +132,9 @@ def run(config: Config) -> Result:
         register(lake)
         before = spaces.current(Reader.open(lake))
     moved = compared(config, before, space)
-    clock.lap("compare", f"{moved.kind}, residual {moved.residual}, neighbours changed {moved.churn or 'none'}")
+    clock.lap(
+        "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"
+    )
     index_digest = serving.build_index(lake, space, config.graph if config.approximate else None, config.chunk_rows)
     found = recall(config, space)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")

@@ -55,7 +55,8 @@ def served(catalogue: Callable[..., Path], trained: Callable[[Path], tuple[str, 
     _, trained_id = trained(lake)
     recommender = contracts.artifact(lake, "recommender", trained_id)
     known = json.loads((recommender / "recommender.json").read_text())
-    (recommender / "recommender.json").write_text(json.dumps({**known, "encoder_id": encoder_id}))
+    turned = {"to": "d" * 16, "residual": 0.45}
+    (recommender / "recommender.json").write_text(json.dumps({**known, "encoder_id": encoder_id, "rotation": turned}))
     recommender_id = contracts.keep_artifact(lake, "recommender", recommender)
     space = contracts.space_id(encoder_id, recommender_id)
     catalogue(space=space)
@@ -97,6 +98,7 @@ def test_every_link_of_a_whole_chain_is_verified_against_its_bytes(
     assert result.space_id == served[1]
     shown = capsys.readouterr().err
     assert "promoted on 2026-01-01: 1 of 1 gates passed, version 3" in shown
+    assert "the encoder and it make the space; turned towards that of dddddddddddddddd, residual 0.45" in shown
     assert "shop.films: 40:123 (records, order-free hash)" in shown
 
 

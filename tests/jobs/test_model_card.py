@@ -53,6 +53,15 @@ def test_the_card_tells_the_decision_the_fields_the_table_and_the_limits(tmp_pat
         assert told in card, told
 
 
+def test_a_turn_towards_the_space_before_is_told_with_its_residual(tmp_path: Path) -> None:
+    assert "Turned" not in model_card.card(tmp_path, DS, DECISION, JUDGED)
+    described = tmp_path / "models" / "recommender" / ("c" * 16) / "recommender.json"
+    described.parent.mkdir(parents=True)
+    described.write_text(json.dumps({"rotation": {"to": "d" * 16, "residual": 0.45, "cosine": 0.89}}))
+    card = model_card.card(tmp_path, DS, DECISION, JUDGED)
+    assert f"towards the space of recommender {'d' * 16}: residual 0.45, mean cosine 0.89." in card
+
+
 def test_what_is_not_recorded_is_said_to_be_unknown(tmp_path: Path) -> None:
     card = model_card.card(tmp_path, DS, {**DECISION, "champion_id": "", "approved_by": ""}, {"differences": []})
     assert "**promoted**, as the first champion." in card
