@@ -213,7 +213,9 @@ def digest(recipe: Mapping[str, Any]) -> str:
 def complain(job: str, error: Exception, status: int) -> int:
     """One line with the remedy on standard error."""
     line = " ".join(str(error).split())
-    print(f"{job}: {'refused: ' if status == 3 else 'error: '}{line}", file=sys.stderr, flush=True)
+    # in one write: processes of one job share the terminal
+    sys.stderr.write(f"{job}: {'refused: ' if status == 3 else 'error: '}{line}\n")
+    sys.stderr.flush()
     return status
 
 

@@ -23,7 +23,8 @@ def test_a_job_with_bad_input_ends_with_2_and_its_remedy_is_the_last_line(tmp_pa
     recipe.write_text(f'[run]\nlake = "{tmp_path / "lake"}"\ndevice = "cpu"\n')
     done = launched("-m", "jobs", "scft", "--recipe", str(recipe), "--ds", "2026-01-01")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("scft: error: items has no partition at or before 2026-01-01")
+    said = [line for line in done.stderr.splitlines() if line]
+    assert said[-1].startswith("scft: error: items has no partition at or before 2026-01-01")
     manifest = json.loads((tmp_path / "lake/manifests/ds=2026-01-01/scft.json").read_text())
     assert manifest["status"] == "failed" and "items has no partition" in manifest["error"]
 
