@@ -24,7 +24,7 @@ from jobs.tensors import (
     read_embeddings,
     read_histories,
 )
-from models.adapter import MlpAdapter, NullSpaceItems, TextItems, Whitening, fit_whitening
+from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, Whitening, fit_whitening
 from models.data import Histories, held_out, train_counts, without_items
 from models.llm_esr import Distiller, DualItems, like_users
 from models.recommender import Backbone, Items, Recommender, build_sequence, load_recommender, save_recommender
@@ -48,11 +48,13 @@ class Config:
     training: Training = field(default_factory=Training)
     whitened_width: int = 1536
     """Directions kept by whitening, at most; the items' own rank bounds it too."""
-    adapter: Literal["mlp", "null_space", "llm_esr"] = "mlp"
-    """`mlp`: vectors from text alone; `null_space`: frozen text beside a learned ID part (AlphaFuse); `llm_esr`: that baseline,
+    adapter: Literal["mlp", "residual", "null_space", "llm_esr"] = "mlp"
+    """`mlp`: vectors from text alone; `residual`: the same plus a learned ID part; `null_space`: frozen text beside a learned ID part (AlphaFuse); `llm_esr`: that baseline,
     for `evaluate.baselines`, without alignment."""
     hidden: int = 256
-    """Hidden width of the `mlp` adapter, and of LLM-ESR's."""
+    """Hidden width of the `mlp` and `residual` adapters, and of LLM-ESR's."""
+    drop_ids: float = 0.3
+    """Probability that training drops an ID part of `residual`, so that text carries on its own."""
     distil: float = 0.1
     """Weight of LLM-ESR's self-distillation."""
     like_users: int = 10
@@ -75,6 +77,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.cold_share < 1:
             raise InputError(f"rat.cold_share {self.cold_share} is not in [0, 1): it is a share of the items")
+        if not 0 <= self.drop_ids < 1:
+            raise InputError(f"rat.drop_ids {self.drop_ids} is not in [0, 1): it is a probability")
         if self.temperature <= 0 or self.alpha < 0 or self.popularity_prior < 0:
             raise InputError("rat.temperature must be above 0, rat.alpha and rat.popularity_prior at least 0")
 
@@ -207,7 +211,10 @@ def make_items(config: Config, whitening: Whitening, llm_NE: Tensor) -> Items:
         return NullSpaceItems(white_NK, config.backbone.width, config.text_width)
     if config.adapter == "llm_esr":
         return DualItems(white_NK, config.hidden, config.backbone.width)
-    return TextItems(white_NK, MlpAdapter(white_NK.shape[1], config.hidden, config.backbone.width))
+    adapter = MlpAdapter(white_NK.shape[1], config.hidden, config.backbone.width)
+    if config.adapter == "residual":
+        return ResidualItems(white_NK, adapter, config.backbone.width, config.drop_ids)
+    return TextItems(white_NK, adapter)
 
 
 def make_distiller(config: Config, items: Items, events: Histories) -> Distiller | None:

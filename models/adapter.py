@@ -111,6 +111,33 @@ class TextItems(nn.Module):
         return torch.cat([torch.zeros_like(emb_ND[:1]), emb_ND])
 
 
+class ResidualItems(TextItems):
+    """Text bent by an adapter, plus a learned ID part that starts at zero: what logs know of an item beyond its text.
+
+    A cold item is its text alone. So that text keeps carrying on its own, training drops each ID part now and then
+    (DropoutNet, Volkovs et al., NeurIPS 2017).
+    """
+
+    def __init__(self, white_NK: Tensor, adapter: nn.Module, width: int, drop: float = 0.0) -> None:
+        super().__init__(white_NK, adapter)
+        self.drop = drop
+        self.learned = nn.Parameter(torch.zeros(self.rows, width))
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
+        return super().forward(items) + self.kept(nn.functional.embedding(items, self.learned, padding_idx=0))
+
+    def table(self) -> Tensor:
+        """table_VD; row 0 is zero."""
+        return super().table() + self.kept(self.learned)
+
+    def kept(self, learned: Tensor) -> Tensor:
+        """ID parts, in training each dropped with probability `drop`."""
+        if not (self.training and self.drop):
+            return learned
+        return learned * (torch.rand_like(learned[..., :1]) >= self.drop)
+
+
 class NullSpaceItems(nn.Module):
     """AlphaFuse (SIGIR 2025): frozen text in the strongest directions, a learned ID part in the directions text leaves empty.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.adapter import MlpAdapter, NullSpaceItems, TextItems, Whitening
+from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, Whitening
 from models.bert4rec import Bert4Rec
 from models.gru4rec import GRU4Rec
 from models.llm_esr import DualItems, DualView
@@ -171,7 +171,8 @@ class LoadedRecommender:
             return self.turned(self.items.project(white_NK, row_N))
         if isinstance(self.items, NullSpaceItems):
             return self.turned(torch.cat([self.items.text(white_NK), self.items.learned[row_N]], dim=1))
-        return self.turned(self.items.adapter(white_NK))
+        emb_ND = self.items.adapter(white_NK)
+        return self.turned(emb_ND + self.items.learned[row_N] if isinstance(self.items, ResidualItems) else emb_ND)
 
     @torch.no_grad()
     def encode(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
@@ -195,6 +196,8 @@ def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whiten
     width = whitening.map_EK.shape[1]
     if config["kind"] == "mlp":
         return TextItems(torch.zeros(0, width), MlpAdapter(width, config["hidden"], backbone.width))
+    if config["kind"] == "residual":
+        return ResidualItems(torch.zeros(catalogue, width), MlpAdapter(width, config["hidden"], backbone.width), backbone.width)
     if config["kind"] == "llm_esr":
         return DualItems(torch.zeros(catalogue, width), config["hidden"], backbone.width)
     return NullSpaceItems(torch.zeros(catalogue, width), backbone.width, config["text_width"])
@@ -218,7 +221,7 @@ def save_recommender(
 ) -> None:
     """Writes recommender.safetensors, recommender.json and item_ids.json into a folder: all that serving needs.
 
-    `items` is {"kind": "id"}, {"kind": "mlp" or "llm_esr", "hidden": …} or {"kind": "null_space", "text_width": …}; `turn_DD` is
+    `items` is {"kind": "id"}, {"kind": "mlp", "residual" or "llm_esr", "hidden": …} or {"kind": "null_space", "text_width": …}; `turn_DD` is
     an orthogonal map that all vectors take on their way out, none leaves them as they are; `meta` is JSON.
     """
     tensors = {f"recommender.{name}": value for name, value in recommender.state_dict().items()}
@@ -226,8 +229,6 @@ def save_recommender(
     if whitening is not None:
         tensors |= {f"whitening.{name}": value for name, value in whitening.state_dict().items()}
         known["explained_variance"] = whitening.explained
-    if turn_DD is not None:
-        tensors["turn_DD"] = turn_DD
     if turn_DD is not None:
         tensors["turn_DD"] = turn_DD
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path / "recommender.safetensors")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from models import losses
-from models.data import Histories, training_rows, window
+from models.data import Histories, train_counts, training_rows, window
 from models.llm_esr import Distiller
 from models.progress import LOGITS, Progress, Trained, make_validation, rounded, validate
 from models.recommender import Recommender
@@ -59,6 +59,9 @@ class Training:
     """Negatives of `sampled` and `gbce`; `bce` takes one."""
     negatives_per: Literal["batch", "position"] = "batch"
     """`batch` draws one set for all positions (fast), `position` a set for each; `bce` always draws for each."""
+    logit_adjustment: float = 0.0
+    """In training, scores are raised by this times the log of the item's share of the train events (Menon et al., ICLR 2021,
+    eq. 10). Served scores are not: above 0, what is learned leans to the tail. 1 removes popularity whole."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto` is bf16 on CUDA and fp32 on CPU; item scores are fp32 always."""
     graph: bool = True
@@ -132,6 +135,8 @@ class Task:
     ends_R: Tensor
     """The last row has no events: odd last batches are filled up with it."""
     candidates_M: Tensor
+    prior_V: Tensor
+    """What logit adjustment adds to scores in training."""
     aligner: Aligner | None
     distiller: Distiller | None
     config: Training
@@ -203,6 +208,8 @@ def cloze(task: Task, events_BW: Tensor, look_up: Callable[[Tensor], Tensor]) ->
 def recommendation(task: Task, hidden_PD: Tensor, label_P: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
     """loss_P of the configured loss. Candidates are what may be recommended against: never an item held out as cold."""
     config, candidates_M = task.config, task.candidates_M
+    if config.logit_adjustment:
+        hidden_PD, look_up = F.pad(hidden_PD, (0, 1), value=1.0), adjusted(task.prior_V, look_up)
     if config.loss == "full":
         return full(hidden_PD, look_up(candidates_M).float(), torch.searchsorted(candidates_M, label_P))
     positive_P = (hidden_PD * look_up(label_P).float()).sum(1)
@@ -217,6 +224,11 @@ def recommendation(task: Task, hidden_PD: Tensor, label_P: Tensor, look_up: Call
     if config.loss == "sampled":
         return losses.sampled_softmax(positive_P, logit_PS, len(candidates_M))
     return losses.bce(positive_P, logit_PS) if config.loss == "bce" else losses.gbce(positive_P, logit_PS, len(candidates_M))
+
+
+def adjusted(prior_V: Tensor, look_up: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Vectors with one dimension more, the item's prior: against a hidden state that ends in 1 it is added to the score."""
+    return lambda items: torch.cat([look_up(items).float(), prior_V[items].unsqueeze(-1)], dim=-1)
 
 
 def full(hidden_PD: Tensor, table_MD: Tensor, label_P: Tensor) -> Tensor:
@@ -388,6 +400,7 @@ def make_task(
         users_R=F.pad(users_R, (0, 1)),
         ends_R=F.pad(ends_R, (0, 1)),
         candidates_M=candidates_M,
+        prior_V=config.logit_adjustment * (train_counts(events).clamp_min(1) / max(1, int(events.train_end_U.sum()))).log(),
         aligner=aligner,
         distiller=distiller,
         config=config,

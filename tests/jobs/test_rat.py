@@ -37,7 +37,7 @@ def config(run: Run, **more: Any) -> rat.Config:
     return rat.Config(run=run, **{**SMALL, "hidden": 16, "whitened_width": 8, **more})
 
 
-@pytest.mark.parametrize("adapter", ["mlp", "null_space", "llm_esr"])
+@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "llm_esr"])
 def test_the_recommender_names_its_encoder_and_teacher_and_projects_every_item(small_lake: Run, adapter: str) -> None:
     teacher_id = taught(small_lake)
     result = rat.run(config(small_lake, adapter=adapter, text_width=4))

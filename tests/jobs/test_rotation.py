@@ -54,7 +54,7 @@ def vectors(run: Run, recommender_id: str) -> torch.Tensor:
     return torch.tensor(rows["embedding"].to_pylist())
 
 
-@pytest.mark.parametrize("adapter", ["mlp", "null_space", "llm_esr"])
+@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "llm_esr"])
 def test_a_refresh_lies_nearer_to_what_served_and_ranks_as_without_its_turn(served: tuple[Run, str], adapter: str) -> None:
     run, first = served
     plain, turned = (trained(run, adapter=adapter, rotate_to=goal) for goal in ("none", first))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
+from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
 
 
 def embeddings(items: int = 200, width: int = 12) -> torch.Tensor:
@@ -81,10 +81,15 @@ def test_the_adapter_bends_and_is_no_single_linear_map() -> None:
     assert not torch.allclose(adapter(left + right), adapter(left) + adapter(right), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "null_space"])
+@pytest.mark.parametrize("kind", ["mlp", "residual", "null_space"])
 def test_only_the_padding_row_is_zero_and_every_index_has_its_own_vector(kind: str) -> None:
     white = torch.randn(5, 6)
-    items = TextItems(white, MlpAdapter(6, 8, 4)) if kind == "mlp" else NullSpaceItems(white, 4, 2)
+    made = {
+        "mlp": lambda: TextItems(white, MlpAdapter(6, 8, 4)),
+        "residual": lambda: ResidualItems(white, MlpAdapter(6, 8, 4), 4),
+        "null_space": lambda: NullSpaceItems(white, 4, 2),
+    }
+    items = made[kind]()
     table = items.table()
     assert table.shape == (6, 4)
     assert (table == 0).all(1).tolist() == [True] + [False] * 5
@@ -99,6 +104,27 @@ def test_the_text_of_null_space_items_is_frozen_and_the_rest_learns() -> None:
     items(torch.tensor([2, 0])).sum().backward()
     assert items.learned.grad is not None
     assert (items.learned.grad != 0).any(1).tolist() == [False, False, True, False, False, False]
+
+
+def test_a_residual_item_starts_as_its_text_and_learns_an_id_part() -> None:
+    white = torch.randn(5, 6)
+    items = ResidualItems(white, MlpAdapter(6, 8, 4), 4)
+    assert torch.equal(items.table(), TextItems(white, items.adapter).table())
+    items(torch.tensor([2, 0])).sum().backward()
+    assert items.learned.grad is not None
+    assert (items.learned.grad != 0).any(1).tolist() == [False, False, True, False, False, False]
+
+
+def test_training_alone_drops_id_parts_and_never_text() -> None:
+    white = torch.randn(400, 6)
+    items = ResidualItems(white, MlpAdapter(6, 8, 4), 4, drop=0.5)
+    items.learned.data[1:] = 100.0
+    text = TextItems(white, items.adapter).table()[1:]
+    for table in (items.table()[1:], items(torch.arange(1, 401))):
+        dropped = torch.isclose(table, text).all(1)
+        assert 100 < int(dropped.sum()) < 300
+        assert torch.allclose(table[~dropped], text[~dropped] + 100)
+    assert torch.allclose(items.eval().table()[1:], text + 100)
 
 
 def test_null_space_items_need_room_for_both_parts() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
+from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
 from models.llm_esr import DualItems
 from models.recommender import (
     Backbone,
@@ -34,6 +34,9 @@ def kept(path: Path, kind: str, name: str = "sasrec", turn_DD: torch.Tensor | No
         items, described = IdItems(31, 8), {"kind": "id"}
     elif kind == "mlp":
         items, described = TextItems(white, MlpAdapter(6, 16, 8)), {"kind": "mlp", "hidden": 16}  # type: ignore[assignment]
+    elif kind == "residual":
+        items, described = ResidualItems(white, MlpAdapter(6, 16, 8), 8), {"kind": kind, "hidden": 16}  # type: ignore[assignment]
+        items.learned.data[1:] = torch.randn(30, 8)  # type: ignore[union-attr,index,operator]
     elif kind == "llm_esr":
         items, described = DualItems(white, 16, 8), {"kind": "llm_esr", "hidden": 16}  # type: ignore[assignment]
     else:
@@ -72,7 +75,7 @@ def test_scores_stay_float32_when_vectors_are_half() -> None:
 
 
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec", "bert4rec"])
-@pytest.mark.parametrize("kind", ["mlp", "null_space"])
+@pytest.mark.parametrize("kind", ["mlp", "residual", "null_space"])
 def test_a_reloaded_recommender_gives_identical_scores(tmp_path: Path, kind: str, name: str) -> None:
     recommender, path = kept(tmp_path / "kept", kind, name)
     history = torch.tensor([[0, 0, 4, 9, 30], [1, 2, 3, 4, 5], [0, 0, 0, 0, 7]])
@@ -91,7 +94,8 @@ TURN_DD = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_s
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, "sasrec") for kind in ("mlp", "null_space", "llm_esr")] + [("mlp", "gru4rec"), ("mlp", "bert4rec")]
+    ("kind", "name"), [(kind, "sasrec") for kind in ("mlp", "residual", "null_space", "llm_esr")]
+    + [("mlp", "gru4rec"), ("mlp", "bert4rec")]
 )
 def test_turned_vectors_are_those_before_in_another_basis_and_rank_alike(tmp_path: Path, kind: str, name: str) -> None:
     history = torch.tensor([[0, 0, 4, 9, 30], [1, 2, 3, 4, 5], [0, 0, 0, 0, 7]])
@@ -123,6 +127,12 @@ def test_an_item_unseen_in_training_is_projected_from_its_text(tmp_path: Path) -
     assert torch.equal(cold[1, 3:], torch.zeros(5))
     assert cold[1, :3].abs().max() > 0
     assert cold[0, 3:].abs().max() > 0
+
+
+def test_a_cold_item_beside_learned_ones_is_its_text_alone(tmp_path: Path) -> None:
+    recommender, path = kept(tmp_path / "kept", "residual")
+    known, cold = load_recommender(path).project(llm()[[0, 0]], ["i0", "brand new"])
+    assert torch.allclose(known - cold, recommender.items.learned[1], atol=1e-6)  # type: ignore[union-attr,index]
 
 
 def test_equal_texts_give_equal_vectors(tmp_path: Path) -> None:

@@ -67,6 +67,28 @@ def test_each_loss_learns(loss: str, per: str) -> None:
     assert done.history[-1]["loss"] < done.history[0]["loss"]
 
 
+@pytest.mark.parametrize("loss", ["full", "sampled", "gbce", "bce"])
+def test_logit_adjustment_leaves_out_of_the_scores_what_popularity_alone_explains(loss: str) -> None:
+    # whatever came before, one item follows in seven events of eight: no history says more than that
+    torch.manual_seed(2)
+    items = torch.where(torch.rand(60, 30) < 7 / 8, 1, torch.randint(2, ITEMS + 1, (60, 30))).flatten()
+    lengths = torch.full((60,), 30)
+    events = leave_one_out(
+        histories(offsets=torch.arange(0, 1801, 30), items=items, timestamps=torch.zeros_like(items), train_end=lengths,
+                  valid_end=lengths, catalogue=ITEMS)
+    )  # fmt: skip
+    config = dataclasses.replace(QUICK, epochs=30, batch=60, learning_rate=3e-2, loss=loss, negatives=32, windows="all")
+    ahead = []
+    for strength in (0.0, 1.0):
+        recommender = fresh()
+        trained(recommender, dataclasses.replace(config, logit_adjustment=strength), events=events)
+        with torch.no_grad():
+            scores_BV = recommender.scores(torch.randint(1, ITEMS + 1, (50, 6)))
+        ahead.append(float((scores_BV[:, 1] - scores_BV[:, 2:].mean(1)).mean()))
+    assert ahead[0] > 2
+    assert abs(ahead[1]) < ahead[0] / 2
+
+
 def test_the_weights_left_are_those_of_the_best_epoch() -> None:
     recommender, events = fresh(), cyclic()
     done = trained(recommender, dataclasses.replace(QUICK, epochs=12, learning_rate=3e-2), events=events)
