@@ -5,7 +5,8 @@ Three commands, the first two on a GPU, each of which prints one JSON line:
 python tests/benchmarks/bench_quality.py encode --data ../shared/data/amazon_beauty --out encoded
     fine-tunes an encoder for each seed, and one on shuffled texts as a control; keeps every item's embedding
 python tests/benchmarks/bench_quality.py rank --data ../shared/data/amazon_beauty --encoded encoded --out ranks --seed 42
-    trains every recommender, on all items and with a tenth of them held out as cold; keeps each user's rank
+    trains every recommender, on all items and with a tenth of them held out as cold; keeps each user's rank. A second run
+    adds the models that the first did not come to
 python tests/benchmarks/bench_quality.py compare ranks/*.safetensors
     means over the seeds by slice, and differences with 95 % intervals from a bootstrap over users
 
@@ -31,7 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
+from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
 from models.data import Histories, held_out, train_counts, without_items
 from models.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256
 from models.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
@@ -49,16 +50,19 @@ from tests.benchmarks.bench_rat import load
 FIELDS = ("title", "brand", "categories", "price")
 COLD_SHARE, COLD_SEED = 0.1, 42
 """Items held out of training in the setting `cold`; the same ones for every seed, so that users can be paired."""
-PRIOR, ALPHA, TEMPERATURE, HIDDEN, WHITENED, LIKE_USERS, DISTIL = 5.0, 0.01, 0.1, 256, 1536, 10, 0.1
+PRIOR, ALPHA, TEMPERATURE, HIDDEN, WHITENED, LIKE_USERS, DISTIL, DROP = 5.0, 0.01, 0.1, 256, 1536, 10, 0.1, 0.3
+ADJUSTED = 0.7
+"""Logit adjustment of the models that lean to the tail."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A recommender of the table: where its item vectors come from, and what reads them."""
+    """A recommender of the table: its items, what reads them, and how far its training leans to the tail."""
 
     items: str
     llm: str = ""
     backbone: str = "sasrec"
+    adjustment: float = 0.0
     settings: tuple[str, ...] = ("all", "cold")
 
 
@@ -67,16 +71,24 @@ MODELS = {
     "scft": Model("mlp", "scft"),
     "zero_shot": Model("mlp", "zero", settings=("cold",)),
     "shuffled": Model("mlp", "shuffled", settings=("cold",)),
+    "id_only_adjusted": Model("id", adjustment=ADJUSTED),
+    "scft_adjusted": Model("mlp", "scft", adjustment=ADJUSTED),
+    "zero_shot_adjusted": Model("mlp", "zero", adjustment=ADJUSTED, settings=("cold",)),
+    "shuffled_adjusted": Model("mlp", "shuffled", adjustment=ADJUSTED, settings=("cold",)),
+    "residual": Model("residual", "scft"),
+    "residual_adjusted": Model("residual", "scft", adjustment=ADJUSTED),
     "null_space": Model("null_space", "scft"),
     "llm_esr": Model("llm_esr", "zero", settings=("all",)),
     "gru4rec_id": Model("id", backbone="gru4rec", settings=("all",)),
-    "gru4rec_scft": Model("mlp", "scft", "gru4rec", ("all",)),
+    "gru4rec_scft": Model("mlp", "scft", "gru4rec", settings=("all",)),
     "bert4rec_id": Model("id", backbone="bert4rec", settings=("all",)),
-    "bert4rec_scft": Model("mlp", "scft", "bert4rec", ("all",)),
+    "bert4rec_scft": Model("mlp", "scft", "bert4rec", settings=("all",)),
 }
 PAIRS = (
-    ("scft", "zero_shot"), ("scft", "id_only"), ("shuffled", "scft"), ("null_space", "id_only"), ("null_space", "scft"),
-    ("scft", "llm_esr"), ("null_space", "llm_esr"), ("gru4rec_scft", "gru4rec_id"), ("bert4rec_scft", "bert4rec_id"),
+    ("scft", "zero_shot"), ("scft_adjusted", "zero_shot_adjusted"), ("shuffled", "scft"), ("shuffled_adjusted", "scft_adjusted"),
+    ("scft", "id_only"), ("scft_adjusted", "id_only"), ("scft_adjusted", "id_only_adjusted"), ("residual", "id_only"),
+    ("residual_adjusted", "id_only"), ("residual", "scft"), ("null_space", "id_only"), ("null_space", "scft"),
+    ("scft", "llm_esr"), ("scft_adjusted", "llm_esr"), ("gru4rec_scft", "gru4rec_id"), ("bert4rec_scft", "bert4rec_id"),
 )  # fmt: skip
 
 
@@ -107,7 +119,7 @@ def encode(arguments: argparse.Namespace) -> dict[str, Any]:
     config = Scft(steps=arguments.steps, batch=arguments.batch, ratio=arguments.ratio, temperature=arguments.temperature,
                   learning_rate=arguments.learning_rate, validate_every=max(1, arguments.steps // 4))  # fmt: skip
     figures: dict[str, Any] = {}
-    for name in ("zero", *(f"scft-{seed}" for seed in arguments.seeds), "shuffled"):
+    for name in arguments.encoders or ("zero", *(f"scft-{seed}" for seed in arguments.seeds), "shuffled"):
         seed = int(name.partition("-")[2] or arguments.seeds[0])
         began = time.perf_counter()
         encoder = fresh(arguments.base, policy, arguments.pooling, arguments.layers, seed, device)
@@ -151,7 +163,8 @@ def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
     """The logs as they are, and with a tenth of the items never met in training."""
     whole = load(arguments.data, "cpu")
     item_ids = pq.read_table(arguments.data / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
-    for name, share in (("all", 0.0), ("cold", COLD_SHARE)):
+    for name in arguments.settings:
+        share = COLD_SHARE if name == "cold" else 0.0
         events = without_items(whole, held_out(item_ids, share, COLD_SEED)).to(arguments.device)
         options: dict[str, Any] = {"negatives": 100, "paper_tail": 4, "chunk": 4096, "seed": COLD_SEED}
         among_all, among_unseen = (make_cases(events, "test", unseen=unseen, **options) for unseen in (False, True))
@@ -159,37 +172,45 @@ def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
 
 
 def rank(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains every model with one seed; keeps OUT/SEED.safetensors with ranks, rewritten after each model."""
+    """Trains every model with one seed; keeps OUT/SETTING-SEED.safetensors with ranks, rewritten after each model."""
     arguments.out.mkdir(parents=True, exist_ok=True)
-    began, kept, told = time.perf_counter(), dict[str, Tensor](), dict[str, Any]()
-    made = dict(settings(arguments))
-    for setting, parts in made.items():
-        kept[f"{setting}/slices"] = parts.among_all.slices_SC.to(torch.uint8)
-        for name, (full_C, sampled_C) in floor_ranks(parts.among_all).items():
-            kept |= {f"{setting}/{name}/full": full_C, f"{setting}/{name}/sampled": sampled_C}
-    todo = [(name, setting) for name in arguments.models for setting in made if setting in MODELS[name].settings]
-    teachers: dict[str, Tensor] = {}
-    for name, setting in todo:
-        if time.perf_counter() - began > arguments.limit:
-            print(f"{setting}/{name}: left out, {arguments.limit:.0f} s are over", file=sys.stderr, flush=True)
-            continue
-        try:
-            found, told[f"{setting}/{name}"] = trained(arguments, name, setting, made[setting], teachers)
-        except Exception as error:  # hours of the other models' training are not lost
-            found, told[f"{setting}/{name}"] = {}, {"error": f"{type(error).__name__}: {error}"[:500]}
-        kept |= {f"{setting}/{name}/{kind}": rank_C for kind, rank_C in found.items()}
-        save_file({key: value.float().cpu() for key, value in kept.items()}, arguments.out / f"{arguments.seed}.safetensors")
-        print(f"{setting}/{name}: {told[f'{setting}/{name}']}", file=sys.stderr, flush=True)
+    began, told = time.perf_counter(), dict[str, Any]()
+    for setting, parts in settings(arguments):
+        file = arguments.out / f"{setting}-{arguments.seed}.safetensors"
+        kept: dict[str, Tensor] = load_file(file) if file.exists() else floors(parts)
+        for name in arguments.models:
+            if setting not in MODELS[name].settings or f"{name}/full" in kept:
+                continue
+            if time.perf_counter() - began > arguments.limit:
+                print(f"{setting}/{name}: left out, {arguments.limit:.0f} s are over", file=sys.stderr, flush=True)
+                continue
+            try:
+                found, told[f"{setting}/{name}"] = trained(arguments, name, parts, kept)
+            except Exception as error:  # hours of the other models' training are not lost
+                found, told[f"{setting}/{name}"] = {}, {"error": f"{type(error).__name__}: {error}"[:500]}
+            kept |= {key: value.float().cpu() for key, value in found.items()}
+            save_file(kept, file)
+            print(f"{setting}/{name}: {told[f'{setting}/{name}']}", file=sys.stderr, flush=True)
     return {"seed": arguments.seed, "seconds": round(time.perf_counter() - began, 1), **told}
 
 
+def floors(parts: Setting) -> dict[str, Tensor]:
+    """The slices, and the ranks of the floors that only count."""
+    kept = {"slices": parts.among_all.slices_SC.to(torch.uint8).cpu()}
+    for name, (full_C, sampled_C) in floor_ranks(parts.among_all).items():
+        kept |= {f"{name}/full": full_C.float().cpu(), f"{name}/sampled": sampled_C.float().cpu()}
+    return kept
+
+
 def trained(
-    arguments: argparse.Namespace, name: str, setting: str, parts: Setting, teachers: dict[str, Tensor]
+    arguments: argparse.Namespace, name: str, parts: Setting, kept: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Ranks of one model's cases, and how it trained. An ID-only model stays as the teacher of those after it."""
+    """Ranks of one model's cases, and how it trained. A plain ID-only model's table stays as the teacher of those after it."""
     model, device, events = MODELS[name], arguments.device, parts.events
-    backbone = Backbone(name=model.backbone, dropout=arguments.dropout)  # type: ignore[arg-type]
-    training = Training(epochs=arguments.epochs, patience=arguments.patience, loss="full")
+    backbone = Backbone(name=model.backbone, width=arguments.width, layers=arguments.layers, dropout=arguments.dropout)  # type: ignore[arg-type]
+    training = Training(
+        epochs=arguments.epochs, patience=arguments.patience, loss="full", logit_adjustment=model.adjustment
+    )  # fmt: skip
     torch.manual_seed(arguments.seed)
     more: dict[str, Any] = {}
     if model.llm:
@@ -201,7 +222,7 @@ def trained(
             more["distiller"] = Distiller(events, like_US, backbone.width, DISTIL)
         else:
             weight_V = parts.counts_V / (parts.counts_V + PRIOR)
-            teacher_VD = teachers[f"{setting}/{model.backbone}"]
+            teacher_VD = kept[f"teacher_{model.backbone}"].to(device)
             more["aligner"] = Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=ALPHA, temperature=TEMPERATURE)
     else:
         items = IdItems(events.catalogue + 1, backbone.width)
@@ -219,12 +240,13 @@ def trained(
         table_VD = recommender.item_table().float()
         full_C, sampled_C = vector_ranks(parts.among_all, table_VD, user, backbone.max_len)
         unseen_C, _ = vector_ranks(parts.among_unseen, table_VD, user, backbone.max_len)
-    if not model.llm:
-        teachers[f"{setting}/{model.backbone}"] = table_VD
+    found = {f"{name}/full": full_C, f"{name}/sampled": sampled_C, f"{name}/unseen": unseen_C}
+    if not model.llm and not model.adjustment:
+        found[f"teacher_{model.backbone}"] = table_VD
     told = {"epochs": done.epochs, "best": done.best_epoch, "seconds": round(time.perf_counter() - began, 1),
             "seconds_per_epoch": round(done.seconds_per_epoch, 3), "valid": round(done.ndcg, 4),
             "test": round(float(by_rank(full_C)["ndcg"].mean()), 4)}  # fmt: skip
-    return {"full": full_C, "sampled": sampled_C, "unseen": unseen_C}, told
+    return found, told
 
 
 def embeddings(arguments: argparse.Namespace, name: str) -> Tensor:
@@ -239,31 +261,33 @@ def item_source(kind: str, white_NK: Tensor, width: int) -> Any:
         return NullSpaceItems(white_NK, width, width // 2)
     if kind == "llm_esr":
         return DualItems(white_NK, HIDDEN, width)
-    return TextItems(white_NK, MlpAdapter(white_NK.shape[1], HIDDEN, width))
+    adapter = MlpAdapter(white_NK.shape[1], HIDDEN, width)
+    return ResidualItems(white_NK, adapter, width, DROP) if kind == "residual" else TextItems(white_NK, adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------------- compare
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each user's metrics averaged over the seeds, then resampled over the users."""
-    files = [safe_open(file, framework="pt") for file in arguments.ranks]
-    shared = set.intersection(*(set(file.keys()) for file in files))
-    result: dict[str, Any] = {"seeds": len(files)}
-    for setting in ("all", "cold"):
-        models = [name for name in ("popularity", "repeat_markov_popularity", *MODELS) if f"{setting}/{name}/full" in shared]
-        slices_SC = files[0].get_tensor(f"{setting}/slices").bool()
+    """Each user's metrics averaged over the seeds, then resampled over the users; models that every seed has."""
+    result: dict[str, Any] = {}
+    for setting in sorted({file.name.partition("-")[0] for file in arguments.ranks}):
+        files = [safe_open(file, framework="pt") for file in arguments.ranks if file.name.startswith(f"{setting}-")]
+        shared = set.intersection(*(set(file.keys()) for file in files))
+        models = [name for name in ("popularity", "repeat_markov_popularity", *MODELS) if f"{name}/full" in shared]
+        slices_SC = files[0].get_tensor("slices").bool()
         columns, values = [], []
         for name in models:
             for kind in ("full", "unseen", "sampled"):
-                if f"{setting}/{name}/{kind}" in shared:
-                    by_seed = [by_rank(file.get_tensor(f"{setting}/{name}/{kind}")) for file in files]
+                if f"{name}/{kind}" in shared:
+                    by_seed = [by_rank(file.get_tensor(f"{name}/{kind}")) for file in files]
                     for metric in ("hr", "ndcg"):
                         columns.append((name, kind, metric))
                         values.append(torch.stack([found[metric] for found in by_seed]).mean(0))
         found = bootstrap(torch.stack(values, dim=1), slices_SC, seed=COLD_SEED)
         place = {column: number for number, column in enumerate(columns)}
         result[setting] = {
+            "seeds": len(files),
             "users": dict(zip(SLICES, found.n_S.tolist(), strict=True)),
             "table": {name: row(found.mean_SK, place, name) for name in models},
             "differences": {
@@ -304,6 +328,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     first.add_argument("--base", default="embedded")
     first.add_argument("--domain", default="The beauty product has the following attributes:")
+    first.add_argument("--encoders", type=lambda text: text.split(","), help="some alone, such as zero,scft-42,shuffled")
     first.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[42, 43, 44])
     first.add_argument("--steps", type=int, default=300)
     first.add_argument("--batch", type=int, default=512)
@@ -315,8 +340,11 @@ def parse() -> argparse.Namespace:
     second.add_argument("--encoded", type=Path, required=True)
     second.add_argument("--seed", type=int, default=42)
     second.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
+    second.add_argument("--settings", type=lambda text: text.split(","), default=["all", "cold"])
     second.add_argument("--epochs", type=int, default=150)
     second.add_argument("--patience", type=int, default=15)
+    second.add_argument("--width", type=int, default=128)
+    second.add_argument("--layers", type=int, default=2)
     second.add_argument("--dropout", type=float, default=0.5)
     second.add_argument("--limit", type=float, default=1e9, help="seconds after which no further model is begun")
     third.add_argument("ranks", type=Path, nargs="+")
