@@ -15,8 +15,9 @@ from pyspark import StorageLevel
 from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
-from jobs import contracts
+from jobs import contracts, increment
 from jobs.contracts import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, InputError, Refused, Run
+from jobs.increment import Reading
 from jobs.spark import session, source
 
 if TYPE_CHECKING:
@@ -54,6 +55,17 @@ class InteractionSource:
     timestamp: str = "timestamp"
     """A number in `unit` since 1970, or a date or timestamp column."""
     unit: Literal["s", "ms", "us"] = "s"
+    partition: str = ""
+    """The column that parts the table by day (dates, 2026-03-01 or 20260301). With it a night reads the newest partitions alone
+    and takes earlier events from the last snapshot; without it, the whole table."""
+    late_days: int = 3
+    """Partitions up to the last snapshot's date that are read again: for late events, and items that came after their events."""
+    whole_days: int = 7
+    """Days after which the whole table is read again; 1 reads it every night."""
+
+    def __post_init__(self) -> None:
+        if self.late_days < 0 or self.whole_days < 1:
+            raise InputError("extract.interactions.late_days must be at least 0, whole_days at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +102,17 @@ class Result:
     outputs: dict[str, str]
     rows: dict[str, int]
     seen: dict[str, int]
-    """Records of each source up to the end of ds."""
+    """Records of each source up to the end of ds, of those that were read."""
+    reading: Reading
+    """Which partitions of the logs were read."""
+    carried: int
+    """Events taken from the last snapshot."""
+    source: dict[str, str]
+    """Where the logs came from, and how they were read."""
     later: int
     """Events after ds: left for a later snapshot."""
+    later_since: str | None
+    """The first partition that has such events."""
     quarantined: dict[str, int]
     """Records refused, by `source: reason`."""
     forgotten: int
@@ -108,9 +128,15 @@ class Result:
 def run(config: Config) -> Result:
     """Takes the snapshot of `run.ds` and replaces its four partitions.
 
-    Raises InputError for a missing table or column, a date with no data, or too much quarantine; Refused for a jump in
-    row counts.
+    Two runs of one date wait for each other. Raises InputError for a missing table or column, a date with no data, or too much
+    quarantine; Refused for a jump in row counts.
     """
+    with contracts.alone(config.run.lake, f"extract {config.run.ds}"):
+        return in_session(config)
+
+
+def in_session(config: Config) -> Result:
+    """The snapshot, by a Spark session of its own."""
     spark = session("extract", config.spark)
     staging = config.run.lake / ".staging" / f"extract-{uuid.uuid4().hex[:8]}"
     try:
@@ -123,27 +149,42 @@ def run(config: Config) -> Result:
 def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     """The work of `run` inside one session."""
     lake, partition = config.run.lake, f"ds={config.run.ds}"
+    reading = increment.decide(lake, config.run.ds, config.interactions)
     forgotten = contracts.tombstones(lake)
     items = without(spark, forgotten, judge_items(spark, config)).persist(DISK)
     seen = {"items": items.count()}
+    known = items.where("reason is null").select("item_id", F.lit(True).alias("known"))
+    known = F.broadcast(known) if seen["items"] <= BROADCAST_ITEMS else known
     # judged once: the source is scanned a single time, so that all counts are of the same rows while it is written to
-    events = judge_events(config, without(spark, forgotten, read_events(spark, config)), items, seen["items"]).persist(DISK)
+    events = judge_events(config, without(spark, forgotten, read_events(spark, config, reading)), known).persist(DISK)
     sums = events.agg(
-        F.count_if(~F.col("later")), F.count_if("later"), order_free_hash("user_id", "item_id", "timestamp")
-    ).first()
-    seen["interactions"] = int(sums[0] if sums else 0)
-    files = -(-max(seen["interactions"], 1) // config.part_rows)
-    copies = number_copies(events.where("reason is null and not later"), files).persist(DISK)
+        F.count_if(~F.col("later")), F.count_if("later"), order_free_hash("user_id", "item_id", "timestamp"),
+        F.min(F.when(F.col("later"), F.col("day"))),
+    ).first()  # fmt: skip
+    read, later, digest, later_since = tuple(sums) if sums else (0, 0, 0, None)
+    seen["interactions"] = int(read)
+    inputs = {config.interactions.table: f"{read}:{digest}"}
+    kept_before, before = None, 0
+    if reading.carried_from:
+        old = f"ds={reading.carried_from}"
+        before = contracts.read_commit(lake, INTERACTIONS.name, old).rows
+        inputs[f"{INTERACTIONS.name}/{old}"] = contracts.read_commit(lake, INTERACTIONS.name, old).digest
+        kept_before = judge_carried(without(spark, forgotten, increment.carried(spark, lake, reading)), known)
+    files = -(-max(seen["interactions"] + before, 1) // config.part_rows)
+    copies = number_copies(events.where("reason is null and not later"), kept_before, files).persist(DISK)
 
     quarantine = refused(items, "items", "item_id").unionByName(refused(events, "interactions", "user_id"))
-    quarantine = quarantine.unionByName(duplicates(copies)).persist(DISK)
+    quarantine = quarantine.unionByName(duplicates(copies))
+    if kept_before is not None:
+        quarantine = quarantine.unionByName(refused(kept_before, "interactions", "user_id"))
+    quarantine = quarantine.persist(DISK)
     reasons = quarantine.groupBy("source", "reason").count().collect()
     quarantined = {f"{row.source}: {row.reason}": int(row["count"]) for row in reasons}
     written = {QUARANTINE.name: save(quarantine, ["source", "reason", "record"], QUARANTINE, staging, config)}
-    check_quarantine(config, seen, quarantined)
+    check_quarantine(config, seen, quarantined, reading.since)
 
     kept_items = with_first_seen(spark, config, items.where("reason is null")).persist(DISK)
-    kept_events = copies.where("copy = 1").drop("copy")
+    kept_events = copies.where("copy = 1").select(INTERACTIONS.schema.names)
     days = [
         (int(row.day), int(row["count"]))
         for row in kept_events.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
@@ -158,14 +199,15 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     new, changed = compare(spark, config, kept_items)
     text_hash = items.agg(order_free_hash("item_id", "record")).first()
     result = Result(
-        inputs={
-            config.items.table: f"{seen['items']}:{text_hash[0] if text_hash else 0}",
-            config.interactions.table: f"{seen['interactions']}:{sums[2] if sums else 0}",
-        },
+        inputs={config.items.table: f"{seen['items']}:{text_hash[0] if text_hash else 0}", **inputs},
         outputs={f"{name}/{partition}": commit.digest for name, commit in written.items()},
         rows={name: commit.rows for name, commit in written.items()},
         seen=seen,
-        later=int(sums[1] if sums else 0),
+        reading=reading,
+        carried=before,
+        source=increment.as_known(config.interactions),
+        later=int(later),
+        later_since=str(later_since) if later_since else None,
         quarantined=quarantined,
         forgotten=len(forgotten),
         new_items=new,
@@ -249,23 +291,28 @@ def without(spark: SparkSession, forgotten: frozenset[str], rows: DataFrame) -> 
     return rows.join(F.broadcast(gone), "item_id", "left_anti")
 
 
-def read_events(spark: SparkSession, config: Config) -> DataFrame:
-    """Every source event: user, item, unix seconds, and the `record` as it stands in the source."""
+def read_events(spark: SparkSession, config: Config, reading: Reading) -> DataFrame:
+    """The source's events: user, item, unix seconds, the `record` as it stands in the source, and its partition's day."""
     names = config.interactions
-    rows = source(spark, names.table, "extract.interactions.table", [names.user_id, names.item_id, names.timestamp])
+    columns = [names.user_id, names.item_id, names.timestamp, *filter(None, [names.partition])]
+    rows = source(spark, names.table, "extract.interactions.table", columns)
+    day = increment.partition_day(rows, names) if names.partition else F.lit(None).cast("date")
+    if reading.since:
+        rows = rows.where(increment.in_window(day, reading.since))
     moment = F.col(f"`{names.timestamp}`")
     if rows.schema[names.timestamp].dataType.typeName() in ("timestamp", "timestamp_ntz", "date"):
         seconds = F.unix_timestamp(moment.cast("timestamp"))
     else:
         seconds = F.floor(F.try_divide(moment.try_cast("double"), F.lit(PER_SECOND[names.unit])))
     user, item = (F.trim(F.col(f"`{name}`").cast("string")) for name in (names.user_id, names.item_id))
-    return rows.select(user.alias("user_id"), item.alias("item_id"), seconds.alias("timestamp"), F.struct("*").alias("record"))
+    return rows.select(
+        user.alias("user_id"), item.alias("item_id"), seconds.alias("timestamp"), F.struct("*").alias("record"), day.alias("day")
+    )
 
 
-def judge_events(config: Config, rows: DataFrame, items: DataFrame, count: int) -> DataFrame:
-    """Events with the `reason` to refuse them, and whether they lie after ds (`later`); `count` is how many items there are."""
-    known = items.where("reason is null").select("item_id", F.lit(True).alias("known"))
-    rows = rows.join(F.broadcast(known) if count <= BROADCAST_ITEMS else known, "item_id", "left")
+def judge_events(config: Config, rows: DataFrame, known: DataFrame) -> DataFrame:
+    """Events with the `reason` to refuse them, and whether they lie after ds (`later`)."""
+    rows = rows.join(known, "item_id", "left")
     now = int(dt.datetime.now(dt.UTC).timestamp())
     reason = (
         F.when(F.coalesce(F.length("user_id"), F.lit(0)) == 0, "user_id is null or empty")
@@ -285,7 +332,16 @@ def judge_events(config: Config, rows: DataFrame, items: DataFrame, count: int) 
         reason.alias("reason"),
         F.coalesce(F.col("timestamp").between(snapshot_end(config.run.ds), now + DAY), F.lit(False)).alias("later"),
         F.when(reason.isNotNull(), F.to_json("record")).alias("record"),
+        "day",
     )
+
+
+def judge_carried(rows: DataFrame, known: DataFrame) -> DataFrame:
+    """Events of an earlier snapshot with the one `reason` that can have come up since."""
+    rows = rows.join(known, "item_id", "left")
+    reason = F.when(F.col("known").isNull(), increment.LEFT)
+    names = INTERACTIONS.schema.names
+    return rows.select(*names, reason.alias("reason"), F.when(reason.isNotNull(), F.to_json(F.struct(*names))).alias("record"))
 
 
 def snapshot_end(ds: str) -> int:
@@ -298,17 +354,22 @@ def refused(rows: DataFrame, name: str, key: str) -> DataFrame:
     return rows.where("reason is not null").select(F.lit(name).alias("source"), F.col(key).alias("key"), "reason", "record")
 
 
-def number_copies(events: DataFrame, files: int) -> DataFrame:
-    """Events by user and time with the number of the `copy`, 1 for the one that is kept."""
-    events = events.select(INTERACTIONS.schema.names).repartition(files, "user_id")
-    copy = F.row_number().over(Window.partitionBy(*BY_TIME).orderBy("item_id"))
+def number_copies(events: DataFrame, before: DataFrame | None, files: int) -> DataFrame:
+    """Events by user and time with the number of the `copy`, 1 for the one that is kept; an event read again is no copy."""
+    events = events.select(*INTERACTIONS.schema.names, F.lit(False).alias("carried"))
+    if before is not None:
+        events = events.unionByName(
+            before.where("reason is null").select(*INTERACTIONS.schema.names, F.lit(True).alias("carried"))
+        )
+    events = events.repartition(files, "user_id")
+    copy = F.row_number().over(Window.partitionBy(*BY_TIME).orderBy("carried"))
     # the rows are in this order already; saying so lets Spark leave out the sorts of what is made from them
     return events.withColumn("copy", copy).sortWithinPartitions(*BY_TIME)
 
 
 def duplicates(copies: DataFrame) -> DataFrame:
     """One row of `quarantine` for each further copy of an event."""
-    return copies.where("copy > 1").select(
+    return copies.where("copy > 1 and not carried").select(
         F.lit("interactions").alias("source"),
         F.col("user_id").alias("key"),
         F.lit("duplicate event").alias("reason"),
@@ -336,8 +397,7 @@ def previous(spark: SparkSession, config: Config) -> DataFrame | None:
     older = [name for name in contracts.partitions(lake, ITEMS.name) if name < f"ds={config.run.ds}"]
     if not older:
         return None
-    here = contracts.folder(lake, ITEMS.name, older[-1])
-    return spark.read.parquet(*(str(here / name) for name in contracts.read_commit(lake, ITEMS.name, older[-1]).files))
+    return increment.read_snapshot(spark, lake, ITEMS.name, older[-1])
 
 
 def compare(spark: SparkSession, config: Config, items: DataFrame) -> tuple[int, int]:
@@ -408,12 +468,13 @@ def save(
 # ----------------------------------------------------------------------------------------------------------------- gates
 
 
-def check_quarantine(config: Config, seen: dict[str, int], quarantined: dict[str, int]) -> None:
-    """Raises InputError when a source is empty or has more refused records than `max_quarantine_share`."""
+def check_quarantine(config: Config, seen: dict[str, int], quarantined: dict[str, int], since: str) -> None:
+    """Raises InputError when a source is empty or has more refused records, of those read, than `max_quarantine_share`."""
     for name, count in seen.items():
         if not count:
-            raise InputError(f"{getattr(config, name).table} has no record up to {config.run.ds}: check the table and --ds")
-        bad = {reason: n for reason, n in quarantined.items() if reason.startswith(f"{name}:")}
+            where = f"has no record up to {config.run.ds}" + (f" from {since} on" if since and name == "interactions" else "")
+            raise InputError(f"{getattr(config, name).table} {where}: check the table and --ds")
+        bad = {why: n for why, n in quarantined.items() if why.startswith(f"{name}:") and not why.endswith(increment.LEFT)}
         share = sum(bad.values()) / count
         if share > config.max_quarantine_share:
             worst = ", ".join(f"{n:,} × {reason.split(': ', 1)[1]}" for reason, n in sorted(bad.items(), key=lambda kv: -kv[1]))
@@ -461,6 +522,11 @@ def fill(items: DataFrame, attributes: Sequence[str]) -> dict[str, float]:
 
 def tell(result: Result) -> None:
     """The funnel, for a person."""
+    if result.reading.since:
+        where = f"partitions from {result.reading.since} on, {result.carried:,} events from the snapshot of"
+        print(f"interactions: {where} {result.reading.carried_from}", file=sys.stderr)
+    elif result.source["partition"]:
+        print(f"interactions: the whole table, as {result.reading.why}", file=sys.stderr)
     for name, count in result.seen.items():
         print(f"{name}: {count:,} seen, {result.rows[name]:,} kept", file=sys.stderr)
     for reason, count in sorted(result.quarantined.items()):

@@ -49,8 +49,8 @@ class Config:
     whitened_width: int = 1536
     """Directions kept by whitening, at most; the items' own rank bounds it too."""
     adapter: Literal["mlp", "residual", "null_space", "llm_esr"] = "mlp"
-    """`mlp`: vectors from text alone; `residual`: the same plus a learned ID part; `null_space`: frozen text beside a learned ID part (AlphaFuse); `llm_esr`: that baseline,
-    for `evaluate.baselines`, without alignment."""
+    """`mlp`: vectors from text alone; `residual`: the same plus a learned ID part; `null_space`: frozen text beside a learned ID
+    part (AlphaFuse); `llm_esr`: that baseline, for `evaluate.baselines`, without alignment."""
     hidden: int = 256
     """Hidden width of the `mlp` and `residual` adapters, and of LLM-ESR's."""
     drop_ids: float = 0.3

@@ -221,8 +221,8 @@ def save_recommender(
 ) -> None:
     """Writes recommender.safetensors, recommender.json and item_ids.json into a folder: all that serving needs.
 
-    `items` is {"kind": "id"}, {"kind": "mlp", "residual" or "llm_esr", "hidden": …} or {"kind": "null_space", "text_width": …}; `turn_DD` is
-    an orthogonal map that all vectors take on their way out, none leaves them as they are; `meta` is JSON.
+    `items` is {"kind": "id"}, {"kind": "mlp", "residual" or "llm_esr", "hidden": …} or {"kind": "null_space", "text_width": …};
+    `turn_DD` is an orthogonal map that all vectors take on their way out, none leaves them as they are; `meta` is JSON.
     """
     tensors = {f"recommender.{name}": value for name, value in recommender.state_dict().items()}
     known: dict[str, Any] = {**meta, "backbone": dataclasses.asdict(backbone), "items": dict(items), "width": backbone.width}

@@ -1,7 +1,7 @@
 """Stands for `python -m jobs`: notes each call, and does what the test's plan says of it: a status, a kill, a long sleep.
 
 STUB names a folder with `plan.json`: {"results": {JOB: RESULT or [RESULT, …]},
-"acts": {JOB or JOB#SHARD: [ACT of the first try, …]}}.
+"acts": {JOB, JOB#SHARD or JOB@DATE: [ACT of the first try, …]}}.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ def main(arguments: list[str]) -> int:
     seen = [json.loads(line) for line in calls.read_text().splitlines()]
     tries = sum(other["key"] == key and other["ds"] == call["ds"] for other in seen)
     plan = json.loads((folder / "plan.json").read_text())
-    acts = plan.get("acts", {}).get(key, [])
+    acts = plan.get("acts", {}).get(f"{job}@{call['ds']}") or plan.get("acts", {}).get(key, [])
     act = acts[tries - 1] if tries <= len(acts) else 0
     print(f"{job}: try {tries}", file=sys.stderr, flush=True)
     if act == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "sleep":
         time.sleep(600)
-    if act:
+    if act == "pause":
+        time.sleep(8)
+    elif act:
         print(f"{job}: error: planned, with a remedy", file=sys.stderr)
         return int(act)
     result = plan.get("results", {}).get(job, {"job": job})

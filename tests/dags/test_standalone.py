@@ -227,3 +227,27 @@ def test_a_backfill_fills_each_date_and_what_serves_stays(standalone: Standalone
     filled = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
     jobs = ["extract", "embed", "project", "publish", "report"]
     assert filled == [(ds, job) for ds in ("2025-12-01", "2025-12-02") for job in jobs]
+
+
+def test_a_backfill_beside_the_night_leaves_both_whole(standalone: Standalone) -> None:
+    older, today = ("2025-11-01", "2025-11-02"), "2026-01-07"
+    standalone.stub.plan(acts={f"extract@{older[0]}": ["pause"]} | {f"publish@{ds}": [3] for ds in older})
+    dates = {"from_date": f"{older[0]}T00:00:00Z", "to_date": f"{older[1]}T23:00:00Z", "max_active_runs": 1}
+    standalone.call("POST", "/api/v2/backfills", {"dag_id": "nightly_embeddings", **dates})
+    standalone.until("the backfill's first job", lambda: standalone.stub.calls())
+    body = {"logical_date": None, "conf": {"ds": today}}
+    night = standalone.call("POST", "/api/v2/dags/nightly_embeddings/dagRuns", body)["dag_run_id"]
+
+    def ended() -> list[str]:
+        runs = [run for run in standalone.runs("nightly_embeddings")
+                if run["dag_run_id"] == night or run["run_type"] == "backfill" and run["dag_run_id"][10:].startswith("2025-11")]  # fmt: skip
+        states = [run["state"] for run in runs]
+        return states if len(states) == 3 and not set(states) & {"queued", "running"} else []
+
+    assert standalone.until("the night and both dates", ended) == ["success"] * 3
+    calls = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
+    for ds in older:
+        assert [job for day, job in calls if day == ds] == ["extract", "embed", "project", "publish", "report"]
+    assert [job for day, job in calls if day == today] == ["extract", "embed", "project", "publish", "lookup", "report"]
+    # each worked on its own date, though the night began before the backfill had ended
+    assert calls.index((today, "extract")) < calls.index((older[1], "report"))

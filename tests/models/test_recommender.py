@@ -94,8 +94,8 @@ TURN_DD = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_s
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, "sasrec") for kind in ("mlp", "residual", "null_space", "llm_esr")]
-    + [("mlp", "gru4rec"), ("mlp", "bert4rec")]
+    ("kind", "name"),
+    [(kind, "sasrec") for kind in ("mlp", "residual", "null_space", "llm_esr")] + [("mlp", "gru4rec"), ("mlp", "bert4rec")],
 )
 def test_turned_vectors_are_those_before_in_another_basis_and_rank_alike(tmp_path: Path, kind: str, name: str) -> None:
     history = torch.tensor([[0, 0, 4, 9, 30], [1, 2, 3, 4, 5], [0, 0, 0, 0, 7]])
