@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ PAIRS = (
     ("scft", "zero_shot"), ("scft_adjusted", "zero_shot_adjusted"), ("shuffled", "scft"), ("shuffled_adjusted", "scft_adjusted"),
     ("scft", "id_only"), ("scft_adjusted", "id_only"), ("scft_adjusted", "id_only_adjusted"), ("residual", "id_only"),
     ("residual_adjusted", "id_only"), ("residual", "scft"), ("null_space", "id_only"), ("null_space", "scft"),
+    ("zero_shot", "id_only"), ("zero_shot_adjusted", "id_only"), ("id_only_adjusted", "id_only"), ("llm_esr", "id_only"),
     ("scft", "llm_esr"), ("scft_adjusted", "llm_esr"), ("gru4rec_scft", "gru4rec_id"), ("bert4rec_scft", "bert4rec_id"),
 )  # fmt: skip
 
@@ -301,7 +303,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def row(mean_SK: Tensor, place: dict[tuple[str, str, str], int], name: str) -> dict[str, float]:
     """A model's figures: NDCG@10 by slice over all items, and overall among unseen items and among 100 sampled ones."""
-    ndcg = {slice_: round(float(mean_SK[number, place[name, "full", "ndcg"]]), 4) for number, slice_ in enumerate(SLICES)}
+    found = {slice_: float(mean_SK[number, place[name, "full", "ndcg"]]) for number, slice_ in enumerate(SLICES)}
+    ndcg = {slice_: round(value, 4) for slice_, value in found.items() if not math.isnan(value)}
     more = {
         f"{kind}_{metric}": round(float(mean_SK[0, place[name, kind, metric]]), 4)
         for kind in ("full", "unseen", "sampled")
