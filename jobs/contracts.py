@@ -195,6 +195,9 @@ QUARANTINE = Table(
 )
 """`record` is the raw record as JSON: nothing is lost."""
 
+LEFT = "item left the catalogue"
+"""Reason for events of earlier snapshots, which no night read again: they count against no share of records read."""
+
 METRICS = Table(
     name="metrics",
     grain="(model, slice, metric) of one evaluation",

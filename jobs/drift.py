@@ -91,7 +91,8 @@ def of_extract(result: Mapping[str, Any]) -> dict[str, float]:
     """Attribute fill and quarantine shares, from the Result of `extract`."""
     found = {f"fill.{name}": float(share) for name, share in result.get("fill", {}).items()}
     for source, seen in result.get("seen", {}).items():
-        refused = sum(count for reason, count in result.get("quarantined", {}).items() if reason.startswith(f"{source}:"))
+        counts = {why: count for why, count in result.get("quarantined", {}).items() if not why.endswith(contracts.LEFT)}
+        refused = sum(count for why, count in counts.items() if why.startswith(f"{source}:"))
         if seen:
             found[f"quarantine.{source}"] = refused / seen
     return found

@@ -339,7 +339,7 @@ def judge_events(config: Config, rows: DataFrame, known: DataFrame) -> DataFrame
 def judge_carried(rows: DataFrame, known: DataFrame) -> DataFrame:
     """Events of an earlier snapshot with the one `reason` that can have come up since."""
     rows = rows.join(known, "item_id", "left")
-    reason = F.when(F.col("known").isNull(), increment.LEFT)
+    reason = F.when(F.col("known").isNull(), contracts.LEFT)
     names = INTERACTIONS.schema.names
     return rows.select(*names, reason.alias("reason"), F.when(reason.isNotNull(), F.to_json(F.struct(*names))).alias("record"))
 
@@ -474,7 +474,7 @@ def check_quarantine(config: Config, seen: dict[str, int], quarantined: dict[str
         if not count:
             where = f"has no record up to {config.run.ds}" + (f" from {since} on" if since and name == "interactions" else "")
             raise InputError(f"{getattr(config, name).table} {where}: check the table and --ds")
-        bad = {why: n for why, n in quarantined.items() if why.startswith(f"{name}:") and not why.endswith(increment.LEFT)}
+        bad = {why: n for why, n in quarantined.items() if why.startswith(f"{name}:") and not why.endswith(contracts.LEFT)}
         share = sum(bad.values()) / count
         if share > config.max_quarantine_share:
             worst = ", ".join(f"{n:,} × {reason.split(': ', 1)[1]}" for reason, n in sorted(bad.items(), key=lambda kv: -kv[1]))

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from jobs.extract import InteractionSource
 
-LEFT = "item left the catalogue"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:

@@ -56,7 +56,7 @@ SHAPES: Mapping[str, TypeAdapter[Any]] = {
     **dict.fromkeys(("inputs", "outputs"), TypeAdapter(dict[str, str | None])),
     **dict.fromkeys(
         ("items", "embedded", "resumed", "written", "tokens", "tokens_per_second", "new_items", "changed_items", "forgotten",
-         "later", "steps", "best_step", "best_epoch", "validation_ndcg", "read_ms_p50"),
+         "later", "carried", "steps", "best_step", "best_epoch", "validation_ndcg", "read_ms_p50"),
         TypeAdapter(Number | None),
     ),
     **dict.fromkeys(("space_id", "encoder_id", "serves_ds", "decision", "device"), TypeAdapter(str)),

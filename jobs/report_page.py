@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from jobs import report_plots as plots
 from jobs import report_sections as sections
+from jobs.contracts import LEFT
 from jobs.lineage import NIGHTLY
 from jobs.report_html import duration, first_line, join, missing, number
 from jobs.report_sections import Facts
@@ -126,7 +127,7 @@ def key_figures(facts: Facts) -> list[tuple[str, str]]:
     gain = f"{row['value']:+.4f} ({number(row['low'])} to {number(row['high'])})" if row.get("value") is not None else "–"
     extract = night.result("extract")
     seen = sum(extract.get("seen", {}).values())
-    refused = sum(extract.get("quarantined", {}).values())
+    refused = sum(count for why, count in extract.get("quarantined", {}).items() if not why.endswith(LEFT))
     per_thousand = dict(sections.costs(facts))[sections.PER_THOUSAND](night)
     return [
         ("Items that serve", number(night.result("publish").get("items"))),

@@ -123,6 +123,7 @@ def funnel_section(facts: Facts) -> Markup:
         parts.append(missing(f"Not known, as the job has not ended well: {', '.join(absent)}."))
     events = [
         ("Events seen", extract.get("seen", {}).get("interactions")),
+        ("Events taken from the last snapshot", extract.get("carried")),
         ("Events kept", extract.get("rows", {}).get("interactions")),
         ("Events after this date, left for later", extract.get("later")),
         ("Users", extract.get("rows", {}).get("sequences")),

@@ -239,8 +239,8 @@ def test_a_backfill_beside_the_night_leaves_both_whole(standalone: Standalone) -
     night = standalone.call("POST", "/api/v2/dags/nightly_embeddings/dagRuns", body)["dag_run_id"]
 
     def ended() -> list[str]:
-        runs = [run for run in standalone.runs("nightly_embeddings")
-                if run["dag_run_id"] == night or run["run_type"] == "backfill" and run["dag_run_id"][10:].startswith("2025-11")]  # fmt: skip
+        every = standalone.runs("nightly_embeddings")
+        runs = [run for run in every if run["dag_run_id"] == night or run["dag_run_id"].startswith("backfill__2025-11")]
         states = [run["state"] for run in runs]
         return states if len(states) == 3 and not set(states) & {"queued", "running"} else []
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import contracts, extract, increment
+from jobs import contracts, drift, extract, increment
 from jobs.__main__ import build
 from jobs.contracts import INTERACTIONS, QUARANTINE, SEQUENCES, InputError
 from jobs.spark import session
@@ -150,8 +150,9 @@ def test_events_follow_their_items_in_and_out_of_the_catalogue(tmp_path: Path, l
     items = [*CATALOGUE[1:], ("new", "A new one", None)]
     result = night(tmp_path, "2026-03-08", items=items)
     left = sum(row["item_id"] == "i0" for row in rows(tmp_path, INTERACTIONS, "2026-03-07"))
-    assert result.quarantined == {f"interactions: {increment.LEFT}": left, "interactions: item is unknown": 4}
-    refused = [row for row in rows(tmp_path, QUARANTINE, "2026-03-08") if row["reason"] == increment.LEFT]
+    assert result.quarantined == {f"interactions: {contracts.LEFT}": left, "interactions: item is unknown": 4}
+    assert drift.of_extract(contracts.as_json(result))["quarantine.interactions"] == pytest.approx(4 / 13)
+    refused = [row for row in rows(tmp_path, QUARANTINE, "2026-03-08") if row["reason"] == contracts.LEFT]
     assert json.loads(refused[0]["record"]).keys() == {"user_id", "item_id", "timestamp"}
     kept = [row["timestamp"] for row in rows(tmp_path, INTERACTIONS, "2026-03-08") if row["item_id"] == "new"]
     assert kept == [second("2026-03-06", 20)]
