@@ -166,10 +166,9 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     inputs = {config.interactions.table: f"{read}:{digest}"}
     kept_before, before = None, 0
     if reading.carried_from:
-        old = f"ds={reading.carried_from}"
-        before = contracts.read_commit(lake, INTERACTIONS.name, old).rows
-        inputs[f"{INTERACTIONS.name}/{old}"] = contracts.read_commit(lake, INTERACTIONS.name, old).digest
-        kept_before = judge_carried(without(spark, forgotten, increment.carried(spark, lake, reading)), known)
+        commit = contracts.read_commit(lake, INTERACTIONS.name, f"ds={reading.carried_from}")
+        inputs[f"{INTERACTIONS.name}/ds={reading.carried_from}"] = commit.digest
+        kept_before, before = judge_carried(spark, config, reading, known), commit.rows
     files = -(-max(seen["interactions"] + before, 1) // config.part_rows)
     copies = number_copies(events.where("reason is null and not later"), kept_before, files).persist(DISK)
 
@@ -336,12 +335,21 @@ def judge_events(config: Config, rows: DataFrame, known: DataFrame) -> DataFrame
     )
 
 
-def judge_carried(rows: DataFrame, known: DataFrame) -> DataFrame:
-    """Events of an earlier snapshot with the one `reason` that can have come up since."""
-    rows = rows.join(known, "item_id", "left")
-    reason = F.when(F.col("known").isNull(), contracts.LEFT)
-    names = INTERACTIONS.schema.names
-    return rows.select(*names, reason.alias("reason"), F.when(reason.isNotNull(), F.to_json(F.struct(*names))).alias("record"))
+def judge_carried(spark: SparkSession, config: Config, reading: Reading, known: DataFrame) -> DataFrame:
+    """Events of the snapshot that the night goes on from, with the one `reason` that can have come up since.
+
+    They were judged then. A join with the whole catalogue would cost more than reading the source: items that left it are few.
+    """
+    lake, old, names = config.run.lake, f"ds={reading.carried_from}", INTERACTIONS.schema.names
+    forgotten = contracts.tombstones(lake)
+    rows = without(spark, forgotten, increment.read_snapshot(spark, lake, INTERACTIONS.name, old))
+    items = without(spark, forgotten, increment.read_snapshot(spark, lake, ITEMS.name, old))
+    left = items.join(known, "item_id", "left_anti").select("item_id", F.lit(contracts.LEFT).alias("reason")).persist(DISK)
+    count = left.count()
+    if not count:
+        return rows.select(*names, F.lit(None).cast("string").alias("reason"), F.lit(None).cast("string").alias("record"))
+    rows = rows.join(F.broadcast(left) if count <= BROADCAST_ITEMS else left, "item_id", "left")
+    return rows.select(*names, "reason", F.when(F.col("reason").isNotNull(), F.to_json(F.struct(*names))).alias("record"))
 
 
 def snapshot_end(ds: str) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import functions as F
 
 from jobs import contracts
-from jobs.contracts import INTERACTIONS, InputError
+from jobs.contracts import INTERACTIONS, ITEMS, InputError
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -46,7 +46,8 @@ def decide(lake: Path, ds: str, source: InteractionSource) -> Reading:
 
     if not source.partition:
         return whole("extract.interactions.partition is not set")
-    older = [name.removeprefix("ds=") for name in contracts.partitions(lake, INTERACTIONS.name) if name < f"ds={ds}"]
+    both = set(contracts.partitions(lake, INTERACTIONS.name)) & set(contracts.partitions(lake, ITEMS.name))
+    older = sorted(name.removeprefix("ds=") for name in both if name < f"ds={ds}")
     if not older:
         return whole("no earlier snapshot")
     before, result = older[-1], manifest_of(lake, older[-1])
@@ -94,11 +95,6 @@ def partition_day(rows: DataFrame, source: InteractionSource) -> Column:
 def in_window(day: Column, since: str) -> Column:
     """Partitions from `since` on; what has no readable day is read every night, so that nothing is lost."""
     return F.coalesce(day >= F.lit(since).cast("date"), F.lit(True))
-
-
-def carried(spark: SparkSession, lake: Path, reading: Reading) -> DataFrame:
-    """The events of the snapshot that the night goes on from."""
-    return read_snapshot(spark, lake, INTERACTIONS.name, f"ds={reading.carried_from}")
 
 
 def read_snapshot(spark: SparkSession, lake: Path, table: str, partition: str) -> DataFrame:
