@@ -64,6 +64,8 @@ class Model:
     llm: str = ""
     backbone: str = "sasrec"
     adjustment: float = 0.0
+    hidden: int = HIDDEN
+    """Hidden width of the adapter."""
     settings: tuple[str, ...] = ("all", "cold")
 
 
@@ -76,6 +78,7 @@ MODELS = {
     "scft_adjusted": Model("mlp", "scft", adjustment=ADJUSTED),
     "zero_shot_adjusted": Model("mlp", "zero", adjustment=ADJUSTED, settings=("cold",)),
     "shuffled_adjusted": Model("mlp", "shuffled", adjustment=ADJUSTED, settings=("cold",)),
+    "wide_adjusted": Model("mlp", "scft", adjustment=ADJUSTED, hidden=4 * HIDDEN),
     "residual": Model("residual", "scft"),
     "residual_adjusted": Model("residual", "scft", adjustment=ADJUSTED),
     "null_space": Model("null_space", "scft"),
@@ -218,7 +221,7 @@ def trained(
     if model.llm:
         llm_NE = embeddings(arguments, model.llm).to(device)
         white_NK = fit_whitening(llm_NE, WHITENED)(llm_NE)
-        items = item_source(model.items, white_NK, backbone.width)
+        items = item_source(model, white_NK, backbone.width)
         if model.items == "llm_esr":
             like_US = like_users(events, items.white_VK, LIKE_USERS)
             more["distiller"] = Distiller(events, like_US, backbone.width, DISTIL)
@@ -257,14 +260,14 @@ def embeddings(arguments: argparse.Namespace, name: str) -> Tensor:
     return load_file(file)["llm_NE"].float()
 
 
-def item_source(kind: str, white_NK: Tensor, width: int) -> Any:
+def item_source(model: Model, white_NK: Tensor, width: int) -> Any:
     """Item vectors from whitened text."""
-    if kind == "null_space":
+    if model.items == "null_space":
         return NullSpaceItems(white_NK, width, width // 2)
-    if kind == "llm_esr":
-        return DualItems(white_NK, HIDDEN, width)
-    adapter = MlpAdapter(white_NK.shape[1], HIDDEN, width)
-    return ResidualItems(white_NK, adapter, width, DROP) if kind == "residual" else TextItems(white_NK, adapter)
+    if model.items == "llm_esr":
+        return DualItems(white_NK, model.hidden, width)
+    adapter = MlpAdapter(white_NK.shape[1], model.hidden, width)
+    return ResidualItems(white_NK, adapter, width, DROP) if model.items == "residual" else TextItems(white_NK, adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------------- compare
