@@ -92,6 +92,7 @@ PAIRS = (
     ("scft", "zero_shot"), ("scft_adjusted", "zero_shot_adjusted"), ("shuffled", "scft"), ("shuffled_adjusted", "scft_adjusted"),
     ("scft", "id_only"), ("scft_adjusted", "id_only"), ("scft_adjusted", "id_only_adjusted"), ("residual", "id_only"),
     ("residual_adjusted", "id_only"), ("residual", "scft"), ("null_space", "id_only"), ("null_space", "scft"),
+    ("wide_adjusted", "id_only"), ("wide_adjusted", "id_only_adjusted"), ("wide_adjusted", "scft_adjusted"),
     ("zero_shot", "id_only"), ("zero_shot_adjusted", "id_only"), ("id_only_adjusted", "id_only"), ("llm_esr", "id_only"),
     ("scft", "llm_esr"), ("scft_adjusted", "llm_esr"), ("gru4rec_scft", "gru4rec_id"), ("bert4rec_scft", "bert4rec_id"),
 )  # fmt: skip
