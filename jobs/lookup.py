@@ -29,6 +29,11 @@ class Config:
     max_age_days: float = 0.0
     """A space whose snapshot ended longer ago is refused; 0 allows any age."""
 
+    @property
+    def manifest(self) -> str:
+        """Who asks for one item learns of that item: the night's own record stays as it was."""
+        return "asked-lookup" if str(self.item) else "lookup"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:

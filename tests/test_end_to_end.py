@@ -141,5 +141,8 @@ def test_two_nights_from_tables_to_recommendations(tmp_path: Path, call: Callabl
     call("forget", SECOND, "forget.item=i7")
     assert "i7" not in call("recommend", SECOND, "recommend.user=u3", "recommend.k=40")["item_ids"]
     assert call("lookup", SECOND)["compared"] == ITEMS
+    assert "was forgotten" in call("lookup", SECOND, "lookup.item=i7", status=2)["error"]
+    night = json.loads((tmp_path / "lake" / "manifests" / f"ds={SECOND}" / "lookup.json").read_text())
+    assert night["status"] == "done"  # a question asked by hand is no part of the night's record
     assert "first that was published" in call("rollback", SECOND, status=3)["error"]
     session("test", {}).stop()
