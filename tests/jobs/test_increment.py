@@ -110,6 +110,39 @@ def test_a_night_reads_its_own_days_and_leaves_what_a_whole_read_leaves(tmp_path
     )
 
 
+@pytest.mark.parametrize(
+    "values", [{}, {"split": "leave_one_out"}, {"max_history": 3}, {"items": CATALOGUE[1:], "max_history": 3}]
+)
+def test_users_without_a_new_event_keep_their_history_night_after_night(
+    tmp_path: Path, logs: Path, values: dict[str, Any]
+) -> None:
+    put(logs, "2026-03-02", [("quiet", f"i{n}", second("2026-03-02", n)) for n in range(5)])
+    put(logs, "2026-03-03", [("left", "i0", second("2026-03-03")), ("left", "i3", second("2026-03-03", 13))])
+    put(logs, "2026-03-04", [("gone", "i0", second("2026-03-04"))])
+    night(tmp_path, "2026-03-06", **{**values, "items": CATALOGUE})
+    night(tmp_path, "2026-03-07", **{**values, "items": CATALOGUE})
+    night(tmp_path, "2026-03-08", **values)
+    result = night(tmp_path, "2026-03-09", **values)
+    assert (result.reading.carried_from, result.reading.whole_ds) == ("2026-03-08", "2026-03-06")
+    night(tmp_path, "2026-03-09", lake="whole", **values)
+    for table in (INTERACTIONS, SEQUENCES):
+        assert rows(tmp_path, table, "2026-03-09") == rows(tmp_path, table, "2026-03-09", "whole")
+    users = {row["user_id"] for row in rows(tmp_path, SEQUENCES, "2026-03-09")}
+    assert {"quiet", "left"} < users and ("gone" in users) == ("items" not in values)
+
+
+def test_unchanged_files_are_shared_with_the_snapshot_before(tmp_path: Path, logs: Path) -> None:
+    night(tmp_path, "2026-03-07")
+    night(tmp_path, "2026-03-08")
+    old, new = (
+        {file.stat().st_ino for file in (tmp_path / "lake" / "interactions" / f"ds={ds}").glob("*.parquet")}
+        for ds in ("2026-03-07", "2026-03-08")
+    )
+    assert old < new
+    contracts.write(tmp_path / "lake", INTERACTIONS, "ds=2026-03-08", [INTERACTIONS.schema.empty_table()])
+    assert len(rows(tmp_path, INTERACTIONS, "2026-03-07")) == 28
+
+
 def test_a_rerun_of_the_night_leaves_the_same_rows(tmp_path: Path, logs: Path) -> None:
     night(tmp_path, "2026-03-07")
     night(tmp_path, "2026-03-09")
@@ -190,7 +223,7 @@ def test_the_whole_table_is_read_when_the_last_snapshot_is_no_base(
     night(tmp_path, "2026-03-07")
     night(tmp_path, "2026-03-08")
     made = config(tmp_path, "2026-03-09", interactions=changed)
-    reading = increment.decide(tmp_path / "lake", "2026-03-09", made.interactions)
+    reading = increment.decide(tmp_path / "lake", "2026-03-09", made.interactions, made.max_history)
     assert (reading.since, reading.carried_from, reading.whole_ds) == ("", "", "2026-03-09")
     assert why in reading.why
 
