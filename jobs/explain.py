@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs import contracts
-from jobs.contracts import InputError, Refused, Run
+from jobs.contracts import INTERACTIONS, InputError, Refused, Run
 from models.prompts import as_policy, render
 
 if TYPE_CHECKING:
@@ -414,7 +414,10 @@ def text_checked(link: Link, row: dict[str, Any], content_hash: str) -> Link:
 def source_step(extract: dict[str, Any] | None) -> Link:
     """The source tables, as `extract` read them; their bytes are the warehouse's."""
     read = extract["result"]["inputs"] if extract and extract["job"] == "extract" else {}
+    earlier = [name for name in read if name.startswith(f"{INTERACTIONS.name}/ds=")]
+    read = {table: counted for table, counted in read.items() if table not in earlier}
     text = "; ".join(f"{table}: {counted} (records, order-free hash)" for table, counted in read.items())
+    text += "".join(f"; earlier events from {name}" for name in earlier)
     return Link(
         step="source", identity=", ".join(read) or "unknown", digest="", verdict="unknown", depth=3,
         text=text or "the extract that wrote the snapshot is not recorded",

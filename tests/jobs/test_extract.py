@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,17 @@ def test_a_rerun_leaves_the_same_bytes(tmp_path: Path) -> None:
     first = extract.run(config(tmp_path, CATALOGUE, LOGS))
     again = extract.run(config(tmp_path, CATALOGUE, LOGS))
     assert first == again
+
+
+def test_of_two_runs_of_one_date_the_second_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, told = config(tmp_path, CATALOGUE, LOGS), ""
+    with ThreadPoolExecutor(1) as aside:
+        with contracts.alone(tmp_path / "lake", f"extract {DS}"):
+            second = aside.submit(extract.run, made)
+            while "waiting for extract" not in told:
+                told += capsys.readouterr().err
+            assert not second.done() and not contracts.partitions(tmp_path / "lake", "items")
+        assert second.result(120).rows["items"] == len(CATALOGUE)
 
 
 def test_the_next_snapshot_knows_new_and_changed_items(tmp_path: Path) -> None:
