@@ -403,9 +403,7 @@ def scan(
     here = folder(lake, table.name, partition)
     for name in read_commit(lake, table.name, partition).files:
         with pq.ParquetFile(here / name) as file:
-            for batch in file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns else None):
-                # files of one partition may differ in what their writer swore never to be null
-                yield batch.cast(pa.schema([column.with_nullable(True) for column in batch.schema]))
+            yield from file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns else None)
 
 
 def read(lake: Path, table: Table, partition: str) -> pa.Table:

@@ -17,7 +17,7 @@ from pyspark.sql.window import Window
 
 from jobs import contracts, increment
 from jobs.contracts import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, InputError, Refused, Run
-from jobs.increment import Carried, Reading
+from jobs.increment import Reading
 from jobs.spark import session, source
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ LATEST_SECONDS = 100_000_000_000
 """Unix seconds past this are the year 5138: such a number counts milliseconds."""
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 DISK = StorageLevel.DISK_ONLY
-BROADCAST_ITEMS, BROADCAST_USERS = 1_000_000, 4_000_000
-"""Catalogues, and users with new events, up to this number go to every executor (100 MB a million); more cost a shuffle."""
+BROADCAST_ITEMS = 1_000_000
+"""Catalogues up to this size go to every executor, about 100 MB; larger ones are joined by a shuffle."""
 BY_TIME = ["user_id", "timestamp", "item_id"]
 """The one order of events: it deduplicates, is the order of the files, and makes histories, all with a single sort."""
 
@@ -149,7 +149,7 @@ def in_session(config: Config) -> Result:
 def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     """The work of `run` inside one session."""
     lake, partition = config.run.lake, f"ds={config.run.ds}"
-    reading = increment.decide(lake, config.run.ds, config.interactions, config.max_history)
+    reading = increment.decide(lake, config.run.ds, config.interactions)
     forgotten = contracts.tombstones(lake)
     items = without(spark, forgotten, judge_items(spark, config)).persist(DISK)
     seen = {"items": items.count()}
@@ -163,14 +163,19 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     ).first()  # fmt: skip
     read, later, digest, later_since = tuple(sums) if sums else (0, 0, 0, None)
     seen["interactions"] = int(read)
-    carried = increment.carry(spark, lake, reading, known, BROADCAST_ITEMS) if reading.carried_from else None
-    logs = keep_events(events.where("reason is null and not later"), carried, seen["interactions"], config)
+    inputs = {config.interactions.table: f"{read}:{digest}"}
+    kept_before, before = None, 0
+    if reading.carried_from:
+        commit = contracts.read_commit(lake, INTERACTIONS.name, f"ds={reading.carried_from}")
+        inputs[f"{INTERACTIONS.name}/ds={reading.carried_from}"] = commit.digest
+        kept_before, before = judge_carried(spark, config, reading, known), commit.rows
+    files = -(-max(seen["interactions"] + before, 1) // config.part_rows)
+    copies = number_copies(events.where("reason is null and not later"), kept_before, files).persist(DISK)
 
     quarantine = refused(items, "items", "item_id").unionByName(refused(events, "interactions", "user_id"))
-    quarantine = quarantine.unionByName(duplicates(logs.copies))
-    if carried and carried.gone_count:
-        record = F.to_json(F.struct(*INTERACTIONS.schema.names)).alias("record")
-        quarantine = quarantine.unionByName(refused(carried.gone.select("*", record), "interactions", "user_id"))
+    quarantine = quarantine.unionByName(duplicates(copies))
+    if kept_before is not None:
+        quarantine = quarantine.unionByName(refused(kept_before, "interactions", "user_id"))
     quarantine = quarantine.persist(DISK)
     reasons = quarantine.groupBy("source", "reason").count().collect()
     quarantined = {f"{row.source}: {row.reason}": int(row["count"]) for row in reasons}
@@ -178,36 +183,28 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     check_quarantine(config, seen, quarantined, reading.since)
 
     kept_items = with_first_seen(spark, config, items.where("reason is null")).persist(DISK)
+    kept_events = copies.where("copy = 1").select(INTERACTIONS.schema.names)
     days = [
         (int(row.day), int(row["count"]))
-        for row in logs.moments.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
+        for row in kept_events.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
     ]
     check_dates(config, days)
     cuts = cut_times(days, config) if config.split == "temporal" else None
     check_change(config, {"items": kept_items.count(), "interactions": sum(count for _, count in days)})
     written[ITEMS.name] = save(kept_items, ["item_id"], ITEMS, staging, config)
-    before: list[Path] = []
-    if carried:
-        # in the order of their files already: nothing to sort
-        before = parts(carried.events, staging / "before") if carried.gone_count else increment.links(lake, reading, staging)
-    written[INTERACTIONS.name] = save(logs.new, BY_TIME, INTERACTIONS, staging, config, logs.files, before)
-    before = parts(split(untouched(carried, logs), cuts), staging / "untouched") if carried else []
-    sequences = split(histories(logs.again, config.max_history), cuts)
-    written[SEQUENCES.name] = save(sequences, ["user_id"], SEQUENCES, staging, config, logs.files, before)
+    written[INTERACTIONS.name] = save(kept_events, BY_TIME, INTERACTIONS, staging, config, files)
+    sequences = histories(kept_events, cuts, config.max_history)
+    written[SEQUENCES.name] = save(sequences, ["user_id"], SEQUENCES, staging, config, files)
     new, changed = compare(spark, config, kept_items)
     text_hash = items.agg(order_free_hash("item_id", "record")).first()
     result = Result(
-        inputs={
-            config.items.table: f"{seen['items']}:{text_hash[0] if text_hash else 0}",
-            config.interactions.table: f"{read}:{digest}",
-            **({f"{INTERACTIONS.name}/ds={reading.carried_from}": carried.digest} if carried else {}),
-        },
+        inputs={config.items.table: f"{seen['items']}:{text_hash[0] if text_hash else 0}", **inputs},
         outputs={f"{name}/{partition}": commit.digest for name, commit in written.items()},
         rows={name: commit.rows for name, commit in written.items()},
         seen=seen,
         reading=reading,
-        carried=carried.rows if carried else 0,
-        source=increment.as_known(config.interactions, config.max_history),
+        carried=before,
+        source=increment.as_known(config.interactions),
         later=int(later),
         later_since=str(later_since) if later_since else None,
         quarantined=quarantined,
@@ -219,57 +216,6 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     )
     tell(result)
     return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Logs:
-    """The events of a night, deduplicated."""
-
-    copies: DataFrame
-    """Every event of the users whose histories are made, numbered among its copies."""
-    again: DataFrame
-    """Of these the ones that are kept: what histories are made of."""
-    new: DataFrame
-    """Of these the ones that no earlier snapshot had."""
-    moments: DataFrame
-    """Timestamps of all kept events, earlier ones included."""
-    touched: DataFrame | None
-    """The users whose histories are made again; None where all are made."""
-    files: int
-    """Files to spread `copies` over."""
-
-
-def keep_events(fresh: DataFrame, carried: Carried | None, count: int, config: Config) -> Logs:
-    """Events read tonight beside those taken over. Users without a new event, or one that is gone, are left as they are."""
-    names = INTERACTIONS.schema.names
-    if carried is None:
-        files = -(-max(count, 1) // config.part_rows)
-        copies = number_copies(fresh, None, files).persist(DISK)
-        kept = copies.where("copy = 1").select(names)
-        return Logs(copies=copies, again=kept, new=kept, moments=kept, touched=None, files=files)
-    touched = fresh.select("user_id").union(carried.gone.select("user_id")).distinct().persist(DISK)
-    users = touched.count()
-    touched = F.broadcast(touched) if users <= BROADCAST_USERS else touched
-    files = -(-max(count + carried.rows, 1) // config.part_rows)
-    copies = number_copies(fresh, carried.events.join(touched, "user_id", "left_semi"), files).persist(DISK)
-    new = copies.where("copy = 1 and not known").select(names)
-    return Logs(
-        copies=copies,
-        again=copies.where("copy = 1").select(names),
-        new=new,
-        moments=carried.events.select("timestamp").unionByName(new.select("timestamp")),
-        touched=touched,
-        files=files,
-    )
-
-
-def untouched(carried: Carried, logs: Logs) -> DataFrame:
-    """Histories of the users whom the night did not touch: (user_id, events)."""
-    assert logs.touched is not None
-    rows = carried.sequences.join(logs.touched, "user_id", "left_anti")
-    return rows.select(
-        "user_id", F.arrays_zip(F.col("timestamps").alias("timestamp"), F.col("item_ids").alias("item_id")).alias("events")
-    )
 
 
 def order_free_hash(*columns: str) -> Column:
@@ -389,6 +335,23 @@ def judge_events(config: Config, rows: DataFrame, known: DataFrame) -> DataFrame
     )
 
 
+def judge_carried(spark: SparkSession, config: Config, reading: Reading, known: DataFrame) -> DataFrame:
+    """Events of the snapshot that the night goes on from, with the one `reason` that can have come up since.
+
+    They were judged then. A join with the whole catalogue would cost more than reading the source: items that left it are few.
+    """
+    lake, old, names = config.run.lake, f"ds={reading.carried_from}", INTERACTIONS.schema.names
+    forgotten = contracts.tombstones(lake)
+    rows = without(spark, forgotten, increment.read_snapshot(spark, lake, INTERACTIONS.name, old))
+    items = without(spark, forgotten, increment.read_snapshot(spark, lake, ITEMS.name, old))
+    left = items.join(known, "item_id", "left_anti").select("item_id", F.lit(contracts.LEFT).alias("reason")).persist(DISK)
+    count = left.count()
+    if not count:
+        return rows.select(*names, F.lit(None).cast("string").alias("reason"), F.lit(None).cast("string").alias("record"))
+    rows = rows.join(F.broadcast(left) if count <= BROADCAST_ITEMS else left, "item_id", "left")
+    return rows.select(*names, "reason", F.when(F.col("reason").isNotNull(), F.to_json(F.struct(*names))).alias("record"))
+
+
 def snapshot_end(ds: str) -> int:
     """The first unix second after ds."""
     return int(dt.datetime.combine(dt.date.fromisoformat(ds), dt.time(), dt.UTC).timestamp()) + DAY
@@ -400,20 +363,16 @@ def refused(rows: DataFrame, name: str, key: str) -> DataFrame:
 
 
 def number_copies(events: DataFrame, before: DataFrame | None, files: int) -> DataFrame:
-    """Events by user and time with the number of the `copy`, 1 for the one that is kept.
-
-    With events from `before` also whether an event was `known` then: such a one, read again, is no copy and not new.
-    """
+    """Events by user and time with the number of the `copy`, 1 for the one that is kept; an event read again is no copy."""
     events = events.select(*INTERACTIONS.schema.names, F.lit(False).alias("carried"))
     if before is not None:
-        events = events.unionByName(before.select(*INTERACTIONS.schema.names, F.lit(True).alias("carried")))
+        events = events.unionByName(
+            before.where("reason is null").select(*INTERACTIONS.schema.names, F.lit(True).alias("carried"))
+        )
     events = events.repartition(files, "user_id")
-    same = Window.partitionBy(*BY_TIME)
-    events = events.withColumn("copy", F.row_number().over(same.orderBy("carried")))
-    if before is not None:
-        events = events.withColumn("known", F.max("carried").over(same))
+    copy = F.row_number().over(Window.partitionBy(*BY_TIME).orderBy("carried"))
     # the rows are in this order already; saying so lets Spark leave out the sorts of what is made from them
-    return events.sortWithinPartitions(*BY_TIME)
+    return events.withColumn("copy", copy).sortWithinPartitions(*BY_TIME)
 
 
 def duplicates(copies: DataFrame) -> DataFrame:
@@ -478,16 +437,11 @@ def cut_times(days: Sequence[tuple[int, int]], config: Config) -> tuple[int, int
     return cuts[0], cuts[1]
 
 
-def histories(events: DataFrame, max_history: int) -> DataFrame:
-    """Each user's newest events, oldest first: (user_id, events)."""
+def histories(events: DataFrame, cuts: tuple[int, int] | None, max_history: int) -> DataFrame:
+    """Rows of `sequences`: each user's newest events, oldest first, with the split's boundaries."""
     newest = F.sort_array(F.collect_list(F.struct("timestamp", "item_id")))
     users = events.groupBy("user_id").agg(newest.alias("events"))
-    start = F.greatest(F.size("events") - max_history, F.lit(0)) + 1
-    return users.withColumn("events", F.slice("events", start, max_history))
-
-
-def split(users: DataFrame, cuts: tuple[int, int] | None) -> DataFrame:
-    """Rows of `sequences`: histories with the split's boundaries."""
+    users = users.withColumn("events", F.slice("events", F.greatest(F.size("events") - max_history, F.lit(0)) + 1, max_history))
     size = F.size("events")
     if cuts is None:
         # a user needs three events to give each part one; with fewer, all train
@@ -509,25 +463,14 @@ def events_before(cut: int) -> Column:
 
 
 def save(
-    rows: DataFrame,
-    order: list[str],
-    table: contracts.Table,
-    staging: Path,
-    config: Config,
-    files: int = 0,
-    before: Sequence[Path] = (),
+    rows: DataFrame, order: list[str], table: contracts.Table, staging: Path, config: Config, files: int = 0
 ) -> contracts.Commit:
-    """Replaces the partition of ds: files made `before`, and rows spread by the first column's hash and sorted."""
+    """Replaces the partition of ds: rows spread by the first column's hash and sorted, so that a rerun's bytes are equal."""
     rows = rows.select(table.schema.names)
     files = files or max(1, -(-rows.count() // config.part_rows))
-    made = parts(rows.repartition(files, order[0]).sortWithinPartitions(*order), staging / table.name)
-    return contracts.commit_files(config.run.lake, table.name, f"ds={config.run.ds}", [*before, *made])
-
-
-def parts(rows: DataFrame, where: Path) -> list[Path]:
-    """Writes rows as they lie; the Parquet files."""
-    rows.write.option("compression", "zstd").parquet(str(where))
-    return sorted(where.glob("part-*.parquet"))
+    where = staging / table.name
+    rows.repartition(files, order[0]).sortWithinPartitions(*order).write.option("compression", "zstd").parquet(str(where))
+    return contracts.commit_files(config.run.lake, table.name, f"ds={config.run.ds}", sorted(where.glob("part-*.parquet")))
 
 
 # ----------------------------------------------------------------------------------------------------------------- gates

@@ -131,18 +131,6 @@ def test_users_without_a_new_event_keep_their_history_night_after_night(
     assert {"quiet", "left"} < users and ("gone" in users) == ("items" not in values)
 
 
-def test_unchanged_files_are_shared_with_the_snapshot_before(tmp_path: Path, logs: Path) -> None:
-    night(tmp_path, "2026-03-07")
-    night(tmp_path, "2026-03-08")
-    old, new = (
-        {file.stat().st_ino for file in (tmp_path / "lake" / "interactions" / f"ds={ds}").glob("*.parquet")}
-        for ds in ("2026-03-07", "2026-03-08")
-    )
-    assert old < new
-    contracts.write(tmp_path / "lake", INTERACTIONS, "ds=2026-03-08", [INTERACTIONS.schema.empty_table()])
-    assert len(rows(tmp_path, INTERACTIONS, "2026-03-07")) == 28
-
-
 def test_a_rerun_of_the_night_leaves_the_same_rows(tmp_path: Path, logs: Path) -> None:
     night(tmp_path, "2026-03-07")
     night(tmp_path, "2026-03-09")
@@ -223,7 +211,7 @@ def test_the_whole_table_is_read_when_the_last_snapshot_is_no_base(
     night(tmp_path, "2026-03-07")
     night(tmp_path, "2026-03-08")
     made = config(tmp_path, "2026-03-09", interactions=changed)
-    reading = increment.decide(tmp_path / "lake", "2026-03-09", made.interactions, made.max_history)
+    reading = increment.decide(tmp_path / "lake", "2026-03-09", made.interactions)
     assert (reading.since, reading.carried_from, reading.whole_ds) == ("", "", "2026-03-09")
     assert why in reading.why
 
