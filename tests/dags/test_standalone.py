@@ -233,7 +233,9 @@ def test_a_backfill_beside_the_night_leaves_both_whole(standalone: Standalone) -
     older, today = ("2025-11-01", "2025-11-02"), "2026-01-07"
     standalone.stub.plan(acts={f"extract@{older[0]}": ["pause"]} | {f"publish@{ds}": [3] for ds in older})
     dates = {"from_date": f"{older[0]}T00:00:00Z", "to_date": f"{older[1]}T23:00:00Z", "max_active_runs": 1}
-    standalone.call("POST", "/api/v2/backfills", {"dag_id": "nightly_embeddings", **dates})
+    wanted = {"dag_id": "nightly_embeddings", **dates}
+    # 409 until the backfill of the test before is marked as done
+    standalone.until("a second backfill", lambda: standalone.call("POST", "/api/v2/backfills", wanted))
     standalone.until("the backfill's first job", lambda: standalone.stub.calls())
     body = {"logical_date": None, "conf": {"ds": today}}
     night = standalone.call("POST", "/api/v2/dags/nightly_embeddings/dagRuns", body)["dag_run_id"]
