@@ -84,6 +84,10 @@ class Config:
             raise InputError(
                 "scft: max_items must be at least 4, layers at least 0, clusters at least 2, refresh_share a share in [0, 1]"
             )
+        if self.four_bit and self.training.fp8:
+            raise InputError(
+                "scft: the frozen weights are held in 4 bits or multiplied in 8: set four_bit or training.fp8 to false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,12 +329,16 @@ def keep(config: Config, encoder: Encoder, texts: Texts, tuned: Tuned, inputs: d
     validation, _ = held_out(texts, config.training, encoder.limit, config.run.seed)
     staged = contracts.stage_artifact(config.run.lake, "encoder")
     save_encoder(staged, encoder.spec, tuned.lora or None)
-    if tuned.lora:
+    device = encoder.device
+    if config.training.fp8 or config.four_bit:  # the base is what `embed` will have: neither in 8 bits nor in 4
+        encoder.model = torch.nn.Identity()
+        encoder.model = load_base(config.base, device=device, layers=config.layers)[0]
+        base_CE = embed(encoder.eval(), validation.candidates)
+    elif tuned.lora:
         with encoder.model.disable_adapter(), precision(encoder), torch.no_grad():  # type: ignore[operator]
             base_CE = embed(encoder.eval(), validation.candidates)
     else:
         base_CE = embed(encoder, validation.candidates)
-    device = encoder.device
     encoder.model = torch.nn.Identity()  # makes room for the copy that is judged
     loaded = load_encoder(staged, device=device)
     figures, emb_CE = validate(loaded, validation)

@@ -40,8 +40,8 @@ def gathered(own_ME: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def backward(forwards: Sequence[Callable[[], Tensor]], loss_of: Callable[[Tensor], Tensor]) -> float:
-    """Puts the gradient of the loss over the whole batch into the parameters; returns the loss.
+def backward(forwards: Sequence[Callable[[], Tensor]], loss_of: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+    """Puts the gradient of the loss over the whole batch into the parameters; returns what tells the loss.
 
     `forwards` embed this process's micro-batches (each gives the same embeddings whenever it is called); `loss_of` takes all
     processes' embeddings, in the order of the ranks. One micro-batch keeps its graph. With more, embeddings are computed
@@ -55,6 +55,7 @@ def backward(forwards: Sequence[Callable[[], Tensor]], loss_of: Callable[[Tensor
             own_BE = torch.cat([forward() for forward in forwards])
     all_BE = gathered(own_BE.detach()).requires_grad_()
     loss = loss_of(all_BE)
+    told = on_its_way(loss.detach())
     torch.autograd.backward(loss)
     assert all_BE.grad is not None
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -67,4 +68,20 @@ def backward(forwards: Sequence[Callable[[], Tensor]], loss_of: Callable[[Tensor
             emb_ME = forward()
             torch.autograd.backward(emb_ME, grad_BE[start : start + len(emb_ME)])
             start += len(emb_ME)
-    return float(loss.detach())
+    return told
+
+
+def on_its_way(value: Tensor) -> Callable[[], float]:
+    """What tells a number as soon as it is there, without waiting for the work that a GPU was given after it."""
+    if value.device.type != "cuda":
+        return lambda: float(value)
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+
+    def tell() -> float:
+        arrived.synchronize()
+        return float(host)
+
+    return tell

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from models import packing
+from models.lora import LoraLinear
 from models.packing import ATTENTION, Pooling, Step
 from models.prompts import Attributes, FieldPolicy, Ints, Prompts, Texts, as_policy, prompts, take, tokenize
 
@@ -308,6 +309,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
     """The model with trainable LoRA weights on every linear map of its layers; all else is frozen."""
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(linear_maps(model)))
+    config._register_custom_module({nn.Linear: LoraLinear})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of a name that transformers is giving up
         wrapped: nn.Module = get_peft_model(model, config)

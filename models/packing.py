@@ -108,20 +108,22 @@ def pack(
     if fill and variable:
         token_T, position_T, length_S, reach_S = filled(token_T, position_T, length_S, reach_S)
 
-    def there(value: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(value)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
     return Step(
-        token_T=there(token_T),
-        position_T=there(position_T),
-        packing=attention_plan(length_S, reach_S, causal, variable, fill, there),
+        token_T=there(token_T, device),
+        position_T=there(position_T, device),
+        packing=attention_plan(length_S, reach_S, causal, variable, fill, device),
         prefix=len(head) if shared else 0,
-        own_N=there(own_N),
-        length_B=there(own_B),
-        whole_B=there(length_B),
+        own_N=there(own_N, device),
+        length_B=there(own_B, device),
+        whole_B=there(length_B, device),
         end=end,
     )
+
+
+def there(value: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on a device; the host does not wait for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(value))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def lay(
@@ -147,8 +149,8 @@ def lay(
 
 
 def filled(token_T: Ints, position_T: Ints, length_S: Ints, reach_S: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """The same step with filler behind it, so that tokens and sequences are round numbers: a ladder of four steps an octave."""
-    extra = ladder(len(token_T), 256) - len(token_T)
+    """The same step with filler behind it, so that tokens and sequences are round numbers."""
+    extra = ladder(len(token_T), 256, rungs=16) - len(token_T)
     sequences = ladder(len(length_S) + 1, 16)
     length = np.zeros(sequences, dtype=np.int64)
     length[: len(length_S)] = length_S
@@ -162,13 +164,13 @@ def filled(token_T: Ints, position_T: Ints, length_S: Ints, reach_S: Ints) -> tu
     return np.concatenate([token_T, zeros]), np.concatenate([position_T, zeros]), length, reach
 
 
-def ladder(count: int, smallest: int) -> int:
-    """The next of 4, 5, 6, 7 times a power of two, at least `smallest`: at most a fifth more than needed."""
-    unit: int = max(smallest // 4, 2 ** max(0, (max(count, 1) - 1).bit_length() - 3))
+def ladder(count: int, smallest: int, rungs: int = 4) -> int:
+    """The next of as many round numbers an octave, at least `smallest`: at most a share 1 / rungs more than needed, or so."""
+    unit: int = max(smallest // 4, 2 ** max(0, (max(count, 1) - 1).bit_length() - rungs.bit_length()))
     return -(-max(count, smallest) // unit) * unit
 
 
-def attention_plan(length_S: Ints, reach_S: Ints, causal: bool, variable: bool, fill: bool, there: Any) -> Packing:
+def attention_plan(length_S: Ints, reach_S: Ints, causal: bool, variable: bool, fill: bool, device: torch.device) -> Packing:
     """Who attends to whom; `reach_S` counts the shared prefix's keys that a sequence reads before its own."""
     key_S = length_S + reach_S
     q_S1, k_S1 = np.concatenate([[0], length_S.cumsum()]), np.concatenate([[0], key_S.cumsum()])
@@ -197,13 +199,13 @@ def attention_plan(length_S: Ints, reach_S: Ints, causal: bool, variable: bool, 
         causal=causal,
         longest_q=longest_q,
         longest_k=longest_k,
-        q_S1=there(q_S1.astype(np.int32)),
-        k_S1=there(k_S1.astype(np.int32)),
-        key_K=None if key_K is None else there(key_K),
-        pad_SQ=None if pad_SQ is None else there(pad_SQ),
-        pad_SL=None if pad_SL is None else there(pad_SL),
-        mask_SQL=None if mask_SQL is None else there(np.ascontiguousarray(mask_SQL)),
-        unpad_T=None if unpad_T is None else there(unpad_T),
+        q_S1=there(q_S1.astype(np.int32), device),
+        k_S1=there(k_S1.astype(np.int32), device),
+        key_K=None if key_K is None else there(key_K, device),
+        pad_SQ=None if pad_SQ is None else there(pad_SQ, device),
+        pad_SL=None if pad_SL is None else there(pad_SL, device),
+        mask_SQL=None if mask_SQL is None else there(mask_SQL, device),
+        unpad_T=None if unpad_T is None else there(unpad_T, device),
     )
 
 
@@ -336,7 +338,8 @@ def pool(hidden_TE: Tensor, step: Step, pooling: Pooling) -> Tensor:
     if pooling == "last":
         return hidden_TE[step.prefix + step.whole_B.cumsum(0) - 1].float()
     if pooling == "mean":
-        return torch.segment_reduce(hidden_TE[step.own_N].float(), "mean", lengths=step.length_B)
+        # `unsafe` leaves out checks of the lengths for which the host would wait
+        return torch.segment_reduce(hidden_TE[step.own_N].float(), "mean", lengths=step.length_B, unsafe=True)
     items_NE, prefix_PE = hidden_TE[step.prefix : step.end].float(), hidden_TE[: step.prefix].float()
-    sum_BE = torch.segment_reduce(items_NE, "sum", lengths=step.whole_B) + prefix_PE.sum(0)
+    sum_BE = torch.segment_reduce(items_NE, "sum", lengths=step.whole_B, unsafe=True) + prefix_PE.sum(0)
     return sum_BE / (step.whole_B[:, None] + step.prefix)

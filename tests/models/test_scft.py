@@ -93,7 +93,7 @@ def test_a_learned_temperature_is_saved_with_the_state(base: Path, tmp_path: Pat
 
 
 def test_the_second_signal_tells_clusters_from_texts_and_resumes(base: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, cluster_weight=1.0, steps=40)
+    config = dataclasses.replace(SMALL, cluster_weight=1.0, steps=40, patience=100)
     decades = [[("decade", "1950" if number % 2 else "2000")] for number in range(40)]
     items = [[*own, *item[:1]] for own, item in zip(decades, tiny.items(40), strict=True)]
     cluster_I = np.where(np.arange(40) % 5, np.arange(40) % 2, -1)

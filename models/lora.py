@@ -1,0 +1,131 @@
+"""LoRA beside frozen linear maps, written so that compiled training spends little on it.
+
+Rank R is so small that a product with it is cheaper as R multiply-adds inside the neighbouring kernel than as a matrix product of
+its own, and dropout's mask so cheap to make from a seed that nobody needs to keep it.
+
+Shapes: T tokens, I inputs, O outputs, R rank, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+UNROLLED = 16
+"""Ranks up to this are multiplied out in compiled code."""
+ROW, COLUMN, LAYER = -1640531535, 668265263, 374761393
+"""Odd numbers that spread rows, columns and layers over 32 bits."""
+
+
+def narrow(left_TR: Tensor, right_RO: Tensor) -> Tensor:
+    """left_TR @ right_RO; in compiled code as R multiply-adds, which fuse with what reads the result."""
+    if not torch.compiler.is_compiling() or len(right_RO) > UNROLLED:
+        return left_TR @ right_RO
+    out_TO = sum(left_TR[:, rank, None].float() * right_RO[rank].float() for rank in range(len(right_RO)))
+    assert isinstance(out_TO, Tensor)
+    return out_TO.to(left_TR.dtype)
+
+
+class Down(torch.autograd.Function):
+    """states_TI, down_RI -> states_TI down_RI^T."""
+
+    @staticmethod
+    def forward(ctx: Any, states_TI: Tensor, down_RI: Tensor) -> Tensor:
+        """low_TR."""
+        ctx.save_for_backward(states_TI, down_RI)
+        return states_TI @ down_RI.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of both."""
+        states_TI, down_RI = ctx.saved_tensors
+        return narrow(grads[0], down_RI), grads[0].T @ states_TI
+
+
+class Up(torch.autograd.Function):
+    """low_TR, up_OR -> low_TR up_OR^T."""
+
+    @staticmethod
+    def forward(ctx: Any, low_TR: Tensor, up_OR: Tensor) -> Tensor:
+        """out_TO."""
+        ctx.save_for_backward(low_TR, up_OR)
+        return narrow(low_TR, up_OR.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of both."""
+        low_TR, up_OR = ctx.saved_tensors
+        return grads[0] @ up_OR, grads[0].T @ low_TR
+
+
+class LoraLinear(Linear):  # type: ignore[misc]
+    """PEFT's LoRA over a linear map, with one adapter: the same numbers, made by `Down` and `Up`."""
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """(…, I) -> (…, O)."""
+        if self.disable_adapters or self.merged:
+            plain: Tensor = super().forward(x, *args, **options)
+            return plain
+        (name,) = self.active_adapters
+        result = self.base_layer(x)
+        down_RI, up_OR = (maps[name].weight.to(result.dtype) for maps in (self.lora_A, self.lora_B))
+        states_TI = self.lora_dropout[name](x.to(result.dtype)).flatten(0, -2)
+        low_TR = Down.apply(states_TI, down_RI) * self.scaling[name]  # type: ignore[no-untyped-call]
+        added: Tensor = result + Up.apply(low_TR, up_OR).view_as(result)  # type: ignore[no-untyped-call]
+        return added
+
+
+# --------------------------------------------------------------------------------------------------------------- dropout
+
+
+class SeededDropout(nn.Module):
+    """Dropout whose mask is a hash of a seed, the row and the column.
+
+    Maps that read the same states drop the same of them, so compiled code makes the mask once for all, and once more for the
+    gradient instead of keeping it.
+    """
+
+    seed: Tensor
+
+    def __init__(self, p: float, seed: Tensor) -> None:
+        super().__init__()
+        self.p = p
+        self.register_buffer("seed", seed, persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The states in evaluation; in training a share p of them is 0 and the others are 1 / (1 - p) times as large."""
+        if not self.training:
+            return states
+        states_TI = states.flatten(0, -2)
+        place_T, place_I = (torch.arange(n, dtype=torch.int32, device=states.device) for n in states_TI.shape)
+        noise_TI = mixed(mixed(place_T * ROW + self.seed)[:, None] + place_I * COLUMN)
+        kept_TI = (noise_TI & 0x7FFFFFFF) >= int(self.p * 2**31)
+        return torch.where(kept_TI, states_TI * (1 / (1 - self.p)), 0.0).view_as(states)
+
+
+def mixed(number: Tensor) -> Tensor:
+    """int32 numbers whose every bit depends on every bit of those given (the finalizer of MurmurHash3, Appleby)."""
+    number = (number ^ ((number >> 16) & 0xFFFF)) * -2048144789
+    number = (number ^ ((number >> 13) & 0x7FFFF)) * -1028477387
+    return number ^ ((number >> 16) & 0xFFFF)
+
+
+class Seeds:
+    """The seeds of all dropout of a model's LoRA weights, a different one in each layer."""
+
+    def __init__(self, layers: nn.ModuleList, device: torch.device) -> None:
+        self.offset_L = torch.arange(len(layers), dtype=torch.int32, device=device) * LAYER
+        self.seed_L = self.offset_L.clone()
+        for layer, seed in zip(layers, self.seed_L, strict=True):
+            for module in layer.modules():
+                if isinstance(module, LoraLinear):
+                    for name, dropout in module.lora_dropout.items():
+                        if isinstance(dropout, nn.Dropout):
+                            module.lora_dropout[name] = SeededDropout(dropout.p, seed)
+
+    def set(self, seed: int) -> None:
+        """Takes 32 bits as the seed of what comes."""
+        torch.add(self.offset_L, seed - 2**31, out=self.seed_L)
