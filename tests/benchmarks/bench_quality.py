@@ -80,6 +80,9 @@ MODELS = {
     "shuffled_adjusted": Model("mlp", "shuffled", adjustment=ADJUSTED, settings=("cold",)),
     "wide": Model("mlp", "scft", hidden=WIDE),
     "wide_adjusted": Model("mlp", "scft", adjustment=WIDE_ADJUSTED, hidden=WIDE),
+    "text_50": Model("mlp", "zero", adjustment=0.5, hidden=WIDE),
+    "text_60": Model("mlp", "zero", adjustment=0.6, hidden=WIDE),
+    "text_70": Model("mlp", "zero", adjustment=0.7, hidden=WIDE),
     "residual": Model("residual", "scft"),
     "residual_adjusted": Model("residual", "scft", adjustment=ADJUSTED),
     "null_space": Model("null_space", "scft"),
@@ -95,6 +98,7 @@ PAIRS = (
     ("residual_adjusted", "id_only"), ("residual", "scft"), ("null_space", "id_only"), ("null_space", "scft"),
     ("wide", "id_only"), ("wide", "scft"), ("wide_adjusted", "id_only"),
     ("wide_adjusted", "id_only_adjusted"), ("wide_adjusted", "scft_adjusted"),
+    ("text_50", "id_only"), ("text_60", "id_only"), ("text_70", "id_only"),
     ("zero_shot", "id_only"), ("zero_shot_adjusted", "id_only"), ("id_only_adjusted", "id_only"), ("llm_esr", "id_only"),
     ("scft", "llm_esr"), ("scft_adjusted", "llm_esr"), ("gru4rec_scft", "gru4rec_id"), ("bert4rec_scft", "bert4rec_id"),
 )  # fmt: skip
@@ -125,7 +129,8 @@ def encode(arguments: argparse.Namespace) -> dict[str, Any]:
     items, policy = read_items(arguments.data), FieldPolicy(domain=arguments.domain)
     arguments.out.mkdir(parents=True, exist_ok=True)
     config = Scft(steps=arguments.steps, batch=arguments.batch, ratio=arguments.ratio, temperature=arguments.temperature,
-                  learning_rate=arguments.learning_rate, validate_every=max(1, arguments.steps // 4))  # fmt: skip
+                  learning_rate=arguments.learning_rate, validate_every=max(1, arguments.steps // 4),
+                  fp8=arguments.fp8)  # fmt: skip
     figures: dict[str, Any] = {}
     for name in arguments.encoders or ("zero", *(f"scft-{seed}" for seed in arguments.seeds), "shuffled"):
         seed = int(name.partition("-")[2] or arguments.seeds[0])
@@ -159,12 +164,13 @@ def quietly(metrics: dict[str, float], step: int) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """Histories to train on, and the same cases ranked in three ways."""
+    """Histories to train on, test cases among all items and among those the user has not had, and validation cases."""
 
     events: Histories
     counts_V: Tensor
     among_all: Cases
     among_unseen: Cases
+    valid: Cases
 
 
 def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
@@ -176,7 +182,7 @@ def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, Setting]]:
         events = without_items(whole, held_out(item_ids, share, COLD_SEED)).to(arguments.device)
         options: dict[str, Any] = {"negatives": 100, "paper_tail": 4, "chunk": 4096, "seed": COLD_SEED}
         among_all, among_unseen = (make_cases(events, "test", unseen=unseen, **options) for unseen in (False, True))
-        yield name, Setting(events, train_counts(events), among_all, among_unseen)
+        yield name, Setting(events, train_counts(events), among_all, among_unseen, make_cases(events, "valid", **options))
 
 
 def rank(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -204,7 +210,10 @@ def rank(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def floors(parts: Setting) -> dict[str, Tensor]:
     """The slices, and the ranks of the floors that only count."""
-    kept = {"slices": parts.among_all.slices_SC.to(torch.uint8).cpu()}
+    kept = {
+        "slices": parts.among_all.slices_SC.to(torch.uint8).cpu(),
+        "slices_valid": parts.valid.slices_SC.to(torch.uint8).cpu(),
+    }
     for name, (full_C, sampled_C) in floor_ranks(parts.among_all).items():
         kept |= {f"{name}/full": full_C.float().cpu(), f"{name}/sampled": sampled_C.float().cpu()}
     return kept
@@ -248,7 +257,8 @@ def trained(
         table_VD = recommender.item_table().float()
         full_C, sampled_C = vector_ranks(parts.among_all, table_VD, user, backbone.max_len)
         unseen_C, _ = vector_ranks(parts.among_unseen, table_VD, user, backbone.max_len)
-    found = {f"{name}/full": full_C, f"{name}/sampled": sampled_C, f"{name}/unseen": unseen_C}
+        valid_C, _ = vector_ranks(parts.valid, table_VD, user, backbone.max_len)
+    found = {f"{name}/full": full_C, f"{name}/sampled": sampled_C, f"{name}/unseen": unseen_C, f"{name}/valid": valid_C}
     if not model.llm and not model.adjustment:
         found[f"teacher_{model.backbone}"] = table_VD
     told = {"epochs": done.epochs, "best": done.best_epoch, "seconds": round(time.perf_counter() - began, 1),
@@ -298,6 +308,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             "seeds": len(files),
             "users": dict(zip(SLICES, found.n_S.tolist(), strict=True)),
             "table": {name: row(found.mean_SK, place, name) for name in models},
+            "validation": {name: validated(files, name) for name in models if f"{name}/valid" in shared},
             "differences": {
                 f"{one} - {other}": {slice_: interval(found, place, number, one, other) for number, slice_ in enumerate(SLICES)}
                 for one, other in PAIRS
@@ -318,6 +329,13 @@ def row(mean_SK: Tensor, place: dict[tuple[str, str, str], int], name: str) -> d
         if (name, kind, metric) in place
     }
     return {**ndcg, **more}
+
+
+def validated(files: list[Any], name: str) -> dict[str, float]:
+    """NDCG@10 on validation cases by slice, mean over the seeds: what settings are chosen by."""
+    slices_SC = files[0].get_tensor("slices_valid").bool()
+    ndcg_C = torch.stack([by_rank(file.get_tensor(f"{name}/valid"))["ndcg"] for file in files]).mean(0)
+    return {slice_: round(float(ndcg_C[own_C].mean()), 4) for slice_, own_C in zip(SLICES, slices_SC, strict=True) if own_C.any()}
 
 
 def interval(found: Any, place: dict[tuple[str, str, str], int], slice_: int, one: str, other: str) -> list[float]:
@@ -346,6 +364,7 @@ def parse() -> argparse.Namespace:
     first.add_argument("--learning-rate", type=float, default=2e-4)
     first.add_argument("--pooling", default="mean")
     first.add_argument("--layers", type=int, default=0, help="layers of the base in use, from the bottom; 0 is all")
+    first.add_argument("--fp8", action="store_true")
     second.add_argument("--encoded", type=Path, required=True)
     second.add_argument("--seed", type=int, default=42)
     second.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
