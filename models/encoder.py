@@ -84,8 +84,8 @@ class Encoder(nn.Module):
         self.limit = window - len(self.head) - len(self.tail)
         if self.limit < 1:
             raise ValueError(f"the domain sentence fills max_tokens = {spec.max_tokens}: shorten it or raise max_tokens")
-        self.fill = False
-        """Rounds the shapes of steps up, for compiled code."""
+        self.fill = 0
+        """Rungs an octave of the ladder that shapes of steps are rounded up to, for compiled code; 0 rounds nothing."""
 
     @property
     def config(self) -> Any:
@@ -117,10 +117,10 @@ class Encoder(nn.Module):
             fill=self.fill,
         )
 
-    def round_shapes(self) -> None:
+    def round_shapes(self, rungs: int = 4) -> None:
         """Prepares for compiled layers: steps are filled up, so that few shapes occur."""
         torch._dynamo.config.recompile_limit = 64
-        self.fill = self.variable
+        self.fill = rungs if self.variable else 0
 
     @property
     def variable(self) -> bool:

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from models.encoder import layers_of
 
-LARGEST = 448.0
-"""The largest e4m3 number."""
-
 
 def quantized(states_TI: Tensor) -> tuple[Tensor, Tensor]:
     """states_TI as e4m3, and the scale_T1 that gives them back."""
-    largest_T1 = states_TI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12)
-    return (states_TI.float() * (LARGEST / largest_T1)).to(torch.float8_e4m3fn), largest_T1 / LARGEST
+    largest = 448.0  # of e4m3; spelled out here, for the compiler takes a global number for one that may change
+    most_T1 = states_TI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12)
+    return (states_TI.float() * (largest / most_T1)).to(torch.float8_e4m3fn), most_T1 / largest
 
 
 def product(states_TI: Tensor, weight_OI: Tensor, scale_1O: Tensor) -> Tensor:

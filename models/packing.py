@@ -81,12 +81,13 @@ def pack(
     device: torch.device,
     variable: bool,
     first_position: int = 0,
-    fill: bool = False,
+    fill: int = 0,
 ) -> Step:
     """A step of prompts; `head` (special tokens and domain sentence) stands before each and `tail` behind each.
 
-    `variable` says that the device has variable-length attention. `fill` rounds the shapes up to a short ladder, with an
-    unused sequence of filler tokens, so that compiled code meets few shapes. Raises ValueError for a prompt without tokens.
+    `variable` says that the device has variable-length attention. `fill`, where not 0, rounds shapes up to a ladder with so
+    many rungs an octave, with unused sequences of filler tokens, so that compiled code meets few shapes. Raises ValueError for
+    a prompt without tokens.
     """
     if not len(source.length_B) or int(source.length_B.min()) < 1:
         raise ValueError("a prompt has no tokens: give every item at least one attribute, or leave it out")
@@ -106,7 +107,7 @@ def pack(
         reach_S[0] = 0
     end = len(token_T)
     if fill and variable:
-        token_T, position_T, length_S, reach_S = filled(token_T, position_T, length_S, reach_S)
+        token_T, position_T, length_S, reach_S = filled(token_T, position_T, length_S, reach_S, fill)
 
     return Step(
         token_T=there(token_T, device),
@@ -148,9 +149,9 @@ def lay(
     return token_T
 
 
-def filled(token_T: Ints, position_T: Ints, length_S: Ints, reach_S: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+def filled(token_T: Ints, position_T: Ints, length_S: Ints, reach_S: Ints, rungs: int) -> tuple[Ints, Ints, Ints, Ints]:
     """The same step with filler behind it, so that tokens and sequences are round numbers."""
-    extra = ladder(len(token_T), 256, rungs=16) - len(token_T)
+    extra = ladder(len(token_T), 256, rungs) - len(token_T)
     sequences = ladder(len(length_S) + 1, 16)
     length = np.zeros(sequences, dtype=np.int64)
     length[: len(length_S)] = length_S
@@ -165,12 +166,12 @@ def filled(token_T: Ints, position_T: Ints, length_S: Ints, reach_S: Ints) -> tu
 
 
 def ladder(count: int, smallest: int, rungs: int = 4) -> int:
-    """The next of as many round numbers an octave, at least `smallest`: at most a share 1 / rungs more than needed, or so."""
+    """The next of as many round numbers an octave, at least `smallest`: about a share 1 / rungs more than needed, at most."""
     unit: int = max(smallest // 4, 2 ** max(0, (max(count, 1) - 1).bit_length() - rungs.bit_length()))
     return -(-max(count, smallest) // unit) * unit
 
 
-def attention_plan(length_S: Ints, reach_S: Ints, causal: bool, variable: bool, fill: bool, device: torch.device) -> Packing:
+def attention_plan(length_S: Ints, reach_S: Ints, causal: bool, variable: bool, fill: int, device: torch.device) -> Packing:
     """Who attends to whom; `reach_S` counts the shared prefix's keys that a sequence reads before its own."""
     key_S = length_S + reach_S
     q_S1, k_S1 = np.concatenate([[0], length_S.cumsum()]), np.concatenate([[0], key_S.cumsum()])

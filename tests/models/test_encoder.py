@@ -267,4 +267,4 @@ def test_compilation_fills_steps_only_where_attention_takes_any_length(base: Pat
     encoder = tiny.encoder(base)
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     compile_layers(encoder)
-    assert encoder.fill is False
+    assert encoder.fill == 0

@@ -92,9 +92,9 @@ def reference(query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, q_S1: Tenso
     return out
 
 
-@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("fill", [0, 4, 16])
 def test_the_plan_for_variable_length_attention_gives_the_same_embeddings(
-    made: Encoder, monkeypatch: pytest.MonkeyPatch, fill: bool
+    made: Encoder, monkeypatch: pytest.MonkeyPatch, fill: int
 ) -> None:
     source = some_prompts(made)
     padded = embed(made, source)
@@ -132,7 +132,7 @@ def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: 
     monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=kernel))
     monkeypatch.setattr(packing, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
     monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
-    made.fill = True
+    made.fill = 4
     filled = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
     for found, wanted in zip(filled, plain, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
@@ -143,10 +143,10 @@ def test_filled_steps_have_few_shapes() -> None:
     for count in range(20, 200):
         lengths = np.full(count, 9)
         source = Prompts(np.ones(lengths.sum(), dtype=np.int32), lengths)
-        step = pack(source, (1, 2), causal=True, device=CPU, variable=True, fill=True)
+        step = pack(source, (1, 2), causal=True, device=CPU, variable=True, fill=4)
         assert step.packing.q_S1[-1] == len(step.token_T)
         shapes.add((len(step.token_T), len(step.packing.q_S1)))
-    assert len(shapes) <= 40  # of 180 steps
+    assert len(shapes) <= 26  # of 180 steps
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 1000, 12345])
@@ -186,13 +186,13 @@ def test_compiled_layers_share_few_programs_over_all_shapes(tmp_path: Path, monk
     monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=torch.ops.llmemb_test.same))
     monkeypatch.setattr(packing, "OPTIONS", frozenset())
     monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
-    encoder.fill = True
+    encoder.fill = 4
     for layer in layers_of(encoder.model):
         layer.compile(backend=count, fullgraph=True)
     source = some_prompts(encoder, 200)
     for budget in (1500, 1000, 700, 2500):
         embed(encoder, source, budget=budget)
-    assert 1 <= len(programs) <= 6
+    assert 1 <= len(programs) <= 4
 
 
 @torch.library.custom_op("llmemb_test::same", mutates_args={})
