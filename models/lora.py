@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 UNROLLED = 16
 """Ranks up to this are multiplied out in compiled code."""
-ROW, COLUMN, LAYER = -1640531535, 668265263, 374761393
-"""Odd numbers that spread rows, columns and layers over 32 bits."""
+COMPILER: dict[str, Any] = {"unroll_reductions_threshold": UNROLLED + 1}
+"""What the compiler must be told for it."""
+LAYER = 374761393
+"""An odd number that spreads the layers' seeds over 32 bits."""
 
 
 def narrow(left_TR: Tensor, right_RO: Tensor) -> Tensor:
-    """left_TR @ right_RO; in compiled code as R multiply-adds, which fuse with what reads the result."""
+    """left_TR @ right_RO; in compiled code as R multiply-adds that fuse with what reads the result."""
     if not torch.compiler.is_compiling() or len(right_RO) > UNROLLED:
         return left_TR @ right_RO
-    out_TO = sum(left_TR[:, rank, None].float() * right_RO[rank].float() for rank in range(len(right_RO)))
-    assert isinstance(out_TO, Tensor)
-    return out_TO.to(left_TR.dtype)
+    return (left_TR[:, :, None].float() * right_RO.float()).sum(1).to(left_TR.dtype)
 
 
 class Down(torch.autograd.Function):
@@ -92,7 +92,7 @@ class SeededDropout(nn.Module):
 
     def __init__(self, p: float, seed: Tensor) -> None:
         super().__init__()
-        self.p = p
+        self.p, self.bound = p, int(p * 2**32) - 2**31
         self.register_buffer("seed", seed, persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -100,17 +100,15 @@ class SeededDropout(nn.Module):
         if not self.training:
             return states
         states_TI = states.flatten(0, -2)
-        place_T, place_I = (torch.arange(n, dtype=torch.int32, device=states.device) for n in states_TI.shape)
-        noise_TI = mixed(mixed(place_T * ROW + self.seed)[:, None] + place_I * COLUMN)
-        kept_TI = (noise_TI & 0x7FFFFFFF) >= int(self.p * 2**31)
-        return torch.where(kept_TI, states_TI * (1 / (1 - self.p)), 0.0).view_as(states)
+        row_T, column_I = (torch.arange(n, dtype=torch.int32, device=states.device) for n in states_TI.shape)
+        noise_TI = mixed(mixed(row_T + self.seed)[:, None] ^ mixed(column_I))
+        return torch.where(noise_TI >= self.bound, states_TI * (1 / (1 - self.p)), 0.0).view_as(states)
 
 
 def mixed(number: Tensor) -> Tensor:
-    """int32 numbers whose every bit depends on every bit of those given (the finalizer of MurmurHash3, Appleby)."""
-    number = (number ^ ((number >> 16) & 0xFFFF)) * -2048144789
-    number = (number ^ ((number >> 13) & 0x7FFFF)) * -1028477387
-    return number ^ ((number >> 16) & 0xFFFF)
+    """int32 numbers whose high bits depend on every bit of those given."""
+    number = number * -1640531535
+    return (number ^ (number >> 15)) * 668265263
 
 
 class Seeds:

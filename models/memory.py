@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as recompute
 
 from models.encoder import Encoder, layers_of
+from models.lora import COMPILER
 from models.prompts import Prompts, take
 
 T = TypeVar("T")
@@ -35,17 +36,20 @@ class Memory:
         self.fixed = tokens
         self.recomputed = 0
         self.halvings = 0
-        compiled = compiled and self.device.type == "cuda"
-        self.whole, self.kept = stored(encoder, compiled)
-        if compiled:
+        self.compiled = compiled and self.device.type == "cuda"
+        self.whole, self.kept = stored(encoder, self.compiled)
+        if self.compiled:
             encoder.round_shapes(RUNGS)
         for number, layer in enumerate(stack):
             # one compiled layer serves all, as they share their code, and any shape
-            forward = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
+            forward = torch.compile(layer.forward, dynamic=True, options=COMPILER) if self.compiled else layer.forward
             layer.forward = partial(self.run, number, forward)
 
     def run(self, number: int, forward: Callable[..., Any], *states: Any, **options: Any) -> Any:
         """A layer's forward, to be done again in the backward pass where its memory is needed."""
+        if number == 0 and self.compiled and torch.is_grad_enabled():
+            # as all layers' inputs do: else the first one would be a second program, compiled apart
+            states[0].requires_grad_()
         if number < self.recomputed and torch.is_grad_enabled():
             return recompute(forward, *states, use_reentrant=False, **options)
         return forward(*states, **options)

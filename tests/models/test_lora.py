@@ -89,8 +89,9 @@ def test_dropout_drops_its_share_keeps_the_mean_and_does_nothing_in_evaluation()
     assert float((kept_TI.mean(1) - 0.9).abs().max()) < 5 * 0.3 / 300**0.5
     assert float((kept_TI.mean(0) - 0.9).abs().max()) < 5 * 0.3 / 400**0.5
     centred_TI = (kept_TI - 0.9) / 0.3
-    pairs_TT = (centred_TI @ centred_TI.T / 300**0.5).fill_diagonal_(0)
-    assert float(pairs_TT.abs().max()) < 6 and float(pairs_TT.std()) == pytest.approx(1, abs=0.05)
+    for one_NK in (centred_TI, centred_TI.T):
+        pairs_NN = (one_NK @ one_NK.T / one_NK.shape[1] ** 0.5).fill_diagonal_(0)
+        assert float(pairs_NN.abs().max()) < 6 and float(pairs_NN.std()) == pytest.approx(1, abs=0.05)
     assert dropout.eval()(states) is states
 
 
