@@ -291,7 +291,7 @@ def load_base(
 def four_bits() -> BitsAndBytesConfig:
     """QLoRA's 4-bit base weights. Raises ValueError where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("four_bit needs bitsandbytes: install it, or set four_bit = false")
+        raise ValueError("four_bit needs bitsandbytes: `pip install llmemb[four-bit]`, or set four_bit to false")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
