@@ -47,7 +47,7 @@ class Memory:
 
     def run(self, number: int, forward: Callable[..., Any], *states: Any, **options: Any) -> Any:
         """A layer's forward, to be done again in the backward pass where its memory is needed."""
-        if number == 0 and self.compiled and torch.is_grad_enabled():
+        if number == 0 and states and self.compiled and torch.is_grad_enabled():
             # as all layers' inputs do: else the first one would be a second program, compiled apart
             states[0].requires_grad_()
         if number < self.recomputed and torch.is_grad_enabled():
