@@ -364,7 +364,6 @@ def prepare(config: Config, encoder: Encoder, snapshot: str, tally: Tally) -> En
     whole, _ = prompts(texts, np.arange(len(texts)), encoder.limit)
     check_packing(encoder, whole)
     if config.fp8:
-        fp8.check_device(encoder.device)
         exact = embed(encoder, whole)
         fp8.convert(encoder.model)
         cosine, overlap = tally.gate = fp8.agreement(torch.from_numpy(exact), torch.from_numpy(embed(encoder, whole)))

@@ -86,7 +86,11 @@ def check_device(device: torch.device) -> None:
 
 
 def convert(model: nn.Module, *, trained_through: bool = False) -> None:
-    """Puts the linear maps of the model's layers into 8 bits, in place; with `trained_through` the frozen ones, LoRA's not."""
+    """Puts the linear maps of the model's layers into 8 bits, in place; with `trained_through` the frozen ones, LoRA's not.
+
+    Raises ValueError as `check_device` does.
+    """
+    check_device(next(model.parameters()).device)
     for layer in layers_of(model):
         for name, module in list(layer.named_modules()):
             frozen = isinstance(module, nn.Linear) and not (trained_through and module.weight.requires_grad)

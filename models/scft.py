@@ -171,7 +171,6 @@ class Trainer:
     ) -> None:
         self.encoder, self.texts, self.items, self.config, self.seed = encoder, texts, items, config, seed
         if config.fp8:
-            fp8.check_device(encoder.device)
             fp8.convert(encoder.model, trained_through=True)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.batch = min(config.batch, len(items)) // self.world * self.world

@@ -31,7 +31,7 @@ from models.encoder import (
     tokenizer_sha256,
     update_norm,
 )
-from models.fp8 import agreement, check_device, quantized
+from models.fp8 import agreement, convert, quantized
 from models.prompts import FieldPolicy, prompts
 from tests.models import tiny
 from tests.models.tiny import CPU
@@ -253,7 +253,7 @@ def test_eight_bits_give_values_back_within_a_sixteenth_and_need_a_gpu(base: Pat
     eighth, scale = quantized(states_TI)
     torch.testing.assert_close(eighth.float() * scale, states_TI, rtol=1 / 16, atol=0.01)
     with pytest.raises(ValueError, match="set fp8 to false"):
-        check_device(tiny.encoder(base).device)
+        convert(tiny.encoder(base).model)
 
 
 def test_agreement_of_an_encoding_with_itself_is_whole_and_with_another_is_not() -> None:

@@ -55,8 +55,8 @@ def tuned(
 
 
 def test_training_lowers_the_loss_and_reports_the_base_model_first(base: Path) -> None:
-    result, logged = tuned(base, dataclasses.replace(SMALL, steps=25, validate_every=5, ratio=0.1))
-    assert np.mean(result.losses[-5:]) < 0.9 * np.mean(result.losses[:5])
+    result, logged = tuned(base, dataclasses.replace(SMALL, steps=25, validate_every=5, ratio=0.1), dropout=0.0)
+    assert np.mean(result.losses[-5:]) < 0.8 * np.mean(result.losses[:5])
     assert [entry["step"] for entry in result.history] == [0, 5, 10, 15, 20, 25]
     assert result.best_step > 0
     assert result.history[0]["recall_1"] <= max(entry["recall_1"] for entry in result.history)
