@@ -26,9 +26,10 @@ def info_nce(a_BE: Tensor, b_BE: Tensor, scale: Tensor, alike_BB: Tensor) -> Ten
     return (F.cross_entropy(logits_BB, label_B) + F.cross_entropy(logits_BB.T, label_B)) / 2
 
 
-def alike(text_B: Tensor, a_B: Tensor, b_B: Tensor) -> Tensor:
-    """alike_BB: items of the same text, and views (keys a and b) of the same attributes."""
-    return (text_B[:, None] == text_B) | (a_B[:, None] == b_B)
+def alike(text_B: Tensor, partner_B: Tensor, a_B: Tensor, b_B: Tensor) -> Tensor:
+    """alike_BB: places where either side has the other's text (of item or partner), and views (keys a and b) of the same attributes."""
+    same_BB = (text_B[:, None] == text_B) | (partner_B[:, None] == partner_B) | (text_B[:, None] == partner_B)
+    return same_BB | (a_B[:, None] == b_B)
 
 
 def gathered(own_ME: Tensor) -> Tensor:

@@ -46,19 +46,19 @@ class Down(torch.autograd.Function):
 
 
 class Up(torch.autograd.Function):
-    """low_TR, up_OR -> low_TR up_OR^T."""
+    """low_TR, up_RO -> low_TR up_RO."""
 
     @staticmethod
-    def forward(ctx: Any, low_TR: Tensor, up_OR: Tensor) -> Tensor:
+    def forward(ctx: Any, low_TR: Tensor, up_RO: Tensor) -> Tensor:
         """out_TO."""
-        ctx.save_for_backward(low_TR, up_OR)
-        return narrow(low_TR, up_OR.T)
+        ctx.save_for_backward(low_TR, up_RO)
+        return narrow(low_TR, up_RO)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of both."""
-        low_TR, up_OR = ctx.saved_tensors
-        return grads[0] @ up_OR, grads[0].T @ low_TR
+        low_TR, up_RO = ctx.saved_tensors
+        return grads[0] @ up_RO.T, low_TR.T @ grads[0]
 
 
 class LoraLinear(Linear):  # type: ignore[misc]
@@ -71,10 +71,12 @@ class LoraLinear(Linear):  # type: ignore[misc]
             return plain
         (name,) = self.active_adapters
         result = self.base_layer(x)
-        down_RI, up_OR = (maps[name].weight.to(result.dtype) for maps in (self.lora_A, self.lora_B))
+        down_RI = self.lora_A[name].weight.to(result.dtype)
+        # outputs side by side in memory, as `narrow` reads them
+        up_RO = self.lora_B[name].weight.T.to(result.dtype, memory_format=torch.contiguous_format)
         states_TI = self.lora_dropout[name](x.to(result.dtype)).flatten(0, -2)
         low_TR = Down.apply(states_TI, down_RI) * self.scaling[name]  # type: ignore[no-untyped-call]
-        added: Tensor = result + Up.apply(low_TR, up_OR).view_as(result)  # type: ignore[no-untyped-call]
+        added: Tensor = result + Up.apply(low_TR, up_RO).view_as(result)  # type: ignore[no-untyped-call]
         return added
 
 

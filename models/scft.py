@@ -73,6 +73,9 @@ class Scft:
     """Items of the catalogue that are looked through, at most."""
     cluster_weight: float = 0.0
     """Weight of the second signal: telling from an item's text in which of the teacher's clusters it lies (P2Rec, 2406.00333)."""
+    pair_share: float = 0.0
+    """Share of a step's items that meet a view of another item, one that users took right before or after it, instead of a second
+    one of their own (as NoteLLM pairs notes, 2403.01744)."""
 
     def __post_init__(self) -> None:
         if self.batch < 2:
@@ -83,6 +86,8 @@ class Scft:
             raise ValueError(f"temperature = {self.temperature} must be positive; usual are 0.05 to 0.1")
         if self.cluster_weight < 0:
             raise ValueError(f"cluster_weight = {self.cluster_weight} must be at least 0, which leaves the clusters out")
+        if not 0 <= self.pair_share <= 1:
+            raise ValueError(f"pair_share = {self.pair_share} must lie in [0, 1]; 0 leaves the users out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +120,21 @@ def train(
     seed: int,
     log: Log,
     cluster_I: Ints | None = None,
+    pair_P2: Ints | None = None,
     checkpoint: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tuned:
     """Fine-tunes the encoder's LoRA weights and leaves the best ones in it.
 
-    `cluster_I`, wanted where config.cluster_weight is not 0, is the number of each item's cluster, -1 where it has none.
+    `cluster_I`, wanted where config.cluster_weight is not 0, is the number of each item's cluster, -1 where it has none;
+    `pair_P2`, wanted where config.pair_share is not 0, are items that users took one after the other.
 
     `checkpoint` is a file that is written at each validation and when `stop` says so (then Interrupted is raised), and taken
     up where it exists. Under torch.distributed every process calls this with the same arguments.
     Raises ValueError for a loss that is not finite, a batch that the processes cannot share, or too few texts.
     """
     validation, items = held_out(texts, config, encoder.limit, seed)
-    trainer = Trainer(encoder, texts, items, config, seed, cluster_I)
+    trainer = Trainer(encoder, texts, items, config, seed, cluster_I, pair_P2)
     if checkpoint and checkpoint.exists():
         trainer.load(checkpoint)
     else:
@@ -155,10 +162,11 @@ def speed(trainer: Trainer, started: float, done: int) -> float:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step learns from: items, two views of each, and the views' keys."""
+    """What a step learns from: items, whose views they meet, the views, and the views' keys."""
 
     step: int
     items: Ints
+    partners: Ints
     rows: Prompts
     keys: Ints
 
@@ -167,7 +175,14 @@ class Trainer:
     """LoRA weights, optimizer and the record of a fine-tuning."""
 
     def __init__(
-        self, encoder: Encoder, texts: Texts, items: Ints, config: Scft, seed: int, cluster_I: Ints | None = None
+        self,
+        encoder: Encoder,
+        texts: Texts,
+        items: Ints,
+        config: Scft,
+        seed: int,
+        cluster_I: Ints | None = None,
+        pair_P2: Ints | None = None,
     ) -> None:
         self.encoder, self.texts, self.items, self.config, self.seed = encoder, texts, items, config, seed
         if config.fp8:
@@ -182,6 +197,9 @@ class Trainer:
         if config.cluster_weight and cluster_I is None:
             raise ValueError("cluster_weight needs the teacher's clusters: none were given")
         self.head = cluster_head(encoder, self.cluster_I)
+        if config.pair_share and pair_P2 is None:
+            raise ValueError("pair_share needs the items that users took one after the other: none were given")
+        self.partners = Partners(pair_P2, items, len(texts)) if config.pair_share and pair_P2 is not None else None
         groups: list[dict[str, Any]] = [{"params": self.weights}, {"params": [self.scale, *self.head], "weight_decay": 0.0}]
         fused = encoder.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
@@ -212,21 +230,24 @@ class Trainer:
         passes = places // len(self.items)
         order = {number: np.random.default_rng([self.seed, 1, number]).permutation(self.items) for number in np.unique(passes)}
         items = np.asarray([order[number][place % len(self.items)] for number, place in zip(passes, places, strict=True)])
-        random = np.random.default_rng([self.seed, 2, step])
-        rows, keys = views(self.texts, np.repeat(items, 2), self.config.ratio, self.encoder.limit, random)
-        return Drawn(step, items, rows, keys)
+        partners = items
+        if self.partners:
+            partners = self.partners.draw(items, self.config.pair_share, np.random.default_rng([self.seed, 5, step]))
+        both = np.stack([items, partners], axis=1).ravel()
+        rows, keys = views(self.texts, both, self.config.ratio, self.encoder.limit, np.random.default_rng([self.seed, 2, step]))
+        return Drawn(step, items, partners, rows, keys)
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss. Raises ValueError where it is not finite."""
         drawn = self.ready if self.ready and self.ready.step == self.step else self.draw(self.step)
         items, device = drawn.items, self.encoder.device
-        text_B, a_B, b_B = (there(x, device) for x in (self.texts.text_I[items], drawn.keys[::2], drawn.keys[1::2]))
-        alike_BB = alike(text_B, a_B, b_B)
+        texts = self.texts.text_I[items], self.texts.text_I[drawn.partners]
+        alike_BB = alike(*(there(x, device) for x in (*texts, drawn.keys[::2], drawn.keys[1::2])))
         share = len(items) // self.world * 2
         own = take(drawn.rows, np.arange(self.rank * share, (self.rank + 1) * share))
 
         def loss_of(all_RE: Tensor) -> Tensor:
-            return info_nce(all_RE[0::2], all_RE[1::2], self.scale.exp(), alike_BB) + self.cluster_loss(all_RE, items)
+            return info_nce(all_RE[0::2], all_RE[1::2], self.scale.exp(), alike_BB) + self.cluster_loss(all_RE, drawn)
 
         if not self.encoder.training:
             self.encoder.train()
@@ -241,11 +262,12 @@ class Trainer:
         self.tokens_done += int(drawn.rows.length_B.sum())
         return loss
 
-    def cluster_loss(self, all_RE: Tensor, items: Ints) -> Tensor | float:
+    def cluster_loss(self, all_RE: Tensor, drawn: Drawn) -> Tensor | float:
         """The second signal over a batch's views, weighed; every process computes it whole, as it does the first."""
         if self.cluster_I is None:
             return 0.0
-        label_R = there(np.repeat(self.cluster_I[items], 2), all_RE.device)
+        both = np.stack([drawn.items, drawn.partners], axis=1).ravel()
+        label_R = there(self.cluster_I[both], all_RE.device)
         logits_RK = self.scale.exp().detach() * F.linear(F.normalize(all_RE, dim=1), *self.head)
         loss = F.cross_entropy(logits_RK, label_R, ignore_index=-1, reduction="sum")
         return self.config.cluster_weight * loss / (label_R >= 0).sum().clamp_min(1)
@@ -336,6 +358,28 @@ class Trainer:
                 _, number, key = name.split(".")
                 moments.setdefault(int(number), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+
+class Partners:
+    """For every item the items that users took right before or after it, as often as they did."""
+
+    def __init__(self, pair_P2: Ints, items: Ints, catalogue: int) -> None:
+        trained_I = np.zeros(catalogue, dtype=bool)
+        trained_I[items] = True
+        pair_P2 = pair_P2[trained_I[pair_P2].all(axis=1)]
+        one_P, self.other_P = np.concatenate([pair_P2, pair_P2[:, ::-1]]).T
+        order = np.argsort(one_P, kind="stable")
+        self.other_P, self.count_I = self.other_P[order], np.bincount(one_P, minlength=catalogue)
+        self.start_I = self.count_I.cumsum() - self.count_I
+
+    def draw(self, items: Ints, share: float, random: np.random.Generator) -> Ints:
+        """A partner for a share of the items; the others, and those that have none, get themselves."""
+        place_B, drawn_B = random.random((2, len(items)))
+        count_B = self.count_I[items]
+        met_B = (drawn_B < share) & (count_B > 0)
+        result = items.copy()
+        result[met_B] = self.other_P[(self.start_I[items] + place_B * count_B).astype(np.int64)[met_B]]
+        return result
 
 
 def cluster_head(encoder: Encoder, cluster_I: Ints | None) -> list[Tensor]:

@@ -39,7 +39,7 @@ def test_items_of_the_same_text_are_not_negatives_of_each_other() -> None:
     a, b = views(3)
     a[2], b[2] = a[1], b[1]
     text = torch.tensor([0, 1, 1])
-    marked = alike(text, torch.arange(3), torch.arange(3) + 9)
+    marked = alike(text, text, torch.arange(3), torch.arange(3) + 9)
     alone = info_nce(a[:2], b[:2], torch.tensor(5.0), nothing_alike(2))
     losses = []
     for mark in (marked, nothing_alike(3)):
@@ -50,7 +50,7 @@ def test_items_of_the_same_text_are_not_negatives_of_each_other() -> None:
 
 
 def test_views_of_the_same_attributes_are_not_negatives_and_the_positive_always_stays() -> None:
-    marked = alike(torch.arange(3), torch.tensor([4, 5, 6]), torch.tensor([5, 4, 6]))
+    marked = alike(torch.arange(3), torch.arange(3), torch.tensor([4, 5, 6]), torch.tensor([5, 4, 6]))
     assert marked.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     a, b = views(3)
     assert math.isfinite(float(info_nce(a, b, torch.tensor(5.0), torch.ones(3, 3, dtype=torch.bool))))
