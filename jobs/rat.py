@@ -26,6 +26,7 @@ from jobs.tensors import (
 )
 from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, Whitening, fit_whitening
 from models.data import Histories, held_out, train_counts, without_items
+from models.encoder import read_spec
 from models.llm_esr import Distiller, DualItems, like_users
 from models.recommender import Backbone, Items, Recommender, build_sequence, load_recommender, save_recommender
 from models.training import Aligner, Training, join, same_everywhere, train
@@ -119,6 +120,9 @@ def run(config: Config) -> Result:
     device = pick_device(config.run)
     rank, _ = join()
     encoder_id, teacher_id = chosen(config)
+    if config.cold_share and read_spec(contracts.artifact(config.run.lake, "encoder", encoder_id)).from_users:
+        raise InputError(f"encoder {encoder_id} learned from users' histories, also of items that rat.cold_share "
+                         f"{config.cold_share} holds out: train one with training.pair_share and cluster_weight 0")  # fmt: skip
     catalogue = read_catalogue(config.run)
     goal = rotation.find(config.run, config.rotate_to, catalogue, config.backbone.width)
     events, digest = read_histories(config.run, catalogue.item_ids)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from jobs import contracts, registry
 from jobs.contracts import ITEMS, InputError, Refused, Run
 from jobs.tensors import checkpoint_path, pick_device, read_catalogue, read_histories
-from models.data import train_counts
+from models.data import neighbours, train_counts
 from models.encoder import (  # fmt: skip
     Encoder,
     Lora,
@@ -144,12 +145,14 @@ def run(config: Config) -> Result:
     say(f"due: {reason}")
     device = pick_device(config.run)
     rank, _ = join()
-    item_ids, items = read_texts(config, snapshot)
+    item_ids, hashes, items = read_texts(config, snapshot)
     encoder = build(config, device)
     texts = encoder.tokenize(shuffled(items, config.run.seed) if config.shuffle_texts else items)
     inputs = {"items": contracts.read_commit(config.run.lake, ITEMS.name, snapshot).digest, "base": encoder.spec.base_sha256}
+    pair_P2, sequences = user_pairs(config, hashes)
+    inputs |= sequences
     checkpoint = checkpoint_path("scft", config, inputs, config.run.lake)
-    tuned = tune(config, encoder, texts, teacher_clusters(config, item_ids), checkpoint)
+    tuned = tune(config, encoder, texts, teacher_clusters(config, item_ids), pair_P2, checkpoint)
     if rank == 0:
         facts = keep(config, encoder, texts, tuned, inputs)
         checkpoint.unlink(missing_ok=True)
@@ -233,8 +236,8 @@ def recipe_digest(config: Config) -> str:
 # ----------------------------------------------------------------------------------------------------------------- train
 
 
-def read_texts(config: Config, snapshot: str) -> tuple[list[str], list[Attributes]]:
-    """An item and the attributes of each different text of the snapshot, by their hashes, without what was forgotten."""
+def read_texts(config: Config, snapshot: str) -> tuple[list[str], list[str], list[Attributes]]:
+    """An item, hash and attributes of each different text of the snapshot, by their hashes, without what was forgotten."""
     lake = config.run.lake
     rows = contracts.read_commit(lake, ITEMS.name, snapshot).rows
     bound = f"{min(int(config.max_items / max(rows, 1) * 2**32), 2**32 - 1):08x}"
@@ -247,8 +250,25 @@ def read_texts(config: Config, snapshot: str) -> tuple[list[str], list[Attribute
                 found[row["content_hash"]] = row["item_id"], [(entry["name"], entry["value"]) for entry in row["attributes"]]
     if not found:
         raise InputError(f"items/{snapshot} holds no item: extract a catalogue first")
-    ordered = [found[text] for text in sorted(found)]
-    return [item_id for item_id, _ in ordered], [attributes for _, attributes in ordered]
+    hashes = sorted(found)
+    return [found[text][0] for text in hashes], hashes, [found[text][1] for text in hashes]
+
+
+def user_pairs(config: Config, hashes: Sequence[str]) -> tuple[Ints | None, dict[str, str]]:
+    """pair_P2: the texts of items that users took one after the other, by train rows alone, and the sequences' digest.
+
+    None where they are not asked for. Raises InputError where there are no sequences or no such items.
+    """
+    if not config.training.pair_share:
+        return None, {}
+    catalogue = read_catalogue(config.run)
+    events, digest = read_histories(config.run, catalogue.item_ids)
+    row_I = pc.fill_null(pc.index_in(catalogue.content_hashes, value_set=pa.array(hashes, pa.string())), -1).to_numpy()
+    pair_P2: Ints = row_I.astype(np.int64)[neighbours(events).numpy() - 1]
+    pair_P2 = pair_P2[(pair_P2 >= 0).all(axis=1) & (pair_P2[:, 0] != pair_P2[:, 1])]
+    if not len(pair_P2):
+        raise InputError("no user took two items one after the other in the train rows: set training.pair_share to 0")
+    return pair_P2, {"sequences": digest}
 
 
 def teacher_clusters(config: Config, item_ids: Sequence[str]) -> Ints | None:
@@ -290,11 +310,12 @@ def build(config: Config, device: torch.device) -> Encoder:
         layers=config.layers,
         max_tokens=config.max_tokens,
         width=model.config.hidden_size,
+        from_users=bool(config.training.steps and (config.training.pair_share or config.training.cluster_weight)),
     )
     return Encoder(add_lora(model, spec.lora) if spec.lora else model, tokenizer, spec)
 
 
-def tune(config: Config, encoder: Encoder, texts: Texts, cluster_I: Ints | None, checkpoint: Path) -> Tuned:
+def tune(config: Config, encoder: Encoder, texts: Texts, cluster_I: Ints | None, pair_P2: Ints | None, checkpoint: Path) -> Tuned:
     """Trains, or only validates the base where there are no steps; SIGTERM saves and leaves with status 143."""
     if not config.training.steps:
         validation, _ = held_out(texts, config.training, encoder.limit, config.run.seed)
@@ -304,7 +325,7 @@ def tune(config: Config, encoder: Encoder, texts: Texts, cluster_I: Ints | None,
     with terminated() as stop:
         try:
             return train(encoder, texts, config.training, seed=config.run.seed, log=progress(config.training.steps),
-                         cluster_I=cluster_I, checkpoint=checkpoint, stop=stop)  # fmt: skip
+                         cluster_I=cluster_I, pair_P2=pair_P2, checkpoint=checkpoint, stop=stop)  # fmt: skip
         except Interrupted as error:
             say(str(error))
             raise SystemExit(143) from error

@@ -27,7 +27,7 @@ def info_nce(a_BE: Tensor, b_BE: Tensor, scale: Tensor, alike_BB: Tensor) -> Ten
 
 
 def alike(text_B: Tensor, partner_B: Tensor, a_B: Tensor, b_B: Tensor) -> Tensor:
-    """alike_BB: places where either side has the other's text (of item or partner), and views (keys a and b) of the same attributes."""
+    """alike_BB: a row's and a column's item, or their partners, read the same, or one the other's; or the views' keys a and b."""
     same_BB = (text_B[:, None] == text_B) | (partner_B[:, None] == partner_B) | (text_B[:, None] == partner_B)
     return same_BB | (a_B[:, None] == b_B)
 

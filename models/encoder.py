@@ -68,6 +68,8 @@ class Spec:
     max_tokens: int
     """Tokens of a prompt, domain sentence included, at most (and never more than the model's window)."""
     width: int
+    from_users: bool = False
+    """Whether it learned from users' histories too, not from texts alone."""
 
 
 class Encoder(nn.Module):
@@ -449,11 +451,15 @@ def embed(
         if log:
             log(len(rows), int(source.length_B[rows].sum()))
 
+    def packed(rows: Ints) -> Step:
+        return encoder.step(take(source, rows))
+
     with ThreadPoolExecutor(1) as aside:
         while todo:
             rows = todo.popleft()
-            step = ahead.result() if ahead else encoder.step(take(source, rows))
-            ahead = aside.submit(lambda rows: encoder.step(take(source, rows)), todo[0]) if todo else None
+            # the first one too: tensors made here, in inference mode, are a kind of their own to compiled code
+            step = (ahead or aside.submit(packed, rows)).result()
+            ahead = aside.submit(packed, todo[0]) if todo else None
             try:
                 emb = encoder(step)
             except torch.OutOfMemoryError:

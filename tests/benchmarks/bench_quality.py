@@ -1,6 +1,6 @@
 """Measures what SCFT and RAT are worth on a catalogue and its logs: three seeds, full ranking, paired intervals.
 
-Three commands, the first two on a GPU, each of which prints one JSON line:
+Four commands, the first two on a GPU, each of which prints one JSON line:
 
 python tests/benchmarks/bench_quality.py encode --data ../shared/data/amazon_beauty --out encoded
     fine-tunes an encoder for each seed, and one on shuffled texts as a control; keeps every item's embedding
@@ -9,6 +9,9 @@ python tests/benchmarks/bench_quality.py rank --data ../shared/data/amazon_beaut
     adds the models that the first did not come to
 python tests/benchmarks/bench_quality.py compare ranks/*.safetensors
     means over the seeds by slice, and differences with 95 % intervals from a bootstrap over users
+python tests/benchmarks/bench_quality.py neighbours --data ../shared/data/amazon_beauty --encoded encoded
+    ranks without any training, by the cosine of an item to what the user had: what the embeddings are worth as they are, and
+    whitened; each encoder less the zero-shot one
 
 Needs torch, transformers, peft, numpy and pyarrow only.
 """
@@ -16,6 +19,7 @@ Needs torch, transformers, peft, numpy and pyarrow only.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -27,6 +31,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +39,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
-from models.data import Histories, held_out, train_counts, without_items
+from models.data import Histories, held_out, neighbours, train_counts, without_items
 from models.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256
 from models.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
 from models.llm_esr import Distiller, DualItems, like_users
@@ -52,6 +57,9 @@ FIELDS = ("title", "brand", "categories", "price")
 COLD_SHARE, COLD_SEED = 0.1, 42
 """Items held out of training in the setting `cold`; the same ones for every seed, so that users can be paired."""
 PRIOR, ALPHA, TEMPERATURE, HIDDEN, WHITENED, LIKE_USERS, DISTIL, DROP = 5.0, 0.01, 0.1, 256, 1536, 10, 0.1, 0.3
+PAIR_SHARE = 0.5
+RECENT, FADING = 20, 0.7
+"""What the ranking without training remembers of a user: so many events, each weighing less than the one after it."""
 ADJUSTED, WIDE_ADJUSTED, WIDE = 0.7, 0.5, 1024
 """Logit adjustment of the models that lean to the tail. A wide adapter (of that hidden width) leans there by itself."""
 
@@ -124,13 +132,17 @@ def fresh(base: str, policy: FieldPolicy, pooling: Any, layers: int, seed: int, 
 
 
 def encode(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keeps zero.safetensors, scft-SEED.safetensors for each seed and shuffled.safetensors, all float16."""
+    """Keeps zero.safetensors, scft-SEED.safetensors for each seed and shuffled.safetensors, all float16.
+
+    `--encoders` also takes pairs-SEED, which learns from what users took one after the other, items held out as cold left out.
+    """
     device = torch.device(arguments.device)
     items, policy = read_items(arguments.data), FieldPolicy(domain=arguments.domain)
     arguments.out.mkdir(parents=True, exist_ok=True)
     config = Scft(steps=arguments.steps, batch=arguments.batch, ratio=arguments.ratio, temperature=arguments.temperature,
                   learning_rate=arguments.learning_rate, validate_every=max(1, arguments.steps // 4),
                   fp8=arguments.fp8)  # fmt: skip
+    pair_P2 = next(neighbours(parts.events) for _, parts in settings(arguments)).cpu().numpy() - 1
     figures: dict[str, Any] = {}
     for name in arguments.encoders or ("zero", *(f"scft-{seed}" for seed in arguments.seeds), "shuffled"):
         seed = int(name.partition("-")[2] or arguments.seeds[0])
@@ -140,7 +152,8 @@ def encode(arguments: argparse.Namespace) -> dict[str, Any]:
         if name == "zero":
             figures[name] = validate(encoder.eval(), held_out_views(texts, config, encoder.limit, seed)[0])[0]
         else:
-            tuned = fine_tune(encoder, texts, config, seed=seed, log=quietly)
+            own = dataclasses.replace(config, pair_share=PAIR_SHARE if name.startswith("pairs") else 0.0)
+            tuned = fine_tune(encoder, texts, own, seed=seed, log=quietly, pair_P2=pair_P2)
             best = next(entry for entry in tuned.history if entry["step"] == tuned.best_step)
             figures[name] = {"base": tuned.history[0], "tuned": best, "tokens_per_s": round(tuned.tokens_per_second)}
         # the control reads true texts with weights that learned from false ones
@@ -283,6 +296,47 @@ def item_source(model: Model, white_NK: Tensor, width: int) -> Any:
     return ResidualItems(white_NK, adapter, width, DROP) if model.items == "residual" else TextItems(white_NK, adapter)
 
 
+# ------------------------------------------------------------------------------------------------------------- neighbours
+
+
+def neighbours_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every encoder of the folder, means over the seeds of its name (`scft-42` and `scft-43` are one)."""
+    parts = next(parts for _, parts in settings(arguments))
+    files = sorted(arguments.encoded.glob("*.safetensors"))
+    by_name: dict[str, list[Tensor]] = {}
+    for file in files:
+        llm_NE = load_file(file)["llm_NE"].float()
+        spaces = {"cosine": llm_NE - llm_NE.mean(0), "whitened": fit_whitening(llm_NE, WHITENED)(llm_NE)}
+        for space, emb_NE in spaces.items():
+            table_VE = F.pad(F.normalize(emb_NE, dim=1), (0, 0, 1, 0))
+            rank_C, _ = vector_ranks(parts.among_unseen, table_VE.to(arguments.device), remembered, RECENT)
+            by_name.setdefault(f"{file.stem.partition('-')[0]} {space}", []).append(by_rank(rank_C.cpu())["ndcg"])
+    names = list(by_name)
+    values_CK = torch.stack([torch.stack(by_name[name]).mean(0) for name in names], dim=1)
+    slices_SC = parts.among_unseen.slices_SC.cpu()
+    found = bootstrap(values_CK, slices_SC, seed=COLD_SEED)
+
+    def told(column: int, minus: int | None) -> dict[str, list[float]]:
+        some = {slice_: estimate(found, number, column, minus=minus) for number, slice_ in enumerate(SLICES)}
+        return {slice_: [round(x, 4) for x in (e.value, e.low, e.high)] for slice_, e in some.items() if e.n}
+
+    return {
+        "encoders": len(files),
+        "ndcg_unseen": {name: told(column, None) for column, name in enumerate(names)},
+        "less_zero": {
+            name: told(column, names.index(zero))
+            for column, name in enumerate(names)
+            if (zero := f"zero {name.partition(' ')[2]}") in names and name != zero
+        },
+    }
+
+
+def remembered(emb_BLE: Tensor, valid_BL: Tensor) -> Tensor:
+    """user_BE: the mean of what a user had, each event weighing FADING of the next one."""
+    weight_BL = valid_BL * FADING ** torch.arange(valid_BL.shape[1] - 1, -1, -1, device=valid_BL.device)
+    return F.normalize((emb_BLE * weight_BL[:, :, None]).sum(1), dim=1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- compare
 
 
@@ -348,11 +402,14 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    first, second, third = (commands.add_parser(name) for name in ("encode", "rank", "compare"))
-    for command in (first, second):
+    first, second, third, fourth = (commands.add_parser(name) for name in ("encode", "rank", "compare", "neighbours"))
+    for command in (first, second, fourth):
         command.add_argument("--data", type=Path, required=True)
-        command.add_argument("--out", type=Path, required=True)
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for command in (first, second):
+        command.add_argument("--out", type=Path, required=True)
+    fourth.add_argument("--encoded", type=Path, required=True)
+    fourth.add_argument("--settings", type=lambda text: text.split(","), default=["cold"], help="all or cold")
     first.add_argument("--base", default="embedded")
     first.add_argument("--domain", default="The beauty product has the following attributes:")
     first.add_argument("--encoders", type=lambda text: text.split(","), help="some alone, such as zero,scft-42,shuffled")
@@ -365,6 +422,7 @@ def parse() -> argparse.Namespace:
     first.add_argument("--pooling", default="mean")
     first.add_argument("--layers", type=int, default=0, help="layers of the base in use, from the bottom; 0 is all")
     first.add_argument("--fp8", action="store_true")
+    first.set_defaults(settings=["cold"])
     second.add_argument("--encoded", type=Path, required=True)
     second.add_argument("--seed", type=int, default=42)
     second.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
@@ -383,7 +441,7 @@ def main() -> None:
     """Prints one JSON line."""
     arguments = parse()
     device = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__}
-    found = {"encode": encode, "rank": rank, "compare": compare}[arguments.command](arguments)
+    found = {"encode": encode, "rank": rank, "compare": compare, "neighbours": neighbours_of}[arguments.command](arguments)
     print(json.dumps(found if arguments.command == "compare" else device | found))
 
 

@@ -14,9 +14,11 @@ import torch
 
 from jobs import contracts, pretrain, rat
 from jobs.contracts import InputError, Run, llm_embeddings
+from models.encoder import Spec, save_encoder
+from models.prompts import FieldPolicy
 from models.recommender import Backbone, load_recommender
 from models.training import Training
-from tests.jobs.small_lake import ENCODER, make, remember
+from tests.jobs.small_lake import ENCODER, WIDTH, make, remember
 
 SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
 
@@ -24,7 +26,18 @@ SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": T
 @pytest.fixture
 def small_lake(tmp_path: Path) -> Run:
     """The run of a lake in which `extract`, `scft` and `embed` have run."""
-    return make(tmp_path)
+    run = make(tmp_path)
+    keep_encoder(run.lake, from_users=False)
+    return run
+
+
+def keep_encoder(lake: Path, *, from_users: bool) -> None:
+    """The encoder's artifact, of which `rat` reads what it learned from."""
+    spec = Spec(base="none", base_sha256="", tokenizer_sha256="", policy=FieldPolicy(), lora=None, pooling="mean", layers=0,
+                max_tokens=64, width=WIDTH, from_users=from_users)  # fmt: skip
+    folder = lake / "models" / "encoder" / ENCODER
+    folder.mkdir(parents=True, exist_ok=True)
+    save_encoder(folder, spec, None)
 
 
 def taught(run: Run, **more: Any) -> str:
@@ -78,6 +91,15 @@ def test_a_teacher_that_saw_the_items_held_out_is_refused(small_lake: Run) -> No
     result = rat.run(config(small_lake, cold_share=0.3))
     meta = load_recommender(contracts.artifact(small_lake.lake, "recommender", result.recommender_id)).meta
     assert (meta["cold_share"], meta["seed"]) == (0.3, 42)
+
+
+def test_an_encoder_that_learned_from_the_items_held_out_is_refused(small_lake: Run) -> None:
+    taught(small_lake, cold_share=0.3)
+    keep_encoder(small_lake.lake, from_users=True)
+    with pytest.raises(InputError, match="learned from users' histories"):
+        rat.run(config(small_lake, cold_share=0.3))
+    taught(small_lake)
+    assert rat.run(config(small_lake)).epochs == 2
 
 
 def test_without_a_teacher_there_is_no_alignment(small_lake: Run) -> None:

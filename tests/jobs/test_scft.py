@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from jobs import contracts, pretrain, scft
-from jobs.contracts import ITEMS, InputError, Refused, Run
+from jobs.contracts import ITEMS, SEQUENCES, InputError, Refused, Run
 from models import encoder as encoders
 from models import fp8
-from models.encoder import Lora, load_encoder
+from models.encoder import Lora, load_encoder, read_spec
 from models.prompts import FieldPolicy
 from models.retrieval import Gates
 from models.scft import Scft
@@ -204,8 +204,8 @@ def test_a_field_that_leaks_popularity_stops_the_job_unless_admitted(config: scf
 
 def test_forgotten_items_are_not_trained_on_and_large_catalogues_are_sampled(config: scft.Config) -> None:
     contracts.bury(config.run.lake, "i0003", DS)
-    assert len(scft.read_texts(config, f"ds={DS}")[1]) == 49
-    assert 4 <= len(scft.read_texts(changed(config, max_items=20), f"ds={DS}")[1]) <= 35
+    assert len(scft.read_texts(config, f"ds={DS}")[2]) == 49
+    assert 4 <= len(scft.read_texts(changed(config, max_items=20), f"ds={DS}")[2]) <= 35
 
 
 @pytest.mark.parametrize("wrong", [{"max_items": 1}, {"layers": -1}, {"refresh_share": 2.0}])
@@ -269,6 +269,37 @@ def test_the_teachers_clusters_join_what_users_join_and_leave_items_without_a_pa
     assert found is not None
     assert found[1:3].tolist() == [-1, -1] and set(found[[0, 3]]) <= set(range(4))
     assert scft.teacher_clusters(dataclasses.replace(config, training=Scft()), ["i03"]) is None
+
+
+def test_pairs_are_the_texts_of_items_that_users_took_one_after_the_other_in_train_rows(tmp_path: Path) -> None:
+    run = small_lake.make(tmp_path)
+    config = scft.Config(run=run, training=Scft(steps=2, batch=4, pair_share=0.5))
+    item_ids, hashes, _ = scft.read_texts(config, f"ds={DS}")
+    pair_P2, inputs = scft.user_pairs(config, hashes)
+    assert pair_P2 is not None and set(inputs) == {"sequences"}
+    number = {text: int(item[0][1].split()[1]) for text, item in zip(hashes, scft.read_texts(config, f"ds={DS}")[2], strict=True)}
+    met = {tuple(number[hashes[row]] for row in pair) for pair in pair_P2.tolist()}
+    # users walk in a circle of 19; i18 has the text of i17, and nobody touches i19
+    assert met == {(one, one + 1) for one in range(17)} | {(17, 0)}
+    assert scft.user_pairs(dataclasses.replace(config, training=Scft()), hashes) == (None, {})
+    with pytest.raises(InputError, match="pair_share"):
+        scft.user_pairs(config, hashes[:1])
+    assert len(item_ids) == len(hashes)
+
+
+def test_pairs_without_sequences_name_the_remedy_and_an_encoder_says_that_it_learned_from_users(config: scft.Config) -> None:
+    paired = dataclasses.replace(config.training, pair_share=0.5)
+    with pytest.raises(InputError, match="sequences"):
+        scft.run(changed(config, training=paired))
+    ids = [f"i{number:04d}" for number in range(50)]
+    rows = {"user_id": ["u"], "item_ids": [ids], "timestamps": [[7] * 50], "train_end": pa.array([48], pa.int32()),
+            "valid_end": pa.array([49], pa.int32())}  # fmt: skip
+    contracts.write(config.run.lake, SEQUENCES, f"ds={DS}", [pa.table(rows)])
+    result = scft.run(changed(config, training=paired))
+    assert "sequences" in result.inputs
+    assert read_spec(contracts.artifact(config.run.lake, "encoder", result.encoder_id)).from_users
+    plain = scft.run(config)
+    assert plain.losses != result.losses and "sequences" not in plain.inputs
 
 
 def test_clusters_without_a_teacher_name_the_remedy(config: scft.Config) -> None:

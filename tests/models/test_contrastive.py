@@ -56,6 +56,14 @@ def test_views_of_the_same_attributes_are_not_negatives_and_the_positive_always_
     assert math.isfinite(float(info_nce(a, b, torch.tensor(5.0), torch.ones(3, 3, dtype=torch.bool))))
 
 
+def test_a_partner_is_no_negative_of_its_own_text_or_of_those_with_the_same_partner() -> None:
+    text, partner, keys = torch.tensor([0, 1, 2, 3]), torch.tensor([9, 0, 9, 3]), torch.arange(4)
+    marked = alike(text, partner, keys, keys + 9)
+    # the first item's text is the second's partner, and the first and third have one partner
+    off = marked & ~torch.eye(4, dtype=torch.bool)
+    assert off.nonzero().tolist() == [[0, 1], [0, 2], [2, 0]]
+
+
 def test_gradient_caching_gives_the_plain_gradient() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))

@@ -15,6 +15,7 @@ from models.data import (
     inputs_before,
     item_groups,
     leave_one_out,
+    neighbours,
     targets,
     train_counts,
     training_rows,
@@ -133,3 +134,9 @@ def test_a_history_of_ten_thousand_events_is_read_by_its_newest() -> None:
     long = made([[1 + number % 9 for number in range(10_000)]], [(9_998, 9_999)])
     users, position = cases(long, "test")
     assert inputs_before(long, users, position, 4).tolist() == [[1 + number % 9 for number in range(9_995, 9_999)]]
+
+
+def test_neighbours_follow_one_another_in_one_users_train_rows_and_differ() -> None:
+    events = made([[1, 2, 2, 3, 4, 5], [6], [7, 8]], [(4, 5), (1, 1), (2, 2)])
+    assert neighbours(events).tolist() == [[1, 2], [2, 3], [7, 8]]
+    assert neighbours(made([[], [3]], [(0, 0), (1, 1)])).shape == (0, 2)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from models.encoder import Lora, lora_state
 from models.prompts import Attributes, Texts, tokenize
 from models.retrieval import Gates, effective_rank, figures, held_out, ranks, refusals
-from models.scft import Interrupted, Scft, Trainer, Tuned, shuffled, train
+from models.scft import Interrupted, Partners, Scft, Trainer, Tuned, shuffled, train
 from tests.models import tiny
 
 SMALL = Scft(steps=6, batch=8, learning_rate=5e-3, validate_every=3, validation_items=8, candidates=20, compile=False)
@@ -108,6 +108,41 @@ def test_the_second_signal_tells_clusters_from_texts_and_resumes(base: Path, tmp
     assert tuned(base, config, items=items, cluster_I=cluster_I, checkpoint=file)[0].losses == told.losses
     with pytest.raises(ValueError, match="none were given"):
         tuned(base, config)
+
+
+def test_pairs_bring_together_what_users_took_together_and_resume(base: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, pair_share=1.0, steps=60, patience=100, ratio=0.0)
+    # red goes with dull and blue with loud, which no text says
+    marks = [[("mark", ("red", "dull", "blue", "loud")[number % 4])] for number in range(40)]
+    items = [[*own, *item[:1]] for own, item in zip(marks, tiny.items(40), strict=True)]
+    pair_P2 = np.stack([np.arange(0, 40, 2), np.arange(1, 40, 2)], axis=1)
+    paired, _ = tuned(base, config, items=items, pair_P2=pair_P2, dropout=0.0)
+    assert np.mean(paired.losses[-20:]) < 0.8 * math.log(8)
+    file, steps = tmp_path / "state.safetensors", iter(range(99))
+    with pytest.raises(Interrupted):
+        tuned(base, config, items=items, pair_P2=pair_P2, dropout=0.0, checkpoint=file, stop=lambda: next(steps) >= 3)
+    assert tuned(base, config, items=items, pair_P2=pair_P2, dropout=0.0, checkpoint=file)[0].losses == paired.losses
+    with pytest.raises(ValueError, match="none were given"):
+        tuned(base, config, items=items)
+
+
+def test_partners_are_drawn_as_often_as_users_took_them_and_never_from_items_kept_for_validation() -> None:
+    pair_P2 = np.array([[0, 1], [0, 1], [0, 1], [2, 0], [3, 0], [4, 5]])
+    partners = Partners(pair_P2, items=np.array([0, 1, 2, 4, 6]), catalogue=7)
+    drawn = partners.draw(np.zeros(4000, dtype=np.int64), 1.0, np.random.default_rng(0))
+    assert set(drawn.tolist()) == {1, 2}
+    assert (drawn == 1).mean() == pytest.approx(0.75, abs=0.03)
+    assert partners.draw(np.array([1, 2, 4, 6]), 1.0, np.random.default_rng(0)).tolist() == [0, 0, 4, 6]
+    half = partners.draw(np.zeros(4000, dtype=np.int64), 0.5, np.random.default_rng(0))
+    assert (half == 0).mean() == pytest.approx(0.5, abs=0.03)
+    nobody = Partners(np.zeros((0, 2), dtype=np.int64), items=np.arange(3), catalogue=3)
+    assert nobody.draw(np.arange(3), 1.0, np.random.default_rng(0)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_of_pairs_outside_0_to_1_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="pair_share"):
+        Scft(pair_share=share)
 
 
 def test_micro_batches_with_dropout_give_the_losses_of_the_whole_batch_without(base: Path) -> None:
