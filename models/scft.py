@@ -61,7 +61,7 @@ class Scft:
     tokens: int = 0
     """Tokens of a micro-batch on one GPU; 0 asks the memory. Smaller ones cost a second forward, never exactness."""
     compile: bool = True
-    """On CUDA, compiles the model's layers."""
+    """On CUDA, compiles the model's layers: worth its minute or two of start in all but short trainings."""
     fp8: bool = False
     """Multiplies with the frozen weights in 8 bits (NVIDIA GPUs of compute capability 8.9 or later); the gates judge in full."""
     validate_every: int = 250
