@@ -238,6 +238,20 @@ def test_a_model_that_does_not_say_whether_it_is_causal_is_refused() -> None:
         is_causal(nn.Linear(2, 2))
 
 
+def test_steps_of_an_embedding_are_all_of_one_kind_to_compiled_code(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny.encoder(base)
+    made, forward = list[bool](), encoder.forward
+
+    def recorded(step: packing.Step) -> Tensor:
+        made.append(step.token_T.is_inference())
+        return forward(step)
+
+    monkeypatch.setattr(encoder, "forward", recorded)
+    texts = encoder.tokenize(tiny.items(12))
+    embed(encoder, prompts(texts, np.arange(12), encoder.limit)[0], budget=40)
+    assert len(made) > 2 and len(set(made)) == 1
+
+
 def test_an_item_of_which_nothing_is_known_has_a_finite_embedding(base: Path) -> None:
     emb_BE = embed_items(tiny.encoder(base), [[], [("title", "Heat")]])
     assert np.isfinite(emb_BE).all() and emb_BE.any(1).all()
