@@ -259,7 +259,7 @@ def user_pairs(config: Config, hashes: Sequence[str]) -> tuple[Ints | None, dict
 
     None where they are not asked for. Raises InputError where there are no sequences or no such items.
     """
-    if not config.training.pair_share:
+    if not (config.training.steps and config.training.pair_share):
         return None, {}
     catalogue = read_catalogue(config.run)
     events, digest = read_histories(config.run, catalogue.item_ids)

@@ -6,7 +6,7 @@ python tests/benchmarks/bench_quality.py encode --data ../shared/data/amazon_bea
     fine-tunes an encoder for each seed, and one on shuffled texts as a control; keeps every item's embedding
 python tests/benchmarks/bench_quality.py rank --data ../shared/data/amazon_beauty --encoded encoded --out ranks --seed 42
     trains every recommender, on all items and with a tenth of them held out as cold; keeps each user's rank. A second run
-    adds the models that the first did not come to
+    adds the models that the first did not come to; `--fuse zero` adds to each model the scores of text as it is
 python tests/benchmarks/bench_quality.py compare ranks/*.safetensors
     means over the seeds by slice, and differences with 95 % intervals from a bootstrap over users
 python tests/benchmarks/bench_quality.py neighbours --data ../shared/data/amazon_beauty --encoded encoded
@@ -39,7 +39,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
-from models.data import Histories, held_out, neighbours, train_counts, without_items
+from models.data import Histories, held_out, inputs_before, neighbours, train_counts, without_items
 from models.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256
 from models.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
 from models.llm_esr import Distiller, DualItems, like_users
@@ -58,6 +58,7 @@ COLD_SHARE, COLD_SEED = 0.1, 42
 """Items held out of training in the setting `cold`; the same ones for every seed, so that users can be paired."""
 PRIOR, ALPHA, TEMPERATURE, HIDDEN, WHITENED, LIKE_USERS, DISTIL, DROP = 5.0, 0.01, 0.1, 256, 1536, 10, 0.1, 0.3
 PAIR_SHARE = 0.5
+FUSED, TEXT_WEIGHTS = "+text", (0.1, 0.2, 0.3, 0.5, 0.8)
 RECENT, FADING = 20, 0.7
 """What the ranking without training remembers of a user: so many events, each weighing less than the one after it."""
 ADJUSTED, WIDE_ADJUSTED, WIDE = 0.7, 0.5, 1024
@@ -239,7 +240,7 @@ def trained(
     model, device, events = MODELS[name], arguments.device, parts.events
     backbone = Backbone(name=model.backbone, width=arguments.width, layers=arguments.layers, dropout=arguments.dropout)  # type: ignore[arg-type]
     training = Training(
-        epochs=arguments.epochs, patience=arguments.patience, loss="full", logit_adjustment=model.adjustment
+        epochs=arguments.epochs, patience=arguments.patience, loss=arguments.loss, logit_adjustment=model.adjustment
     )  # fmt: skip
     torch.manual_seed(arguments.seed)
     more: dict[str, Any] = {}
@@ -272,12 +273,50 @@ def trained(
         unseen_C, _ = vector_ranks(parts.among_unseen, table_VD, user, backbone.max_len)
         valid_C, _ = vector_ranks(parts.valid, table_VD, user, backbone.max_len)
     found = {f"{name}/full": full_C, f"{name}/sampled": sampled_C, f"{name}/unseen": unseen_C, f"{name}/valid": valid_C}
+    if arguments.fuse:
+        found |= fused(arguments, parts, name, recommender, backbone.max_len)
     if not model.llm and not model.adjustment:
         found[f"teacher_{model.backbone}"] = table_VD
     told = {"epochs": done.epochs, "best": done.best_epoch, "seconds": round(time.perf_counter() - began, 1),
             "seconds_per_epoch": round(done.seconds_per_epoch, 3), "valid": round(done.ndcg, 4),
             "test": round(float(by_rank(full_C)["ndcg"].mean()), 4)}  # fmt: skip
     return found, told
+
+
+@torch.no_grad()
+def fused(arguments: argparse.Namespace, parts: Setting, name: str, recommender: Recommender, max_len: int) -> dict[str, Tensor]:
+    """Ranks of a recommender's scores plus those of whitened text, untrained, both in standard deviations.
+
+    Text weighs what is best on validation cases.
+    """
+    llm_NE = embeddings(arguments, arguments.fuse).to(arguments.device)
+    text_VE = F.pad(F.normalize(fit_whitening(llm_NE, WHITENED)(llm_NE), dim=1), (0, 0, 1, 0))
+    table_VD = recommender.item_table().float()
+    width = table_VD.shape[1]
+    some = slice(0, len(parts.valid.users_C), max(1, len(parts.valid.users_C) // 512))
+    item_BL = inputs_before(parts.events, parts.valid.users_C[some], parts.valid.position_C[some], max_len)
+    both_VD = torch.cat([table_VD, text_VE], dim=1)
+
+    def users(emb_BLD: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
+        learned_BD = recommender.sequence(emb_BLD[..., :width], valid_BL)[:, -1].float()
+        return learned_BD, remembered(emb_BLD[:, -RECENT:, width:], valid_BL[:, -RECENT:])
+
+    learned_BD, text_BE = users(F.embedding(item_BL, both_VD), item_BL != 0)
+    spread, text_spread = (learned_BD @ table_VD[1:].T).std(), (text_BE @ text_VE[1:].T).std()
+
+    def ranks(cases: Cases, weight: float) -> tuple[Tensor, Tensor]:
+        def user(emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+            one_BD, other_BE = users(emb_BLD, valid_BL)
+            return torch.cat([one_BD / spread, weight / text_spread * other_BE], dim=1)
+
+        return vector_ranks(cases, both_VD, user, max_len)
+
+    on_valid = {weight: ranks(parts.valid, weight)[0] for weight in TEXT_WEIGHTS}
+    weight = max(on_valid, key=lambda weight: float(by_rank(on_valid[weight])["ndcg"].mean()))
+    (full_C, sampled_C), (unseen_C, _) = ranks(parts.among_all, weight), ranks(parts.among_unseen, weight)
+    fused = f"{name}{FUSED}"
+    return {f"{fused}/full": full_C, f"{fused}/sampled": sampled_C, f"{fused}/unseen": unseen_C,
+            f"{fused}/valid": on_valid[weight], f"{fused}_weight": torch.tensor([weight])}  # fmt: skip
 
 
 def embeddings(arguments: argparse.Namespace, name: str) -> Tensor:
@@ -346,7 +385,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     for setting in sorted({file.name.partition("-")[0] for file in arguments.ranks}):
         files = [safe_open(file, framework="pt") for file in arguments.ranks if file.name.startswith(f"{setting}-")]
         shared = set.intersection(*(set(file.keys()) for file in files))
-        models = [name for name in ("popularity", "repeat_markov_popularity", *MODELS) if f"{name}/full" in shared]
+        every = ("popularity", "repeat_markov_popularity", *MODELS, *(f"{name}{FUSED}" for name in MODELS))
+        models = [name for name in every if f"{name}/full" in shared]
         slices_SC = files[0].get_tensor("slices").bool()
         columns, values = [], []
         for name in models:
@@ -363,25 +403,33 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             "users": dict(zip(SLICES, found.n_S.tolist(), strict=True)),
             "table": {name: row(found.mean_SK, place, name) for name in models},
             "validation": {name: validated(files, name) for name in models if f"{name}/valid" in shared},
-            "differences": {
-                f"{one} - {other}": {slice_: interval(found, place, number, one, other) for number, slice_ in enumerate(SLICES)}
-                for one, other in PAIRS
-                if one in models and other in models
+            **{
+                title: {
+                    f"{one} - {other}": {
+                        slice_: interval(found, place, number, one, other, kind) for number, slice_ in enumerate(SLICES)
+                    }
+                    for one, other in (*PAIRS, *((f"{name}{FUSED}", name) for name in MODELS))
+                    if (one, kind, "ndcg") in place and (other, kind, "ndcg") in place
+                }
+                for title, kind in (("differences", "full"), ("differences_unseen", "unseen"))
             },
         }
     return result
 
 
-def row(mean_SK: Tensor, place: dict[tuple[str, str, str], int], name: str) -> dict[str, float]:
-    """A model's figures: NDCG@10 by slice over all items, and overall among unseen items and among 100 sampled ones."""
+def row(mean_SK: Tensor, place: dict[tuple[str, str, str], int], name: str) -> dict[str, Any]:
+    """A model's figures: NDCG@10 by slice over all items and among unseen ones, and overall among 100 sampled ones."""
     found = {slice_: float(mean_SK[number, place[name, "full", "ndcg"]]) for number, slice_ in enumerate(SLICES)}
     ndcg = {slice_: round(value, 4) for slice_, value in found.items() if not math.isnan(value)}
-    more = {
+    more: dict[str, Any] = {
         f"{kind}_{metric}": round(float(mean_SK[0, place[name, kind, metric]]), 4)
         for kind in ("full", "unseen", "sampled")
         for metric in ("hr", "ndcg")
         if (name, kind, metric) in place
     }
+    if (name, "unseen", "ndcg") in place:
+        unseen = {slice_: float(mean_SK[number, place[name, "unseen", "ndcg"]]) for number, slice_ in enumerate(SLICES)}
+        more["unseen"] = {slice_: round(value, 4) for slice_, value in unseen.items() if not math.isnan(value)}
     return {**ndcg, **more}
 
 
@@ -392,9 +440,9 @@ def validated(files: list[Any], name: str) -> dict[str, float]:
     return {slice_: round(float(ndcg_C[own_C].mean()), 4) for slice_, own_C in zip(SLICES, slices_SC, strict=True) if own_C.any()}
 
 
-def interval(found: Any, place: dict[tuple[str, str, str], int], slice_: int, one: str, other: str) -> list[float]:
+def interval(found: Any, place: dict[tuple[str, str, str], int], slice_: int, one: str, other: str, kind: str) -> list[float]:
     """NDCG@10 of one model less another's: value, lower and upper end of its 95 % interval."""
-    less = estimate(found, slice_, place[one, "full", "ndcg"], minus=place[other, "full", "ndcg"])
+    less = estimate(found, slice_, place[one, kind, "ndcg"], minus=place[other, kind, "ndcg"])
     return [round(value, 4) for value in (less.value, less.low, less.high)]
 
 
@@ -432,6 +480,10 @@ def parse() -> argparse.Namespace:
     second.add_argument("--width", type=int, default=128)
     second.add_argument("--layers", type=int, default=2)
     second.add_argument("--dropout", type=float, default=0.5)
+    second.add_argument("--loss", choices=("full", "sampled"), default="full", help="sampled takes a fifth of the time on a CPU")
+    second.add_argument(
+        "--fuse", default="", help="an encoder, such as zero: also ranks by each model's scores and this text's together"
+    )
     second.add_argument("--limit", type=float, default=1e9, help="seconds after which no further model is begun")
     third.add_argument("ranks", type=Path, nargs="+")
     return parser.parse_args()
