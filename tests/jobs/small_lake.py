@@ -9,6 +9,8 @@ import pyarrow as pa
 
 from jobs import contracts
 from jobs.contracts import ITEMS, SEQUENCES, Run, llm_embeddings
+from models.encoder import Spec, save_encoder
+from models.prompts import FieldPolicy
 
 DS = "2026-03-10"
 ENCODER = "e0e0e0e0e0e0e0e0"
@@ -57,6 +59,15 @@ def embedding_rows(hashes: list[str]) -> pa.Table:
     )
 
 
+def keep_encoder(lake: Path, *, from_users: bool = False) -> None:
+    """The encoder's artifact: what it is, without weights."""
+    spec = Spec(base="none", base_sha256="", tokenizer_sha256="", policy=FieldPolicy(), lora=None, pooling="mean", layers=0,
+                max_tokens=64, width=WIDTH, from_users=from_users)  # fmt: skip
+    folder = lake / "models" / "encoder" / ENCODER
+    folder.mkdir(parents=True, exist_ok=True)
+    save_encoder(folder, spec, None)
+
+
 def make(path: Path) -> Run:
     """The run of a lake in which `extract`, `scft` and `embed` (in two partitions) have run."""
     run = Run(ds=DS, lake=path / "lake", device="cpu")
@@ -66,6 +77,7 @@ def make(path: Path) -> Run:
     hashes = sorted(set(items["content_hash"].to_pylist()))
     for number, part in enumerate((hashes[:7], hashes[7:])):
         contracts.write(run.lake, llm_embeddings(WIDTH), f"encoder={ENCODER}/shard={number}", [embedding_rows(part)])
+    keep_encoder(run.lake)
     remember(run, "scft", {"encoder_id": ENCODER})
     return run
 

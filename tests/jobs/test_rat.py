@@ -14,11 +14,9 @@ import torch
 
 from jobs import contracts, pretrain, rat
 from jobs.contracts import InputError, Run, llm_embeddings
-from models.encoder import Spec, save_encoder
-from models.prompts import FieldPolicy
 from models.recommender import Backbone, load_recommender
 from models.training import Training
-from tests.jobs.small_lake import ENCODER, WIDTH, make, remember
+from tests.jobs.small_lake import ENCODER, keep_encoder, make, remember
 
 SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
 
@@ -26,18 +24,7 @@ SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": T
 @pytest.fixture
 def small_lake(tmp_path: Path) -> Run:
     """The run of a lake in which `extract`, `scft` and `embed` have run."""
-    run = make(tmp_path)
-    keep_encoder(run.lake, from_users=False)
-    return run
-
-
-def keep_encoder(lake: Path, *, from_users: bool) -> None:
-    """The encoder's artifact, of which `rat` reads what it learned from."""
-    spec = Spec(base="none", base_sha256="", tokenizer_sha256="", policy=FieldPolicy(), lora=None, pooling="mean", layers=0,
-                max_tokens=64, width=WIDTH, from_users=from_users)  # fmt: skip
-    folder = lake / "models" / "encoder" / ENCODER
-    folder.mkdir(parents=True, exist_ok=True)
-    save_encoder(folder, spec, None)
+    return make(tmp_path)
 
 
 def taught(run: Run, **more: Any) -> str:
