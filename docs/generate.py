@@ -50,7 +50,13 @@ class Place:
 @cache
 def parsed(module: str) -> ast.Module:
     """A module's syntax tree."""
-    return ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    return ast.parse(source_of(module).read_text())
+
+
+def source_of(module: str) -> Path:
+    """The file of a module, or of a package."""
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def find(module: str, name: str) -> Place | str | None:
@@ -149,11 +155,11 @@ def shown(text: str) -> str:
 
 def page() -> str:
     """The whole reference."""
-    run = find("jobs.contracts", "Run")
+    run = find("jobs.run", "Run")
     assert isinstance(run, Place)
     parts = [HEAD, section("run", "What all jobs of one night share; `ds` is the command line's `--ds`.", run)]
     for job, purpose in jobs().items():
-        place = find(f"jobs.{job}", "Config") if (ROOT / "jobs" / f"{job}.py").exists() else None
+        place = find(f"jobs.{job}", "Config") if source_of(f"jobs.{job}").exists() else None
         if isinstance(place, Place):
             parts.append(section(job, f"{purpose[0].upper()}{purpose[1:]}.", place))
     return "".join(parts)

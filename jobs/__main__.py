@@ -23,8 +23,11 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from jobs import lineage, logs
-from jobs.contracts import InputError, Refused, Run, as_json, code_revision, manifest_path, write_json
+from jobs import logs
+from jobs.lake import lineage
+from jobs.lake.manifests import path_of as manifest_path
+from jobs.lake.partitions import write_json
+from jobs.run import InputError, Refused, Run, as_json, code_revision
 
 C = TypeVar("C")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from feature_repo import spaces
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
-from jobs import serving
-from jobs.contracts import InputError, Run
+from jobs.engines import online
+from jobs.run import InputError, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ def run(config: Config) -> Result:
         raise InputError(f"collect.grace_days is {config.grace_days}: write 0 to remove at once")
     lake, grace = config.run.lake, dt.timedelta(days=config.grace_days)
     reader, store = Reader.open(lake), open_writer(settings(lake))
-    pointer = serving.served(reader)
-    with serving.refusals(), lease(store, "collect", config.lease_wait_s):
+    pointer = online.served(reader)
+    with online.refusals(), lease(store, "collect", config.lease_wait_s):
         done = spaces.collect(store, reader, grace)
         indexes = remove_indexes(lake, done.kept, set(done.waiting), grace)
     for space_id, rows in done.removed.items():
@@ -64,7 +64,7 @@ def run(config: Config) -> Result:
         waiting=done.waiting,
         kept=sorted(done.kept),
         indexes_removed=indexes,
-        inputs={"pointer": serving.pointer_text(pointer)},
+        inputs={"pointer": online.pointer_text(pointer)},
         outputs={},
         rows={"item_embedding": -sum(done.removed.values())},
     )
@@ -72,12 +72,12 @@ def run(config: Config) -> Result:
 
 def remove_indexes(lake: Path, kept: dict[str, Space], waiting: set[str], grace: dt.timedelta) -> int:
     """Removes indexes of snapshots that are not live, a grace period after they were built; returns how many."""
-    live = {serving.index_home(lake, space) for space in kept.values()}
+    live = {online.index_home(lake, space) for space in kept.values()}
     removed = 0
     for home in sorted((lake / "indexes").glob("space=*/ds=*")):
         space_id = home.parent.name.removeprefix("space=")
         old = time.time() - home.stat().st_mtime >= grace.total_seconds()
         if home not in live and space_id not in waiting and old:
-            serving.drop_index(home)
+            online.drop_index(home)
             removed += 1
     return removed

@@ -22,12 +22,17 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from jobs import contracts, registry
-from jobs.contracts import ITEMS, InputError, Refused, Run, Table, llm_embeddings
-from jobs.tensors import pick_device
-from models import fp8
-from models.encoder import Encoder, check_packing, compile_layers, embed, load_encoder, read_spec
-from models.prompts import prompts
+from jobs.engines import registry
+from jobs.lake import artifacts, manifests, partitions, tables
+from jobs.lake.items import tombstones
+from jobs.lake.locks import alone
+from jobs.lake.partitions import Commit
+from jobs.lake.tables import ITEMS, Table, llm_embeddings
+from jobs.lake.tensors import pick_device
+from jobs.run import InputError, Refused, Run
+from models.text import fp8
+from models.text.encoder import Encoder, check_packing, compile_layers, embed, load_encoder, read_spec
+from models.text.prompts import prompts
 
 CHUNK = 8192
 """Texts tokenized at once."""
@@ -144,7 +149,7 @@ def run(config: Config) -> Result:
     Raises InputError for an encoder that is not there or went away, embeddings that are not finite or all zero (with the
     items), or a full disk: finished parts are kept aside and the next run goes on from them. Refused when 8 bits fail the gate.
     """
-    lake, snapshot = config.run.lake, contracts.latest(config.run.lake, ITEMS.name, config.run.ds)
+    lake, snapshot = config.run.lake, partitions.latest(config.run.lake, ITEMS.name, config.run.ds)
     encoder_id = chosen(config)
     if not encoder_id:
         say("no recommender has served yet: none to measure against, so nothing to embed")
@@ -152,14 +157,14 @@ def run(config: Config) -> Result:
     folder, device = registry.fetch(config.run, "encoder", encoder_id), pick_device(config.run)
     table = llm_embeddings(read_spec(folder).width, config.dtype)
     partition = f"encoder={encoder_id}/ds={config.run.ds}/shard={config.shard:05d}-of-{config.shards:05d}"
-    items = contracts.read_commit(lake, ITEMS.name, snapshot)
+    items = partitions.read_commit(lake, ITEMS.name, snapshot)
     tally = Tally(price=config.gpu_hour_price, total=items.rows // config.shards)
     ready = cache(lambda: prepare(config, load_encoder(folder, device=device), snapshot, tally))
     try:
-        with contracts.alone(lake, f"embed {encoder_id} {config.shard:05d}-of-{config.shards:05d}"):
+        with alone(lake, f"embed {encoder_id} {config.shard:05d}-of-{config.shards:05d}"):
             portions = missing(config, snapshot, encoder_id, tally)
             parts = [finished(part, config, ready, table, partition, tally) for part in portions]
-            contracts.artifact(lake, "encoder", encoder_id)
+            artifacts.find(lake, "encoder", encoder_id)
             commit = publish(lake, table, partition, parts)
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
@@ -176,7 +181,7 @@ def summed(
     partition: str = "",
     device: str = "",
     inputs: Mapping[str, str] | None = None,
-    commit: contracts.Commit | None = None,
+    commit: Commit | None = None,
 ) -> Result:
     """A run's Result; without a commit that of a run that had nothing to do."""
     cost = tally.cost()
@@ -203,10 +208,10 @@ def summed(
 def chosen(config: Config) -> str:
     """The id of the configured encoder; "" for an opponent that is not there. Raises InputError where there is none."""
     if config.encoder == "latest":
-        found: str = contracts.read_manifest(config.run.lake, config.run.ds, "scft")["result"]["encoder_id"]
+        found: str = manifests.read(config.run.lake, config.run.ds, "scft")["result"]["encoder_id"]
         return found
     if config.encoder == "opponent":
-        challenger_id = str(contracts.read_manifest(config.run.lake, config.run.ds, "rat")["result"]["recommender_id"])
+        challenger_id = str(manifests.read(config.run.lake, config.run.ds, "rat")["result"]["recommender_id"])
         against = registry.opponent(config.run, challenger_id)
         return registry.resolve(config.run, against)["encoder_id"] if against else ""
     if config.encoder != "champion":
@@ -224,9 +229,9 @@ def missing(config: Config, snapshot: str, encoder_id: str, tally: Tally) -> Ite
     """Parts of the shard's texts without an embedding, in the snapshot's order; memory holds keys and one part."""
     lake = config.run.lake
     known = committed(lake, encoder_id, config)
-    forgotten = pa.array(sorted(contracts.tombstones(lake)), pa.string())
+    forgotten = pa.array(sorted(tombstones(lake)), pa.string())
     waiting: list[pa.Table] = []
-    for batch in contracts.scan(lake, ITEMS, snapshot, columns=("item_id", "content_hash", "attributes")):
+    for batch in partitions.scan(lake, ITEMS, snapshot, columns=("item_id", "content_hash", "attributes")):
         rows = pa.Table.from_batches([batch])
         rows = rows.filter(pc.invert(pc.is_in(rows["item_id"], forgotten)))
         rows = first_of_each(rows.filter(in_shard(keys_of(rows["content_hash"]), config)))
@@ -247,9 +252,9 @@ def missing(config: Config, snapshot: str, encoder_id: str, tally: Tally) -> Ite
 def committed(lake: Path, encoder_id: str, config: Config) -> pa.FixedSizeBinaryArray:
     """Keys of the shard's texts that the encoder has embedded in any partition."""
     found = [pa.array([], pa.binary(16))]
-    for partition in contracts.partitions(lake, "llm_embeddings", f"encoder={encoder_id}"):
-        for name in contracts.read_commit(lake, "llm_embeddings", partition).files:
-            with pq.ParquetFile(contracts.folder(lake, "llm_embeddings", partition) / name) as file:
+    for partition in partitions.committed(lake, "llm_embeddings", f"encoder={encoder_id}"):
+        for name in partitions.read_commit(lake, "llm_embeddings", partition).files:
+            with pq.ParquetFile(partitions.folder(lake, "llm_embeddings", partition) / name) as file:
                 for batch in file.iter_batches(columns=["content_hash"]):
                     keys = keys_of(batch["content_hash"])
                     found.append(keys.filter(in_shard(keys, config)))
@@ -280,7 +285,7 @@ def first_of_each(rows: pa.Table) -> pa.Table:
 
 def finished(part: pa.Table, config: Config, ready: Callable[[], Encoder], table: Table, partition: str, tally: Tally) -> Path:
     """The file of a part, embedded now or by a run that was killed. It carries the name of its texts, so it is never mistaken."""
-    aside = contracts.folder(config.run.lake, table.name, partition) / ".parts"
+    aside = partitions.folder(config.run.lake, table.name, partition) / ".parts"
     name = hashlib.sha256("\n".join([config.dtype, str(config.fp8), *part["content_hash"].to_pylist()]).encode()).hexdigest()
     path = aside / f"{name[:32]}.parquet"
     if path.exists():
@@ -290,7 +295,7 @@ def finished(part: pa.Table, config: Config, ready: Callable[[], Encoder], table
     encoder = ready()
     started, before = time.monotonic(), tally.seconds
     tally.last = started
-    rows = contracts.check(table, embedded(part, encoder, config, tally), f"{table.name}/{partition}")
+    rows = tables.check(table, embedded(part, encoder, config, tally), f"{table.name}/{partition}")
     unfinished = path.with_suffix(".unfinished")
     pq.write_table(rows, unfinished, compression="zstd")
     with unfinished.open("rb") as stream:
@@ -330,17 +335,17 @@ def refuse_bad_rows(emb_BE: NDArray[np.floating], item_ids: pa.ChunkedArray) -> 
                          "look at their texts; if values overflow float16, set embed.dtype to float32")  # fmt: skip
 
 
-def publish(lake: Path, table: Table, partition: str, parts: list[Path]) -> contracts.Commit:
+def publish(lake: Path, table: Table, partition: str, parts: list[Path]) -> Commit:
     """Commits the partition: what it held already, and the new parts behind it. Parts are linked, so a kill loses none."""
-    here = contracts.folder(lake, table.name, partition)
-    before = contracts.read_commit(lake, table.name, partition) if (here / contracts.COMMIT).exists() else None
+    here = partitions.folder(lake, table.name, partition)
+    before = partitions.read_commit(lake, table.name, partition) if (here / partitions.COMMIT).exists() else None
     if before and not parts:
         commit = before
     elif not parts:
-        commit = contracts.write(lake, table, partition, [])
+        commit = partitions.write(lake, table, partition, [])
     else:
         held = [here / name for name in before.files] if before else []
-        commit = contracts.commit_files(lake, table.name, partition, [*held, *map(link, parts)])
+        commit = partitions.commit_files(lake, table.name, partition, [*held, *map(link, parts)])
     shutil.rmtree(here / ".parts", ignore_errors=True)
     return commit
 
@@ -358,7 +363,7 @@ def link(part: Path) -> Path:
 
 def prepare(config: Config, encoder: Encoder, snapshot: str, tally: Tally) -> Encoder:
     """The encoder, once it is sure that items don't see each other, with 8 bits (past their gate) and compilation turned on."""
-    batch = next(contracts.scan(config.run.lake, ITEMS, snapshot, columns=("attributes",), batch_rows=SAMPLE))
+    batch = next(partitions.scan(config.run.lake, ITEMS, snapshot, columns=("attributes",), batch_rows=SAMPLE))
     sample = attributes(pa.Table.from_batches([batch]))
     texts = encoder.tokenize(sample)
     whole, _ = prompts(texts, np.arange(len(texts)), encoder.limit)

@@ -19,8 +19,10 @@ from feature_repo import offline, spaces
 from feature_repo.index import Graph
 from feature_repo.reader import Reader, offline_folder, settings
 from feature_repo.stores import lease, open_writer
-from jobs import contracts, serving
-from jobs.contracts import InputError, Refused, Run
+from jobs.engines import online
+from jobs.lake import partitions
+from jobs.lake.items import bury
+from jobs.run import InputError, Refused, Run
 
 TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings")
 ECHOES = ("lookup", "recommend", "explain")
@@ -76,18 +78,18 @@ def run(config: Config) -> Result:
     item, lake = str(config.item), config.run.lake
     if not item:
         raise InputError("forget.item is empty: give an item's id, for example --set forget.item=1193")
-    contracts.bury(lake, item, config.run.ds)
+    bury(lake, item, config.run.ds)
     removed: dict[str, int] = {}
     inputs, outputs = dict[str, str](), dict[str, str]()
-    with serving.refusals():
-        online = forget_online(config, item)
+    with online.refusals():
+        emptied = forget_online(config, item)
     for name in TABLES:
-        for partition in contracts.partitions(lake, name):
-            before = contracts.read_commit(lake, name, partition)
+        for partition in partitions.committed(lake, name):
+            before = partitions.read_commit(lake, name, partition)
             if gone := forget_partition(lake, name, partition, item):
                 removed[name] = removed.get(name, 0) + gone
                 inputs[f"{name}/{partition}"] = before.digest
-                outputs[f"{name}/{partition}"] = contracts.read_commit(lake, name, partition).digest
+                outputs[f"{name}/{partition}"] = partitions.read_commit(lake, name, partition).digest
     if gone := offline.forget(Path(offline_folder(lake)), item):
         removed["feast_offline"] = gone
     drop_leftovers(lake, item)
@@ -96,7 +98,7 @@ def run(config: Config) -> Result:
     left_online, left = still_online(config, item), sorted(mentions(lake, item))
     models = [name for name in left if name.startswith("models/")]
     result = Result(
-        online_removed=online,
+        online_removed=emptied,
         lake_removed=removed,
         indexes=indexes,
         manifests_removed=echoes,
@@ -139,13 +141,13 @@ def forget_indexes(config: Config) -> int:
     lake, built = config.run.lake, 0
     pointer = spaces.current(Reader.open(lake))
     for space in spaces.live(pointer).values() if pointer else ():
-        if serving.index_home(lake, space).is_dir():
-            serving.build_index(lake, space, config.graph if config.approximate else None, 4_096)
+        if online.index_home(lake, space).is_dir():
+            online.build_index(lake, space, config.graph if config.approximate else None, 4_096)
             built += 1
-    live = {serving.index_home(lake, space) for space in spaces.live(pointer).values()} if pointer else set()
+    live = {online.index_home(lake, space) for space in spaces.live(pointer).values()} if pointer else set()
     for home in (lake / "indexes").glob("space=*/ds=*"):
         if home not in live:
-            serving.drop_index(home)
+            online.drop_index(home)
     return built
 
 
@@ -154,20 +156,20 @@ def forget_indexes(config: Config) -> int:
 
 def forget_partition(lake: Path, name: str, partition: str, item: str) -> int:
     """Rewrites a partition without the item, at once, file by file; returns how many rows changed or went."""
-    here, staged, changed = contracts.folder(lake, name, partition), [], 0
-    for file in contracts.read_commit(lake, name, partition).files:
+    here, staged, changed = partitions.folder(lake, name, partition), [], 0
+    for file in partitions.read_commit(lake, name, partition).files:
         rows = sum(pc.sum(named(batch, item)).as_py() or 0 for batch in batches(here / file))
         changed += rows
         staged.append(rewritten(here / file, item) if rows else here / file)
     if changed:
-        contracts.commit_files(lake, name, partition, staged)
+        partitions.commit_files(lake, name, partition, staged)
     return changed
 
 
 def drop_leftovers(lake: Path, item: str) -> None:
     """Deletes Parquet files that name the item and are no part of a table: what writers that were killed left behind."""
     for path in sorted(lake.rglob("*.parquet")):
-        commit = path.parent / contracts.COMMIT
+        commit = path.parent / partitions.COMMIT
         live = {entry["name"] for entry in json.loads(commit.read_text())["files"]} if commit.exists() else set()
         if path.name not in live and any(pc.any(named(batch, item)).as_py() for batch in batches(path)):
             path.unlink()
@@ -272,7 +274,7 @@ def mentions(lake: Path, item: str) -> Iterator[str]:
             yield name
         if path.suffix == ".html" and item in shown(path.read_text()):
             yield name
-        if path.suffix == ".json" and not name.endswith(contracts.COMMIT) and item in values(path.read_text()):
+        if path.suffix == ".json" and not name.endswith(partitions.COMMIT) and item in values(path.read_text()):
             yield name
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from feature_repo.reader import BATCH, Answer, Reader, encode
-from jobs import contracts, serving
-from jobs.contracts import InputError, Refused, Run
+from jobs.engines import online
+from jobs.lake import partitions
+from jobs.lake.items import tombstones
+from jobs.run import InputError, Refused, Run
 
 SHOWN = 8
 
@@ -68,13 +70,13 @@ def run(config: Config) -> Result:
     """
     lake = config.run.lake
     reader = Reader.over_http(config.url) if config.url else Reader.open(lake)
-    pointer = serving.served(reader)
+    pointer = online.served(reader)
     age_days = round(pointer.age.total_seconds() / 86_400, 2)
     if config.max_age_days and age_days > config.max_age_days:
         raise Refused(
             f"what serves is of {pointer.ds}, {age_days} days old, more than lookup.max_age_days = {config.max_age_days}"
         )
-    partition = serving.partition_of(pointer.space_id, pointer.ds)
+    partition = online.partition_of(pointer.space_id, pointer.ds)
     compared, milliseconds, first = compare(config, reader, partition, pointer.codec, pointer.items)
     item = str(config.item) or first
     shown = reader.vectors([item])
@@ -95,8 +97,8 @@ def run(config: Config) -> Result:
         read_ms_p50=round(float(np.percentile(milliseconds, 50)), 3),
         read_ms_p99=round(float(np.percentile(milliseconds, 99)), 3),
         inputs={
-            "item_embeddings": contracts.read_commit(lake, "item_embeddings", partition).digest,
-            "pointer": serving.pointer_text(pointer),
+            "item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest,
+            "pointer": online.pointer_text(pointer),
         },
         outputs={},
         rows={},
@@ -110,7 +112,7 @@ def compare(config: Config, reader: Reader, partition: str, codec: str, items: i
     """(vectors compared, milliseconds of each read, first item id). Raises Refused at the first difference."""
     step = max(1, items // config.sample) if config.sample else 1
     compared, seen, milliseconds, first = 0, 0, list[float](), ""
-    for ids, emb_ND in serving.chunks(config.run.lake, partition, BATCH):
+    for ids, emb_ND in online.chunks(config.run.lake, partition, BATCH):
         rows = range(-seen % step, len(ids), step)
         seen += len(ids)
         chosen = [ids[row] for row in rows]
@@ -120,7 +122,7 @@ def compare(config: Config, reader: Reader, partition: str, codec: str, items: i
             milliseconds.append((time.monotonic() - started) * 1000)
             check_answer(answer, chosen, encode(emb_ND[list(rows)], codec), partition)
             compared, first = compared + len(chosen), first or chosen[0]
-    forgotten = len(contracts.tombstones(config.run.lake))
+    forgotten = len(tombstones(config.run.lake))
     if not config.sample and not items - forgotten <= compared <= items:
         raise Refused(f"the pointer promises {items:,} items, item_embeddings/{partition} has {compared:,}: publish again")
     return compared, milliseconds, first
@@ -128,12 +130,12 @@ def compare(config: Config, reader: Reader, partition: str, codec: str, items: i
 
 def check_answer(answer: Answer, chosen: list[str], wanted: list[bytes], partition: str) -> None:
     """Raises Refused where an answer is not the lake's rows, each under its own id."""
-    if serving.partition_of(answer.pointer.space_id, answer.pointer.ds) != partition:
+    if online.partition_of(answer.pointer.space_id, answer.pointer.ds) != partition:
         raise Refused(f"the pointer moved to space {answer.pointer.space_id} during the lookup: run it again")
     if answer.missing or answer.deleted:
         absent = answer.missing + answer.deleted
         raise Refused(f"{len(absent)} items of {partition} are not online, for example {absent[0]!r}: publish again")
-    online = encode(answer.vector_ND, answer.pointer.codec)
-    wrong = [item_id for item_id, raw, want in zip(chosen, online, wanted, strict=True) if raw != want]
+    written = encode(answer.vector_ND, answer.pointer.codec)
+    wrong = [item_id for item_id, raw, want in zip(chosen, written, wanted, strict=True) if raw != want]
     if answer.item_ids != chosen or wrong:
         raise Refused(f"{len(wrong)} vectors of {partition} differ online, for example {(wrong or chosen)[0]!r}: publish again")

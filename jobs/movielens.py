@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from jobs.contracts import InputError, Run, digest_file
-from jobs.spark import session
+from jobs.engines.spark import session
+from jobs.lake.partitions import digest_file
+from jobs.run import InputError, Run
 
 FOLDER = "recbole/dataset_example/ml-100k"
 

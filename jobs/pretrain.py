@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from jobs import contracts
-from jobs.contracts import InputError, Run
-from jobs.tensors import checkpoint_path, pick_device, progress_log, read_catalogue, read_histories
-from models.data import held_out, train_counts, without_items
-from models.recommender import Backbone, IdItems, Recommender, build_sequence, save_recommender
-from models.training import Training, join, same_everywhere, train
+from jobs.lake import artifacts
+from jobs.lake.tensors import checkpoint_path, pick_device, progress_log, read_catalogue, read_histories
+from jobs.run import InputError, Run, as_json
+from models.behaviour.data import held_out, train_counts, without_items
+from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence, save_recommender
+from models.behaviour.training import Training, train
+from models.processes import join, same_everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +86,17 @@ def run(config: Config) -> Result:
     )
     if rank == 0 and config.run.tracking_uri:
         # MLflow takes seconds to load, and GPU workers may lack it
-        from jobs import registry
+        from jobs.engines import registry
 
         metrics = {"validation_ndcg": trained.ndcg, "validation_recall": trained.recall}
-        params = {"teacher_id": teacher_id, "config": contracts.as_json(config)}
+        params = {"teacher_id": teacher_id, "config": as_json(config)}
         registry.log_run(config.run, "pretrain", params, metrics, inputs=inputs)
     return result
 
 
 def keep(config: Config, teacher: Recommender, item_ids: tuple[str, ...]) -> str:
     """Keeps the teacher's weights in the lake and returns their id."""
-    staged = contracts.stage_artifact(config.run.lake, "teacher")
+    staged = artifacts.stage(config.run.lake, "teacher")
     meta = {"cold_share": config.cold_share, "seed": config.run.seed, "ds": config.run.ds}
     save_recommender(staged, teacher, item_ids=item_ids, backbone=config.backbone, items={"kind": "id"}, meta=meta)
-    return contracts.keep_artifact(config.run.lake, "teacher", staged)
+    return artifacts.keep(config.run.lake, "teacher", staged)

@@ -11,11 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from jobs import contracts, registry
-from jobs.contracts import ITEMS, SEQUENCES, InputError, Run, item_embeddings
-from jobs.tensors import embeddings_digest, pick_device, read_embeddings
-from models.data import GROUPS, item_groups
-from models.recommender import LoadedRecommender, load_recommender
+from jobs.engines import registry
+from jobs.lake import artifacts, partitions
+from jobs.lake.items import tombstones
+from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
+from jobs.lake.tensors import embeddings_digest, pick_device, read_embeddings
+from jobs.run import InputError, Run
+from models.behaviour.data import GROUPS, item_groups
+from models.behaviour.recommender import LoadedRecommender, load_recommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +62,9 @@ def run(config: Config) -> Result:
     lake = config.run.lake
     chosen = registry.resolve(config.run, config.recommender)
     encoder_id, recommender_id = chosen["encoder_id"], chosen["recommender_id"]
-    recommender = load_recommender(contracts.artifact(lake, "recommender", recommender_id), pick_device(config.run))
-    space_id = contracts.space_id(encoder_id, recommender_id)
-    items, sequences = (contracts.latest(lake, table.name, config.run.ds) for table in (ITEMS, SEQUENCES))
+    recommender = load_recommender(artifacts.find(lake, "recommender", recommender_id), pick_device(config.run))
+    space_id = space_of(encoder_id, recommender_id)
+    items, sequences = (partitions.latest(lake, table.name, config.run.ds) for table in (ITEMS, SEQUENCES))
     warm, counted = warm_groups(config.run, sequences), dict.fromkeys(GROUPS, 0)
 
     def parts() -> Iterator[pa.Table]:
@@ -74,7 +77,7 @@ def run(config: Config) -> Result:
                     counted[group] += pc.sum(pc.equal(part["group"], group)).as_py()
                 yield part
 
-    commit = contracts.write(lake, item_embeddings(recommender.width), f"space={space_id}/ds={config.run.ds}", parts())
+    commit = partitions.write(lake, item_embeddings(recommender.width), f"space={space_id}/ds={config.run.ds}", parts())
     return Result(
         space_id=space_id,
         encoder_id=encoder_id,
@@ -82,8 +85,8 @@ def run(config: Config) -> Result:
         width=recommender.width,
         groups=counted,
         inputs={
-            "items": contracts.read_commit(lake, ITEMS.name, items).digest,
-            "sequences": contracts.read_commit(lake, SEQUENCES.name, sequences).digest,
+            "items": partitions.read_commit(lake, ITEMS.name, items).digest,
+            "sequences": partitions.read_commit(lake, SEQUENCES.name, sequences).digest,
             "llm_embeddings": embeddings_digest(config.run, encoder_id),
             "encoder": encoder_id,
             "recommender": recommender_id,
@@ -95,12 +98,12 @@ def run(config: Config) -> Result:
 
 def passes(config: Config, partition: str) -> Iterator[pa.Table]:
     """The catalogue's (item_id, content_hash), at most about `pass_items` at once: ranges of the hash, which is even."""
-    count = max(1, -(-contracts.read_commit(config.run.lake, ITEMS.name, partition).rows // config.pass_items))
+    count = max(1, -(-partitions.read_commit(config.run.lake, ITEMS.name, partition).rows // config.pass_items))
     bounds = [f"{number * 16**8 // count:08x}" for number in range(count)] + ["g"]
-    forgotten = pa.array(sorted(contracts.tombstones(config.run.lake)), pa.string())
+    forgotten = pa.array(sorted(tombstones(config.run.lake)), pa.string())
     for low, high in itertools.pairwise(bounds):
         found = []
-        for batch in contracts.scan(config.run.lake, ITEMS, partition, columns=("item_id", "content_hash")):
+        for batch in partitions.scan(config.run.lake, ITEMS, partition, columns=("item_id", "content_hash")):
             inside = pc.and_(pc.greater_equal(batch["content_hash"], low), pc.less(batch["content_hash"], high))
             found.append(batch.filter(pc.and_(inside, pc.invert(pc.is_in(batch["item_id"], forgotten)))))
         if any(batch.num_rows for batch in found):
@@ -110,7 +113,7 @@ def passes(config: Config, partition: str) -> Iterator[pa.Table]:
 def warm_groups(run: Run, partition: str) -> pa.Table:
     """(item_id, group) of every item with a train event; all others are cold."""
     counts = pa.table({"item_id": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
-    for batch in contracts.scan(run.lake, SEQUENCES, partition, columns=("item_ids", "train_end")):
+    for batch in partitions.scan(run.lake, SEQUENCES, partition, columns=("item_ids", "train_end")):
         length = pc.list_value_length(batch["item_ids"]).to_numpy(zero_copy_only=False)
         position = np.arange(length.sum()) - np.repeat(length.cumsum() - length, length)
         in_train = pa.array(position < np.repeat(batch["train_end"].to_numpy(zero_copy_only=False), length))

@@ -20,8 +20,11 @@ from feature_repo.compatibility import Compatibility
 from feature_repo.index import Graph
 from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_store, settings
 from feature_repo.stores import Store, lease, open_writer
-from jobs import contracts, registry, serving
-from jobs.contracts import ITEMS, InputError, Refused, Run
+from jobs.engines import online, registry
+from jobs.lake import partitions
+from jobs.lake.items import tombstones
+from jobs.lake.tables import ITEMS, space_of
+from jobs.run import InputError, Refused, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +119,8 @@ def run(config: Config) -> Result:
     lake, clock = config.run.lake, Clock()
     made_by = resolve(config)
     space_id = made_by["space_id"]
-    partition = serving.partition_of(space_id, config.run.ds)
-    width = serving.width_of(lake, partition)
+    partition = online.partition_of(space_id, config.run.ds)
+    width = online.width_of(lake, partition)
     hash_N = inspected(config, partition, width)
     space = Space(
         space_id=space_id,
@@ -128,20 +131,20 @@ def run(config: Config) -> Result:
         items=len(hash_N),
     )
     clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
-    with serving.refusals():
+    with online.refusals():
         register(lake)
         before = spaces.current(Reader.open(lake))
     moved = compared(config, before, space)
     clock.lap(
         "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"
     )
-    index_digest = serving.build_index(lake, space, config.graph if config.approximate else None, config.chunk_rows)
+    index_digest = online.build_index(lake, space, config.graph if config.approximate else None, config.chunk_rows)
     found = recall(config, space)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
     if config.offline:
         write_offline(config, space)
         clock.lap("offline", f"history up to {space.ds}")
-    with serving.refusals():
+    with online.refusals():
         figures = put_online(config, space, before, hash_N, clock)
     after = figures.after
     return Result(
@@ -165,11 +168,11 @@ def run(config: Config) -> Result:
         recall_at_10=round(found, 4),
         seconds=clock.seconds,
         inputs={
-            "item_embeddings": contracts.read_commit(lake, "item_embeddings", partition).digest,
+            "item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest,
             "encoder": made_by["encoder_id"],
             "recommender": made_by["recommender_id"],
         },
-        outputs={"index": index_digest, "pointer": serving.pointer_text(after)},
+        outputs={"index": index_digest, "pointer": online.pointer_text(after)},
         rows={"item_embedding": figures.verified},
     )
 
@@ -185,25 +188,25 @@ def resolve(config: Config) -> dict[str, str]:
     """`space_id`, `encoder_id` and `recommender_id` of the space that the recipe asks for. Raises InputError."""
     lake = config.run.lake
     if (lake / "item_embeddings" / f"space={config.space}").is_dir():
-        return {"space_id": config.space, **serving.recommender_of(lake, config.space)}
+        return {"space_id": config.space, **online.recommender_of(lake, config.space)}
     chosen = registry.resolve(config.run, config.space)
     ids = {name: str(chosen[name]) for name in ("encoder_id", "recommender_id")}
-    return {"space_id": contracts.space_id(ids["encoder_id"], ids["recommender_id"]), **ids}
+    return {"space_id": space_of(ids["encoder_id"], ids["recommender_id"]), **ids}
 
 
 def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int64]:
     """Hashes of the items to publish, every row checked, every item of the catalogue there. Raises InputError, Refused."""
     lake = config.run.lake
     try:
-        hash_N = spaces.inspect(serving.chunks(lake, partition, config.chunk_rows, checked=True), width, config.codec)
+        hash_N = spaces.inspect(online.chunks(lake, partition, config.chunk_rows, checked=True), width, config.codec)
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"item_embeddings/{partition}: {error}") from error
-    snapshot = contracts.latest(lake, ITEMS.name, config.run.ds)
-    gone = contracts.tombstones(lake)
+    snapshot = partitions.latest(lake, ITEMS.name, config.run.ds)
+    gone = tombstones(lake)
     absent, example = 0, ""
-    for batch in contracts.scan(lake, ITEMS, snapshot, ("item_id",)):
+    for batch in partitions.scan(lake, ITEMS, snapshot, ("item_id",)):
         lost = [item_id for item_id in spaces.outside(batch["item_id"].to_pylist(), hash_N) if item_id not in gone]
         absent, example = absent + len(lost), example or next(iter(lost), "")
     if absent:
@@ -226,7 +229,7 @@ def compared(config: Config, before: Pointer | None, space: Space) -> Compatibil
             f"space {space.space_id} serves vectors of width {before.width}, these are {space.width} wide: one space has one "
             "recommender and so one width; project again"
         )
-    moved = compatibility.compare(*serving.unchanged(config.run.lake, before, space, config.churn_items), same=same)
+    moved = compatibility.compare(*online.unchanged(config.run.lake, before, space, config.churn_items), same=same)
     key, most = ("max_churn", config.max_churn) if same else ("max_churn_new_space", config.max_churn_new_space)
     above = {group: share for group, share in moved.churn.items() if share > most}
     if above:
@@ -242,7 +245,7 @@ def recall(config: Config, space: Space) -> float:
     """Recall at 10 of the approximate index, items as queries."""
     if not config.approximate:
         return 0.0
-    built = serving.open_index(config.run.lake, space)
+    built = online.open_index(config.run.lake, space)
     rows = np.linspace(0, space.items - 1, min(256, space.items)).astype(np.int64)
     return index.recall(built, np.asarray(built.vector_ND[rows]), 10, config.graph.breadth_search)
 
@@ -267,13 +270,13 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
     store, reader = open_writer(settings(lake)), Reader.open(lake)
 
     def rows() -> Iterator[spaces.Chunk]:
-        return serving.chunks(lake, serving.partition_of(space.space_id, space.ds), config.chunk_rows)
+        return online.chunks(lake, online.partition_of(space.space_id, space.ds), config.chunk_rows)
 
     with lease(store, "publish", config.lease_wait_s):
         if spaces.current(reader) != before:
             raise Refused("another writer moved the pointer since this publish began: look at what serves now, then run again")
         delta = before is not None and before.space_id == space.space_id
-        spaces.bury(store, sorted(contracts.tombstones(lake)), space.ds)
+        spaces.bury(store, sorted(tombstones(lake)), space.ds)
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
         removed = remove_absent(config, store, before, hash_N) if before is not None and delta else 0
         clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
@@ -304,10 +307,10 @@ def register(lake: Path) -> None:
 
 def remove_absent(config: Config, store: Store, before: Pointer, hash_N: npt.NDArray[np.int64]) -> int:
     """Removes items of the space that serves which the new snapshot no longer has; before the flip, so a rerun does it too."""
-    lake, partition = config.run.lake, serving.partition_of(before.space_id, before.ds)
-    if partition not in contracts.partitions(lake, "item_embeddings", f"space={before.space_id}"):
+    lake, partition = config.run.lake, online.partition_of(before.space_id, before.ds)
+    if partition not in partitions.committed(lake, "item_embeddings", f"space={before.space_id}"):
         return 0
-    lost = (spaces.outside(ids, hash_N) for ids, _ in serving.chunks(lake, partition, config.chunk_rows))
+    lost = (spaces.outside(ids, hash_N) for ids, _ in online.chunks(lake, partition, config.chunk_rows))
     return sum(spaces.remove_items(store, before.space_id, ids) for ids in lost if ids)
 
 
@@ -321,9 +324,9 @@ def write_attributes(config: Config, store: Store, reader: Reader) -> int:
 def catalogue(config: Config, rows: int) -> Iterator[pa.Table]:
     """The items of the snapshot in bounded tables, without forgotten ones."""
     lake = config.run.lake
-    gone = pa.array(sorted(contracts.tombstones(lake)), pa.string())
+    gone = pa.array(sorted(tombstones(lake)), pa.string())
     columns = ("item_id", "attributes", "content_hash")
-    for batch in contracts.scan(lake, ITEMS, contracts.latest(lake, ITEMS.name, config.run.ds), columns, rows):
+    for batch in partitions.scan(lake, ITEMS, partitions.latest(lake, ITEMS.name, config.run.ds), columns, rows):
         yield pa.Table.from_batches([batch.filter(pc.invert(pc.is_in(batch["item_id"], gone)))])
 
 
@@ -332,5 +335,5 @@ def write_offline(config: Config, space: Space) -> None:
     lake, home = config.run.lake, Path(offline_folder(config.run.lake))
     offline.prepare(home)
     rows = config.chunk_rows * 64  # one row group of Parquet
-    offline.write_vectors(home, space, serving.chunks(lake, serving.partition_of(space.space_id, space.ds), rows))
+    offline.write_vectors(home, space, online.chunks(lake, online.partition_of(space.space_id, space.ds), rows))
     offline.write_items(home, config.run.ds, catalogue(config, rows))

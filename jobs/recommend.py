@@ -14,10 +14,12 @@ import torch
 
 from feature_repo.index import Index
 from feature_repo.reader import Reader
-from jobs import contracts, registry, serving
-from jobs.contracts import SEQUENCES, InputError, Run
-from jobs.tensors import pick_device
-from models.recommender import load_recommender
+from jobs.engines import online, registry
+from jobs.lake import partitions
+from jobs.lake.tables import SEQUENCES
+from jobs.lake.tensors import pick_device
+from jobs.run import InputError, Run
+from models.behaviour.recommender import load_recommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +75,12 @@ def run(config: Config) -> Result:
     if config.k < 1:
         raise InputError(f"recommend.k is {config.k}: ask for at least one item")
     reader = Reader.over_http(config.url) if config.url else Reader.open(lake)
-    pointer = serving.served(reader)
-    recommender_id = pointer.recommender_id or serving.recommender_of(lake, pointer.space_id)["recommender_id"]
+    pointer = online.served(reader)
+    recommender_id = pointer.recommender_id or online.recommender_of(lake, pointer.space_id)["recommender_id"]
     if not recommender_id:
         raise InputError(f"no recommender of the lake makes space {pointer.space_id}, which serves: fetch its artifact first")
     recommender = load_recommender(registry.fetch(config.run, "recommender", recommender_id), pick_device(config.run))
-    neighbours = serving.open_index(lake, pointer.space)
+    neighbours = online.open_index(lake, pointer.space)
     history = history_of(config, reader)
     started = time.monotonic()
     answer = reader.vectors(history[-recommender.backbone.max_len :])
@@ -93,7 +95,7 @@ def run(config: Config) -> Result:
     seconds = time.monotonic() - started
     exact, _ = nearest(neighbours, user_BD, config, hidden, "exact")
     recent = answer.item_ids[-config.shown :] if config.shown else []
-    names = serving.titles(lake, pointer.ds, [*found, *recent])
+    names = online.titles(lake, pointer.ds, [*found, *recent])
     result = Result(
         space_id=pointer.space_id,
         recommender_id=recommender_id,
@@ -104,7 +106,7 @@ def run(config: Config) -> Result:
         scores=[round(float(score), 5) for score in scores],
         recall=round(len(set(found) & set(exact)) / len(exact), 4) if exact else 1.0,
         seconds=round(seconds, 4),
-        inputs={"pointer": serving.pointer_text(pointer), "recommender": recommender_id},
+        inputs={"pointer": online.pointer_text(pointer), "recommender": recommender_id},
         outputs={},
         rows={},
     )
@@ -121,7 +123,9 @@ def history_of(config: Config, reader: Reader) -> list[str]:
     if values.get("item_ids"):
         return [str(item_id) for item_id in values["item_ids"]]
     lake = config.run.lake
-    for batch in contracts.scan(lake, SEQUENCES, contracts.latest(lake, SEQUENCES.name, config.run.ds), ("user_id", "item_ids")):
+    for batch in partitions.scan(
+        lake, SEQUENCES, partitions.latest(lake, SEQUENCES.name, config.run.ds), ("user_id", "item_ids")
+    ):
         rows = batch.filter(pc.equal(batch["user_id"], str(config.user)))
         if rows.num_rows:
             return [str(item_id) for item_id in rows["item_ids"][0].as_py()]

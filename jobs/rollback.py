@@ -10,8 +10,9 @@ from pathlib import Path
 from feature_repo import offline, spaces
 from feature_repo.reader import Pointer, Reader, offline_folder, settings
 from feature_repo.stores import Store, lease, open_writer
-from jobs import contracts, registry, serving
-from jobs.contracts import InputError, Refused, Run
+from jobs.engines import online, registry
+from jobs.lake.locks import alone
+from jobs.run import InputError, Refused, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,9 @@ def run(config: Config) -> Result:
     """
     lake = config.run.lake
     reader, store = Reader.open(lake), open_writer(settings(lake))
-    before = serving.served(reader)
-    with serving.refusals(), lease(store, "rollback", config.lease_wait_s):
-        if serving.served(reader) != before:
+    before = online.served(reader)
+    with online.refusals(), lease(store, "rollback", config.lease_wait_s):
+        if online.served(reader) != before:
             raise Refused("the pointer moved while rollback waited for its lease: look at what serves now, then run again")
         started = time.monotonic()
         after = before if config.space == before.space_id else back(config, store, reader, before)
@@ -75,8 +76,8 @@ def run(config: Config) -> Result:
         sequence=after.sequence,
         flip_ms=flip_ms,
         champion=champion,
-        inputs={"pointer": serving.pointer_text(before)},
-        outputs={"pointer": serving.pointer_text(after)},
+        inputs={"pointer": online.pointer_text(before)},
+        outputs={"pointer": online.pointer_text(after)},
         rows={"serving_pointer": 1},
     )
 
@@ -86,14 +87,14 @@ def back(config: Config, store: Store, reader: Reader, before: Pointer) -> Point
     last = before.previous
     if last and config.space not in ("", last.space_id):
         raise Refused(f"rollback.space {config.space} is not the one before, {last.space_id}: publish it instead")
-    return spaces.rollback(store, reader, serving.sample_ids(config.run.lake, last, 100) if last else [])
+    return spaces.rollback(store, reader, online.sample_ids(config.run.lake, last, 100) if last else [])
 
 
 def follow(config: Config, before: Pointer, after: Pointer) -> str:
     """Moves the aliases after the pointer; returns the champion. What serves is right by then, so MLflow's failure only warns."""
     run = config.run
     try:
-        with contracts.alone(run.lake, "promotion", config.lease_wait_s):
+        with alone(run.lake, "promotion", config.lease_wait_s):
             champion, previous = registry.champion(run), registry.by_alias(run, "previous")
             if champion is None:
                 return ""
@@ -114,4 +115,4 @@ def follow(config: Config, before: Pointer, after: Pointer) -> str:
 
 def registry_name(run: Run, pointer: Pointer) -> str:
     """The recommender that made a space."""
-    return pointer.recommender_id or serving.recommender_of(run.lake, pointer.space_id)["recommender_id"]
+    return pointer.recommender_id or online.recommender_of(run.lake, pointer.space_id)["recommender_id"]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.__main__ import main
-from jobs.spark import session
+from jobs.engines.spark import session
 from tests.models import tiny
 
 FIRST, SECOND = "2026-03-10", "2026-03-11"

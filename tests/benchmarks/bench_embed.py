@@ -29,10 +29,10 @@ from transformers import AutoModel, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models import fp8
-from models.encoder import Encoder, Spec, compile_layers, embed, layers_of
-from models.packing import ATTENTION
-from models.prompts import FieldPolicy, Prompts, spans
+from models.text import fp8
+from models.text.encoder import Encoder, Spec, compile_layers, embed, layers_of
+from models.text.packing import ATTENTION
+from models.text.prompts import FieldPolicy, Prompts, spans
 
 PREFIX = 20
 SIZES = {

@@ -20,9 +20,10 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs import contracts
-from jobs.contracts import ITEMS
-from models.encoder import save_encoder
+from jobs.lake import artifacts, partitions
+from jobs.lake.items import content_hash
+from jobs.lake.tables import ITEMS
+from models.text.encoder import save_encoder
 from tests.models import tiny
 
 FIRST, SECOND = "2026-01-01", "2026-01-02"
@@ -38,7 +39,7 @@ def rows(items: int, ds: str) -> Iterator[pa.Table]:
         columns = {
             "item_id": [f"i{n}" for n in numbers],
             "attributes": [[{"name": "title", "value": title}] for title in titles],
-            "content_hash": [contracts.content_hash([("title", title)]) for title in titles],
+            "content_hash": [content_hash([("title", title)]) for title in titles],
             "first_seen_ds": [FIRST] * len(titles),
         }
         yield pa.table(columns, ITEMS.schema)
@@ -78,12 +79,12 @@ def main() -> None:
     for items in arguments.items:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            staged = contracts.stage_artifact(folder / "lake", "encoder")
+            staged = artifacts.stage(folder / "lake", "encoder")
             save_encoder(staged, tiny.encoder(tiny.llama(folder / "base")).spec, None)
-            encoder_id = contracts.keep_artifact(folder / "lake", "encoder", staged)
+            encoder_id = artifacts.keep(folder / "lake", "encoder", staged)
             nights = {}
             for ds in (FIRST, SECOND):
-                contracts.write(folder / "lake", ITEMS, f"ds={ds}", rows(items, ds))
+                partitions.write(folder / "lake", ITEMS, f"ds={ds}", rows(items, ds))
                 nights["first" if ds == FIRST else "second"] = night(folder, ds, encoder_id, arguments)
             result[str(items)] = nights
             print(f"{items:,}: {nights}", file=sys.stderr, flush=True)

@@ -34,8 +34,8 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs import contracts
-from jobs.contracts import INTERACTIONS, ITEMS, SEQUENCES
+from jobs.lake import partitions
+from jobs.lake.tables import INTERACTIONS, ITEMS, SEQUENCES
 
 ROOT = Path(__file__).resolve().parents[2]
 DAY, DAYS, CHUNK = 86_400, 30, 1_000_000
@@ -371,8 +371,8 @@ def contents(lake: Path, theirs: Path, ds: str) -> bool:
     duckdb.sql("set threads = 2")
     for table in (ITEMS, INTERACTIONS, SEQUENCES):
         part = f"ds={ds}"
-        here = contracts.folder(lake, table.name, part)
-        ours = [str(here / name) for name in contracts.read_commit(lake, table.name, part).files]
+        here = partitions.folder(lake, table.name, part)
+        ours = [str(here / name) for name in partitions.read_commit(lake, table.name, part).files]
         columns = [name for name in table.schema.names if name != "first_seen_ds"]
         if digest(ours, columns) != digest([str(theirs / f"{table.name}-{ds}-*.parquet")], columns):
             return False

@@ -39,8 +39,13 @@ from bench_publish import redis_server  # beside this file
 
 from feature_repo import stores
 from feature_repo.reader import NothingServed, Reader
-from jobs import collect, contracts, forget, publish, rollback
-from jobs.contracts import ITEMS, Run
+from jobs import collect, forget, publish, rollback
+from jobs.engines import online
+from jobs.lake import items, partitions
+from jobs.lake.items import content_hash
+from jobs.lake.partitions import digest_file
+from jobs.lake.tables import ITEMS, item_embeddings
+from jobs.run import Run
 
 WIDTH, STABLE = 8, 200
 FAILURES = ("mixed", "lost", "reader_errors", "unequal", "reruns_failed")
@@ -75,10 +80,10 @@ def snapshot(lake: Path, world: World, space: str) -> None:
     """Writes today's catalogue and its vectors in a space."""
     ids = sorted(world.versions)
     texts = [[{"name": "title", "value": f"{item} {world.versions[item]}"}] for item in ids]
-    hashes = [contracts.content_hash([("title", text[0]["value"])]) for text in texts]
+    hashes = [content_hash([("title", text[0]["value"])]) for text in texts]
     rows = {"item_id": ids, "attributes": texts, "content_hash": hashes, "first_seen_ds": [world.ds] * len(ids)}
-    contracts.write(lake, ITEMS, f"ds={world.ds}", [pa.table(rows, ITEMS.schema)])
-    table = contracts.item_embeddings(WIDTH)
+    partitions.write(lake, ITEMS, f"ds={world.ds}", [pa.table(rows, ITEMS.schema)])
+    table = item_embeddings(WIDTH)
     emb = np.frombuffer(b"".join(vector(space, item, world.versions[item]) for item in ids), np.float32)
     columns = {
         "item_id": pa.array(ids),
@@ -87,7 +92,7 @@ def snapshot(lake: Path, world: World, space: str) -> None:
         "content_hash": pa.array(hashes),
         "group": pa.repeat("head", len(ids)),
     }
-    contracts.write(lake, table, f"space={space}/ds={world.ds}", [pa.table(columns)])
+    partitions.write(lake, table, f"space={space}/ds={world.ds}", [pa.table(columns)])
 
 
 def operations(world: World, chance: random.Random, lakes: list[Path]) -> Iterator[tuple[str, Callable[[Path], object]]]:
@@ -191,7 +196,8 @@ def fail_at(number: int, after: bool) -> None:
     for store in (stores.SqliteStore, stores.RedisStore):
         for name in ("acquire", "write", "delete", "note", "release"):
             setattr(store, name, counted(getattr(store, name)))
-    contracts.write_json = counted(contracts.write_json)
+    for module in (partitions, items, online):
+        module.write_json = counted(module.write_json)  # type: ignore[attr-defined]
 
 
 def ended(child: int) -> int:
@@ -246,7 +252,7 @@ def dump(lake: Path, online: str) -> dict[str, Any]:
     for path in sorted(lake.rglob("*")):
         name = path.relative_to(lake).as_posix()
         if path.is_file() and "/." not in f"/{name}" and not name.startswith(("feast/online", "feast/registry")):
-            seen[name] = contracts.digest_file(path)
+            seen[name] = digest_file(path)
     where = json.loads(online)
     if where["type"] == "sqlite":
         with sqlite3.connect(where["path"]) as connection:

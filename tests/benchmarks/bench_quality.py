@@ -38,19 +38,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
-from models.data import Histories, held_out, inputs_before, neighbours, train_counts, without_items
-from models.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256
-from models.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
-from models.llm_esr import Distiller, DualItems, like_users
-from models.metrics import bootstrap, by_rank, estimate
-from models.prompts import Attributes, FieldPolicy
-from models.recommender import Backbone, IdItems, Recommender, build_sequence
-from models.retrieval import held_out as held_out_views
-from models.retrieval import validate
-from models.scft import Scft, shuffled
-from models.scft import train as fine_tune
-from models.training import Aligner, Training, train
+from models.behaviour.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
+from models.behaviour.data import Histories, held_out, inputs_before, neighbours, train_counts, without_items
+from models.behaviour.llm_esr import Distiller, DualItems, like_users
+from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence
+from models.behaviour.training import Aligner, Training, train
+from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
+from models.judge.metrics import bootstrap, by_rank, estimate
+from models.text.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256
+from models.text.prompts import Attributes, FieldPolicy
+from models.text.scft import Scft, shuffled
+from models.text.scft import train as fine_tune
+from models.text.view_retrieval import held_out as held_out_views
+from models.text.view_retrieval import validate
 from tests.benchmarks.bench_rat import load
 
 FIELDS = ("title", "brand", "categories", "price")

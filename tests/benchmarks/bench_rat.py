@@ -22,12 +22,22 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
-from models.data import GROUPS, Histories, cases, histories, inputs_before, item_groups, leave_one_out, targets, train_counts
-from models.metrics import full_ranks
-from models.progress import Trained
-from models.recommender import Backbone, IdItems, Recommender, build_sequence, score
-from models.training import Aligner, Training, train
+from models.behaviour.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
+from models.behaviour.data import (
+    GROUPS,
+    Histories,
+    cases,
+    histories,
+    inputs_before,
+    item_groups,
+    leave_one_out,
+    targets,
+    train_counts,
+)
+from models.behaviour.progress import Trained
+from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence, score
+from models.behaviour.training import Aligner, Training, train
+from models.judge.metrics import full_ranks
 
 
 def load(data: Path, device: str) -> Histories:
@@ -138,7 +148,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-len", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--patience", type=int, default=50)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a value of models.training.Training")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a value of models.behaviour.training.Training"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quiet", action="store_true")

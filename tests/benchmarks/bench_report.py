@@ -27,8 +27,11 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs import contracts, report
-from jobs.contracts import INTERACTIONS, ITEM_GROUPS, ITEMS, Run
+from jobs import report
+from jobs.lake import manifests, partitions
+from jobs.lake.partitions import write_json
+from jobs.lake.tables import INTERACTIONS, ITEM_GROUPS, ITEMS, item_embeddings, llm_embeddings
+from jobs.run import Run
 
 DS, SPACE, ENCODER, BLOCK = "2026-03-10", "5" * 16, "e" * 16, 65_536
 OPENED = """<script>addEventListener("load", () => { const out = document.createElement("pre"); out.id = "opened";
@@ -70,23 +73,23 @@ def fill(lake: Path, arguments: argparse.Namespace) -> None:
     def attributes(ids: list[str]) -> list[list[dict[str, str]]]:
         return [[{"name": "title", "value": f"Film {item}"}, {"name": "genre", "value": f"genre {item[-1]}"}] for item in ids]
 
-    contracts.write(lake, ITEMS, f"ds={DS}", (
+    partitions.write(lake, ITEMS, f"ds={DS}", (
         pa.table({"item_id": ids, "attributes": attributes(ids), "content_hash": texts, "first_seen_ds": [DS] * len(ids)},
                  ITEMS.schema) for ids, texts in blocks()))  # fmt: skip
-    contracts.write(lake, contracts.llm_embeddings(arguments.llm_width), f"encoder={ENCODER}/ds={DS}", (
+    partitions.write(lake, llm_embeddings(arguments.llm_width), f"encoder={ENCODER}/ds={DS}", (
         pa.table({"item_id": ids, "content_hash": texts, "embedding": vectors(len(ids), arguments.llm_width, np.float16)})
         for ids, texts in blocks()))  # fmt: skip
-    contracts.write(lake, contracts.item_embeddings(arguments.width), f"space={SPACE}/ds={DS}", (
+    partitions.write(lake, item_embeddings(arguments.width), f"space={SPACE}/ds={DS}", (
         pa.table({"item_id": ids, "space_id": [SPACE] * len(ids), "content_hash": texts,
                   "embedding": vectors(len(ids), arguments.width, np.float32),
                   "group": [ITEM_GROUPS[number % 3] for number in range(len(ids))]}) for ids, texts in blocks()))  # fmt: skip
-    contracts.write(lake, INTERACTIONS, f"ds={DS}", (
+    partitions.write(lake, INTERACTIONS, f"ds={DS}", (
         pa.table({"user_id": ["u"] * len(ids), "item_id": ids, "timestamp": pa.array(range(len(ids)), pa.int64())})
         for ids, _ in blocks()))  # fmt: skip
     ids = {"space_id": SPACE, "encoder_id": ENCODER}
     for job, result in (("extract", {"rows": {"items": arguments.items}}), ("embed", ids), ("project", ids), ("publish", ids)):
         manifest = {"job": job, "ds": DS, "status": "done", "seconds": 1.0, "result": {"outputs": {}, "inputs": {}, **result}}
-        contracts.write_json(contracts.manifest_path(lake, DS, job), manifest)
+        write_json(manifests.path_of(lake, DS, job), manifest)
 
 
 def reported(lake: Path, arguments: argparse.Namespace) -> dict[str, Any]:

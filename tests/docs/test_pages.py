@@ -39,7 +39,7 @@ def leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def known(generate: ModuleType, name: str) -> bool:
     """Whether a recipe may hold `job.key`: a key of its Config, or one below a free table such as `spark`."""
     job, _, key = name.partition(".")
-    place = generate.find("jobs.contracts", "Run") if job == "run" else generate.find(f"jobs.{job}", "Config")
+    place = generate.find("jobs.run", "Run") if job == "run" else generate.find(f"jobs.{job}", "Config")
     for found in generate.keys(place):
         if key == found.name or (found.kind.startswith("dict") and key.startswith(f"{found.name}.")):
             return True

@@ -17,8 +17,9 @@ import psycopg
 import pytest
 
 from feature_repo.reader import Reader
-from jobs import lookup, publish, pyfunc, registry, rollback
-from jobs.contracts import Run
+from jobs import lookup, publish, rollback
+from jobs.engines import recommender_pyfunc, registry
+from jobs.run import Run
 from tests.dags.conftest import Stub, Worker, airflow_environment, migrate
 from tests.jobs.conftest import catalogue  # noqa: F401 — a fixture
 from tests.jobs.small_registry import kept
@@ -172,7 +173,7 @@ def test_mlflow_registers_versions_and_moves_aliases_in_it(
     run = Run(ds="2026-01-01", lake=tmp_path / "lake", tracking_uri=server.url("mlflow"), device="cpu")
     assert registry.champion(run) is None
     made = [kept(run, seed) for seed in (0, 1)]
-    code = Path(pyfunc.__file__)
+    code = Path(recommender_pyfunc.__file__)
     log = [registry.log_run(run, "rat", {"seed": seed}, {"ndcg": 0.2}, made[seed], registry.RECOMMENDER, code) for seed in (0, 1)]
     assert log == ["1", "2"]
     assert registry.log_run(run, "rat", {"seed": 0}, {}, made[0], registry.RECOMMENDER, code) == "1", "registered once, ever"

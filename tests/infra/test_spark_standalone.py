@@ -49,7 +49,7 @@ class Cluster:
     """A master and its workers, each a process group of its own."""
 
     def __init__(self, folder: Path) -> None:
-        from jobs.spark import find_java
+        from jobs.engines.spark import find_java
 
         find_java()
         import pyspark

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import contracts
-from jobs.contracts import ITEMS, SEQUENCES
-from models.adapter import MlpAdapter, TextItems, Whitening
-from models.recommender import Backbone, Recommender, build_sequence, save_recommender
+from jobs.lake import artifacts, partitions
+from jobs.lake.items import content_hash
+from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
+from models.behaviour.adapter import MlpAdapter, TextItems, Whitening
+from models.behaviour.recommender import Backbone, Recommender, build_sequence, save_recommender
 from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
 
 WIDTH = 16
@@ -37,10 +38,10 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalogue:
         texts = version if texts is None else texts
         ids = ids or [f"m{number}" for number in range(40)]
         names = [f"Film {item}, cut {texts.get(item, 0)}" for item in ids]
-        hashes = [contracts.content_hash([("title", name)]) for name in names]
+        hashes = [content_hash([("title", name)]) for name in names]
         titles = [[{"name": "title", "value": name}] for name in names]
         rows = {"item_id": ids, "attributes": titles, "content_hash": hashes, "first_seen_ds": [ds] * len(ids)}
-        contracts.write(lake, ITEMS, f"ds={ds}", [pa.table(rows, ITEMS.schema)])
+        partitions.write(lake, ITEMS, f"ds={ds}", [pa.table(rows, ITEMS.schema)])
         users = {
             "user_id": ["u1", "u2"],
             "item_ids": [ids[:5], ids[3:9]],
@@ -48,8 +49,8 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalogue:
             "train_end": [3, 4],
             "valid_end": [4, 5],
         }
-        contracts.write(lake, SEQUENCES, f"ds={ds}", [pa.table(users, SEQUENCES.schema)])
-        contracts.write(lake, contracts.item_embeddings(WIDTH), f"space={space}/ds={ds}", [vectors(space, ids, version, hashes)])
+        partitions.write(lake, SEQUENCES, f"ds={ds}", [pa.table(users, SEQUENCES.schema)])
+        partitions.write(lake, item_embeddings(WIDTH), f"space={space}/ds={ds}", [vectors(space, ids, version, hashes)])
         return lake
 
     return write
@@ -59,7 +60,7 @@ def vectors(space: str, ids: list[str], version: dict[str, int], hashes: list[st
     """Rows of `item_embeddings`."""
     seeds = [[*space.encode(), *item.encode(), version.get(item, 0)] for item in ids]
     emb_ND = np.stack([np.random.default_rng(seed).normal(size=WIDTH) for seed in seeds]).astype(np.float32)
-    table = contracts.item_embeddings(WIDTH)
+    table = item_embeddings(WIDTH)
     columns = {
         "item_id": pa.array(ids),
         "space_id": pa.repeat(space, len(ids)),
@@ -79,7 +80,7 @@ def trained() -> Callable[[Path], tuple[str, str]]:
         backbone = Backbone(name="sasrec", width=WIDTH, max_len=5)
         whitening = Whitening(torch.zeros(4), torch.eye(4), 1.0)
         items = TextItems(torch.randn(3, 4), MlpAdapter(4, 8, WIDTH))
-        staged = contracts.stage_artifact(lake, "recommender")
+        staged = artifacts.stage(lake, "recommender")
         save_recommender(
             staged,
             Recommender(items, build_sequence(backbone)),
@@ -89,7 +90,7 @@ def trained() -> Callable[[Path], tuple[str, str]]:
             whitening=whitening,
             meta={"encoder_id": "e" * 16},
         )
-        recommender_id = contracts.keep_artifact(lake, "recommender", staged)
-        return contracts.space_id("e" * 16, recommender_id), recommender_id
+        recommender_id = artifacts.keep(lake, "recommender", staged)
+        return space_of("e" * 16, recommender_id), recommender_id
 
     return keep

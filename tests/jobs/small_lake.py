@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from jobs import contracts
-from jobs.contracts import ITEMS, SEQUENCES, Run, llm_embeddings
-from models.encoder import Spec, save_encoder
-from models.prompts import FieldPolicy
+from jobs.lake import manifests, partitions
+from jobs.lake.items import content_hash
+from jobs.lake.partitions import write_json
+from jobs.lake.tables import ATTRIBUTES, ITEMS, SEQUENCES, llm_embeddings
+from jobs.run import Run, as_json
+from models.text.encoder import Spec, save_encoder
+from models.text.prompts import FieldPolicy
 
 DS = "2026-03-10"
 ENCODER = "e0e0e0e0e0e0e0e0"
@@ -24,8 +27,8 @@ def item_rows() -> pa.Table:
     return pa.table(
         {
             "item_id": [f"i{number:02d}" for number in range(ITEM_COUNT)],
-            "attributes": pa.array(attributes, contracts.ATTRIBUTES),
-            "content_hash": [contracts.content_hash([("title", text)]) for text in texts],
+            "attributes": pa.array(attributes, ATTRIBUTES),
+            "content_hash": [content_hash([("title", text)]) for text in texts],
             "first_seen_ds": [DS] * ITEM_COUNT,
         }
     )
@@ -72,11 +75,11 @@ def make(path: Path) -> Run:
     """The run of a lake in which `extract`, `scft` and `embed` (in two partitions) have run."""
     run = Run(ds=DS, lake=path / "lake", device="cpu")
     items = item_rows()
-    contracts.write(run.lake, ITEMS, f"ds={DS}", [items])
-    contracts.write(run.lake, SEQUENCES, f"ds={DS}", [sequence_rows()])
+    partitions.write(run.lake, ITEMS, f"ds={DS}", [items])
+    partitions.write(run.lake, SEQUENCES, f"ds={DS}", [sequence_rows()])
     hashes = sorted(set(items["content_hash"].to_pylist()))
     for number, part in enumerate((hashes[:7], hashes[7:])):
-        contracts.write(run.lake, llm_embeddings(WIDTH), f"encoder={ENCODER}/shard={number}", [embedding_rows(part)])
+        partitions.write(run.lake, llm_embeddings(WIDTH), f"encoder={ENCODER}/shard={number}", [embedding_rows(part)])
     keep_encoder(run.lake)
     remember(run, "scft", {"encoder_id": ENCODER})
     return run
@@ -84,5 +87,5 @@ def make(path: Path) -> Run:
 
 def remember(run: Run, job: str, result: object) -> None:
     """Writes the manifest that the command line would have written."""
-    manifest = {"status": "done", "result": contracts.as_json(result)}
-    contracts.write_json(contracts.manifest_path(run.lake, run.ds, job), manifest)
+    manifest = {"status": "done", "result": as_json(result)}
+    write_json(manifests.path_of(run.lake, run.ds, job), manifest)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from jobs import contracts, registry
-from jobs.contracts import Run
-from models.adapter import MlpAdapter, TextItems, Whitening
-from models.recommender import Backbone, Recommender, build_sequence, save_recommender
+from jobs.engines import registry
+from jobs.lake import artifacts
+from jobs.run import Run
+from models.behaviour.adapter import MlpAdapter, TextItems, Whitening
+from models.behaviour.recommender import Backbone, Recommender, build_sequence, save_recommender
 
 
 @cache
@@ -35,7 +36,7 @@ def kept(run: Run, seed: int = 0, encoder_id: str = "e" * 16) -> Path:
     torch.manual_seed(seed)
     backbone = Backbone(width=8, max_len=5)
     items = TextItems(torch.randn(3, 4), MlpAdapter(4, 8, 8))
-    staged = contracts.stage_artifact(run.lake, "recommender")
+    staged = artifacts.stage(run.lake, "recommender")
     save_recommender(
         staged,
         Recommender(items, build_sequence(backbone)),
@@ -45,4 +46,4 @@ def kept(run: Run, seed: int = 0, encoder_id: str = "e" * 16) -> Path:
         whitening=Whitening(torch.zeros(4), torch.eye(4), 1.0),
         meta={"encoder_id": encoder_id},
     )
-    return contracts.artifact(run.lake, "recommender", contracts.keep_artifact(run.lake, "recommender", staged))
+    return artifacts.find(run.lake, "recommender", artifacts.keep(run.lake, "recommender", staged))

@@ -13,7 +13,7 @@ from feature_repo.feature_definitions import item_embedding
 from feature_repo.reader import Reader, settings
 from feature_repo.stores import lease, open_writer
 from jobs import collect, lookup, publish, rollback
-from jobs.contracts import InputError, Run
+from jobs.run import InputError, Run
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 RUN_DS = "2026-01-01"

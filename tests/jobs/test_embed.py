@@ -22,10 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import contracts, embed, registry
-from jobs.contracts import InputError, Run
-from models.encoder import Encoder, embed_items, load_encoder, save_encoder
-from models.packing import Step
+from jobs import embed
+from jobs.engines import registry
+from jobs.lake import artifacts, partitions
+from jobs.lake.items import bury, content_hash
+from jobs.lake.tables import llm_embeddings
+from jobs.run import InputError, Run, as_json
+from models.text.encoder import Encoder, embed_items, load_encoder, save_encoder
+from models.text.packing import Step
 from tests.jobs.small_lake import remember
 from tests.jobs.small_registry import kept
 from tests.jobs.test_scft import write_items
@@ -47,10 +51,10 @@ def config(tmp_path: Path) -> embed.Config:
     items = tiny.items(COUNT)
     items[7] = items[3]
     write_items(lake, DS, items)
-    staged = contracts.stage_artifact(lake, "encoder")
+    staged = artifacts.stage(lake, "encoder")
     save_encoder(staged, tiny.encoder(tiny.llama(tmp_path / "base")).spec, None)
     run = Run(ds=DS, lake=lake, device="cpu")
-    remember(run, "scft", {"encoder_id": contracts.keep_artifact(lake, "encoder", staged)})
+    remember(run, "scft", {"encoder_id": artifacts.keep(lake, "encoder", staged)})
     return embed.Config(run=run, encoder="latest", part_items=8)
 
 
@@ -60,9 +64,9 @@ def changed(config: embed.Config, **more: Any) -> embed.Config:
 
 def rows(config: embed.Config) -> pa.Table:
     """All embeddings in the lake."""
-    table = contracts.llm_embeddings(32, config.dtype)
-    found = contracts.partitions(config.run.lake, table.name)
-    return pa.concat_tables([contracts.read(config.run.lake, table, partition) for partition in found])
+    table = llm_embeddings(32, config.dtype)
+    found = partitions.committed(config.run.lake, table.name)
+    return pa.concat_tables([partitions.read(config.run.lake, table, partition) for partition in found])
 
 
 def bytes_of(config: embed.Config) -> dict[str, bytes]:
@@ -75,14 +79,14 @@ def test_each_text_has_the_encoders_embedding_under_its_own_hash(config: embed.C
     result = embed.run(config)
     found = rows(config)
     assert (result.embedded, result.rows["llm_embeddings"], found.num_rows) == (COUNT - 1, COUNT - 1, COUNT - 1)
-    encoder = load_encoder(contracts.artifact(config.run.lake, "encoder", result.encoder_id), device=tiny.CPU)
-    items = {contracts.content_hash(item): item for item in tiny.items(COUNT)}
+    encoder = load_encoder(artifacts.find(config.run.lake, "encoder", result.encoder_id), device=tiny.CPU)
+    items = {content_hash(item): item for item in tiny.items(COUNT)}
     wanted = embed_items(encoder, [items[text] for text in found["content_hash"].to_pylist()])
     emb_NE = np.asarray(found["embedding"].to_pylist())
     cosine = (emb_NE * wanted).sum(1) / np.linalg.norm(emb_NE, axis=1) / np.linalg.norm(wanted, axis=1)
     assert cosine.min() > 0.999
     assert result.tokens > 0 and result.cost_per_million_items is not None
-    assert json.dumps(contracts.as_json(result))
+    assert json.dumps(as_json(result))
 
 
 def test_a_rerun_embeds_nothing_loads_no_model_and_leaves_the_same_bytes(
@@ -156,7 +160,7 @@ def test_a_killed_run_goes_on_from_its_finished_parts_and_ends_with_the_same_byt
     target, name, at = {
         "model": (embed, "embedded", 3),
         "write": (embed.pq, "write_table", 3),
-        "commit": (embed.contracts, "commit_files", 1),
+        "commit": (embed.partitions, "commit_files", 1),
         "after": (embed.shutil, "rmtree", 1),
     }[moment]
     with monkeypatch.context() as patch:
@@ -164,7 +168,7 @@ def test_a_killed_run_goes_on_from_its_finished_parts_and_ends_with_the_same_byt
         with pytest.raises(Killed):
             embed.run(config)
     if moment != "after":
-        assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+        assert partitions.committed(config.run.lake, "llm_embeddings") == []
     result = embed.run(config)
     assert result.resumed + result.known == {"model": 16, "write": 16, "commit": COUNT - 1, "after": COUNT - 1}[moment]
     assert bytes_of(config) == wanted
@@ -181,7 +185,7 @@ def test_a_shard_whose_worker_is_killed_outright_is_repeated_without_its_finishe
         import os, signal, sys
         from pathlib import Path
         from jobs import embed
-        from jobs.contracts import Run
+        from jobs.run import Run
         whole, parts = embed.finished, []
         def finished(*given):
             if len(parts) == 3:
@@ -194,7 +198,7 @@ def test_a_shard_whose_worker_is_killed_outright_is_repeated_without_its_finishe
     """)
     evicted = subprocess.run([sys.executable, "-c", program, DS, str(config.run.lake)], capture_output=True, check=False)
     assert evicted.returncode == -signal.SIGKILL, evicted.stderr[-2000:]
-    assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+    assert partitions.committed(config.run.lake, "llm_embeddings") == []
     result = embed.run(shard)
     assert result.resumed == 6 and result.embedded == result.rows["llm_embeddings"] - 6
     assert bytes_of(config) == wanted
@@ -227,9 +231,9 @@ def test_the_opponents_encoder_embeds_what_it_has_not_seen_and_keeps_a_manifest_
 ) -> None:
     run, old = config.run, embed.chosen(config)
     spec = tiny.encoder(tiny.llama(run.lake / "base")).spec
-    staged = contracts.stage_artifact(run.lake, "encoder")
+    staged = artifacts.stage(run.lake, "encoder")
     save_encoder(staged, dataclasses.replace(spec, policy=dataclasses.replace(spec.policy, domain="Another sentence:")), None)
-    new = contracts.keep_artifact(run.lake, "encoder", staged)
+    new = artifacts.keep(run.lake, "encoder", staged)
     champion, challenger = (kept(run, seed, encoder_id=encoder) for seed, encoder in ((0, old), (1, new)))
     remember(run, "rat", {"recommender_id": challenger.name})
     aliases = {"champion": champion.name}
@@ -252,20 +256,20 @@ def test_on_the_first_night_there_is_no_opponent_and_that_is_said(
     result = embed.run(changed(config, encoder="opponent"))
     assert (result.encoder_id, result.embedded, result.outputs) == ("", 0, {})
     assert "none to measure against, so nothing to embed" in capsys.readouterr().err
-    assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+    assert partitions.committed(config.run.lake, "llm_embeddings") == []
 
 
 def test_a_half_written_snapshot_is_passed_over(config: embed.Config) -> None:
     later = changed(config, run=dataclasses.replace(config.run, ds="2026-03-11"))
     write_items(config.run.lake, "2026-03-11", tiny.items(COUNT + 5))
-    (config.run.lake / "items" / "ds=2026-03-11" / contracts.COMMIT).unlink()  # killed before its last step
-    assert embed.run(later).inputs["items"] == contracts.read_commit(config.run.lake, "items", f"ds={DS}").digest
+    (config.run.lake / "items" / "ds=2026-03-11" / partitions.COMMIT).unlink()  # killed before its last step
+    assert embed.run(later).inputs["items"] == partitions.read_commit(config.run.lake, "items", f"ds={DS}").digest
     write_items(config.run.lake, "2026-03-11", tiny.items(COUNT + 5))
     assert embed.run(later).embedded == 6
 
 
 def test_forgotten_items_are_not_embedded(config: embed.Config) -> None:
-    contracts.bury(config.run.lake, "i0005", DS)
+    bury(config.run.lake, "i0005", DS)
     embed.run(config)
     assert "i0005" not in rows(config)["item_id"].to_pylist()
     assert rows(config).num_rows == COUNT - 2
@@ -285,7 +289,7 @@ def test_embeddings_that_are_not_finite_or_zero_fail_the_shard_and_name_their_it
     monkeypatch.setattr(embed, "embed", bad)
     with pytest.raises(InputError, match="of items i0002"):
         embed.run(config)
-    assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+    assert partitions.committed(config.run.lake, "llm_embeddings") == []
 
 
 def test_values_too_large_for_float16_are_refused_and_fit_float32(config: embed.Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +315,7 @@ def test_an_encoder_deleted_in_mid_run_is_a_clear_error_and_loses_no_finished_pa
         patch.setattr(embed, "embedded", deleting)
         with pytest.raises(InputError, match="is not in the lake"):
             embed.run(config)
-    assert contracts.partitions(config.run.lake, "llm_embeddings") == []
+    assert partitions.committed(config.run.lake, "llm_embeddings") == []
     shutil.copytree(kept, encoders)
     assert embed.run(config).resumed == COUNT - 1
 

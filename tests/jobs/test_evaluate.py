@@ -12,11 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import contracts, evaluate, pretrain, rat, registry
-from jobs.contracts import METRICS, SEQUENCES, InputError, Run
-from models.evaluation import SLICES
-from models.recommender import Backbone
-from models.training import Training
+from jobs import evaluate, pretrain, rat
+from jobs.engines import registry
+from jobs.lake import artifacts, manifests, partitions
+from jobs.lake.tables import METRICS, SEQUENCES
+from jobs.run import InputError, Run, as_json
+from models.behaviour.recommender import Backbone
+from models.behaviour.training import Training
+from models.judge.evaluation import SLICES
 from tests.jobs.small_lake import DS, ENCODER, make, remember, sequence_rows
 
 SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
@@ -52,7 +55,7 @@ def judge(run: Run, **more: Any) -> evaluate.Result:
 
 def other(run: Run) -> str:
     """Id of the recommender that is not the newest."""
-    latest = contracts.read_manifest(run.lake, run.ds, "rat")["result"]["recommender_id"]
+    latest = manifests.read(run.lake, run.ds, "rat")["result"]["recommender_id"]
     return next(path.name for path in (run.lake / "models" / "recommender").iterdir() if path.name != latest)
 
 
@@ -69,7 +72,7 @@ def test_every_model_is_in_the_table_on_every_slice_with_its_interval(lake: Run)
     result = judge(lake, baselines={"another": other(lake)})
     models = ["popularity", "repeat_markov_popularity", "id_only", "another", "llmemb"]
     assert list(result.values) == models
-    rows = contracts.read(lake.lake, METRICS, f"ds={DS}").to_pylist()
+    rows = partitions.read(lake.lake, METRICS, f"ds={DS}").to_pylist()
     assert len(rows) == len(models) * len(SLICES) * 6 == result.rows["metrics"]
     overall = next(row for row in rows if (row["model"], row["slice"], row["metric"]) == ("llmemb", "overall", "ndcg@10"))
     assert overall["low"] <= overall["value"] <= overall["high"]
@@ -114,7 +117,7 @@ def test_items_held_out_of_training_are_cold_here_and_the_id_only_model_is_lost_
 
 def test_slices_of_too_few_users_have_values_but_no_interval_and_empty_ones_nothing(lake: Run) -> None:
     judge(lake, min_users=1000)
-    rows = contracts.read(lake.lake, METRICS, f"ds={DS}").to_pylist()
+    rows = partitions.read(lake.lake, METRICS, f"ds={DS}").to_pylist()
     assert all(row["low"] is None and row["high"] is None for row in rows)
     assert all((row["value"] is None) == (row["n"] == 0) for row in rows)
     assert any(row["n"] == 0 for row in rows if row["slice"] == "cold")
@@ -124,7 +127,7 @@ def test_an_empty_test_split_is_refused_with_the_remedy(lake: Run) -> None:
     rows = sequence_rows()
     whole = pa.array([len(items) for items in rows["item_ids"].to_pylist()], pa.int32())
     rows = rows.set_column(4, "valid_end", whole)
-    contracts.write(lake.lake, SEQUENCES, f"ds={DS}", [rows])
+    partitions.write(lake.lake, SEQUENCES, f"ds={DS}", [rows])
     with pytest.raises(ValueError, match="no user has an event in the test part"):
         judge(lake)
     assert judge(lake, part="valid").users["overall"] == 23
@@ -134,7 +137,7 @@ def test_an_event_of_an_item_outside_the_catalogue_is_refused(lake: Run) -> None
     rows = sequence_rows()
     lists = rows["item_ids"].to_pylist()
     lists[0][-1] = "stranger"
-    contracts.write(lake.lake, SEQUENCES, f"ds={DS}", [rows.set_column(1, "item_ids", pa.array(lists))])
+    partitions.write(lake.lake, SEQUENCES, f"ds={DS}", [rows.set_column(1, "item_ids", pa.array(lists))])
     with pytest.raises(InputError, match="'stranger'"):
         judge(lake)
 
@@ -162,7 +165,7 @@ def test_embeddings_that_carry_popularity_raise_the_flag(lake: Run, monkeypatch:
     monkeypatch.setattr(evaluate, "LEAK_ITEMS", (10, 1000))
     rows = sequence_rows()
     lists = [[*items[:-1], f"i{user % 3:02d}"] for user, items in enumerate(rows["item_ids"].to_pylist())]
-    contracts.write(lake.lake, SEQUENCES, f"ds={DS}", [rows.set_column(1, "item_ids", pa.array(lists))])
+    partitions.write(lake.lake, SEQUENCES, f"ds={DS}", [rows.set_column(1, "item_ids", pa.array(lists))])
     assert not judge(lake).leaking
     real = evaluate.read_embeddings
 
@@ -189,14 +192,14 @@ def test_the_table_reads_well_and_names_no_user(lake: Run, capfd: pytest.Capture
     assert "could have shown" in written
     assert "nan" not in written
     assert not [user for user in sequence_rows()["user_id"].to_pylist() if f"{user} " in written]
-    json.dumps(contracts.as_json(result), allow_nan=False)
+    json.dumps(as_json(result), allow_nan=False)
 
 
 def test_negatives_are_kept_as_indices_of_the_catalogue(lake: Run) -> None:
     from safetensors.numpy import load_file
 
     result = judge(lake)
-    kept = load_file(contracts.artifact(lake.lake, "negatives", result.negatives_id) / "negatives.safetensors")
+    kept = load_file(artifacts.find(lake.lake, "negatives", result.negatives_id) / "negatives.safetensors")
     assert kept["negative_CN"].shape == (23, 5)
     assert not np.any(kept["negative_CN"] == kept["target_C"][:, None])
     assert (kept["negative_CN"].min() >= 1) and (kept["negative_CN"].max() <= 20)

@@ -12,8 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import contracts, explain, forget, publish
-from jobs.contracts import METRICS, InputError, Refused, Run, llm_embeddings
+from jobs import explain, forget, publish
+from jobs.lake import artifacts, manifests, partitions
+from jobs.lake.partitions import write_json
+from jobs.lake.tables import ITEMS, METRICS, item_embeddings, llm_embeddings, space_of
+from jobs.run import InputError, Refused, Run
 
 DS = "2026-01-01"
 ENCODER_FILES = {
@@ -30,15 +33,15 @@ ENCODER_FILES = {
 def record(lake: Path, job: str, ds: str = DS, **result: object) -> None:
     """A manifest as the command line writes it."""
     known = {"inputs": {}, "outputs": {}, **result}
-    contracts.write_json(
-        contracts.manifest_path(lake, ds, job), {"job": job, "ds": ds, "status": "done", "code_revision": "c0de", "result": known}
+    write_json(
+        manifests.path_of(lake, ds, job), {"job": job, "ds": ds, "status": "done", "code_revision": "c0de", "result": known}
     )
 
 
 def publish_all(lake: Path, space: str, ds: str = DS) -> None:
     """Publishes a space and records its chain."""
-    items = contracts.read_commit(lake, "items", f"ds={ds}").digest
-    vectors = contracts.read_commit(lake, "item_embeddings", f"space={space}/ds={ds}").digest
+    items = partitions.read_commit(lake, "items", f"ds={ds}").digest
+    vectors = partitions.read_commit(lake, "item_embeddings", f"space={space}/ds={ds}").digest
     record(lake, "extract", ds, inputs={"shop.films": "40:123"}, outputs={f"items/ds={ds}": items})
     record(lake, "project", ds, inputs={"items": items}, outputs={"item_embeddings": vectors})
     publish.run(publish.Config(run=Run(ds=ds, lake=lake), space=space, approximate=False, offline=False, attributes=False))
@@ -48,20 +51,20 @@ def publish_all(lake: Path, space: str, ds: str = DS) -> None:
 def served(catalogue: Callable[..., Path], trained: Callable[[Path], tuple[str, str]]) -> tuple[Path, str]:
     """A lake whose whole chain is recorded and published; (lake, space)."""
     lake = catalogue(space="0" * 16)
-    staged = contracts.stage_artifact(lake, "encoder")
+    staged = artifacts.stage(lake, "encoder")
     for name, text in ENCODER_FILES.items():
         (staged / name).write_text(text)
-    encoder_id = contracts.keep_artifact(lake, "encoder", staged)
+    encoder_id = artifacts.keep(lake, "encoder", staged)
     _, trained_id = trained(lake)
-    recommender = contracts.artifact(lake, "recommender", trained_id)
+    recommender = artifacts.find(lake, "recommender", trained_id)
     known = json.loads((recommender / "recommender.json").read_text())
     turned = {"to": "d" * 16, "residual": 0.45}
     (recommender / "recommender.json").write_text(json.dumps({**known, "encoder_id": encoder_id, "rotation": turned}))
-    recommender_id = contracts.keep_artifact(lake, "recommender", recommender)
-    space = contracts.space_id(encoder_id, recommender_id)
+    recommender_id = artifacts.keep(lake, "recommender", recommender)
+    space = space_of(encoder_id, recommender_id)
     catalogue(space=space)
     embed_texts(lake, encoder_id)
-    metrics = contracts.write(lake, METRICS, f"ds={DS}", []).digest
+    metrics = partitions.write(lake, METRICS, f"ds={DS}", []).digest
     record(lake, "scft", outputs={"encoder": encoder_id})
     record(lake, "rat", outputs={"recommender": recommender_id})
     reasons = [{"gate": "above popularity", "verdict": "passed", "text": ""}]
@@ -75,11 +78,11 @@ def served(catalogue: Callable[..., Path], trained: Callable[[Path], tuple[str, 
 
 def embed_texts(lake: Path, encoder_id: str) -> None:
     """LLM embeddings of the catalogue, as `embed` leaves them."""
-    hashes = [row for batch in contracts.scan(lake, contracts.ITEMS, f"ds={DS}") for row in batch["content_hash"].to_pylist()]
+    hashes = [row for batch in partitions.scan(lake, ITEMS, f"ds={DS}") for row in batch["content_hash"].to_pylist()]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(4 * len(hashes), np.float16)), 4)
     rows = pa.table({"item_id": hashes, "content_hash": hashes, "embedding": vectors})
     partition = f"encoder={encoder_id}/ds={DS}/shard=00000-of-00001"
-    commit = contracts.write(lake, llm_embeddings(4), partition, [rows])
+    commit = partitions.write(lake, llm_embeddings(4), partition, [rows])
     record(lake, "embed", outputs={"llm_embeddings": commit.digest})
 
 
@@ -110,7 +113,7 @@ def test_neighbours_are_those_of_the_lakes_vectors_with_titles(served: tuple[Pat
     result = ask(served[0])
     rows = {
         row["item_id"]: np.array(row["embedding"])
-        for batch in contracts.scan(served[0], contracts.item_embeddings(16), f"space={served[1]}/ds={DS}")
+        for batch in partitions.scan(served[0], item_embeddings(16), f"space={served[1]}/ds={DS}")
         for row in batch.to_pylist()
     }
     scores = {item: float(vector @ rows["m7"]) for item, vector in rows.items() if item != "m7"}
@@ -135,11 +138,7 @@ def test_neighbours_in_the_space_before_are_shown_beside(
 
 def ask_before(lake: Path, space: str) -> list[explain.Neighbour]:
     """Neighbours of m7 in a space that does not serve."""
-    rows = [
-        row
-        for batch in contracts.scan(lake, contracts.item_embeddings(16), f"space={space}/ds={DS}")
-        for row in batch.to_pylist()
-    ]
+    rows = [row for batch in partitions.scan(lake, item_embeddings(16), f"space={space}/ds={DS}") for row in batch.to_pylist()]
     mine = np.array(next(row["embedding"] for row in rows if row["item_id"] == "m7"))
     scored = sorted(
         ((float(np.array(row["embedding"]) @ mine), row["item_id"]) for row in rows if row["item_id"] != "m7"), reverse=True
@@ -213,7 +212,7 @@ def test_before_the_first_publish_explain_says_what_to_do(catalogue: Callable[..
 def test_a_chain_of_which_little_was_recorded_is_shown_as_not_checked(served: tuple[Path, str]) -> None:
     lake, _ = served
     for name in ("promote", "project", "embed", "extract"):
-        contracts.manifest_path(lake, DS, name).unlink()
+        manifests.path_of(lake, DS, name).unlink()
     result = ask(lake)
     assert result.unchecked == 5
     assert {link.step for link in result.links if link.verdict == "verified"} == {"online vector", "recommender", "encoder"}

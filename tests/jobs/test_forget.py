@@ -14,8 +14,13 @@ import pytest
 from feature_repo import spaces
 from feature_repo.reader import Reader, settings
 from feature_repo.stores import open_writer
-from jobs import contracts, forget, lookup, publish, serving
-from jobs.contracts import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, InputError, Run
+from jobs import forget, lookup, publish
+from jobs.engines import online
+from jobs.lake import manifests, partitions
+from jobs.lake.items import tombstones
+from jobs.lake.partitions import write_json
+from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, llm_embeddings
+from jobs.run import InputError, Run
 
 A, B = "a" * 16, "b" * 16
 DS = "2026-01-01"
@@ -28,15 +33,15 @@ def lake(catalogue: Callable[..., Path]) -> Path:
         lake = catalogue(space=space)
         publish.run(publish.Config(run=Run(ds=DS, lake=lake), space=space))
     events = {"user_id": ["u1", "u2"], "item_id": ["m4", "m5"], "timestamp": [1, 2]}
-    contracts.write(lake, INTERACTIONS, f"ds={DS}", [pa.table(events, INTERACTIONS.schema)])
+    partitions.write(lake, INTERACTIONS, f"ds={DS}", [pa.table(events, INTERACTIONS.schema)])
     records = [json.dumps({"film": "m4", "stars": 3}), json.dumps({"film": "m44"})]
     refused = {"source": ["interactions"] * 2, "key": ["u1"] * 2, "reason": ["r"] * 2, "record": records}
-    contracts.write(lake, QUARANTINE, f"ds={DS}", [pa.table(refused, QUARANTINE.schema)])
-    texts = contracts.llm_embeddings(4)
+    partitions.write(lake, QUARANTINE, f"ds={DS}", [pa.table(refused, QUARANTINE.schema)])
+    texts = llm_embeddings(4)
     halves = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(8, np.float16)), 4)
     columns = {"item_id": ["m4", "m5"], "content_hash": ["h4", "h5"], "embedding": halves}
-    contracts.write(lake, texts, f"encoder=e/ds={DS}", [pa.table(columns, texts.schema)])
-    contracts.write_json(contracts.manifest_path(lake, DS, "lookup"), {"status": "done", "result": {"item": "m4"}})
+    partitions.write(lake, texts, f"encoder=e/ds={DS}", [pa.table(columns, texts.schema)])
+    write_json(manifests.path_of(lake, DS, "lookup"), {"status": "done", "result": {"item": "m4"}})
     return lake
 
 
@@ -51,9 +56,9 @@ def test_nothing_of_the_item_is_left(lake: Path) -> None:
     assert {name: count for name, count in result.lake_removed.items() if name != "feast_offline"} == expected
     assert result.lake_removed["feast_offline"] == 3
     assert (result.left_online, result.left_in_lake, result.manifests_removed, result.indexes) == (0, [], 1, 2)
-    index = serving.open_index(lake, Reader.open(lake).pointer().space)
+    index = online.open_index(lake, Reader.open(lake).pointer().space)
     assert "m4" not in index.item_ids and len(index.item_ids) == len(index.vector_ND)
-    assert not contracts.manifest_path(lake, DS, "lookup").exists()
+    assert not manifests.path_of(lake, DS, "lookup").exists()
 
 
 def test_a_report_that_shows_the_item_goes_and_others_stay(lake: Path) -> None:
@@ -71,13 +76,13 @@ def test_readers_tell_it_deleted_and_the_rest_is_untouched(lake: Path) -> None:
     answer = Reader.open(lake).vectors(["m3", "m4", "m44"])
     assert (answer.item_ids, answer.deleted, answer.missing) == (["m3"], ["m4"], ["m44"])
     assert lookup.run(lookup.Config(run=Run(ds=DS, lake=lake))).compared == 39
-    assert contracts.read(lake, QUARANTINE, f"ds={DS}").num_rows == 1
-    assert contracts.read(lake, ITEMS, f"ds={DS}").num_rows == 39
+    assert partitions.read(lake, QUARANTINE, f"ds={DS}").num_rows == 1
+    assert partitions.read(lake, ITEMS, f"ds={DS}").num_rows == 39
 
 
 def test_a_history_loses_the_item_and_its_split_stays_between_the_same_events(lake: Path) -> None:
     gone(lake)
-    first, second = contracts.read(lake, SEQUENCES, f"ds={DS}").to_pylist()
+    first, second = partitions.read(lake, SEQUENCES, f"ds={DS}").to_pylist()
     assert (first["item_ids"], first["timestamps"]) == (["m0", "m1", "m2", "m3"], [1, 2, 3, 4])
     assert (first["train_end"], first["valid_end"]) == (3, 4)
     assert (second["item_ids"], second["train_end"], second["valid_end"]) == (["m3", "m5", "m6", "m7", "m8"], 3, 4)
@@ -85,10 +90,10 @@ def test_a_history_loses_the_item_and_its_split_stays_between_the_same_events(la
 
 def test_forgetting_again_finds_nothing_and_changes_nothing(lake: Path) -> None:
     gone(lake)
-    digests = {name: contracts.read_commit(lake, name, f"ds={DS}").digest for name in ("items", "sequences")}
+    digests = {name: partitions.read_commit(lake, name, f"ds={DS}").digest for name in ("items", "sequences")}
     again = gone(lake)
     assert (again.online_removed, again.lake_removed, again.inputs) == (0, {}, {})
-    assert digests == {name: contracts.read_commit(lake, name, f"ds={DS}").digest for name in digests}
+    assert digests == {name: partitions.read_commit(lake, name, f"ds={DS}").digest for name in digests}
 
 
 def test_a_backfill_does_not_bring_it_back(lake: Path, catalogue: Callable[..., Path]) -> None:
@@ -107,7 +112,7 @@ def test_an_item_of_another_name_that_begins_alike_stays(lake: Path) -> None:
 def test_before_anything_was_published_the_lake_is_cleaned(catalogue: Callable[..., Path]) -> None:
     lake = catalogue()
     assert gone(lake).lake_removed == {"items": 1, "sequences": 2, "item_embeddings": 1}
-    assert contracts.tombstones(lake) == {"m4"}
+    assert tombstones(lake) == {"m4"}
 
 
 def test_an_empty_id_is_refused(catalogue: Callable[..., Path]) -> None:

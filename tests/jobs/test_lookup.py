@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from jobs import contracts, lookup, publish
-from jobs.contracts import InputError, Refused, Run
+from jobs import lookup, publish
+from jobs.lake import partitions
+from jobs.lake.tables import item_embeddings
+from jobs.run import InputError, Refused, Run
 
 A = "a" * 16
 
@@ -27,7 +29,7 @@ def look(lake: Path, **more: Any) -> lookup.Result:
 
 def test_an_items_vector_is_shown(lake: Path) -> None:
     result = look(lake, item="m4")
-    rows = contracts.read(lake, contracts.item_embeddings(16), f"space={A}/ds=2026-01-01").to_pylist()
+    rows = partitions.read(lake, item_embeddings(16), f"space={A}/ds=2026-01-01").to_pylist()
     assert result.vector == pytest.approx(rows[4]["embedding"][:8], abs=1e-6)
     assert result.rows == {}
 

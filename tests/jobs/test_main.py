@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
-from jobs.contracts import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run
 
 
 @dataclass(frozen=True, kw_only=True)

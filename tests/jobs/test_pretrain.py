@@ -9,12 +9,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import contracts, pretrain
+from jobs import pretrain
 from jobs.__main__ import build
-from jobs.contracts import ITEMS, SEQUENCES, InputError, Run
-from models.data import held_out
-from models.recommender import Backbone, load_recommender
-from models.training import Training
+from jobs.lake import artifacts, partitions
+from jobs.lake.tables import ITEMS, SEQUENCES
+from jobs.run import InputError, Run
+from models.behaviour.data import held_out
+from models.behaviour.recommender import Backbone, load_recommender
+from models.behaviour.training import Training
 from tests.jobs.small_lake import make
 
 SMALL = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
@@ -32,7 +34,7 @@ def config(run: Run, **more: object) -> pretrain.Config:
 
 def test_the_teacher_has_a_vector_for_every_item_and_its_manifest_figures(small_lake: Run) -> None:
     result = pretrain.run(config(small_lake))
-    teacher = load_recommender(contracts.artifact(small_lake.lake, "teacher", result.teacher_id))
+    teacher = load_recommender(artifacts.find(small_lake.lake, "teacher", result.teacher_id))
     assert teacher.item_ids == [f"i{number:02d}" for number in range(20)]
     assert teacher.table().shape == (21, 8)
     assert result.outputs == {"teacher": result.teacher_id}
@@ -80,30 +82,30 @@ def test_items_held_out_leave_the_teachers_train_rows(small_lake: Run) -> None:
 
 
 def test_validation_and_test_events_do_not_change_the_teachers_losses(small_lake: Run) -> None:
-    rows = contracts.read(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}")
+    rows = partitions.read(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}")
     before = pretrain.run(config(small_lake))
     lists = [
         [*events[:end], *["i19"] * (len(events) - end)]
         for events, end in zip(rows["item_ids"].to_pylist(), rows["train_end"].to_pylist(), strict=True)
     ]
     changed = rows.set_column(1, "item_ids", pa.array(lists, pa.list_(pa.string())))
-    contracts.write(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}", [changed])
+    partitions.write(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}", [changed])
     after = pretrain.run(config(small_lake))
     assert [figures["loss"] for figures in after.history] == [figures["loss"] for figures in before.history]
 
 
 def test_an_event_of_an_item_outside_the_catalogue_is_refused_by_its_id(small_lake: Run) -> None:
-    items = contracts.read(small_lake.lake, ITEMS, f"ds={small_lake.ds}")
-    contracts.write(small_lake.lake, ITEMS, f"ds={small_lake.ds}", [items.slice(1)])
+    items = partitions.read(small_lake.lake, ITEMS, f"ds={small_lake.ds}")
+    partitions.write(small_lake.lake, ITEMS, f"ds={small_lake.ds}", [items.slice(1)])
     with pytest.raises(InputError, match="'i00'"):
         pretrain.run(config(small_lake))
 
 
 def test_logs_without_a_held_out_event_are_refused_with_the_remedy(small_lake: Run) -> None:
-    rows = contracts.read(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}")
+    rows = partitions.read(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}")
     length = pa.array([len(events) for events in rows["item_ids"].to_pylist()], pa.int32())
     whole = rows.set_column(3, "train_end", length).set_column(4, "valid_end", length)
-    contracts.write(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}", [whole])
+    partitions.write(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}", [whole])
     with pytest.raises(ValueError, match="no user has an event to validate on"):
         pretrain.run(config(small_lake))
 

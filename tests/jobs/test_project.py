@@ -10,10 +10,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import contracts, project, rat
-from jobs.contracts import ITEMS, InputError, Run, item_embeddings
-from models.recommender import Backbone, LoadedRecommender, load_recommender
-from models.training import Training
+from jobs import project, rat
+from jobs.lake import artifacts, partitions
+from jobs.lake.items import bury
+from jobs.lake.tables import ITEMS, item_embeddings, space_of
+from jobs.run import InputError, Run
+from models.behaviour.recommender import Backbone, LoadedRecommender, load_recommender
+from models.behaviour.training import Training
 from tests.jobs.small_lake import ENCODER, make, remember
 
 
@@ -37,16 +40,16 @@ def recommended(small_lake: Run) -> Run:
 
 def projected(run: Run, **more: Any) -> tuple[project.Result, pa.Table]:
     result = project.run(project.Config(run=run, **{"recommender": "latest", **more}))
-    rows = contracts.read(run.lake, item_embeddings(8), f"space={result.space_id}/ds={run.ds}")
+    rows = partitions.read(run.lake, item_embeddings(8), f"space={result.space_id}/ds={run.ds}")
     return result, rows.sort_by("item_id")
 
 
 def test_every_item_gets_the_vector_of_its_own_text(recommended: Run) -> None:
     result, rows = projected(recommended)
     assert rows["item_id"].to_pylist() == [f"i{number:02d}" for number in range(20)]
-    assert result.space_id == contracts.space_id(ENCODER, result.recommender_id)
+    assert result.space_id == space_of(ENCODER, result.recommender_id)
     assert set(rows["space_id"].to_pylist()) == {result.space_id}
-    loaded = load_recommender(contracts.artifact(recommended.lake, "recommender", result.recommender_id))
+    loaded = load_recommender(artifacts.find(recommended.lake, "recommender", result.recommender_id))
     for row in rows.to_pylist():
         llm = np.random.default_rng(int(row["content_hash"][:8], 16)).normal(size=12).astype(np.float16)
         own = loaded.project(torch.from_numpy(llm)[None], [row["item_id"]])[0]
@@ -80,9 +83,9 @@ def test_a_rerun_leaves_the_same_bytes(recommended: Run) -> None:
 
 
 def test_a_new_item_is_projected_without_retraining(recommended: Run) -> None:
-    items = contracts.read(recommended.lake, ITEMS, f"ds={recommended.ds}")
+    items = partitions.read(recommended.lake, ITEMS, f"ds={recommended.ds}")
     twin = items.slice(3, 1).set_column(0, "item_id", pa.array(["brand new"]))
-    contracts.write(recommended.lake, ITEMS, f"ds={recommended.ds}", [pa.concat_tables([items, twin])])
+    partitions.write(recommended.lake, ITEMS, f"ds={recommended.ds}", [pa.concat_tables([items, twin])])
     _, rows = projected(recommended)
     vectors = dict(zip(rows["item_id"].to_pylist(), rows["embedding"].to_pylist(), strict=True))
     assert np.allclose(vectors["brand new"], vectors["i03"], atol=1e-6)
@@ -91,17 +94,17 @@ def test_a_new_item_is_projected_without_retraining(recommended: Run) -> None:
 
 def test_texts_not_embedded_yet_are_counted_and_the_old_space_stays(recommended: Run) -> None:
     result, before = projected(recommended)
-    items = contracts.read(recommended.lake, ITEMS, f"ds={recommended.ds}")
+    items = partitions.read(recommended.lake, ITEMS, f"ds={recommended.ds}")
     stranger = items.slice(0, 1).set_column(0, "item_id", pa.array(["new"])).set_column(2, "content_hash", pa.array(["0" * 32]))
-    contracts.write(recommended.lake, ITEMS, f"ds={recommended.ds}", [pa.concat_tables([items, stranger])])
+    partitions.write(recommended.lake, ITEMS, f"ds={recommended.ds}", [pa.concat_tables([items, stranger])])
     with pytest.raises(InputError, match=r"1 of 21 items have no embedding under encoder .*: run embed"):
         projected(recommended)
-    rows = contracts.read(recommended.lake, item_embeddings(8), f"space={result.space_id}/ds={recommended.ds}")
+    rows = partitions.read(recommended.lake, item_embeddings(8), f"space={result.space_id}/ds={recommended.ds}")
     assert rows.sort_by("item_id").equals(before)
 
 
 def test_what_was_forgotten_is_not_projected(recommended: Run) -> None:
-    contracts.bury(recommended.lake, "i05", recommended.ds)
+    bury(recommended.lake, "i05", recommended.ds)
     _, rows = projected(recommended)
     assert "i05" not in rows["item_id"].to_pylist()
     assert rows.num_rows == 19

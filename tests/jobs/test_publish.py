@@ -15,8 +15,12 @@ from sqlalchemy.exc import OperationalError
 
 from feature_repo.reader import Reader, settings
 from feature_repo.stores import SqliteStore, lease, open_writer
-from jobs import contracts, lookup, publish, rollback, serving
-from jobs.contracts import InputError, Refused, Run
+from jobs import lookup, publish, rollback
+from jobs.engines import online
+from jobs.lake import manifests, partitions
+from jobs.lake.items import bury
+from jobs.lake.tables import item_embeddings
+from jobs.run import InputError, Refused, Run
 
 A, B = "a" * 16, "b" * 16
 Catalogue = Callable[..., Path]
@@ -42,10 +46,10 @@ def test_what_was_published_is_read_back_equal(catalogue: Catalogue, codec: str)
 def test_publishing_again_changes_nothing(catalogue: Catalogue) -> None:
     lake = catalogue()
     publish.run(config(lake))
-    index = (serving.index_home(lake, Reader.open(lake).pointer().space) / serving.INDEX).read_bytes()
+    index = (online.index_home(lake, Reader.open(lake).pointer().space) / online.INDEX).read_bytes()
     again = publish.run(config(lake))
     assert (again.kind, again.written, again.verified, again.sequence) == ("nothing to do", 0, 40, 1)
-    assert (serving.index_home(lake, Reader.open(lake).pointer().space) / serving.INDEX).read_bytes() == index
+    assert (online.index_home(lake, Reader.open(lake).pointer().space) / online.INDEX).read_bytes() == index
 
 
 def test_a_delta_writes_only_what_changed(catalogue: Catalogue) -> None:
@@ -83,7 +87,7 @@ def test_a_turned_space_is_told_alignable_and_one_whose_turn_was_folded_in_align
     lake = catalogue(space=B)
     catalogue()
     publish.run(config(lake))
-    rows = contracts.read(lake, contracts.item_embeddings(16), f"space={A}/ds=2026-01-01")
+    rows = partitions.read(lake, item_embeddings(16), f"space={A}/ds=2026-01-01")
     emb_ND = np.stack(rows["embedding"].to_pylist()).astype(np.float32)
     turn_DD = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0].astype(np.float32)
     rows = rows.set_column(1, "space_id", pa.repeat(B, 40))
@@ -100,7 +104,7 @@ def test_the_serving_space_never_changes_its_width(catalogue: Catalogue) -> None
     lake = catalogue()
     publish.run(config(lake))
     before = Reader.open(lake).pointer()
-    rows = contracts.read(lake, contracts.item_embeddings(16), f"space={A}/ds=2026-01-01")
+    rows = partitions.read(lake, item_embeddings(16), f"space={A}/ds=2026-01-01")
     narrow_ND = np.stack(rows["embedding"].to_pylist()).astype(np.float32)[:, :8]
     write_raw(lake, rows.set_column(2, "embedding", pa.FixedSizeListArray.from_arrays(pa.array(narrow_ND.ravel()), 8)))
     with pytest.raises(Refused, match=r"serves vectors of width 16, these are 8 wide"):
@@ -155,7 +159,7 @@ def test_of_two_publishers_the_second_is_told_who_is_at_work(catalogue: Catalogu
 
 def test_forgotten_items_are_not_published_again(catalogue: Catalogue) -> None:
     lake = catalogue()
-    contracts.bury(lake, "m3", "2026-01-01")
+    bury(lake, "m3", "2026-01-01")
     assert publish.run(config(lake)).items == 39
     assert Reader.open(lake).vectors(["m3"]).deleted == ["m3"]
 
@@ -164,9 +168,9 @@ def write_raw(lake: Path, rows: pa.Table, space: str = A) -> None:
     """A partition as a careless tool might leave it: nothing checked."""
     import pyarrow.parquet as pq
 
-    home = contracts.folder(lake, "item_embeddings", f"space={space}/ds=2026-01-01")
+    home = partitions.folder(lake, "item_embeddings", f"space={space}/ds=2026-01-01")
     pq.write_table(rows, home / ".x.parquet")
-    contracts.commit_files(lake, "item_embeddings", f"space={space}/ds=2026-01-01", [home / ".x.parquet"])
+    partitions.commit_files(lake, "item_embeddings", f"space={space}/ds=2026-01-01", [home / ".x.parquet"])
 
 
 def damage(rows: pa.Table, what: str) -> pa.Table:
@@ -210,7 +214,7 @@ def test_rows_that_must_not_be_served_are_refused_and_nothing_is_written(catalog
     publish.run(config(lake, space=B))
     before = Reader.open(lake).pointer()
     catalogue()
-    good = contracts.read(lake, contracts.item_embeddings(16), f"space={A}/ds=2026-01-01")
+    good = partitions.read(lake, item_embeddings(16), f"space={A}/ds=2026-01-01")
     write_raw(lake, damage(good, what))
     with pytest.raises((InputError, Refused), match=complaint):
         publish.run(config(lake, codec="float16"))
@@ -285,4 +289,4 @@ def test_the_command_line_runs_it(catalogue: Catalogue, tmp_path: Path, capsys: 
     recipe.write_text(f'[run]\nlake = "{lake}"\n[publish]\nspace = "{A}"\n[publish.graph]\nneighbours = 8\n')
     assert main(["publish", "--recipe", str(recipe), "--ds", "2026-01-01"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["verified"] == 40
-    assert contracts.read_manifest(lake, "2026-01-01", "publish")["result"]["space_id"] == A
+    assert manifests.read(lake, "2026-01-01", "publish")["result"]["space_id"] == A

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from feature_repo.reader import open_store
-from jobs import contracts, publish, recommend, serving
-from jobs.contracts import InputError, Run
-from models.recommender import load_recommender
+from jobs import publish, recommend
+from jobs.engines import online
+from jobs.lake import artifacts
+from jobs.run import InputError, Run
+from models.behaviour.recommender import load_recommender
 
 DS = "2026-01-01"
 
@@ -32,7 +34,7 @@ def config(lake: Path, user: str | int = "u1", **more: Any) -> recommend.Config:
 
 def test_the_items_are_the_best_by_dot_product_and_none_was_seen(lake: Path) -> None:
     result = recommend.run(config(lake, k=5))
-    recommender = load_recommender(contracts.artifact(lake, "recommender", result.recommender_id))
+    recommender = load_recommender(artifacts.find(lake, "recommender", result.recommender_id))
     rows = dict(zip(*rows_of(lake, result.space_id), strict=True))
     history = torch.stack([rows[f"m{number}"] for number in range(5)])[None]
     user_D = recommender.encode(history, torch.ones(1, 5, dtype=torch.bool))[0]
@@ -44,7 +46,7 @@ def test_the_items_are_the_best_by_dot_product_and_none_was_seen(lake: Path) -> 
 
 
 def rows_of(lake: Path, space_id: str) -> tuple[list[str], torch.Tensor]:
-    ((ids, emb_ND),) = serving.chunks(lake, serving.partition_of(space_id, DS), 100)
+    ((ids, emb_ND),) = online.chunks(lake, online.partition_of(space_id, DS), 100)
     return list(ids), torch.from_numpy(emb_ND.copy())
 
 

@@ -22,10 +22,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import contracts, drift, lineage, report, report_plots, report_views
-from jobs.contracts import INTERACTIONS, ITEMS, InputError, Run
-from jobs.drift import Bounds
-from models.encoder import Lora
+from jobs import report
+from jobs.lake import lineage, manifests, partitions
+from jobs.lake.items import bury, content_hash
+from jobs.lake.partitions import write_json
+from jobs.lake.tables import INTERACTIONS, ITEM_GROUPS, ITEMS, item_embeddings, llm_embeddings
+from jobs.report import drift, plots
+from jobs.report.drift import Bounds
+from jobs.run import InputError, Run, as_json
+from models.text.encoder import Lora
 from tests.models import tiny
 
 DS = "2026-03-10"
@@ -45,7 +50,7 @@ def item_table(count: int, ds: str, genres: tuple[str, ...] = GENRES) -> pa.Tabl
         [{"name": "title", "value": text}, {"name": "genre", "value": f"{genres[number % len(genres)]}, Other"}]
         for number, text in enumerate(titles)
     ]
-    hashes = [contracts.content_hash([(pair["name"], pair["value"]) for pair in row]) for row in pairs]
+    hashes = [content_hash([(pair["name"], pair["value"]) for pair in row]) for row in pairs]
     columns = {"item_id": [f"i{number}" for number in range(count)], "attributes": pairs, "content_hash": hashes}
     return pa.table({**columns, "first_seen_ds": [ds] * count}, ITEMS.schema)
 
@@ -66,15 +71,15 @@ def embedded(lake: Path, encoder: str, items: pa.Table, seed: int) -> None:
     (home / "encoder.json").write_text(json.dumps({"base": "tiny", "base_sha256": "1" * 64, "lora": lora}))
     rows = pa.table({"item_id": items["item_id"], "content_hash": items["content_hash"],
                      "embedding": vectors(items.num_rows, 12, 3, seed)})  # fmt: skip
-    contracts.write(lake, contracts.llm_embeddings(12, "float32"), f"encoder={encoder}/ds={DS}", [rows])
+    partitions.write(lake, llm_embeddings(12, "float32"), f"encoder={encoder}/ds={DS}", [rows])
 
 
 def tables(lake: Path, ds: str = DS, count: int = 40, genres: tuple[str, ...] = GENRES, space: str = SPACE) -> None:
     """Items, logs and vectors of a night."""
     items = item_table(count, ds, genres)
-    contracts.write(lake, ITEMS, f"ds={ds}", [items])
+    partitions.write(lake, ITEMS, f"ds={ds}", [items])
     events = [("u", f"i{number % count}", number) for number in range(50)]
-    contracts.write(
+    partitions.write(
         lake,
         INTERACTIONS,
         f"ds={ds}",
@@ -87,9 +92,9 @@ def tables(lake: Path, ds: str = DS, count: int = 40, genres: tuple[str, ...] = 
         "space_id": [space] * count,
         "embedding": vectors(count, 8, 3, 5),
         "content_hash": items["content_hash"],
-        "group": [contracts.ITEM_GROUPS[number % 3] for number in range(count)],
+        "group": [ITEM_GROUPS[number % 3] for number in range(count)],
     }
-    contracts.write(lake, contracts.item_embeddings(8), f"space={space}/ds={ds}", [pa.table(rows)])
+    partitions.write(lake, item_embeddings(8), f"space={space}/ds={ds}", [pa.table(rows)])
 
 
 def difference(against: str, slice_: str, value: float, n: int = 90) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def record(lake: Path, job: str, result: dict[str, Any] | None, ds: str = DS, st
     }  # fmt: skip
     if result is not None:
         manifest["result"] = {"inputs": {}, "outputs": {}, "rows": {}, **result}
-    contracts.write_json(contracts.manifest_path(lake, ds, job), manifest)
+    write_json(manifests.path_of(lake, ds, job), manifest)
 
 
 def whole_night(lake: Path, ds: str = DS, space: str = SPACE, **changes: Any) -> None:
@@ -293,7 +298,7 @@ def test_vectors_in_clusters_of_their_genre_are_told_as_pure_and_random_ones_as_
         assert found.purity > 0.9
         assert 0.25 < found.chance < 0.4
     random = np.random.default_rng(0)
-    purity, chance = report_views.purity(random.normal(size=(300, 8)).astype(np.float32), random.integers(0, 3, 300))
+    purity, chance = views.purity(random.normal(size=(300, 8)).astype(np.float32), random.integers(0, 3, 300))
     assert purity is not None
     assert chance is not None
     assert abs(purity - chance) < 0.05
@@ -325,7 +330,7 @@ def test_a_refusal_by_a_gate_is_to_be_looked_at_and_says_what_goes_on_serving(tm
     whole_night(tmp_path, "2026-03-09")
     whole_night(tmp_path)
     record(tmp_path, "promote", None, status="refused", error="not worse on tail: NDCG -0.03")
-    contracts.manifest_path(tmp_path, DS, "publish").unlink()
+    manifests.path_of(tmp_path, DS, "publish").unlink()
     result, _ = tell(tmp_path)
     assert result.state == "look"
     assert "promote was refused by a gate: not worse on tail: NDCG -0.03" in result.points
@@ -385,9 +390,9 @@ def test_a_catalogue_of_a_few_items_is_drawn(tmp_path: Path, count: int) -> None
 
 def test_items_that_are_all_alike_are_drawn(tmp_path: Path) -> None:
     whole_night(tmp_path)
-    rows = contracts.read(tmp_path, contracts.item_embeddings(8), f"space={SPACE}/ds={DS}")
+    rows = partitions.read(tmp_path, item_embeddings(8), f"space={SPACE}/ds={DS}")
     same = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(8 * 40, np.float32)), 8)
-    contracts.write(tmp_path, contracts.item_embeddings(8), f"space={SPACE}/ds={DS}", [rows.set_column(2, "embedding", same)])
+    partitions.write(tmp_path, item_embeddings(8), f"space={SPACE}/ds={DS}", [rows.set_column(2, "embedding", same)])
     result, _ = tell(tmp_path)
     assert result.drift[f"served {SPACE}.rank"] == 1.0
 
@@ -433,7 +438,7 @@ def test_a_page_lists_the_ids_of_all_items_it_names(tmp_path: Path) -> None:
 
 def test_forgotten_items_are_not_shown(tmp_path: Path) -> None:
     whole_night(tmp_path)
-    contracts.bury(tmp_path, "i7", DS)
+    bury(tmp_path, "i7", DS)
     assert 'Film 7"' not in tell(tmp_path)[1]
 
 
@@ -443,7 +448,7 @@ def test_forgotten_items_are_not_shown(tmp_path: Path) -> None:
 def test_manifests_of_another_shape_cost_their_part_not_the_page(tmp_path: Path, wrong: str) -> None:
     whole_night(tmp_path)
     for job in ("extract", "evaluate", "rat"):
-        contracts.manifest_path(tmp_path, DS, job).write_text(wrong)
+        manifests.path_of(tmp_path, DS, job).write_text(wrong)
     result, html = tell(tmp_path)
     assert result.state in ("bad", "look", "good")
     assert "Map of the embeddings" in html
@@ -452,7 +457,7 @@ def test_manifests_of_another_shape_cost_their_part_not_the_page(tmp_path: Path,
 @pytest.mark.parametrize("job", results())
 def test_no_value_of_a_manifest_costs_the_page_or_the_events(tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("forest", "bars", "curves", "over_nights"):
-        monkeypatch.setattr(report_plots, kind, lambda *_, **__: "")
+        monkeypatch.setattr(plots, kind, lambda *_, **__: "")
     runs = {
         name: {"job": name, "status": "done", "seconds": 1.0, "config": {}, "result": found} for name, found in results().items()
     }
@@ -477,7 +482,7 @@ def test_no_value_of_a_manifest_costs_the_page_or_the_events(tmp_path: Path, job
 
 def test_shards_are_counted_together_and_hide_nothing(tmp_path: Path) -> None:
     whole_night(tmp_path)
-    contracts.manifest_path(tmp_path, DS, "embed").unlink()
+    manifests.path_of(tmp_path, DS, "embed").unlink()
     for shard in range(40):
         record(tmp_path, f"embed-{shard:05d}-of-00040", {**results()["embed"], "embedded": 10})
     record(tmp_path, "embed-00007-of-00040", None, status="failed", error="out of memory")
@@ -519,8 +524,8 @@ def test_the_age_of_the_space_is_told_beside_that_of_the_snapshot(tmp_path: Path
 
 def test_shares_of_the_maps_are_compared_on_the_items_that_all_of_them_show(tmp_path: Path) -> None:
     whole_night(tmp_path)
-    rows = contracts.read(tmp_path, contracts.llm_embeddings(12, "float32"), f"encoder={BASE}/ds={DS}")
-    contracts.write(tmp_path, contracts.llm_embeddings(12, "float32"), f"encoder={BASE}/ds={DS}", [rows.slice(0, 15)])
+    rows = partitions.read(tmp_path, llm_embeddings(12, "float32"), f"encoder={BASE}/ds={DS}")
+    partitions.write(tmp_path, llm_embeddings(12, "float32"), f"encoder={BASE}/ds={DS}", [rows.slice(0, 15)])
     views, _, _ = report.look(
         report.Config(run=Run(ds=DS, lake=tmp_path), base_items=0),
         report.spaces_of(tmp_path, lineage.read_night(tmp_path, DS), ()),
@@ -541,7 +546,7 @@ def test_a_few_long_texts_embedded_on_a_night_do_not_make_the_encoder_due(tmp_pa
 def test_a_report_written_again_has_the_same_bytes(tmp_path: Path) -> None:
     whole_night(tmp_path)
     first, _ = tell(tmp_path)
-    record(tmp_path, "report", contracts.as_json(first))
+    record(tmp_path, "report", as_json(first))
     record(tmp_path, "explain", {})
     assert tell(tmp_path)[0].outputs == first.outputs
 
@@ -560,7 +565,7 @@ def nights(lake: Path, count: int) -> str:
     for back in range(count, 0, -1):
         date = f"{dt.date.fromisoformat(DS) - dt.timedelta(days=back)}"
         whole_night(lake, date)
-        record(lake, "report", contracts.as_json(tell(lake, date)[0]), date)
+        record(lake, "report", as_json(tell(lake, date)[0]), date)
     return date
 
 

@@ -11,8 +11,10 @@ import pytest
 from feature_repo.reader import Reader, settings
 from feature_repo.spaces import remove_rows
 from feature_repo.stores import key_text, lease, open_writer
-from jobs import contracts, lookup, publish, registry, rollback
-from jobs.contracts import InputError, Refused, Run
+from jobs import lookup, publish, rollback
+from jobs.engines import registry
+from jobs.lake.tables import space_of
+from jobs.run import InputError, Refused, Run
 from tests.jobs.small_registry import fresh, kept
 
 A, B = "a" * 16, "b" * 16
@@ -106,12 +108,10 @@ def two_models(catalogue: Callable[..., Path], tmp_path: Path) -> tuple[Run, str
     run, ids = fresh(tmp_path), []
     for seed in (0, 1):
         artifact = kept(run, seed)
-        version = registry.log_run(
-            run, "rat", {}, {}, artifact, registry.RECOMMENDER, Path(rollback.__file__).with_name("pyfunc.py")
-        )
-        space_id = contracts.space_id("e" * 16, artifact.name)
-        catalogue(space=space_id)
-        publish.run(publish.Config(run=run, space=space_id))
+        version = registry.log_run(run, "rat", {}, {}, artifact, registry.RECOMMENDER, registry.RECOMMENDER_CODE)
+        served = space_of("e" * 16, artifact.name)
+        catalogue(space=served)
+        publish.run(publish.Config(run=run, space=served))
         registry.set_aliases(run, [("previous" if seed == 0 else "champion", version)])
         ids.append(artifact.name)
     return run, ids[0], ids[1]

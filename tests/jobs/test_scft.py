@@ -16,15 +16,19 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import contracts, pretrain, scft
-from jobs.contracts import ITEMS, SEQUENCES, InputError, Refused, Run
-from models import encoder as encoders
-from models import fp8
-from models.encoder import Lora, load_encoder, read_spec
-from models.prompts import FieldPolicy
-from models.retrieval import Gates
-from models.scft import Scft
-from models.training import Training
+from jobs import pretrain, scft
+from jobs.lake import artifacts, manifests, partitions
+from jobs.lake.items import bury, content_hash
+from jobs.lake.partitions import write_json
+from jobs.lake.tables import ATTRIBUTES, ITEMS, SEQUENCES
+from jobs.run import InputError, Refused, Run, as_json
+from models.behaviour.training import Training
+from models.text import encoder as encoders
+from models.text import fp8
+from models.text.encoder import Lora, load_encoder, read_spec
+from models.text.prompts import FieldPolicy
+from models.text.scft import Scft
+from models.text.view_retrieval import Gates
 from tests.jobs import small_lake
 from tests.jobs.small_lake import remember
 from tests.models import tiny
@@ -46,11 +50,11 @@ def write_items(lake: Path, ds: str, items: list[list[tuple[str, str]]]) -> None
     attributes = [[{"name": name, "value": value} for name, value in item] for item in items]
     rows = {
         "item_id": [f"i{number:04d}" for number in range(len(items))],
-        "attributes": pa.array(attributes, contracts.ATTRIBUTES),
-        "content_hash": [contracts.content_hash(item) for item in items],
+        "attributes": pa.array(attributes, ATTRIBUTES),
+        "content_hash": [content_hash(item) for item in items],
         "first_seen_ds": [ds] * len(items),
     }
-    contracts.write(lake, ITEMS, f"ds={ds}", [pa.table(rows)])
+    partitions.write(lake, ITEMS, f"ds={ds}", [pa.table(rows)])
 
 
 @pytest.fixture
@@ -78,11 +82,11 @@ def test_the_encoder_is_kept_with_its_figures_and_loads(config: scft.Config) -> 
     assert 0 <= result.figures["recall_1"] <= result.figures["recall_10"] <= 1
     assert result.base_figures["step"] == 0
     assert result.moved > 1e-3
-    path = contracts.artifact(config.run.lake, "encoder", result.encoder_id)
+    path = artifacts.find(config.run.lake, "encoder", result.encoder_id)
     assert load_encoder(path, device=tiny.CPU).spec.policy == tiny.POLICY
     assert {file.name for file in path.iterdir()} == {"adapter_model.safetensors", "encoder.json"}
-    assert result.inputs["items"] == contracts.read_commit(config.run.lake, "items", f"ds={DS}").digest
-    assert json.dumps(contracts.as_json(result))
+    assert result.inputs["items"] == partitions.read_commit(config.run.lake, "items", f"ds={DS}").digest
+    assert json.dumps(as_json(result))
     assert not list((config.run.lake / "models" / "encoder").glob(".staged*"))
     assert not list((config.run.lake / "checkpoints").glob("scft*"))
 
@@ -93,7 +97,7 @@ def test_a_rerun_leaves_the_same_encoder(config: scft.Config) -> None:
 
 def test_no_steps_keep_the_base_model_as_a_zero_shot_encoder(config: scft.Config) -> None:
     result = scft.run(changed(config, training=dataclasses.replace(FAST, steps=0)))
-    path = contracts.artifact(config.run.lake, "encoder", result.encoder_id)
+    path = artifacts.find(config.run.lake, "encoder", result.encoder_id)
     assert [file.name for file in path.iterdir()] == ["encoder.json"]
     assert json.loads((path / "encoder.json").read_text())["lora"] is None
     assert (result.steps, result.moved, result.update_norm) == (0, 0.0, 0.0)
@@ -144,7 +148,7 @@ def test_drift_that_a_report_found_since_the_training_makes_an_encoder_due(confi
     same = changed(config, training=dataclasses.replace(FAST, steps=0))
     for ds, due in ((DS, False), ("2026-03-12", True)):
         manifest = {"status": "done", "ds": ds, "result": {"refresh_encoder": "token length drifted"}}
-        contracts.write_json(contracts.manifest_path(config.run.lake, ds, "report"), manifest)
+        write_json(manifests.path_of(config.run.lake, ds, "report"), manifest)
         why, previous = scft.due(on(same, "2026-03-12"), f"ds={DS}")
         assert (why == "token length drifted", previous is None) == (due, due)
 
@@ -203,7 +207,7 @@ def test_a_field_that_leaks_popularity_stops_the_job_unless_admitted(config: scf
 
 
 def test_forgotten_items_are_not_trained_on_and_large_catalogues_are_sampled(config: scft.Config) -> None:
-    contracts.bury(config.run.lake, "i0003", DS)
+    bury(config.run.lake, "i0003", DS)
     assert len(scft.read_texts(config, f"ds={DS}")[2]) == 49
     assert 4 <= len(scft.read_texts(changed(config, max_items=20), f"ds={DS}")[2]) <= 35
 
@@ -232,7 +236,7 @@ def test_sigterm_saves_and_the_next_run_ends_with_the_bytes_of_an_uninterrupted_
     config: scft.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = scft.run(config)
-    shutil.rmtree(contracts.artifact(config.run.lake, "encoder", whole.encoder_id))
+    shutil.rmtree(artifacts.find(config.run.lake, "encoder", whole.encoder_id))
     with monkeypatch.context() as patch:
         patch.setattr(scft, "progress", lambda _: lambda metrics, step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as left:
@@ -247,7 +251,7 @@ def test_sigterm_saves_and_the_next_run_ends_with_the_bytes_of_an_uninterrupted_
 def test_a_registered_encoder_embeds_raw_records(config: scft.Config, tmp_path: Path) -> None:
     import mlflow
 
-    from models.encoder import embed_items
+    from models.text.encoder import embed_items
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     result = scft.run(changed(config, run=dataclasses.replace(config.run, tracking_uri=uri)))
@@ -255,7 +259,7 @@ def test_a_registered_encoder_embeds_raw_records(config: scft.Config, tmp_path: 
     mlflow.set_tracking_uri(uri)
     model = mlflow.pyfunc.load_model("models:/llmemb-encoder/1")
     records = [{"title": "film 7", "year": None, "kind": ["a", "b"]}, {"title": "film 8", "year": "1990", "kind": []}]
-    encoder = load_encoder(contracts.artifact(config.run.lake, "encoder", result.encoder_id), device=tiny.CPU)
+    encoder = load_encoder(artifacts.find(config.run.lake, "encoder", result.encoder_id), device=tiny.CPU)
     wanted = embed_items(encoder, [[("title", "film 7"), ("kind", "a, b")], [("title", "film 8"), ("year", "1990")]])
     np.testing.assert_allclose(model.predict(records), wanted, atol=1e-5)
 
@@ -294,10 +298,10 @@ def test_pairs_without_sequences_name_the_remedy_and_an_encoder_says_that_it_lea
     ids = [f"i{number:04d}" for number in range(50)]
     rows = {"user_id": ["u"], "item_ids": [ids], "timestamps": [[7] * 50], "train_end": pa.array([48], pa.int32()),
             "valid_end": pa.array([49], pa.int32())}  # fmt: skip
-    contracts.write(config.run.lake, SEQUENCES, f"ds={DS}", [pa.table(rows)])
+    partitions.write(config.run.lake, SEQUENCES, f"ds={DS}", [pa.table(rows)])
     result = scft.run(changed(config, training=paired))
     assert "sequences" in result.inputs
-    assert read_spec(contracts.artifact(config.run.lake, "encoder", result.encoder_id)).from_users
+    assert read_spec(artifacts.find(config.run.lake, "encoder", result.encoder_id)).from_users
     plain = scft.run(config)
     assert plain.losses != result.losses and "sequences" not in plain.inputs
 

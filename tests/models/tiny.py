@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from models.encoder import Encoder, Lora, Spec, add_lora, base_sha256, load_base, tokenizer_sha256
-from models.prompts import FieldPolicy
+from models.text.encoder import Encoder, Lora, Spec, add_lora, base_sha256, load_base, tokenizer_sha256
+from models.text.prompts import FieldPolicy
 
 CPU = torch.device("cpu")
 POLICY = FieldPolicy(domain="Item:")

@@ -1,0 +1,210 @@
+"""The lake's side of serving: rows of a space in chunks, its index, and refusals in the jobs' words."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from feature_repo import index
+from feature_repo.compatibility import Matrix
+from feature_repo.index import Graph, Index
+from feature_repo.reader import NothingServed, Pointer, Reader, Space
+from feature_repo.spaces import Chunk
+from feature_repo.stores import BROKEN, NotPublished
+from jobs.lake import partitions, tables
+from jobs.lake.items import tombstones
+from jobs.lake.partitions import digest_folder, write_json
+from jobs.lake.tables import ITEMS, Table, item_embeddings, space_of
+from jobs.run import InputError, Refused
+
+INDEX = "_index.json"
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What the feature repository refuses is a refusal of the job; a store that fails is told in a line, and may be retried."""
+    try:
+        yield
+    except NotPublished as error:
+        raise Refused(str(error)) from error
+    except BROKEN as error:
+        raise ConnectionError(
+            f"the online store failed ({type(error).__name__}: {error}): is it down, slow, full or locked? What serves is "
+            "untouched; run again once it is well"
+        ) from error
+
+
+def served(reader: Reader) -> Pointer:
+    """What serves. Raises InputError before the first publish, ConnectionError where the store fails."""
+    try:
+        with refusals():
+            return reader.pointer()
+    except NothingServed as error:
+        raise InputError(str(error)) from error
+
+
+def partition_of(space_id: str, ds: str) -> str:
+    """The partition of `item_embeddings` that a space serves."""
+    return f"space={space_id}/ds={ds}"
+
+
+def width_of(lake: Path, partition: str) -> int:
+    """Width of a partition's vectors. Raises InputError where it is absent, or is no table of vectors."""
+    commit = partitions.read_commit(lake, "item_embeddings", partition)
+    kind = pq.read_schema(partitions.folder(lake, "item_embeddings", partition) / commit.files[0]).field("embedding").type
+    if not pa.types.is_fixed_size_list(kind):
+        raise InputError(f"item_embeddings/{partition}: embedding is {kind}, not a list of fixed size: run project again")
+    return int(kind.list_size)
+
+
+def chunks(lake: Path, partition: str, rows: int, *, checked: bool = False) -> Iterator[Chunk]:
+    """(item ids, vector_ND) of a partition of `item_embeddings`, at most `rows` at once, without forgotten items.
+
+    With `checked`, raises InputError where a row breaks the table's contract or belongs to another space.
+    """
+    table = item_embeddings(width_of(lake, partition))
+    gone = pa.array(sorted(tombstones(lake)), pa.string())
+    for batch in partitions.scan(lake, table, partition, ("item_id", "embedding") if not checked else None, rows):
+        if checked:
+            check_batch(table, batch, partition)
+        if len(gone):
+            batch = batch.filter(pc.invert(pc.is_in(batch["item_id"], gone)))
+        flat = batch["embedding"].flatten().to_numpy(zero_copy_only=False)
+        if batch.num_rows:
+            yield batch["item_id"].to_pylist(), flat.reshape(batch.num_rows, -1)
+
+
+def check_batch(table: Table, batch: pa.RecordBatch, partition: str) -> None:
+    """Raises InputError where rows break their contract, or another space's rows stand among them."""
+    where = f"item_embeddings/{partition}"
+    rows = tables.check(table, pa.Table.from_batches([batch]), where)
+    space_id = partition.split("/")[0].removeprefix("space=")
+    strange = pc.filter(rows["space_id"], pc.not_equal(rows["space_id"], space_id))
+    if len(strange):
+        raise InputError(f"{where} has {len(strange)} rows of space {strange[0].as_py()}: run project again")
+
+
+def unchanged(lake: Path, before: Space, after: Space, most: int) -> tuple[Matrix, Matrix, list[str]]:
+    """(old_ND, new_ND, group of each) of at most about `most` items, chosen by their ids, whose text is the same in both.
+
+    Nothing where the lake no longer holds the snapshot that serves.
+    """
+    old, new = (partition_of(space.space_id, space.ds) for space in (before, after))
+    if old not in partitions.committed(lake, "item_embeddings", f"space={before.space_id}"):
+        return np.empty((0, before.width), np.float32), np.empty((0, after.width), np.float32), []
+    share = min(1.0, most / max(1, after.items))
+    known = {row["item_id"]: row for row in chosen_rows(lake, old, share)}
+    pairs = [(known[row["item_id"]], row) for row in chosen_rows(lake, new, share) if row["item_id"] in known]
+    pairs = [(was, now) for was, now in pairs if was["content_hash"] == now["content_hash"]]
+    old_ND, new_ND = (np.array([pair[side]["embedding"] for pair in pairs], np.float32) for side in (0, 1))
+    return old_ND, new_ND, [now["group"] for _, now in pairs]
+
+
+def chosen_rows(lake: Path, partition: str, share: float) -> Iterator[dict[str, Any]]:
+    """Rows of a share of the items, the same items in every partition."""
+    table = item_embeddings(width_of(lake, partition))
+    for batch in partitions.scan(lake, table, partition, ("item_id", "embedding", "content_hash", "group")):
+        hashes = (zlib.crc32(item_id.encode()) for item_id in batch["item_id"].to_pylist())
+        yield from batch.filter(pa.array([number < share * 2**32 for number in hashes], pa.bool_())).to_pylist()
+
+
+# ----------------------------------------------------------------------------------------------------------------- index
+
+
+def index_home(lake: Path, space: Space) -> Path:
+    """Folder of a space's index."""
+    return lake / "indexes" / f"space={space.space_id}" / f"ds={space.ds}"
+
+
+def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str:
+    """Builds the index of a space from the lake and swaps it in at once; returns the digest of its files.
+
+    An index of the same rows, vectors and parameters that is there already is kept.
+    """
+    home, partition = index_home(lake, space), partition_of(space.space_id, space.ds)
+    source = partitions.read_commit(lake, "item_embeddings", partition).digest
+    # counted, not taken from the pointer: that knows nothing of items forgotten since
+    items = sum(len(ids) for ids, _ in chunks(lake, partition, rows))
+    made_of = {"item_embeddings": source, "items": items, "graph": dataclasses.asdict(graph) if graph else None}
+    now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
+    if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
+        staged = home / f".staged-{uuid.uuid4().hex[:8]}"
+        staged.mkdir(parents=True)
+        vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows))
+        index.build(staged, vectors, items, space.width, graph)
+        digest = digest_folder(staged)
+        target = home / digest[:16]
+        if target.exists():
+            shutil.rmtree(staged)
+        else:
+            staged.rename(target)
+        now = {"made_of": made_of, "folder": target.name, "digest": digest}
+        write_json(home / INDEX, now)
+    for other in home.iterdir():
+        if other.is_dir() and other.name != now["folder"]:
+            shutil.rmtree(other)
+    return str(now["digest"])
+
+
+def drop_index(home: Path) -> None:
+    """Removes an index: first the file that names it, so that no reader opens half of one."""
+    (home / INDEX).unlink(missing_ok=True)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def open_index(lake: Path, space: Space) -> Index:
+    """The index of a space. Raises InputError where there is none."""
+    home = index_home(lake, space)
+    for _ in range(2):  # an index swapped between the two reads is found at the second try
+        with contextlib.suppress(FileNotFoundError):
+            return Index(home / json.loads((home / INDEX).read_text())["folder"])
+    raise InputError(f"space {space.space_id} has no index for {space.ds} in {home}: run `python -m jobs publish` for it")
+
+
+# ----------------------------------------------------------------------------------------------------------- recommender
+
+
+def recommender_of(lake: Path, space_id: str) -> dict[str, str]:
+    """Ids of the encoder and recommender that make a space, from the artifacts of the lake; empty texts where not found."""
+    for path in sorted((lake / "models" / "recommender").glob("*/recommender.json")):
+        encoder_id = str(json.loads(path.read_text()).get("encoder_id", ""))
+        if space_of(encoder_id, path.parent.name) == space_id:
+            return {"encoder_id": encoder_id, "recommender_id": path.parent.name}
+    return {"encoder_id": "", "recommender_id": ""}
+
+
+def titles(lake: Path, ds: str, item_ids: Sequence[str]) -> dict[str, str]:
+    """A name for each item: its attribute `title`, else its first one, else its id."""
+    wanted, found = pa.array(item_ids, pa.string()), dict(zip(item_ids, item_ids, strict=True))
+    partition = partitions.latest(lake, ITEMS.name, ds)
+    for batch in partitions.scan(lake, ITEMS, partition, ("item_id", "attributes")):
+        some = batch.filter(pc.is_in(batch["item_id"], wanted))
+        for item_id, pairs in zip(some["item_id"].to_pylist(), some["attributes"].to_pylist(), strict=True):
+            values = {pair["name"]: pair["value"] for pair in pairs}
+            found[item_id] = values.get("title") or next(iter(values.values()), item_id)
+    return found
+
+
+def sample_ids(lake: Path, space: Space, count: int) -> list[str]:
+    """The first ids of a space's partition, or none where the lake does not hold it."""
+    with contextlib.suppress(InputError):
+        for ids, _ in chunks(lake, partition_of(space.space_id, space.ds), count):
+            return list(ids)
+    return []
+
+
+def pointer_text(pointer: Pointer) -> str:
+    """The pointer in a word, for manifests."""
+    return f"{pointer.space_id}@{pointer.ds}#{pointer.sequence}"

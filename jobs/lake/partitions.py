@@ -1,0 +1,155 @@
+"""Partitions of the lake: how the rows of a table are committed, found and read.
+
+The lake is a folder. A partition holds Parquet files and one `_commit.json` that names them with their digests. Only files
+named there exist for a reader, and the commit is replaced by one rename: a writer killed at any instant leaves the old
+partition or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.lake import tables
+from jobs.lake.tables import Table
+from jobs.run import InputError
+
+COMMIT = "_commit.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """A partition as its readers see it."""
+
+    table: str
+    partition: str
+    files: tuple[str, ...]
+    rows: int
+    digest: str
+    """SHA-256 over the digests of the files, in order."""
+
+
+def folder(lake: Path, name: str, partition: str) -> Path:
+    """Where a partition lies, for example `folder(lake, "items", "ds=2026-01-31")`."""
+    return lake / name / partition
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_folder(path: Path) -> str:
+    """SHA-256 over the names and bytes of all files below a folder: the identity of an artifact."""
+    lines = [f"{digest_file(file)}  {file.relative_to(path).as_posix()}" for file in sorted(path.rglob("*")) if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replaces a small file at once: readers see the old text or the new one, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with aside.open("w") as stream:
+        json.dump(value, stream, indent=1, sort_keys=True, default=str)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(path)
+
+
+def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path]) -> Commit:
+    """Makes finished Parquet files of the lake's file system a partition's whole content, at once.
+
+    A file is moved in under a name made of its place and its digest, so equal rows leave an equal folder. What the
+    partition held before is deleted after the commit.
+    """
+    here = folder(lake, name, partition)
+    here.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    for number, file in enumerate(staged):
+        sha256 = digest_file(file)
+        target = here / f"part-{number:05d}-{sha256[:12]}.parquet"
+        file.replace(target)
+        entries.append({"name": target.name, "rows": pq.read_metadata(target).num_rows, "sha256": sha256})
+    digest = hashlib.sha256("\n".join(entry["sha256"] for entry in entries).encode()).hexdigest()
+    write_json(here / COMMIT, {"table": name, "partition": partition, "files": entries, "digest": digest})
+    kept = {COMMIT, *(entry["name"] for entry in entries)}
+    for leftover in here.iterdir():
+        if leftover.name not in kept and leftover.is_file():
+            leftover.unlink()
+    return read_commit(lake, name, partition)
+
+
+def write(lake: Path, table: Table, partition: str, parts: Iterable[pa.Table]) -> Commit:
+    """Replaces a partition by the rows of `parts`, one Parquet file a part, each checked; memory holds one part.
+
+    Raises InputError when a part breaks the table's contract; the old partition then stays.
+    """
+    here = folder(lake, table.name, partition)
+    here.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for number, part in enumerate(parts):
+        rows = tables.check(table, part, f"{table.name}/{partition} part {number}")
+        tables.check_key(table, rows, f"{table.name}/{partition} part {number}")
+        files.append(here / f".{number:05d}-{uuid.uuid4().hex[:8]}.parquet")
+        pq.write_table(rows, files[-1], compression="zstd")
+    if not files:
+        return write(lake, table, partition, [table.schema.empty_table()])
+    return commit_files(lake, table.name, partition, files)
+
+
+def read_commit(lake: Path, name: str, partition: str) -> Commit:
+    """What a partition holds. Raises InputError where nothing was ever committed."""
+    path = folder(lake, name, partition) / COMMIT
+    if not path.exists():
+        raise InputError(f"{name}/{partition} is not in the lake {lake}: run the job that writes {name} for it first")
+    value = json.loads(path.read_text())
+    return Commit(
+        table=name,
+        partition=partition,
+        files=tuple(entry["name"] for entry in value["files"]),
+        rows=sum(entry["rows"] for entry in value["files"]),
+        digest=value["digest"],
+    )
+
+
+def committed(lake: Path, name: str, under: str = "") -> list[str]:
+    """Committed partitions of a table below `under`, in order: `partitions(lake, "llm_embeddings", "encoder=ab12")`."""
+    root = lake / name
+    return sorted(path.parent.relative_to(root).as_posix() for path in (root / under).rglob(COMMIT))
+
+
+def latest(lake: Path, name: str, ds: str) -> str:
+    """The newest partition `ds=DATE` of a table at or before `ds`. Raises InputError where there is none."""
+    dates = [partition for partition in committed(lake, name) if partition <= f"ds={ds}"]
+    if not dates:
+        raise InputError(f"{name} has no partition at or before {ds} in the lake {lake}: run the job that writes it first")
+    return dates[-1]
+
+
+def scan(
+    lake: Path, table: Table, partition: str, columns: Sequence[str] | None = None, batch_rows: int = 65_536
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a partition in bounded batches, in the order of its files. `check` them where a law matters."""
+    here = folder(lake, table.name, partition)
+    for name in read_commit(lake, table.name, partition).files:
+        with pq.ParquetFile(here / name) as file:
+            yield from file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns else None)
+
+
+def read(lake: Path, table: Table, partition: str) -> pa.Table:
+    """A whole partition, schema, laws and key checked. Raises InputError."""
+    batches = list(scan(lake, table, partition))
+    rows = pa.Table.from_batches(batches) if batches else table.schema.empty_table()
+    rows = tables.check(table, rows, f"{table.name}/{partition}")
+    tables.check_key(table, rows, f"{table.name}/{partition}")
+    return rows

@@ -1,0 +1,169 @@
+"""The border between the lake and torch: tables as flat tensors, the device, and a training's progress and checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from jobs.lake import partitions
+from jobs.lake.items import tombstones
+from jobs.lake.tables import ITEMS, SEQUENCES
+from jobs.run import InputError, Run, as_json, code_revision
+from models.behaviour.data import Histories, histories
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """The items of a snapshot in the order of their ids: item i has index i + 1, index 0 is padding."""
+
+    item_ids: tuple[str, ...]
+    content_hashes: pa.StringArray
+    digest: str
+
+
+def pick_device(run: Run) -> torch.device:
+    """The device of `run.device`; under `torchrun` each process takes the GPU of its own number.
+
+    Raises InputError for CUDA where there is none.
+    """
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"run.device is {run.device!r} but torch sees no GPU: set it to auto or cpu")
+    if wanted == "cuda" and (local := os.environ.get("LOCAL_RANK")):
+        wanted = f"cuda:{local}"
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def progress_log(job: str) -> Callable[[dict[str, float], int], None]:
+    """A `log(metrics, step)` that writes one line to standard error at most every two seconds."""
+    last = -2.0
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 2:
+            last = time.monotonic()
+            written = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            print(f"{job}: epoch {step}  {written}", file=sys.stderr, flush=True)
+
+    return log
+
+
+def checkpoint_path(job: str, config: object, inputs: Mapping[str, str], lake: Path) -> Path:
+    """Where a training keeps its progress: equal settings on equal inputs resume, anything else starts anew."""
+    known = json.dumps([as_json(config), dict(inputs), code_revision()], sort_keys=True)
+    return lake / "checkpoints" / f"{job}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.safetensors"
+
+
+def read_catalogue(run: Run) -> Catalogue:
+    """The newest `items` at or before ds, without what was forgotten. Raises InputError where nothing is left."""
+    partition = partitions.latest(run.lake, ITEMS.name, run.ds)
+    batches = list(partitions.scan(run.lake, ITEMS, partition, columns=("item_id", "content_hash")))
+    rows = pa.Table.from_batches(batches) if batches else ITEMS.schema.empty_table()
+    forgotten = pa.array(sorted(tombstones(run.lake)), pa.string())
+    rows = rows.filter(pc.invert(pc.is_in(rows["item_id"], forgotten))).sort_by("item_id")
+    if not rows.num_rows:
+        raise InputError(f"items/{partition} holds no item: extract a catalogue first")
+    return Catalogue(
+        item_ids=tuple(rows["item_id"].to_pylist()),
+        content_hashes=rows["content_hash"].combine_chunks(),
+        digest=partitions.read_commit(run.lake, ITEMS.name, partition).digest,
+    )
+
+
+def read_histories(run: Run, item_ids: Sequence[str]) -> tuple[Histories, str]:
+    """The newest `sequences` at or before ds over a catalogue, on the CPU, and their digest; users stay in the table's order.
+
+    Raises InputError for an item of the logs that the catalogue lacks.
+    """
+    partition = partitions.latest(run.lake, SEQUENCES.name, run.ds)
+    rows = partitions.read(run.lake, SEQUENCES, partition)
+    known = pa.array(item_ids, pa.string())
+    lists = rows["item_ids"].combine_chunks()
+    index = pc.index_in(lists.flatten(), value_set=known)
+    if index.null_count:
+        strange = pc.filter(lists.flatten(), pc.is_null(index))[0].as_py()
+        raise InputError(f"sequences/{partition} has {index.null_count} events of items that are not in the catalogue, "
+                         f"for example {strange!r}: extract items and sequences of one ds together")  # fmt: skip
+    length = pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+    events = histories(
+        offsets=torch.from_numpy(np.concatenate([[0], length.cumsum()]).astype(np.int64)),
+        items=torch.from_numpy(index.to_numpy(zero_copy_only=False).astype(np.int64) + 1),
+        timestamps=torch.from_numpy(rows["timestamps"].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()),
+        train_end=torch.from_numpy(rows["train_end"].to_numpy().astype(np.int64)),
+        valid_end=torch.from_numpy(rows["valid_end"].to_numpy().astype(np.int64)),
+        catalogue=len(item_ids),
+    )
+    return events, partitions.read_commit(run.lake, SEQUENCES.name, partition).digest
+
+
+def embedding_batches(run: Run, encoder_id: str) -> Iterator[tuple[pa.Array, Tensor]]:
+    """(content hashes, llm_NE) of everything that an encoder embedded, in bounded batches.
+
+    Raises InputError where it has embedded nothing yet.
+    """
+    found = partitions.committed(run.lake, "llm_embeddings", f"encoder={encoder_id}")
+    if not found:
+        raise InputError(f"encoder {encoder_id} has no embeddings in the lake {run.lake}: run embed")
+    for partition in found:
+        here = partitions.folder(run.lake, "llm_embeddings", partition)
+        for name in partitions.read_commit(run.lake, "llm_embeddings", partition).files:
+            with pq.ParquetFile(here / name) as file:
+                for batch in file.iter_batches(batch_size=65_536, columns=["content_hash", "embedding"]):
+                    yield batch["content_hash"], as_matrix(batch["embedding"])
+
+
+def as_matrix(vectors: pa.FixedSizeListArray) -> Tensor:
+    """A column of fixed-size lists as a matrix, in its own float type."""
+    flat = vectors.flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(flat.copy()).view(len(vectors), vectors.type.list_size)
+
+
+def read_embeddings(run: Run, encoder_id: str, wanted: pa.StringArray) -> Tensor:
+    """llm_NE of content hashes, in the order given and in the table's float type; equal texts share one embedding.
+
+    Raises InputError for texts that the encoder has not embedded, with their number, and for values that are not finite.
+    """
+    unique = wanted.unique()
+    llm_UE: Tensor | None = None
+    there = np.zeros(len(unique), dtype=bool)
+    for hashes, llm_BE in embedding_batches(run, encoder_id):
+        if llm_UE is None:
+            llm_UE = torch.zeros(len(unique), llm_BE.shape[1], dtype=llm_BE.dtype)
+        place = pc.index_in(hashes, value_set=unique).to_numpy(zero_copy_only=False)
+        mine = ~np.isnan(place.astype(float))
+        rows = torch.from_numpy(place[mine].astype(np.int64))
+        llm_UE[rows] = llm_BE[torch.from_numpy(mine)]
+        there[rows.numpy()] = True
+    missing = pc.sum(pc.is_in(wanted, unique.filter(pa.array(~there)))).as_py() or 0
+    if llm_UE is None or missing:
+        raise InputError(
+            f"{missing or len(wanted)} of {len(wanted)} items have no embedding under encoder {encoder_id}: run embed"
+        )
+    if not bool(llm_UE.isfinite().all()):
+        raise InputError(f"encoder {encoder_id} has embeddings that are not finite: remove them and run embed")
+    return llm_UE[torch.from_numpy(pc.index_in(wanted, value_set=unique).to_numpy().astype(np.int64))]
+
+
+def embeddings_digest(run: Run, encoder_id: str) -> str:
+    """Identity of all that an encoder embedded so far."""
+    digests = [
+        partitions.read_commit(run.lake, "llm_embeddings", partition).digest
+        for partition in partitions.committed(run.lake, "llm_embeddings", f"encoder={encoder_id}")
+    ]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,0 +1,165 @@
+"""The model card of a promoted recommender: what it is, what it read, how it was judged, and what it must not be used for.
+
+Made of manifests and artifacts alone, so that the card says what was, not what was meant. `promote` keeps it with the version.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.lake import manifests
+from jobs.run import InputError
+
+
+def card(lake: Path, ds: str, decision: Mapping[str, Any], judged: Mapping[str, Any]) -> str:
+    """Markdown for the recommender of a decision (`promote`'s Result) on an evaluation (`evaluate`'s Result).
+
+    What is not recorded in the lake is said to be unknown.
+    """
+    recommender_id, encoder_id = str(decision["recommender_id"]), str(decision["encoder_id"])
+    recommender = described(lake, "recommender", recommender_id)
+    encoder = described(lake, "encoder", encoder_id)
+    extract, scft, rat = (manifest(lake, ds, job) for job in ("extract", "scft", "rat"))
+    lines = [
+        f"# Recommender {recommender_id}",
+        "",
+        f"Decision of {ds}: **{decision['decision']}**"
+        + (f", approved by {decision['approved_by']}" if decision.get("approved_by") else "")
+        + (f", in place of {decision['champion_id']}." if decision.get("champion_id") else ", as the first champion."),
+        *section("What it is", what_it_is(recommender, encoder, encoder_id, decision)),
+        *section("What it was made from", made_from(extract, encoder, rat)),
+        *section("How it was trained", trained(encoder, scft, rat, recommender)),
+        *section("How it was judged", judged_lines(decision, judged)),
+        *section("Limits", limits(judged, encoder)),
+        *section("Origin", origin(extract, scft, rat, judged)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def described(lake: Path, kind: str, identity: str) -> dict[str, Any]:
+    """What an artifact says of itself; empty where the lake lacks it."""
+    path = lake / "models" / kind / identity / f"{kind}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def manifest(lake: Path, ds: str, job: str) -> dict[str, Any]:
+    """The newest good manifest of a job; empty where there is none."""
+    try:
+        return manifests.read(lake, ds, job)
+    except InputError:
+        return {}
+
+
+def section(title: str, lines: Sequence[str] | Iterator[str]) -> list[str]:
+    """A part of the card."""
+    return ["", f"## {title}", "", *lines]
+
+
+def known(values: Mapping[str, Any], *path: str) -> Any:
+    """A value by its path, `unknown` where it isn't recorded."""
+    found: Any = values
+    for name in path:
+        if not isinstance(found, Mapping) or name not in found:
+            return "unknown"
+        found = found[name]
+    return found
+
+
+def what_it_is(
+    recommender: Mapping[str, Any], encoder: Mapping[str, Any], encoder_id: str, decision: Mapping[str, Any]
+) -> Iterator[str]:
+    """Kind, parts and use."""
+    backbone = f"{known(recommender, 'backbone', 'name')}, width {known(recommender, 'width')}"
+    yield f"A sequential recommender ({backbone}) over vectors that an LLM makes of items' texts (LLMEmb: SCFT, then RAT)."
+    space_id = decision.get("space_id", "unknown")
+    yield f"It reads encoder {encoder_id} ({known(encoder, 'base')}); together they make space {space_id}."
+    if "rotation" in recommender:
+        turned = {name: known(recommender, "rotation", name) for name in ("to", "residual", "cosine")}
+        yield f"Turned, which changes no ranking, towards the space of recommender {turned['to']}: residual " \
+              f"{turned['residual']}, mean cosine {turned['cosine']}."  # fmt: skip
+    yield "Meant for the next items of a user in the catalogue it was trained on. Item vectors of other spaces do not fit it."
+
+
+def made_from(extract: Mapping[str, Any], encoder: Mapping[str, Any], rat: Mapping[str, Any]) -> Iterator[str]:
+    """The snapshot and the fields that the LLM may read."""
+    yield (
+        f"Snapshot of {known(extract, 'ds')}: {known(extract, 'result', 'rows', 'items')} items, "
+        f"{known(extract, 'result', 'rows', 'interactions')} events, {known(extract, 'result', 'rows', 'sequences')} users; "
+        f"{known(rat, 'result', 'rows', 'train_events')} events trained."
+    )
+    cuts = known(extract, "result", "cuts")
+    if isinstance(cuts, Mapping) and cuts:
+        yield f"Validation begins at {known(cuts, 'valid')}, test at {known(cuts, 'test')}; nothing after a cut was trained on."
+    allow = known(encoder, "policy", "allow")
+    fields = ", ".join(allow) if isinstance(allow, list) and allow else "every attribute of the table"
+    yield f"The LLM reads: {fields}. Refused, as they tell popularity of the whole period: {refused(encoder)}."
+
+
+def refused(encoder: Mapping[str, Any]) -> str:
+    """Fields that the policy blocks and does not admit."""
+    block, admit = known(encoder, "policy", "block"), known(encoder, "policy", "admit")
+    if not isinstance(block, list):
+        return "unknown"
+    left = [name for name in block if name not in (admit if isinstance(admit, list) else [])]
+    return ", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else "") if left else "none"
+
+
+def trained(
+    encoder: Mapping[str, Any], scft: Mapping[str, Any], rat: Mapping[str, Any], recommender: Mapping[str, Any]
+) -> Iterator[str]:
+    """Settings and figures of the trainings."""
+    lora = known(encoder, "lora")
+    yield f"SCFT: {'LoRA r ' + str(lora['r']) if isinstance(lora, Mapping) else 'none, the base model as it is'}, best step " \
+          f"{known(scft, 'result', 'best_step')} of {known(scft, 'result', 'steps')}."  # fmt: skip
+    yield f"RAT: {known(rat, 'config', 'training', 'loss')} loss, best epoch {known(rat, 'result', 'best_epoch')}, validation " \
+          f"NDCG@10 {figure(known(rat, 'result', 'validation_ndcg'))}; whitening keeps " \
+          f"{figure(known(recommender, 'explained_variance'))} of the variance."  # fmt: skip
+
+
+def judged_lines(decision: Mapping[str, Any], judged: Mapping[str, Any]) -> Iterator[str]:
+    """The gates, and the comparison as a table."""
+    for reason in decision.get("reasons", ()):
+        yield f"- {reason['gate']}: {reason['verdict']} ({reason['text']})"
+    rows = [row for row in judged.get("differences", ()) if row["value"] is not None]
+    if rows:
+        yield ""
+        yield "| against | slice | difference in NDCG | 95 % | users |"
+        yield "|---|---|---|---|---|"
+    for row in rows:
+        interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if row["low"] is not None else "too few users to tell"
+        yield f"| {row['against']} | {row['slice']} | {row['value']:+.4f} | {interval} | {row['n']} |"
+
+
+def limits(judged: Mapping[str, Any], encoder: Mapping[str, Any]) -> Iterator[str]:
+    """What the evaluation could not show."""
+    small = sorted({row["slice"] for row in judged.get("differences", ()) if row["low"] is None})
+    if small:
+        yield f"- Not judged, too few users: {', '.join(small)}."
+    below = [row["against"] for row in judged.get("differences", ()) if row["slice"] == "overall" and (row["high"] or 0) < 0]
+    if below:
+        yield f"- Worse than {', '.join(below)} overall."
+    leak = judged.get("leak") or {}
+    if leak:
+        yield f"- Raw embeddings foretell log test popularity with R2 {figure(leak.get('r2'))}" \
+              f"{': a field leaks' if judged.get('leaking') else ''}."  # fmt: skip
+    yield f"- The LLM ({known(encoder, 'base')}) brings its own biases and languages; its licence holds for what is made with it."
+    yield "- Judged on past logs, which were made under another recommender: an online test is still needed."
+
+
+def origin(*manifests: Mapping[str, Any]) -> Iterator[str]:
+    """Digests of what it stands on."""
+    *runs, judged = manifests
+    for run in runs:
+        for name, digest in run.get("result", {}).get("outputs", {}).items():
+            yield f"- {run['job']} of {run['ds']}, code {run.get('code_revision', 'unknown')}: {name} `{digest}`"
+    for name, digest in judged.get("outputs", {}).items():
+        yield f"- evaluate: {name} `{digest}`"
+
+
+def figure(value: object) -> str:
+    """A figure with four digits; other things as they are."""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,136 @@
+"""What moves from night to night: measures of a snapshot and its vectors, and the bounds that their own history sets.
+
+Shapes: N items sampled, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.lake import partitions
+from jobs.lake.tables import INTERACTIONS, LEFT
+from jobs.run import InputError
+
+Matrix = npt.NDArray[np.float32]
+TEXT = ("fill.", "text.")
+"""Measures of the texts: an encoder was trained on texts like those of the nights before, so an alarm here makes it due."""
+
+
+SHARES = ("fill.", "quarantine.", "coverage")
+"""Measures between 0 and 1, whose history may be all zeros."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How far from its own history a measure may go."""
+
+    nights: int = 5
+    """Earlier nights that must have measured it before it can alarm."""
+    spread: float = 4.0
+    """Allowed distance from the history's median, in robust standard deviations (1.4826 times the median deviation)."""
+    least: float = 0.01
+    """Allowed distance at least, as a share of the median, or for shares as such: what never moved would else alarm at once."""
+
+    def __post_init__(self) -> None:
+        if self.nights < 2 or self.spread <= 0 or self.least < 0:
+            raise InputError("report.bounds: nights must be at least 2, spread above 0, least at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One measure of this night against its history."""
+
+    name: str
+    value: float
+    median: float | None
+    """Of the nights before; none while there are too few."""
+    allowed: float | None
+    """Distance from the median that is no alarm."""
+    nights: int
+    """Nights before that measured it."""
+    verdict: Literal["steady", "alarm", "too few nights"]
+
+
+def judge(tonight: Mapping[str, float], before: Sequence[Mapping[str, float]], bounds: Bounds) -> tuple[Measure, ...]:
+    """Each measure against those of earlier nights that are comparable: of the same space, encoder and attribute by its name."""
+    return tuple(
+        judged(name, value, [night[name] for night in before if name in night], bounds) for name, value in tonight.items()
+    )
+
+
+def judged(name: str, value: float, history: Sequence[float], bounds: Bounds) -> Measure:
+    """One measure against its own history."""
+    if len(history) < bounds.nights:
+        return Measure(name=name, value=value, median=None, allowed=None, nights=len(history), verdict="too few nights")
+    median = statistics.median(history)
+    deviation = 1.4826 * statistics.median(abs(past - median) for past in history)
+    allowed = max(bounds.spread * deviation, bounds.least * (1.0 if name.startswith(SHARES) else abs(median)))
+    verdict: Literal["steady", "alarm"] = "alarm" if not abs(value - median) <= allowed else "steady"
+    return Measure(name=name, value=value, median=median, allowed=allowed, nights=len(history), verdict=verdict)
+
+
+def refresh_reason(measures: Iterable[Measure]) -> str:
+    """Why the texts have moved so far that the encoder should be trained again; empty where they have not."""
+    moved = [measure for measure in measures if measure.verdict == "alarm" and measure.name.startswith(TEXT)]
+    return "; ".join(f"{found.name} is {found.value:.4g}, was {found.median:.4g} ± {found.allowed:.2g}" for found in moved)
+
+
+# --------------------------------------------------------------------------------------------------------------- measures
+
+
+def of_extract(result: Mapping[str, Any]) -> dict[str, float]:
+    """Attribute fill and quarantine shares, from the Result of `extract`."""
+    found = {f"fill.{name}": float(share) for name, share in result.get("fill", {}).items()}
+    for source, seen in result.get("seen", {}).items():
+        counts = {why: count for why, count in result.get("quarantined", {}).items() if not why.endswith(LEFT)}
+        refused = sum(count for why, count in counts.items() if why.startswith(f"{source}:"))
+        if seen:
+            found[f"quarantine.{source}"] = refused / seen
+    return found
+
+
+def of_texts(lengths: Sequence[int]) -> dict[str, float]:
+    """Characters of the items' texts: what their tokens grow with."""
+    return {"text.characters": float(np.mean(lengths))} if lengths else {}
+
+
+def of_vectors(kind: str, vector_ND: Matrix) -> dict[str, float]:
+    """Mean norm, norm of the centroid beside it, and effective rank of vectors; `kind` names what they are comparable with."""
+    if len(vector_ND) < 2:
+        return {}
+    norm = float(np.linalg.norm(vector_ND, axis=1).mean())
+    centre = float(np.linalg.norm(vector_ND.mean(0)))
+    return {f"{kind}.norm": norm, f"{kind}.centroid": centre / max(norm, 1e-12), f"{kind}.rank": effective_rank(vector_ND)}
+
+
+def effective_rank(vector_ND: Matrix) -> float:
+    """exp of the entropy of the covariance's spectrum (Roy and Vetterli 2007): how many directions the vectors really use."""
+    centred_ND = vector_ND.astype(np.float64) - vector_ND.mean(0)
+    wide = centred_ND.shape[1] > len(centred_ND)
+    power_D = np.linalg.eigvalsh(centred_ND @ centred_ND.T if wide else centred_ND.T @ centred_ND).clip(0)
+    if not power_D.sum() > 0:
+        return 1.0
+    share_D = power_D[power_D > 0] / power_D.sum()
+    return float(math.exp(-(share_D * np.log(share_D)).sum()))
+
+
+def coverage(lake: Path, partition: str, published: pa.Array, most: int) -> float | None:
+    """Share of the logs' events whose item is published; of at most about `most` events, evenly taken. None without any."""
+    total = partitions.read_commit(lake, INTERACTIONS.name, partition).rows
+    step = max(1, total // max(most, 1))
+    seen = inside = 0
+    for number, batch in enumerate(partitions.scan(lake, INTERACTIONS, partition, ("item_id",))):
+        if number % step == 0:
+            seen += batch.num_rows
+            inside += pc.sum(pc.is_in(batch["item_id"], published)).as_py() or 0
+    return inside / seen if seen else None

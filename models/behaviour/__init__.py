@@ -1,0 +1,1 @@
+"""Logs -> item vectors: sequence encoders, item sources, RAT."""

@@ -1,0 +1,163 @@
+"""How a training goes: validation on the device, the best weights so far, and the checkpoint that a killed run resumes from.
+
+Shapes: C validation cases, B cases of a chunk, V items + 1 (row 0 is padding), D width, M candidate items.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.behaviour.data import Histories, cases, inputs_before, targets
+from models.behaviour.recommender import Recommender, score
+from models.judge.metrics import full_ranks
+
+LOGITS = 2**28
+"""Scores held at once: 1 GiB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training came to; the recommender itself holds the weights of the best epoch."""
+
+    epochs: int
+    best_epoch: int
+    ndcg: float
+    """Best validation NDCG@10, full ranking."""
+    recall: float
+    """Recall@10 of the same epoch."""
+    seconds_per_epoch: float
+    """Median over this process's epochs, validation included."""
+    history: tuple[dict[str, float], ...] = field(repr=False)
+    """Of each epoch: loss and, where validated, ndcg and recall."""
+
+
+def rounded(value: int, most: int) -> int:
+    """A value rounded up to 1, 1.5 times a power of two, at most `most`: few shapes, little padding."""
+    power = 1 << max(value - 1, 1).bit_length()
+    return min(most, power * 3 // 4 if value <= power * 3 // 4 else power)
+
+
+def make_validation(
+    events: Histories, candidates_M: Tensor, validation_users: int, max_len: int
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Chunks of (users_B, position_B, width): short histories with short ones, so that little of a chunk is padding.
+
+    Raises ValueError where there is no case.
+    """
+    users_C, position_C = cases(events, "valid")
+    known_C = torch.isin(targets(events, users_C, position_C), candidates_M)
+    users_C, position_C = users_C[known_C], position_C[known_C]
+    if not len(users_C):
+        raise ValueError("no user has an event to validate on: extract a longer history or move the split")
+    some = torch.linspace(0, len(users_C) - 1, min(len(users_C), validation_users), device=users_C.device).long()
+    order = some[position_C[some].argsort(stable=True)]
+    users_C, position_C = users_C[order], position_C[order]
+    length_C = position_C.cpu()
+    chunk = max(1, min(4096, LOGITS // (events.catalogue + 1)))
+    chunks = []
+    for start in range(0, len(users_C), chunk):
+        users_B, position_B = users_C[start : start + chunk], position_C[start : start + chunk]
+        chunks.append((users_B, position_B, rounded(int(length_C[start : start + chunk].max()), max_len)))
+    return chunks
+
+
+@torch.no_grad()
+def validate(
+    recommender: Recommender,
+    events: Histories,
+    chunks: list[tuple[Tensor, Tensor, int]],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, float]:
+    """NDCG@10 and Recall@10 of the last validation events, ranked among all items."""
+    recommender.eval()
+    table_VD = recommender.item_table().float()
+    found = []
+    for users_B, position_B, width in chunks:
+        with autocast():
+            user_BD = recommender.encode(inputs_before(events, users_B, position_B, width), table_VD)
+        rank_B = full_ranks(score(user_BD, table_VD), targets(events, users_B, position_B))
+        hit_B = (rank_B <= 10).float()
+        found.append(torch.stack([hit_B / (rank_B + 1).log2(), hit_B]))
+    mean_2 = torch.cat(found, 1).mean(1)
+    if dist.is_initialized():
+        # all processes must stop after the same epoch
+        dist.broadcast(mean_2, 0)
+    ndcg, recall = mean_2.tolist()
+    return {"ndcg": ndcg, "recall": recall}
+
+
+class Progress:
+    """Where a training stands: weights, optimiser state, best weights and figures; kept as safetensors."""
+
+    def __init__(self, recommender: Recommender, optimizer: torch.optim.Optimizer) -> None:
+        self.recommender, self.optimizer = recommender, optimizer
+        self.history: list[dict[str, float]] = []
+        self.best_epoch = 0
+        self.best = {name: value.clone() for name, value in recommender.state_dict().items()}
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    def add(self, figures: dict[str, float]) -> None:
+        """Takes an epoch's figures, and its weights where validation has never been better."""
+        self.history.append(figures)
+        best = self.history[self.best_epoch - 1]["ndcg"] if self.best_epoch else -1.0
+        if figures.get("ndcg", -1.0) > best:
+            self.best_epoch = self.epoch
+            for name, value in self.recommender.state_dict().items():
+                self.best[name].copy_(value)
+
+    def finish(self, seconds: float) -> Trained:
+        """Puts the best weights back and sums up."""
+        self.recommender.load_state_dict(self.best)
+        self.recommender.eval()
+        best = self.history[self.best_epoch - 1]
+        return Trained(
+            epochs=self.epoch,
+            best_epoch=self.best_epoch,
+            ndcg=best["ndcg"],
+            recall=best["recall"],
+            seconds_per_epoch=seconds,
+            history=tuple(self.history),
+        )
+
+    def save(self, path: Path) -> None:
+        """Replaces the checkpoint at once."""
+        tensors = {f"model.{name}": value for name, value in self.recommender.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".aside")
+        known = {"history": json.dumps(self.history), "best_epoch": str(self.best_epoch)}
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside, metadata=known)
+        aside.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Takes up a checkpoint: the next epoch runs as if nothing had happened."""
+        with safe_open(path, framework="pt") as file:
+            known = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.history, self.best_epoch = json.loads(known["history"]), int(known["best_epoch"])
+        self.recommender.load_state_dict({name: tensors[f"model.{name}"] for name in self.best})
+        for name, value in self.best.items():
+            value.copy_(tensors[f"best.{name}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, number, key = name.split(".")
+                state.setdefault(int(number), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

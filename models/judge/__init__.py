@@ -1,0 +1,1 @@
+"""Ranks, slices, intervals: what a recommender is worth."""

@@ -1,0 +1,1 @@
+"""Item text -> LLM embedding: prompts, packed encoding, SCFT."""

@@ -1,0 +1,264 @@
+"""extract: what comes in bad lies in quarantine with its reason; what is kept keeps the contract."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs import extract
+from jobs.__main__ import build
+from jobs.engines.spark import java_version, launcher, session
+from jobs.lake import partitions
+from jobs.lake.items import bury, content_hash
+from jobs.lake.locks import alone
+from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES
+from jobs.run import InputError, Refused
+
+DS = "2026-03-10"
+NOON = int(dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC).timestamp())
+DAY = 86_400
+
+Item = tuple[str | None, str | None, list[str] | None]
+Event = tuple[str | None, str | None, int | None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_session() -> Iterator[None]:
+    """Most of a small run's time is Spark's start: all tests share a session, which `run` may not stop."""
+    settings = {"spark.master": "local[1]", "spark.sql.shuffle.partitions": "2"}
+    with pytest.MonkeyPatch.context() as patch:
+        # tiny data: generated Java costs more to compile than it saves
+        spark = session("test", {**settings, "spark.sql.codegen.wholeStage": "false"})
+        patch.setattr(SparkSession, "stop", lambda self: self.catalog.clearCache())
+        yield
+    spark.stop()
+
+
+def item_table(path: Path, rows: list[Item]) -> str:
+    columns = list(zip(*rows, strict=True))
+    schema = pa.schema([("item_id", pa.string()), ("title", pa.string()), ("genres", pa.list_(pa.string()))])
+    pq.write_table(pa.table([pa.array(c, t.type) for c, t in zip(columns, schema, strict=True)], schema), path)
+    return str(path)
+
+
+def event_table(path: Path, rows: list[Event]) -> str:
+    columns = list(zip(*rows, strict=True)) or [[], [], []]
+    schema = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64())])
+    pq.write_table(pa.table([pa.array(c, t.type) for c, t in zip(columns, schema, strict=True)], schema), path)
+    return str(path)
+
+
+def config(tmp: Path, items: list[Item] | str, events: list[Event] | str, **values: Any) -> extract.Config:
+    items = items if isinstance(items, str) else item_table(tmp / "items.parquet", items)
+    events = events if isinstance(events, str) else event_table(tmp / "events.parquet", events)
+    run = {"ds": values.pop("ds", DS), "lake": str(tmp / "lake")}
+    more = {"spark": {"spark.master": "local[1]", "spark.sql.shuffle.partitions": "2"}, "max_quarantine_share": 1.0, **values}
+    table = {"run": run, "items": {"table": items, "attributes": ["title", "genres"]}, "interactions": {"table": events}}
+    table["interactions"] |= more.pop("interactions", {})  # type: ignore[operator]
+    return build(extract.Config, {**table, **more}, "extract")
+
+
+CATALOGUE: list[Item] = [(f"i{n}", f"Title {n}", ["drama", "war"]) for n in range(5)]
+LOGS: list[Event] = [(f"u{u}", f"i{n}", NOON + (u + n) * DAY) for u in range(4) for n in range(5)]
+
+
+def test_good_input_becomes_three_tables_that_keep_their_contracts(tmp_path: Path) -> None:
+    result = extract.run(config(tmp_path, CATALOGUE, LOGS))
+    lake, part = tmp_path / "lake", f"ds={DS}"
+    items = {row["item_id"]: row for row in partitions.read(lake, ITEMS, part).to_pylist()}
+    assert items["i3"]["attributes"] == [{"name": "title", "value": "Title 3"}, {"name": "genres", "value": "drama, war"}]
+    assert items["i3"]["content_hash"] == content_hash([("title", "Title 3"), ("genres", "drama, war")])
+    assert items["i3"]["first_seen_ds"] == DS
+    assert partitions.read(lake, INTERACTIONS, part).num_rows == 20
+    users = {row["user_id"]: row for row in partitions.read(lake, SEQUENCES, part).to_pylist()}
+    assert users["u1"]["item_ids"] == ["i0", "i1", "i2", "i3", "i4"]
+    assert users["u1"]["timestamps"] == sorted(users["u1"]["timestamps"])
+    cut = int(dt.datetime.fromisoformat(result.cuts["test"] + "T00:00:00+00:00").timestamp())
+    assert all(row["valid_end"] == sum(t < cut for t in row["timestamps"]) for row in users.values())
+    assert 0 < sum(row["train_end"] for row in users.values()) < 20
+    assert result.rows == {"items": 5, "interactions": 20, "sequences": 4, "quarantine": 0}
+    assert result.fill == {"title": 1.0, "genres": 1.0}
+
+
+def test_every_bad_record_lies_in_quarantine_with_its_reason(tmp_path: Path) -> None:
+    now = int(dt.datetime.now(dt.UTC).timestamp())
+    items: list[Item] = [
+        *CATALOGUE,
+        (None, "no id", None),
+        ("  ", "blank id", None),
+        ("i1", "Title 1 again", None),
+        ("bare", None, []),
+        ("blank", "  ", [" "]),
+    ]
+    events: list[Event] = [
+        *LOGS,
+        (None, "i1", NOON),
+        ("u1", "", NOON),
+        ("u1", "i1", None),
+        ("u1", "i1", -5),
+        ("u1", "i1", NOON * 1000),
+        ("u1", "i1", now + 90 * DAY),
+        ("u1", "nobody", NOON),
+        ("u1", "bare", NOON),
+        LOGS[0],
+    ]
+    result = extract.run(config(tmp_path, items, events))
+    reasons = {
+        "items: item_id is null or empty": 2,
+        "items: duplicate item_id: the fullest record was kept": 1,
+        "items: no attributes": 2,
+        "interactions: user_id is null or empty": 1,
+        "interactions: item_id is null or empty": 1,
+        "interactions: timestamp is null or not a number": 1,
+        "interactions: timestamp is before 1970": 1,
+        "interactions: timestamp is not in s: set extract.interactions.unit": 1,
+        "interactions: timestamp is in the future": 1,
+        "interactions: item is unknown": 2,
+        "interactions: duplicate event": 1,
+    }
+    assert result.quarantined == reasons
+    rows = partitions.read(tmp_path / "lake", QUARANTINE, f"ds={DS}").to_pylist()
+    assert len(rows) == sum(reasons.values())
+    assert {"item_id": "i1", "title": "Title 1 again"} in [json.loads(row["record"]) for row in rows]
+    assert result.rows["items"] == 5 and result.rows["interactions"] == 20
+    kept = partitions.read(tmp_path / "lake", ITEMS, f"ds={DS}").to_pylist()
+    assert [row["attributes"][0]["value"] for row in kept if row["item_id"] == "i1"] == ["Title 1"]
+
+
+def test_odd_characters_hash_as_python_hashes_them(tmp_path: Path) -> None:
+    odd = ["a;b\nc", "日本語 ☃ 😀", '<script>"x"</script>', "tab\tand \\ and 'quote'"]
+    extract.run(config(tmp_path, [(f"i{n}", text, None) for n, text in enumerate(odd)] + CATALOGUE[4:], LOGS))
+    for row in partitions.read(tmp_path / "lake", ITEMS, f"ds={DS}").to_pylist():
+        pairs = [(pair["name"], pair["value"]) for pair in row["attributes"]]
+        assert row["content_hash"] == content_hash(pairs)
+    values = {row["attributes"][0]["value"] for row in partitions.read(tmp_path / "lake", ITEMS, f"ds={DS}").to_pylist()}
+    assert set(odd) <= values
+
+
+def test_a_rerun_leaves_the_same_bytes(tmp_path: Path) -> None:
+    first = extract.run(config(tmp_path, CATALOGUE, LOGS))
+    again = extract.run(config(tmp_path, CATALOGUE, LOGS))
+    assert first == again
+
+
+def test_of_two_runs_of_one_date_the_second_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, told = config(tmp_path, CATALOGUE, LOGS), ""
+    with ThreadPoolExecutor(1) as aside:
+        with alone(tmp_path / "lake", f"extract {DS}"):
+            second = aside.submit(extract.run, made)
+            while "waiting for extract" not in told:
+                told += capsys.readouterr().err
+            assert not second.done() and not partitions.committed(tmp_path / "lake", "items")
+        assert second.result(120).rows["items"] == len(CATALOGUE)
+
+
+def test_the_next_snapshot_knows_new_and_changed_items(tmp_path: Path) -> None:
+    extract.run(config(tmp_path, CATALOGUE, LOGS))
+    later: list[Item] = [("i0", "Title 0, second edition", None), *CATALOGUE[1:], ("i9", "New", None)]
+    result = extract.run(config(tmp_path, later, LOGS, ds="2026-03-11"))
+    assert (result.new_items, result.changed_items) == (1, 1)
+    seen = {
+        row["item_id"]: row["first_seen_ds"] for row in partitions.read(tmp_path / "lake", ITEMS, "ds=2026-03-11").to_pylist()
+    }
+    assert seen["i0"] == DS and seen["i9"] == "2026-03-11"
+
+
+def test_events_after_ds_wait_for_their_own_snapshot(tmp_path: Path) -> None:
+    result = extract.run(config(tmp_path, CATALOGUE, [*LOGS, ("u1", "i1", NOON + 40 * DAY)]))
+    assert result.later == 1 and result.rows["interactions"] == 20 and not result.quarantined
+
+
+def test_milliseconds_are_read_where_the_recipe_says_so(tmp_path: Path) -> None:
+    logs: list[Event] = [(user, item, (moment or 0) * 1000) for user, item, moment in LOGS]
+    extract.run(config(tmp_path, CATALOGUE, logs, interactions={"unit": "ms"}))
+    rows = partitions.read(tmp_path / "lake", INTERACTIONS, f"ds={DS}")
+    assert min(rows["timestamp"].to_pylist()) == NOON
+
+
+def test_leave_one_out_gives_the_last_two_events_to_validation_and_test(tmp_path: Path) -> None:
+    logs: list[Event] = [*LOGS, ("short", "i1", NOON), ("short", "i2", NOON + DAY)]
+    extract.run(config(tmp_path, CATALOGUE, logs, split="leave_one_out"))
+    rows = {row["user_id"]: row for row in partitions.read(tmp_path / "lake", SEQUENCES, f"ds={DS}").to_pylist()}
+    assert (rows["u1"]["train_end"], rows["u1"]["valid_end"]) == (3, 4)
+    assert (rows["short"]["train_end"], rows["short"]["valid_end"]) == (2, 2)
+
+
+def test_a_long_history_keeps_its_newest_events(tmp_path: Path) -> None:
+    extract.run(config(tmp_path, CATALOGUE, LOGS, max_history=3))
+    rows = partitions.read(tmp_path / "lake", SEQUENCES, f"ds={DS}").to_pylist()
+    assert {tuple(row["item_ids"]) for row in rows} == {("i2", "i3", "i4")}
+
+
+def test_what_was_forgotten_does_not_come_back(tmp_path: Path) -> None:
+    bury(tmp_path / "lake", "i2", DS)
+    result = extract.run(config(tmp_path, CATALOGUE, LOGS))
+    for table in (ITEMS, INTERACTIONS):
+        assert "i2" not in partitions.read(tmp_path / "lake", table, f"ds={DS}")["item_id"].to_pylist()
+    assert all("i2" not in row["item_ids"] for row in partitions.read(tmp_path / "lake", SEQUENCES, f"ds={DS}").to_pylist())
+    assert result.forgotten == 1 and not result.quarantined
+
+
+def test_registered_tables_are_read_by_name(tmp_path: Path) -> None:
+    spark = session("test", {})
+    items, events = item_table(tmp_path / "i.parquet", CATALOGUE), event_table(tmp_path / "e.parquet", LOGS)
+    spark.read.parquet(items).createOrReplaceGlobalTempView("catalogue")
+    spark.read.parquet(events).createOrReplaceGlobalTempView("logs")
+    assert extract.run(config(tmp_path, "global_temp.catalogue", "global_temp.logs")).rows["items"] == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"items": "no.such_table"}, "extract.items.table = 'no.such_table' cannot be read"),
+        ({"items": "/no/such/path"}, "cannot be read .*name a table or a Parquet path"),
+        ({"interactions": {"timestamp": "at"}}, "has no column 'at'; it has user_id, item_id, timestamp"),
+        ({"events": []}, "has no record up to 2026-03-10: check the table and --ds"),
+        ({"ds": "2020-01-01"}, "has no record up to 2020-01-01"),
+        ({"max_age_days": 1, "ds": "2026-03-20"}, "the newest event .* is 12 days older than 2026-03-20"),
+        ({"events": LOGS[:5]}, 'cannot be cut into train, validation and test .* set extract.split = "leave_one_out"'),
+        (
+            {"events": [(u, i, (t or 0) * 1000) for u, i, t in LOGS], "max_quarantine_share": 0.1},
+            "20 of 20 .*not in s: set extract",
+        ),
+    ],
+)
+def test_bad_input_is_one_error_with_its_remedy(tmp_path: Path, values: dict[str, Any], complaint: str) -> None:
+    items = values.pop("items", CATALOGUE)
+    if values.get("events") == LOGS[:5]:
+        values["events"] = [("u", f"i{n}", NOON) for n in range(5)]
+    with pytest.raises(InputError, match=complaint):
+        extract.run(config(tmp_path, items, values.pop("events", LOGS), **values))
+
+
+def test_a_jump_in_row_counts_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    extract.run(config(tmp_path, CATALOGUE, LOGS))
+    few = [event for event in LOGS if event[0] == "u1"]
+    with pytest.raises(Refused, match=r"interactions went from 20 .* to 5 rows, a change of 75%"):
+        extract.run(config(tmp_path, CATALOGUE, few, ds="2026-03-11", split="leave_one_out"))
+
+
+def test_a_java_without_the_vector_module_gets_a_launcher_that_drops_the_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path))
+    echo = tmp_path / "echo"
+    echo.write_text('#!/bin/sh\nprintf \'openjdk version "%s"\' "25" >&2; printf \'%s|\' "$@"\n')
+    echo.chmod(0o755)
+    home = launcher(echo)
+    import subprocess
+
+    shown = subprocess.run(
+        [home / "bin" / "java", "--add-modules=jdk.incubator.vector", "-a b", "-c"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == "-a b|-c|"
+    assert java_version(home / "bin" / "java") == 25
+    assert java_version(tmp_path / "none") == 0

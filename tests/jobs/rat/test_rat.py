@@ -1,0 +1,173 @@
+"""rat: embeddings bent to the logs, aligned to a teacher of the same kind, cold items untouched by behaviour."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from jobs import pretrain, rat
+from jobs.lake import artifacts, partitions
+from jobs.lake.tables import llm_embeddings
+from jobs.run import InputError, Run
+from models.behaviour.recommender import Backbone, load_recommender
+from models.behaviour.training import Training
+from tests.jobs.small_lake import ENCODER, keep_encoder, make, remember
+
+SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
+
+
+@pytest.fixture
+def small_lake(tmp_path: Path) -> Run:
+    """The run of a lake in which `extract`, `scft` and `embed` have run."""
+    return make(tmp_path)
+
+
+def taught(run: Run, **more: Any) -> str:
+    result = pretrain.run(pretrain.Config(run=run, **{**SMALL, **more}))
+    remember(run, "pretrain", result)
+    return result.teacher_id
+
+
+def config(run: Run, **more: Any) -> rat.Config:
+    return rat.Config(run=run, **{**SMALL, "hidden": 16, "whitened_width": 8, **more})
+
+
+@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "llm_esr"])
+def test_the_recommender_names_its_encoder_and_teacher_and_projects_every_item(small_lake: Run, adapter: str) -> None:
+    teacher_id = taught(small_lake)
+    result = rat.run(config(small_lake, adapter=adapter, text_width=4))
+    assert (result.encoder_id, result.teacher_id) == (ENCODER, teacher_id)
+    assert set(result.inputs) == {"items", "sequences", "encoder", "llm_embeddings", "teacher"}
+    assert 0 < result.explained_variance < 1
+    assert result.whitened_width == 8
+    loaded = load_recommender(artifacts.find(small_lake.lake, "recommender", result.recommender_id))
+    assert loaded.meta["encoder_id"] == ENCODER
+    vectors = loaded.project(torch.randn(2, 12), ["i00", "never seen"])
+    assert vectors.shape == (2, 8)
+    assert vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gru4rec", "bert4rec"])
+def test_other_backbones_train_under_their_own_teacher(small_lake: Run, name: str) -> None:
+    backbone = Backbone(name=name, width=8, max_len=6)  # type: ignore[arg-type]
+    taught(small_lake, backbone=backbone)
+    assert rat.run(config(small_lake, backbone=backbone)).epochs == 2
+
+
+def test_a_rerun_leaves_the_same_recommender(small_lake: Run) -> None:
+    taught(small_lake)
+    assert rat.run(config(small_lake)).recommender_id == rat.run(config(small_lake)).recommender_id
+
+
+def test_a_teacher_of_another_backbone_is_refused(small_lake: Run) -> None:
+    taught(small_lake, backbone=Backbone(name="gru4rec", width=8, max_len=6))
+    with pytest.raises(InputError, match=r"gru4rec of width 8, rat\.backbone is a sasrec"):
+        rat.run(config(small_lake))
+
+
+def test_a_teacher_that_saw_the_items_held_out_is_refused(small_lake: Run) -> None:
+    taught(small_lake)
+    with pytest.raises(InputError, match="has seen items"):
+        rat.run(config(small_lake, cold_share=0.3))
+    taught(small_lake, cold_share=0.3)
+    result = rat.run(config(small_lake, cold_share=0.3))
+    meta = load_recommender(artifacts.find(small_lake.lake, "recommender", result.recommender_id)).meta
+    assert (meta["cold_share"], meta["seed"]) == (0.3, 42)
+
+
+def test_an_encoder_that_learned_from_the_items_held_out_is_refused(small_lake: Run) -> None:
+    taught(small_lake, cold_share=0.3)
+    keep_encoder(small_lake.lake, from_users=True)
+    with pytest.raises(InputError, match="learned from users' histories"):
+        rat.run(config(small_lake, cold_share=0.3))
+    taught(small_lake)
+    assert rat.run(config(small_lake)).epochs == 2
+
+
+def test_without_a_teacher_there_is_no_alignment(small_lake: Run) -> None:
+    alone = rat.run(config(small_lake, teacher="none"))
+    assert alone.inputs["teacher"] == "none"
+    taught(small_lake)
+    together = rat.run(config(small_lake, alpha=1.0))
+    assert together.history[0]["loss"] > alone.history[0]["loss"]
+
+
+def test_cold_items_and_items_the_teacher_lacks_do_not_align(small_lake: Run) -> None:
+    taught(small_lake)
+    catalogue = rat.read_catalogue(small_lake)
+    counts = torch.ones(21, dtype=torch.int64)
+    counts[[0, 20]] = 0
+    aligner = rat.make_aligner(config(small_lake), rat.chosen(config(small_lake))[1], catalogue, counts)
+    assert aligner is not None
+    assert (aligner.weight_V == 0).nonzero().flatten().tolist() == [0, 20]
+    grown = rat.Catalogue(
+        item_ids=("brand new", *catalogue.item_ids[1:]), content_hashes=catalogue.content_hashes, digest=catalogue.digest
+    )
+    aligner = rat.make_aligner(config(small_lake), rat.chosen(config(small_lake))[1], grown, torch.ones_like(counts))
+    assert aligner is not None
+    assert aligner.weight_V[1] == 0
+    assert aligner.weight_V[2] > 0
+
+
+def test_the_weight_of_alignment_grows_with_train_popularity(small_lake: Run) -> None:
+    taught(small_lake)
+    counts = torch.arange(21)
+    chosen = rat.chosen(config(small_lake))[1]
+    aligner = rat.make_aligner(config(small_lake, popularity_prior=5), chosen, rat.read_catalogue(small_lake), counts)
+    assert aligner is not None
+    assert aligner.weight_V[[5, 20]].tolist() == pytest.approx([0.5, 0.8])
+
+
+def test_items_without_an_embedding_are_counted_and_the_remedy_named(small_lake: Run) -> None:
+    folder = partitions.folder(small_lake.lake, "llm_embeddings", f"encoder={ENCODER}/shard=0")
+    (folder / "_commit.json").unlink()
+    with pytest.raises(InputError, match=r"8 of 20 items have no embedding .* run embed"):
+        rat.run(config(small_lake, teacher="none"))
+    with pytest.raises(InputError, match="run embed"):
+        rat.run(config(small_lake, teacher="none", encoder="ffff"))
+
+
+def broken(run: Run, value: float) -> None:
+    """An embedding table that some other program wrote, past the contract."""
+    partition = f"encoder={ENCODER}/shard=1"
+    rows = partitions.read(run.lake, llm_embeddings(12), partition)
+    flat = rows["embedding"].combine_chunks().flatten().to_numpy().copy()
+    flat[:] = value
+    column = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float16()), 12)
+    for file in partitions.read_commit(run.lake, "llm_embeddings", partition).files:
+        path = partitions.folder(run.lake, "llm_embeddings", partition) / file
+        pq.write_table(rows.set_column(2, "embedding", column), path)
+
+
+def test_a_value_that_is_not_finite_in_the_table_is_refused(small_lake: Run) -> None:
+    broken(small_lake, np.nan)
+    with pytest.raises(InputError, match="not finite"):
+        rat.run(config(small_lake, teacher="none"))
+
+
+def test_equal_texts_share_one_embedding_row(small_lake: Run) -> None:
+    catalogue = rat.read_catalogue(small_lake)
+    llm = rat.read_embeddings(small_lake, ENCODER, catalogue.content_hashes)
+    assert torch.equal(llm[17], llm[18])
+    assert not torch.equal(llm[16], llm[17])
+
+
+def test_the_artifact_is_safetensors_and_json(small_lake: Run) -> None:
+    result = rat.run(config(small_lake, teacher="none"))
+    path = artifacts.find(small_lake.lake, "recommender", result.recommender_id)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    described = json.loads((path / "recommender.json").read_text())
+    assert described["explained_variance"] == result.explained_variance
+
+
+@pytest.mark.parametrize(("key", "value"), [("cold_share", 1.0), ("temperature", 0.0), ("alpha", -1.0)])
+def test_values_out_of_range_are_refused_by_name(small_lake: Run, key: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"rat.{key}"):
+        config(small_lake, **{key: value})

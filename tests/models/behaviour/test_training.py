@@ -1,0 +1,287 @@
+"""Training: learns, stops, resumes to equal losses, agrees over processes, and never looks where it must not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as spawn
+from torch import Tensor
+
+from models.behaviour import training
+from models.behaviour.adapter import MlpAdapter, TextItems
+from models.behaviour.data import Histories, histories, leave_one_out, targets, train_counts
+from models.behaviour.progress import Trained, make_validation, rounded, validate
+from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence
+from models.behaviour.training import Aligner, Training, batches, step_loss, train
+
+ITEMS = 12
+QUICK = Training(epochs=3, patience=99, batch=8, loss="full")
+
+
+def cyclic(users: int = 24, length: int = 9) -> Histories:
+    """Every user walks the items in order, whatever the length: the next item is certain."""
+    lists = [[1 + (user + step) % ITEMS for step in range(length - user // 8 % 3)] for user in range(users)]
+    lengths = torch.tensor([len(events) for events in lists])
+    flat = torch.tensor([item for events in lists for item in events])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return leave_one_out(
+        histories(
+            offsets=offsets, items=flat, timestamps=torch.zeros_like(flat), train_end=lengths, valid_end=lengths, catalogue=ITEMS
+        )
+    )
+
+
+def fresh(name: str = "sasrec", dropout: float = 0.0, seed: int = 0) -> Recommender:
+    torch.manual_seed(seed)
+    backbone = Backbone(name=name, width=16, dropout=dropout, max_len=6)  # type: ignore[arg-type]
+    return Recommender(IdItems(ITEMS + 1, 16), build_sequence(backbone))
+
+
+def silent(figures: dict[str, float], epoch: int) -> None:
+    """A log that nobody reads."""
+
+
+def trained(recommender: Recommender, config: Training = QUICK, **more: Any) -> Trained:
+    return train(recommender, more.pop("events", cyclic()), config, max_len=6, seed=1, log=silent, **more)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "bert4rec"])
+def test_each_backbone_learns_a_walk_that_is_certain(name: str) -> None:
+    done = trained(fresh(name), dataclasses.replace(QUICK, epochs=30, learning_rate=1e-2))
+    assert done.ndcg > 0.6
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled", "gbce", "bce"])
+@pytest.mark.parametrize("per", ["batch", "position"])
+def test_each_loss_learns(loss: str, per: str) -> None:
+    config = dataclasses.replace(QUICK, epochs=15, learning_rate=2e-2, loss=loss, negatives=4, negatives_per=per)
+    done = trained(fresh(), config)
+    assert done.ndcg > 0.6
+    assert done.history[-1]["loss"] < done.history[0]["loss"]
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled", "gbce", "bce"])
+def test_logit_adjustment_leaves_out_of_the_scores_what_popularity_alone_explains(loss: str) -> None:
+    # whatever came before, one item follows in seven events of eight: no history says more than that
+    torch.manual_seed(2)
+    items = torch.where(torch.rand(60, 30) < 7 / 8, 1, torch.randint(2, ITEMS + 1, (60, 30))).flatten()
+    lengths = torch.full((60,), 30)
+    events = leave_one_out(
+        histories(offsets=torch.arange(0, 1801, 30), items=items, timestamps=torch.zeros_like(items), train_end=lengths,
+                  valid_end=lengths, catalogue=ITEMS)
+    )  # fmt: skip
+    config = dataclasses.replace(QUICK, epochs=30, batch=60, learning_rate=3e-2, loss=loss, negatives=32, windows="all")
+    ahead = []
+    for strength in (0.0, 1.0):
+        recommender = fresh()
+        trained(recommender, dataclasses.replace(config, logit_adjustment=strength), events=events)
+        with torch.no_grad():
+            scores_BV = recommender.scores(torch.randint(1, ITEMS + 1, (50, 6)))
+        ahead.append(float((scores_BV[:, 1] - scores_BV[:, 2:].mean(1)).mean()))
+    assert ahead[0] > 2
+    assert abs(ahead[1]) < ahead[0] / 2
+
+
+def test_the_weights_left_are_those_of_the_best_epoch() -> None:
+    recommender, events = fresh(), cyclic()
+    done = trained(recommender, dataclasses.replace(QUICK, epochs=12, learning_rate=3e-2), events=events)
+    chunks = make_validation(events, torch.arange(1, ITEMS + 1), 99, 6)
+    again = validate(recommender, events, chunks, nullcontext)
+    assert again["ndcg"] == pytest.approx(done.ndcg, abs=1e-6)
+    assert done.ndcg == max(figures["ndcg"] for figures in done.history)
+
+
+def test_training_stops_when_validation_stops_improving() -> None:
+    done = trained(fresh(), dataclasses.replace(QUICK, epochs=500, patience=3, learning_rate=1e-2))
+    assert done.epochs == done.best_epoch + 3
+
+
+def test_a_killed_training_resumes_to_equal_losses_and_weights(tmp_path: Path) -> None:
+    config = dataclasses.replace(QUICK, epochs=6, loss="sampled", negatives=4)
+    straight = fresh(dropout=0.3)
+    whole = trained(straight, config)
+
+    class Killed(Exception):
+        pass
+
+    def dies(figures: dict[str, float], epoch: int) -> None:
+        if epoch == 4:
+            raise Killed
+
+    path = tmp_path / "deep" / "run.safetensors"
+    with pytest.raises(Killed):
+        train(fresh(dropout=0.3), cyclic(), config, max_len=6, seed=1, log=dies, checkpoint=path)
+    resumed = fresh(dropout=0.3, seed=99)
+    rest = trained(resumed, config, checkpoint=path)
+    assert rest.history == whole.history
+    assert all(torch.equal(straight.state_dict()[name], value) for name, value in resumed.state_dict().items())
+    assert [file.name for file in path.parent.iterdir()] == ["run.safetensors"]
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others() -> None:
+    first, second = trained(fresh(dropout=0.2)), trained(fresh(dropout=0.2))
+    assert first.history == second.history
+    other = train(fresh(dropout=0.2), cyclic(), QUICK, max_len=6, seed=2, log=silent)
+    assert other.history != first.history
+
+
+def test_padding_stays_zero_through_training() -> None:
+    recommender = fresh()
+    trained(recommender, dataclasses.replace(QUICK, weight_decay=0.1))
+    assert (recommender.item_table()[0] == 0).all()
+
+
+def make(recommender: Recommender, events: Histories, config: Training = QUICK) -> training.Task:
+    return training.make_task(recommender, events, config, 6, torch.arange(1, ITEMS + 1), None, 1)[0]
+
+
+def test_the_loss_does_not_depend_on_padding_or_on_the_room_for_labels() -> None:
+    task = make(fresh(), cyclic())
+    rows = torch.tensor([0, 3, 5])
+    tight = step_loss(task, rows, 6, 18)
+    assert torch.allclose(step_loss(task, torch.tensor([0, 3, 5, 24, 24]), 6, 30), tight, atol=1e-6)
+
+
+def test_a_batch_cut_to_its_longest_row_has_the_loss_of_the_full_width() -> None:
+    events = cyclic(length=5)
+    task = make(fresh(), events)
+    rows = torch.arange(6)
+    assert torch.allclose(step_loss(task, rows, 2, 12), step_loss(task, rows, 6, 36), atol=1e-6)
+
+
+def test_test_and_validation_events_do_not_reach_training() -> None:
+    events = cyclic()
+    changed = dataclasses.replace(events, items_N=events.items_N.clone())
+    later = changed.position_N >= changed.train_end_U[changed.user_N]
+    changed.items_N[later] = 1
+    rows = torch.arange(8)
+    assert torch.equal(step_loss(make(fresh(), events), rows, 6, 48), step_loss(make(fresh(), changed), rows, 6, 48))
+
+
+def test_items_held_out_are_no_negatives_no_targets_and_take_no_gradient() -> None:
+    recommender, events = fresh(), cyclic()
+    warm = torch.tensor([item for item in range(1, ITEMS + 1) if item != 5])
+    chunks = make_validation(events, warm, 99, 6)
+    seen = torch.cat([targets(events, users, position) for users, position, _ in chunks])
+    assert 5 not in seen.tolist()
+    hidden, label = torch.randn(40, 16), warm[torch.arange(40) % len(warm)]
+    for loss in ("full", "sampled", "gbce", "bce"):
+        config = dataclasses.replace(QUICK, loss=loss, negatives=64)
+        task = dataclasses.replace(make(recommender, events, config), candidates_M=warm)
+        recommender.zero_grad()
+        training.recommendation(task, hidden, label, recommender.items).sum().backward()
+        assert recommender.items.weight.grad[5].abs().max() == 0
+
+
+def test_the_full_loss_in_chunks_equals_the_loss_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, table = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4)
+    label = torch.arange(10) % 7
+    whole = training.full(hidden, table, label)
+    (gradient,) = torch.autograd.grad(whole.sum(), hidden)
+    monkeypatch.setattr(training, "LOGITS", 21)
+    parts = training.full(hidden, table, label)
+    (again,) = torch.autograd.grad(parts.sum(), hidden)
+    assert torch.allclose(parts, whole)
+    assert torch.allclose(again, gradient)
+
+
+def aligned(weight_V: Tensor, alpha: float = 1.0) -> tuple[Recommender, Aligner]:
+    torch.manual_seed(0)
+    recommender = Recommender(
+        TextItems(torch.randn(ITEMS, 10), MlpAdapter(10, 32, 16)), build_sequence(Backbone(width=16, dropout=0.0, max_len=6))
+    )
+    return recommender, Aligner(teacher_VD=torch.randn(ITEMS + 1, 16), weight_V=weight_V, alpha=alpha, temperature=0.1)
+
+
+def test_alignment_counts_each_item_of_a_batch_once_and_no_padding() -> None:
+    recommender, aligner = aligned(torch.cat([torch.zeros(1), torch.rand(ITEMS) + 0.1]))
+    batch = torch.tensor([[0, 0, 3, 3, 3], [0, 3, 7, 9, 7]])
+    items = torch.tensor([3, 7, 9])
+    expected = training.losses.alignment(recommender.items(items), aligner.teacher_VD[items], aligner.weight_V[items], 0.1)
+    assert torch.allclose(training.align(aligner, batch, recommender.items, 8), expected, atol=1e-5)
+
+
+def test_training_with_a_teacher_turns_vectors_towards_it() -> None:
+    counts = train_counts(cyclic())
+    apart, aligner = aligned(counts / (counts + 1), alpha=0.0)
+    together, _ = aligned(counts)
+    config = dataclasses.replace(QUICK, epochs=15, learning_rate=1e-2)
+    trained(apart, config, aligner=aligner)
+    trained(together, config, aligner=dataclasses.replace(aligner, alpha=1.0))
+
+    def cosine(recommender: Recommender) -> float:
+        table = recommender.item_table().detach()
+        return float(torch.cosine_similarity(table[1:], aligner.teacher_VD[1:]).mean())
+
+    assert cosine(together) > cosine(apart) + 0.3
+
+
+def test_every_row_is_in_exactly_one_batch_of_an_epoch_over_all_processes() -> None:
+    length = torch.arange(1, 22)
+    rows = [
+        row
+        for rank in range(2)
+        for row_B, width, labels in batches(length, QUICK, 5, rank, 2, torch.device("cpu"))
+        for row in row_B.tolist()
+        if labels >= 1 and width >= 1
+    ]
+    assert sorted(row for row in rows if row < 21) == list(range(21))
+    assert len(rows) == 24
+
+
+def test_shapes_are_few_and_large_enough() -> None:
+    shapes = {rounded(value, 1000) for value in range(1, 1001)}
+    assert all(rounded(value, 1000) >= value for value in range(1, 1001))
+    assert len(shapes) < 22
+
+
+@pytest.mark.parametrize("bad", ["no rows", "no validation"])
+def test_nothing_to_train_or_validate_on_is_refused_with_a_remedy(bad: str) -> None:
+    events = cyclic()
+    ends = torch.zeros_like(events.train_end_U) if bad == "no rows" else events.length_U
+    broken = dataclasses.replace(events, train_end_U=ends, valid_end_U=torch.maximum(ends, events.valid_end_U))
+    with pytest.raises(ValueError, match=r"nothing to train on|no user has an event to validate on"):
+        trained(fresh(), events=broken)
+
+
+@pytest.mark.parametrize("values", [{"epochs": 0}, {"batch": 0}, {"negatives": 0}, {"patience": 2, "validate_every": 3}])
+def test_settings_that_make_no_sense_are_refused_by_name(values: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Training(**values)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_not_finite_stops_training() -> None:
+    recommender = fresh()
+    recommender.items.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="loss is nan"):
+        trained(recommender)
+
+
+def process(rank: int, processes: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    recommender = fresh(seed=rank)
+    done = trained(recommender)
+    text = training.same_everywhere(f"from {rank}", torch.device("cpu"))
+    torch.distributed.destroy_process_group()
+    lines = [str(figures["loss"]) for figures in done.history] + [text, str(float(recommender.item_table().detach().sum()))]
+    (Path(folder) / str(rank)).write_text("\n".join(lines))
+
+
+def test_two_processes_train_the_model_that_one_trains(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn.spawn(process, args=(2, port, str(tmp_path)), nprocs=2)
+    first, second = ((tmp_path / str(rank)).read_text().split("\n") for rank in range(2))
+    assert first == second
+    assert first[3] == "from 0"
+    alone = trained(fresh(seed=0))
+    assert [float(loss) for loss in first[:3]] == pytest.approx([figures["loss"] for figures in alone.history], rel=1e-4)

@@ -1,0 +1,206 @@
+"""Packing: many prompts on end give what each gives alone, on every path through attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from models.text import packing
+from models.text.encoder import Encoder, embed, layers_of
+from models.text.packing import batches, ladder, pack, packed_attention
+from models.text.prompts import Prompts, prompts, take
+from tests.models import tiny
+from tests.models.tiny import CPU
+
+
+@pytest.fixture(params=["llama", "bert"])
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> Encoder:
+    base = getattr(tiny, request.param)(tmp_path / "base")
+    return tiny.encoder(base)
+
+
+def some_prompts(encoder: Encoder, count: int = 9) -> Prompts:
+    return prompts(encoder.tokenize(tiny.items(count)), np.arange(count), encoder.limit)[0]
+
+
+def plain(encoder: Encoder, source: Prompts, pooling: str) -> np.ndarray:
+    """The same embeddings from transformers' own attention over one padded batch."""
+    model = AutoModel.from_pretrained(encoder.spec.base, attn_implementation="eager", dtype=torch.float32).eval()
+    rows = [
+        [*encoder.head, *take(source, np.asarray([row])).token_T.tolist(), *encoder.tail] for row in range(len(source.length_B))
+    ]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    there = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        hidden = model(input_ids=ids, attention_mask=there).last_hidden_state
+    start = {"mean": len(encoder.head), "mean_all": 0}
+    pooled = []
+    for row, states in zip(rows, hidden, strict=True):
+        end = len(row) - (len(encoder.tail) if pooling == "mean" else 0)
+        pooled.append(states[len(row) - 1] if pooling == "last" else states[start[pooling] : end].mean(0))
+    return torch.stack(pooled).numpy()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "mean_all"])
+def test_packed_embeddings_equal_the_plain_padded_forward(tmp_path: Path, pooling: str) -> None:
+    for name in ("llama", "bert"):
+        encoder = tiny.encoder(getattr(tiny, name)(tmp_path / name), pooling=pooling)
+        source = some_prompts(encoder)
+        np.testing.assert_allclose(embed(encoder, source), plain(encoder, source, pooling), atol=1e-4)
+
+
+def test_a_decoder_shares_its_domain_sentence_and_a_bidirectional_encoder_does_not(tmp_path: Path) -> None:
+    decoder, both_ways = tiny.encoder(tiny.llama(tmp_path / "a")), tiny.encoder(tiny.bert(tmp_path / "b"))
+    own = some_prompts(decoder)
+    assert len(decoder.step(own).token_T) == len(decoder.head) + own.length_B.sum()
+    assert decoder.step(own).prefix == len(decoder.head)
+    each = len(both_ways.head) + len(both_ways.tail)
+    assert len(both_ways.step(own).token_T) == own.length_B.sum() + each * len(own.length_B)
+
+
+def test_an_items_embedding_does_not_depend_on_its_neighbours_or_the_budget(made: Encoder) -> None:
+    source = some_prompts(made, 12)
+    together = embed(made, source, budget=10_000)
+    np.testing.assert_allclose(embed(made, source, budget=1), together, atol=1e-5)
+    np.testing.assert_allclose(embed(made, take(source, np.arange(12)[::-1].copy()), budget=90)[::-1], together, atol=1e-5)
+
+
+def reference(query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, q_S1: Tensor, k_S1: Tensor, longest_q: int, longest_k: int,
+              *, scale: float, window_size: tuple[int, int], enable_gqa: bool = False) -> Tensor:  # fmt: skip
+    """What torch's variable-length attention computes on a GPU: causal from the end where keys outnumber queries."""
+    out = torch.zeros_like(query_THD)
+    for sequence in range(len(q_S1) - 1):
+        q, k, v = (states[start:end].transpose(0, 1) for states, start, end in (
+            (query_THD, q_S1[sequence], q_S1[sequence + 1]), (key_KGD, k_S1[sequence], k_S1[sequence + 1]),
+            (value_KGD, k_S1[sequence], k_S1[sequence + 1])))  # fmt: skip
+        assert q.shape[1] <= longest_q and k.shape[1] <= longest_k
+        groups = q.shape[0] // k.shape[0]
+        assert enable_gqa == (groups > 1)
+        scores = q @ k.repeat_interleave(groups, 0).transpose(1, 2) * scale
+        if window_size == (-1, 0):
+            ahead = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
+            scores = scores.masked_fill(ahead, float("-inf"))
+        out[q_S1[sequence] : q_S1[sequence + 1]] = (scores.softmax(-1) @ v.repeat_interleave(groups, 0)).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("fill", [0, 4, 16])
+def test_the_plan_for_variable_length_attention_gives_the_same_embeddings(
+    made: Encoder, monkeypatch: pytest.MonkeyPatch, fill: int
+) -> None:
+    source = some_prompts(made)
+    padded = embed(made, source)
+    monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=reference))
+    monkeypatch.setattr(packing, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    made.fill = fill
+    assert made.step(source).packing.pad_SQ is None
+    np.testing.assert_allclose(embed(made, source), padded, atol=1e-4)
+
+
+class Unset(torch.autograd.Function):
+    """FlashAttention's backward leaves the gradient of keys that no sequence reads as the memory was: here NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, key_KGD: Tensor, read: int) -> Tensor:
+        ctx.read = read
+        return key_KGD.view_as(key_KGD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KGD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        unset = torch.arange(len(grad_KGD))[:, None, None] >= ctx.read
+        return grad_KGD.masked_fill(unset, torch.nan), None
+
+
+def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, q_S1: Tensor, k_S1: Tensor, *rest: Any, **options: Any) -> Tensor:
+        assert int(k_S1[-1]) < len(key) or not made.causal, "the step has no filler keys"
+        key, value = (Unset.apply(states, int(k_S1[-1])) for states in (key, value))
+        return reference(query, key, value, q_S1, k_S1, *rest, **options)
+
+    source = some_prompts(made)
+    weights = list(made.model.parameters())
+    plain = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
+    monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=kernel))
+    monkeypatch.setattr(packing, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    made.fill = 4
+    filled = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
+    for found, wanted in zip(filled, plain, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_filled_steps_have_few_shapes() -> None:
+    shapes = set()
+    for count in range(20, 200):
+        lengths = np.full(count, 9)
+        source = Prompts(np.ones(lengths.sum(), dtype=np.int32), lengths)
+        step = pack(source, (1, 2), causal=True, device=CPU, variable=True, fill=4)
+        assert step.packing.q_S1[-1] == len(step.token_T)
+        shapes.add((len(step.token_T), len(step.packing.q_S1)))
+    assert len(shapes) <= 26  # of 180 steps
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 1000, 12345])
+def test_a_rung_of_the_ladder_is_at_most_a_quarter_above(count: int) -> None:
+    assert max(count, 16) <= ladder(count, 16) <= max(16, 1.25 * count + 4)
+
+
+def test_steps_hold_every_prompt_once_longest_first_within_the_budget() -> None:
+    lengths = np.asarray([5, 30, 7, 7, 12, 100])
+    steps = batches(lengths, 40, 1)
+    assert sorted(np.concatenate(steps).tolist()) == list(range(6))
+    assert steps[0].tolist() == [5]
+    assert all(sum(lengths[rows] + 1) <= 40 or len(rows) == 1 for rows in steps)
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="no tokens"):
+        pack(Prompts(np.ones(3, dtype=np.int32), np.asarray([3, 0])), (1,), causal=True, device=CPU, variable=False)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"sliding_window": 2}])
+def test_models_whose_attention_packing_cannot_do_are_refused(option: dict[str, Any]) -> None:
+    step = pack(Prompts(np.ones(6, dtype=np.int32), np.asarray([3, 3])), (1,), causal=True, device=CPU, variable=False)
+    states = torch.zeros(1, 2, 7, 4)
+    with pytest.raises(ValueError, match="take another"):
+        packed_attention(nn.Module(), states, states, states, packing=step.packing, **option)
+
+
+def test_compiled_layers_share_few_programs_over_all_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny.encoder(tiny.llama(tmp_path / "base", num_hidden_layers=4))
+    programs: list[object] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        programs.append(graph)
+        return graph
+
+    monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=torch.ops.llmemb_test.same))
+    monkeypatch.setattr(packing, "OPTIONS", frozenset())
+    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    encoder.fill = 4
+    for layer in layers_of(encoder.model):
+        layer.compile(backend=count, fullgraph=True)
+    source = some_prompts(encoder, 200)
+    for budget in (1500, 1000, 700, 2500):
+        embed(encoder, source, budget=budget)
+    assert 1 <= len(programs) <= 4
+
+
+@torch.library.custom_op("llmemb_test::same", mutates_args={})
+def same(q: Tensor, k: Tensor, v: Tensor, q_S1: Tensor, k_S1: Tensor, longest_q: int, longest_k: int, is_causal: bool) -> Tensor:
+    """Stands for the GPU's kernel, as opaque to the compiler."""
+    return q.clone()
+
+
+@same.register_fake
+def _(q: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return torch.empty_like(q)
