@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
-from tests.jobs.test_extract import CATALOGUE, item_table
+from tests.jobs.extract.test_extract import CATALOGUE, item_table
 
 from jobs import extract
 from jobs.__main__ import build

@@ -212,7 +212,7 @@ import sys
 from pathlib import Path
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tests.models.test_scft import SMALL, tuned
+from tests.models.text.test_scft import SMALL, tuned
 dist.init_process_group("gloo")
 result, _ = tuned(Path(sys.argv[1]), dropout=0.0)
 if dist.get_rank() == 0:
