@@ -6,6 +6,7 @@ Shapes: N items, E LLM width, K whitened width, V items + 1 (row 0 is padding), 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK = 65_536
@@ -93,21 +94,28 @@ class TextItems(nn.Module):
 
     white_VK: Tensor
 
-    def __init__(self, white_NK: Tensor, adapter: nn.Module) -> None:
+    def __init__(self, white_NK: Tensor, adapter: nn.Module, *, unit: bool = False) -> None:
         super().__init__()
         self.rows = len(white_NK) + 1
+        self.unit = unit
+        """Whether vectors have length one, as a cosine softmax wants them."""
         # rebuilt from `llm_embeddings` wherever it is needed: no part of the recommender's weights
         self.register_buffer("white_VK", torch.cat([torch.zeros_like(white_NK[:1]), white_NK]), persistent=False)
         self.adapter = adapter
 
     def forward(self, items: Tensor) -> Tensor:
         """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
-        emb: Tensor = self.adapter(self.white_VK[items]) * (items != 0).unsqueeze(-1)
+        emb: Tensor = self.project(self.white_VK[items]) * (items != 0).unsqueeze(-1)
         return emb
+
+    def project(self, white_NK: Tensor) -> Tensor:
+        """Whitened text -> vectors, also of items that were never met."""
+        emb_ND: Tensor = self.adapter(white_NK)
+        return F.normalize(emb_ND, dim=-1) if self.unit else emb_ND
 
     def table(self) -> Tensor:
         """table_VD; row 0 is zero."""
-        emb_ND = self.adapter(self.white_VK[1:])
+        emb_ND = self.project(self.white_VK[1:])
         return torch.cat([torch.zeros_like(emb_ND[:1]), emb_ND])
 
 
@@ -125,7 +133,7 @@ class ResidualItems(TextItems):
 
     def forward(self, items: Tensor) -> Tensor:
         """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
-        return super().forward(items) + self.kept(nn.functional.embedding(items, self.learned, padding_idx=0))
+        return super().forward(items) + self.kept(F.embedding(items, self.learned, padding_idx=0))
 
     def table(self) -> Tensor:
         """table_VD; row 0 is zero."""
@@ -161,7 +169,7 @@ class NullSpaceItems(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
-        return nn.functional.embedding(items, self.table(), padding_idx=0)
+        return F.embedding(items, self.table(), padding_idx=0)
 
     def table(self) -> Tensor:
         """table_VD; row 0 is zero."""

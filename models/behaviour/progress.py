@@ -48,13 +48,31 @@ def rounded(value: int, most: int) -> int:
     return min(most, power * 3 // 4 if value <= power * 3 // 4 else power)
 
 
-def make_validation(
-    events: Histories, candidates_M: Tensor, validation_users: int, max_len: int
-) -> list[tuple[Tensor, Tensor, int]]:
-    """Chunks of (users_B, position_B, width): short histories with short ones, so that little of a chunk is padding.
+def seen_mask(history_BL: Tensor, target_B: Tensor, rows: int) -> Tensor:
+    """masked_BV: what the user has had (0 in a history is padding), never the target, so that a repeat can still be foretold."""
+    masked_BV = torch.zeros(len(history_BL), rows, dtype=torch.bool, device=history_BL.device)
+    masked_BV.scatter_(1, history_BL, True)
+    masked_BV.scatter_(1, target_B[:, None], False)
+    masked_BV[:, 0] = False
+    return masked_BV
 
-    Raises ValueError where there is no case.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a training is validated on."""
+
+    events: Histories
+    chunks: tuple[tuple[Tensor, Tensor, int], ...]
+    """(users_B, position_B, longest history): short histories with short ones, so that little of a chunk is padding."""
+    max_len: int
+    unseen: bool
+    """Ranks among items that the user has not had, as serving does where it leaves out seen ones."""
+
+
+def make_validation(
+    events: Histories, candidates_M: Tensor, validation_users: int, max_len: int, unseen: bool = False
+) -> Validation:
+    """The last validation event of each user, in chunks. Raises ValueError where there is no case."""
     users_C, position_C = cases(events, "valid")
     known_C = torch.isin(targets(events, users_C, position_C), candidates_M)
     users_C, position_C = users_C[known_C], position_C[known_C]
@@ -68,25 +86,32 @@ def make_validation(
     chunks = []
     for start in range(0, len(users_C), chunk):
         users_B, position_B = users_C[start : start + chunk], position_C[start : start + chunk]
-        chunks.append((users_B, position_B, rounded(int(length_C[start : start + chunk].max()), max_len)))
-    return chunks
+        chunks.append((users_B, position_B, int(length_C[start : start + chunk].max())))
+    return Validation(events=events, chunks=tuple(chunks), max_len=max_len, unseen=unseen)
 
 
 @torch.no_grad()
 def validate(
     recommender: Recommender,
-    events: Histories,
-    chunks: list[tuple[Tensor, Tensor, int]],
+    validation: Validation,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:
-    """NDCG@10 and Recall@10 of the last validation events, ranked among all items."""
+    """NDCG@10 and Recall@10 of the last validation events, ranked among all items, or all that the user has not had."""
     recommender.eval()
+    events = validation.events
     table_VD = recommender.item_table().float()
     found = []
-    for users_B, position_B, width in chunks:
+    for users_B, position_B, longest in validation.chunks:
         with autocast():
-            user_BD = recommender.encode(inputs_before(events, users_B, position_B, width), table_VD)
-        rank_B = full_ranks(score(user_BD, table_VD), targets(events, users_B, position_B))
+            input_BL = inputs_before(events, users_B, position_B, rounded(longest, validation.max_len))
+            user_BD = recommender.encode(input_BL, table_VD)
+        target_B = targets(events, users_B, position_B)
+        scores_BV = score(user_BD, table_VD)
+        masked_BV = None
+        if validation.unseen:
+            masked_BV = seen_mask(inputs_before(events, users_B, position_B, longest), target_B, len(table_VD))
+            scores_BV.masked_fill_(masked_BV, -torch.inf)
+        rank_B = full_ranks(scores_BV, target_B, masked_BV)
         hit_B = (rank_B <= 10).float()
         found.append(torch.stack([hit_B / (rank_B + 1).log2(), hit_B]))
     mean_2 = torch.cat(found, 1).mean(1)

@@ -55,6 +55,9 @@ class Training:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     loss: Literal["full", "sampled", "gbce", "bce"] = "sampled"
+    cosine: float = 0.0
+    """Temperature of a softmax over cosines, .05 to .1: vectors of users and items then have length one. 0 takes dot products as
+    they are."""
     negatives: int = 256
     """Negatives of `sampled` and `gbce`; `bce` takes one."""
     negatives_per: Literal["batch", "position"] = "batch"
@@ -73,6 +76,8 @@ class Training:
         for name in ("epochs", "validate_every", "validation_users", "batch", "negatives"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.cosine < 0:
+            raise ValueError(f"training.cosine is {self.cosine}: it is a temperature; write 0 for dot products")
         if self.patience < self.validate_every:
             raise ValueError(f"training.patience {self.patience} is below validate_every {self.validate_every}: "
                              "training would stop before its first validation")  # fmt: skip
@@ -178,6 +183,8 @@ def cloze(task: Task, events_BW: Tensor, look_up: Callable[[Tensor], Tensor]) ->
 def recommendation(task: Task, hidden_PD: Tensor, label_P: Tensor, look_up: Callable[[Tensor], Tensor]) -> Tensor:
     """loss_P of the configured loss. Candidates are what may be recommended against: never an item held out as cold."""
     config, candidates_M = task.config, task.candidates_M
+    if config.cosine:
+        hidden_PD = F.normalize(hidden_PD, dim=1) / config.cosine
     if config.logit_adjustment:
         hidden_PD, look_up = F.pad(hidden_PD, (0, 1), value=1.0), adjusted(task.prior_V, look_up)
     if config.loss == "full":
@@ -299,10 +306,12 @@ def train(
     aligner: Aligner | None = None,
     distiller: Distiller | None = None,
     checkpoint: Path | None = None,
+    unseen: bool = False,
 ) -> Trained:
     """Trains in place, on the device of `events`, and leaves the weights of the best epoch.
 
-    candidates_M, ascending item indices, are the negatives and the only validation targets; default all items. A file at
+    candidates_M, ascending item indices, are the negatives and the only validation targets; default all items. `unseen`
+    validates among items that the user has not had, as serving ranks. A file at
     `checkpoint` is resumed from, and kept up to date after each validation. Reseeds torch's global generators at each epoch.
     Raises ValueError for nothing to train or validate on, a loss that is not finite, or a batch that does not divide.
     """
@@ -314,7 +323,7 @@ def train(
     if candidates_M is None:
         candidates_M = torch.arange(1, events.catalogue + 1, device=device)
     task, length_R = make_task(recommender, events, config, max_len, candidates_M, aligner, processes, distiller)
-    validation = make_validation(events, candidates_M, config.validation_users, max_len)
+    validation = make_validation(events, candidates_M, config.validation_users, max_len, unseen)
     graph = config.graph and device.type == "cuda" and processes == 1
     optimizer = torch.optim.AdamW(
         [parameter for parameter in recommender.parameters() if parameter.requires_grad],
@@ -337,7 +346,7 @@ def train(
                 f"loss is {figures['loss']} after epoch {progress.epoch}: lower learning_rate, or use precision fp32"
             )
         if (progress.epoch + 1) % config.validate_every == 0 or progress.epoch + 1 == config.epochs:
-            figures |= validate(recommender, events, validation, task.autocast)
+            figures |= validate(recommender, validation, task.autocast)
         progress.add(figures)
         seconds.append(time.perf_counter() - began)
         if rank == 0:
