@@ -9,8 +9,10 @@ import torch
 from jobs.lake import artifacts
 from jobs.lake.tensors import checkpoint_path, pick_device, progress_log, read_catalogue, read_histories
 from jobs.run import InputError, Run, as_json
+from models.behaviour.artifact import save_recommender
 from models.behaviour.data import held_out, train_counts, without_items
-from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence, save_recommender
+from models.behaviour.items import IdItems
+from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.training import Training, train
 from models.processes import join, same_everywhere
 

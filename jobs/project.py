@@ -17,8 +17,9 @@ from jobs.lake.items import tombstones
 from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
 from jobs.lake.tensors import embeddings_digest, pick_device, read_embeddings
 from jobs.run import InputError, Run
+from models.behaviour.artifact import load_recommender
 from models.behaviour.data import GROUPS, item_groups
-from models.behaviour.recommender import LoadedRecommender, load_recommender
+from models.behaviour.recommender import LoadedRecommender
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from jobs.lake import partitions
 from jobs.lake.tables import SEQUENCES
 from jobs.lake.tensors import pick_device
 from jobs.run import InputError, Run
-from models.behaviour.recommender import load_recommender
+from models.behaviour.artifact import load_recommender
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ import mlflow
 import numpy as np
 import torch
 
-from models.behaviour.recommender import load_recommender, score
+from models.behaviour.artifact import load_recommender
+from models.behaviour.recommender import score
 
 
 class RecommenderModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]

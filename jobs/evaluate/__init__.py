@@ -19,8 +19,9 @@ from jobs.lake import artifacts, partitions
 from jobs.lake.tables import METRICS
 from jobs.lake.tensors import Catalogue, embeddings_digest, pick_device, read_catalogue, read_embeddings, read_histories
 from jobs.run import InputError, Run, as_json
+from models.behaviour.artifact import load_recommender
 from models.behaviour.data import Histories, held_out, without_items
-from models.behaviour.recommender import LoadedRecommender, load_recommender
+from models.behaviour.recommender import LoadedRecommender
 from models.judge.evaluation import SLICES, Cases, Ranks, floor_ranks, make_cases, vector_ranks
 from models.judge.metrics import Bootstrap, Estimate, bootstrap, by_rank, estimate, popularity_leak
 

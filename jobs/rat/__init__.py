@@ -24,11 +24,13 @@ from jobs.lake.tensors import (
 from jobs.rat import rotation
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import InputError, Run, as_json
-from models.behaviour.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, Whitening, fit_whitening
+from models.behaviour.artifact import load_recommender, save_recommender
 from models.behaviour.data import Histories, held_out, train_counts, without_items
+from models.behaviour.items import Items, MlpAdapter, NullSpaceItems, ResidualItems, TextItems
 from models.behaviour.llm_esr import Distiller, DualItems, like_users
-from models.behaviour.recommender import Backbone, Items, Recommender, build_sequence, load_recommender, save_recommender
+from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
+from models.behaviour.whitening import Whitening, fit_whitening
 from models.processes import join, same_everywhere
 from models.text.encoder import read_spec
 

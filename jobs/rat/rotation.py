@@ -24,7 +24,7 @@ from jobs.lake import partitions
 from jobs.lake.tables import item_embeddings, space_of
 from jobs.lake.tensors import Catalogue
 from jobs.run import Run
-from models.behaviour.recommender import Items
+from models.behaviour.items import Items
 
 MOST = 100_000
 """Items that a rotation is estimated from, at most; it has D x D numbers."""

@@ -26,8 +26,8 @@ from jobs.lake.items import tombstones
 from jobs.lake.tables import ITEMS
 from jobs.lake.tensors import checkpoint_path, pick_device, read_catalogue, read_histories
 from jobs.run import InputError, Refused, Run, as_json
+from models.behaviour.artifact import load_recommender
 from models.behaviour.data import neighbours, train_counts
-from models.behaviour.recommender import load_recommender
 from models.processes import join, same_everywhere
 from models.text.encoder import (
     Encoder,

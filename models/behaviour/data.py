@@ -118,8 +118,8 @@ def targets(events: Histories, users_B: Tensor, position_B: Tensor) -> Tensor:
     return events.items_N[events.offsets_U1[users_B] + position_B]
 
 
-def cases(events: Histories, part: Literal["valid", "test"]) -> tuple[Tensor, Tensor]:
-    """users_C and position_C of the last event of a part; its input is all before it.
+def cases(events: Histories, part: Literal["valid", "test"], *, every: bool = False) -> tuple[Tensor, Tensor]:
+    """users_C and position_C of the last event of a part, or of `every` one; its input is all before it.
 
     Users without an event in the part, or with nothing before it, give no case.
     """
@@ -127,6 +127,10 @@ def cases(events: Histories, part: Literal["valid", "test"]) -> tuple[Tensor, Te
         "valid": (events.train_end_U, events.valid_end_U),
         "test": (events.valid_end_U, events.length_U),
     }[part]
+    if every:
+        position_N, user_N = events.position_N, events.user_N
+        inside_N = (position_N >= start_U[user_N].clamp_min(1)) & (position_N < end_U[user_N])
+        return user_N[inside_N], position_N[inside_N]
     users_C = ((end_U > start_U) & (end_U >= 2)).nonzero().flatten()
     return users_C, end_U[users_C] - 1
 

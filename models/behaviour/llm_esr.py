@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.behaviour.adapter import MlpAdapter
 from models.behaviour.data import Histories
+from models.behaviour.items import MlpAdapter
 from models.behaviour.sasrec import attention_mask
 
 SCALE = 0.05

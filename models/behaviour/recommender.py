@@ -6,22 +6,30 @@ Shapes: B rows, L positions (newest last, LEFT-padded), V items + 1 (row 0 is pa
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.behaviour.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, Whitening
 from models.behaviour.bert4rec import Bert4Rec
 from models.behaviour.gru4rec import GRU4Rec
+from models.behaviour.items import (
+    DirectionItems,
+    IdItems,
+    Items,
+    MlpAdapter,
+    NullSpaceItems,
+    ResidualItems,
+    ShrunkItems,
+    TableItems,
+    TextItems,
+)
 from models.behaviour.llm_esr import DualItems, DualView
 from models.behaviour.sasrec import SASRec
+from models.behaviour.whitening import Whitening
 
 SEQUENCES = {"sasrec": SASRec, "gru4rec": GRU4Rec, "bert4rec": Bert4Rec}
 
@@ -41,39 +49,27 @@ class Backbone:
     """Events of a history that are read, the newest."""
 
 
-class Items(Protocol):
-    """A source of item vectors; index 0 is padding and has a vector of zeros."""
+class FadingMean(nn.Module):
+    """A user as the mean of the newest events' directions, each weighing `fade` of the one after it, of length one. Untrained."""
 
-    rows: int
+    mask_share = 0.0
 
-    def __call__(self, items: Tensor) -> Tensor:
-        """Vectors of some items, one dimension more."""
-
-    def table(self) -> Tensor:
-        """table_VD of all items."""
-
-
-class IdItems(nn.Module):
-    """Items that are their index alone."""
-
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, fade: float, newest: int) -> None:
         super().__init__()
-        self.rows = rows
-        self.weight = nn.Parameter(torch.randn(rows, width) * 0.02)
-        with torch.no_grad():
-            self.weight[0] = 0.0
+        self.fade, self.newest = fade, newest
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Item indices of any shape -> their vectors; the padding row takes no gradient and so stays zero."""
-        return F.embedding(items, self.weight, padding_idx=0)
-
-    def table(self) -> Tensor:
-        """table_VD; row 0 is zero."""
-        return self.weight
+    def forward(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+        """emb_BLD, valid_BL -> hidden_B1D after the newest event; events whose vector is zero do not count."""
+        emb_BLD, valid_BL = F.normalize(emb_BLD[:, -self.newest :].float(), dim=2), valid_BL[:, -self.newest :]
+        age_L = torch.arange(valid_BL.shape[1] - 1, -1, -1, device=valid_BL.device)
+        weight_BL = valid_BL * self.fade**age_L
+        return F.normalize((emb_BLD * weight_BL[:, :, None]).sum(1, keepdim=True), dim=2)
 
 
-def build_sequence(backbone: Backbone, kind: str = "id") -> nn.Module:
+def build_sequence(backbone: Backbone, kind: str = "id", fading: float | None = None) -> nn.Module:
     """The sequence encoder of a backbone for items of a kind: `forward(emb_BLD, valid_BL) -> hidden_BLD`."""
+    if fading is not None:
+        return FadingMean(fading, backbone.max_len)
     sizes = {name: value for name, value in dataclasses.asdict(backbone).items() if name != "name"}
     if kind == "llm_esr":
         return DualView(SEQUENCES[backbone.name](**{**sizes, "width": backbone.width // 2}), backbone.width)
@@ -103,11 +99,6 @@ class Recommender(nn.Module):
         user_BD: Tensor = self.sequence(emb_BLD, input_BL != 0)[:, -1]
         return user_BD
 
-    def scores(self, input_BL: Tensor, table_VD: Tensor | None = None) -> Tensor:
-        """scores_BV of all items, -inf for padding. The caller bounds B x V."""
-        table_VD = self.item_table() if table_VD is None else table_VD
-        return score(self.encode(input_BL, table_VD), table_VD)
-
 
 def score(user_BD: Tensor, table_VD: Tensor) -> Tensor:
     """scores_BV in float32, -inf for padding: half precision would tie items that differ."""
@@ -116,23 +107,37 @@ def score(user_BD: Tensor, table_VD: Tensor) -> Tensor:
     return scores_BV
 
 
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A part's columns in item and user vectors."""
+
+    name: str
+    start: int
+    stop: int
+
+
 class LoadedRecommender:
     """A kept recommender: makes item vectors from LLM embeddings, also of items it never saw, and user vectors from those."""
 
-    def __init__(self, meta: dict[str, Any], item_ids: list[str], tensors: dict[str, Tensor], device: torch.device | str) -> None:
+    def __init__(
+        self,
+        meta: dict[str, Any],
+        item_ids: list[str],
+        tensors: dict[str, Tensor],
+        device: torch.device | str,
+        whitening: Whitening | None = None,
+    ) -> None:
         self.meta, self.item_ids, self.device = meta, item_ids, torch.device(device)
         self.row = {item_id: row for row, item_id in enumerate(item_ids, start=1)}
         self.backbone = Backbone(**meta["backbone"])
-        self.whitening: Whitening | None = None
-        if "whitening.mean_E" in tensors:
-            mean_E, map_EK = tensors["whitening.mean_E"], tensors["whitening.map_EK"]
-            self.whitening = Whitening(mean_E, map_EK, meta["explained_variance"]).to(device)
+        self.whitening = whitening or read_whitening(meta, tensors, device)
         self.items = build_items(meta["items"], self.backbone, self.whitening, len(item_ids)).to(device)
-        self.sequence = build_sequence(self.backbone, meta["items"]["kind"]).to(device).eval()
-        self.items.load_state_dict(below(tensors, "recommender.items."))
-        self.sequence.load_state_dict(below(tensors, "recommender.sequence."))
+        self.sequence = build_sequence(self.backbone, meta["items"]["kind"], meta.get("fading")).to(device).eval()
+        self.items.load_state_dict(strip_prefix(tensors, "recommender.items."))
+        self.sequence.load_state_dict(strip_prefix(tensors, "recommender.sequence."))
         self.items.eval().requires_grad_(False)
         self.sequence.requires_grad_(False)
+        self.unit = bool(meta["items"].get("unit", False))
         turn_DD = tensors.get("turn_DD")
         if turn_DD is not None and not torch.allclose(turn_DD @ turn_DD.T, torch.eye(self.width), atol=1e-4):
             raise RuntimeError("turn_DD is no rotation: scores would change under it")
@@ -142,6 +147,11 @@ class LoadedRecommender:
     def width(self) -> int:
         """D, the width of item and user vectors."""
         return self.backbone.width
+
+    @property
+    def parts(self) -> tuple[Span, ...]:
+        """One part: the vector is all of it."""
+        return (Span(name="llmemb", start=0, stop=self.width),)
 
     def table(self) -> Tensor:
         """table_VD of an ID-only recommender, in the order of `item_ids` after the padding row.
@@ -160,19 +170,13 @@ class LoadedRecommender:
         """
         if self.whitening is None:
             raise ValueError("an ID-only recommender can't project text: give the id of one that `rat` trained")
-        if llm_NE.shape[1] != len(self.whitening.mean_E):
-            raise ValueError(f"LLM embeddings are {llm_NE.shape[1]} wide, the recommender reads {len(self.whitening.mean_E)}: "
-                             f"embed with its encoder {self.meta.get('encoder_id')}")  # fmt: skip
-        white_NK = self.whitening(llm_NE.to(self.device))
-        if not bool(white_NK.isfinite().all()):
-            raise ValueError("an LLM embedding is not finite: embed these items again")
+        white_NK = whitened(self.whitening, llm_NE.to(self.device), str(self.meta.get("encoder_id")))
         row_N = torch.tensor([self.row.get(item_id, 0) for item_id in item_ids], device=self.device)
-        if isinstance(self.items, DualItems):
-            return self.turned(self.items.project(white_NK, row_N))
-        if isinstance(self.items, NullSpaceItems):
-            return self.turned(torch.cat([self.items.text(white_NK), self.items.learned[row_N]], dim=1))
-        emb_ND = self.items.adapter(white_NK)
-        return self.turned(emb_ND + self.items.learned[row_N] if isinstance(self.items, ResidualItems) else emb_ND)
+        return self.from_white(white_NK, row_N)
+
+    def from_white(self, white_NK: Tensor, row_N: Tensor) -> Tensor:
+        """emb_ND of items whose text is whitened already; row 0 stands for those that were never met."""
+        return self.turned(self.items.project(white_NK, row_N))
 
     @torch.no_grad()
     def encode(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
@@ -181,11 +185,30 @@ class LoadedRecommender:
         emb_BLD, valid_BL = emb_BLD[:, -newest:].to(self.device), valid_BL[:, -newest:].to(self.device)
         if self.turn_DD is not None:
             emb_BLD = emb_BLD @ self.turn_DD.T  # the sequence encoder knows items as it was trained on them
-        return self.turned(self.sequence(emb_BLD, valid_BL)[:, -1])
+        user_BD = self.sequence(emb_BLD, valid_BL)[:, -1]
+        return self.turned(F.normalize(user_BD, dim=1) if self.unit else user_BD)
 
     def turned(self, emb_D: Tensor) -> Tensor:
         """Vectors in the basis of the space that they were aligned to; items and users turn alike, so no score changes."""
         return emb_D if self.turn_DD is None else emb_D @ self.turn_DD
+
+
+def read_whitening(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str) -> Whitening | None:
+    """The whitening of an artifact; None where it reads no text."""
+    if "whitening.mean_E" not in tensors:
+        return None
+    return Whitening(tensors["whitening.mean_E"], tensors["whitening.map_EK"], meta["explained_variance"]).to(device)
+
+
+def whitened(whitening: Whitening, llm_NE: Tensor, encoder_id: str) -> Tensor:
+    """white_NK. Raises ValueError for embeddings of another width than the whitening's, or a value that is not finite."""
+    if llm_NE.shape[1] != len(whitening.mean_E):
+        raise ValueError(f"LLM embeddings are {llm_NE.shape[1]} wide, the recommender reads {len(whitening.mean_E)}: "
+                         f"embed with its encoder {encoder_id}")  # fmt: skip
+    white_NK: Tensor = whitening(llm_NE)
+    if not bool(white_NK.isfinite().all()):
+        raise ValueError("an LLM embedding is not finite: embed these items again")
+    return white_NK
 
 
 def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whitening | None, catalogue: int) -> Any:
@@ -194,8 +217,15 @@ def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whiten
         return IdItems(catalogue + 1, backbone.width)
     assert whitening is not None
     width = whitening.map_EK.shape[1]
+    if config["kind"] == "shrunk":
+        return ShrunkItems(catalogue + 1, width, backbone.width)
+    if config["kind"] == "directions":
+        return DirectionItems(width, backbone.width)
+    if config["kind"] == "table":
+        return TableItems(catalogue + 1, backbone.width)
     if config["kind"] == "mlp":
-        return TextItems(torch.zeros(0, width), MlpAdapter(width, config["hidden"], backbone.width))
+        adapter = MlpAdapter(width, config["hidden"], backbone.width)
+        return TextItems(torch.zeros(0, width), adapter, unit=config.get("unit", False))
     if config["kind"] == "residual":
         return ResidualItems(torch.zeros(catalogue, width), MlpAdapter(width, config["hidden"], backbone.width), backbone.width)
     if config["kind"] == "llm_esr":
@@ -203,47 +233,6 @@ def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whiten
     return NullSpaceItems(torch.zeros(catalogue, width), backbone.width, config["text_width"])
 
 
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name starts with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def save_recommender(
-    path: Path,
-    recommender: Recommender,
-    *,
-    item_ids: Sequence[str],
-    backbone: Backbone,
-    items: Mapping[str, Any],
-    whitening: Whitening | None = None,
-    turn_DD: Tensor | None = None,
-    meta: Mapping[str, Any],
-) -> None:
-    """Writes recommender.safetensors, recommender.json and item_ids.json into a folder: all that serving needs.
-
-    `items` is {"kind": "id"}, {"kind": "mlp", "residual" or "llm_esr", "hidden": …} or {"kind": "null_space", "text_width": …};
-    `turn_DD` is an orthogonal map that all vectors take on their way out, none leaves them as they are; `meta` is JSON.
-    """
-    tensors = {f"recommender.{name}": value for name, value in recommender.state_dict().items()}
-    known: dict[str, Any] = {**meta, "backbone": dataclasses.asdict(backbone), "items": dict(items), "width": backbone.width}
-    if whitening is not None:
-        tensors |= {f"whitening.{name}": value for name, value in whitening.state_dict().items()}
-        known["explained_variance"] = whitening.explained
-    if turn_DD is not None:
-        tensors["turn_DD"] = turn_DD
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path / "recommender.safetensors")
-    (path / "recommender.json").write_text(json.dumps(known, indent=1, sort_keys=True))
-    (path / "item_ids.json").write_text(json.dumps(list(item_ids)))
-
-
-def load_recommender(path: Path, device: torch.device | str = "cpu") -> LoadedRecommender:
-    """Reads what `save_recommender` wrote. Raises ValueError where a file is missing or tensors do not fit."""
-    missing = [name for name in ("recommender.safetensors", "recommender.json", "item_ids.json") if not (path / name).exists()]
-    if missing:
-        raise ValueError(f"{path} holds no {missing[0]}: it is not a recommender's folder")
-    meta = json.loads((path / "recommender.json").read_text())
-    item_ids = json.loads((path / "item_ids.json").read_text())
-    try:
-        return LoadedRecommender(meta, item_ids, load_file(path / "recommender.safetensors"), device)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error

@@ -38,11 +38,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.behaviour.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
 from models.behaviour.data import Histories, held_out, inputs_before, neighbours, train_counts, without_items
+from models.behaviour.items import IdItems, MlpAdapter, NullSpaceItems, ResidualItems, TextItems
 from models.behaviour.llm_esr import Distiller, DualItems, like_users
-from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence
+from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
+from models.behaviour.whitening import fit_whitening
 from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
 from models.judge.metrics import bootstrap, by_rank, estimate
 from models.text.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256

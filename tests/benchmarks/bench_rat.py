@@ -22,7 +22,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.behaviour.adapter import MlpAdapter, NullSpaceItems, TextItems, fit_whitening
 from models.behaviour.data import (
     GROUPS,
     Histories,
@@ -34,9 +33,11 @@ from models.behaviour.data import (
     targets,
     train_counts,
 )
+from models.behaviour.items import IdItems, MlpAdapter, NullSpaceItems, TextItems
 from models.behaviour.progress import Trained
-from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence, score
+from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
 from models.behaviour.training import Aligner, Training, train
+from models.behaviour.whitening import fit_whitening
 from models.judge.metrics import full_ranks
 
 

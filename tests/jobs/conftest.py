@@ -13,8 +13,10 @@ import torch
 from jobs.lake import artifacts, partitions
 from jobs.lake.items import content_hash
 from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
-from models.behaviour.adapter import MlpAdapter, TextItems, Whitening
-from models.behaviour.recommender import Backbone, Recommender, build_sequence, save_recommender
+from models.behaviour.artifact import save_recommender
+from models.behaviour.items import MlpAdapter, TextItems
+from models.behaviour.recommender import Backbone, Recommender, build_sequence
+from models.behaviour.whitening import Whitening
 from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
 
 WIDTH = 16

@@ -12,8 +12,10 @@ import torch
 from jobs.engines import registry
 from jobs.lake import artifacts
 from jobs.run import Run
-from models.behaviour.adapter import MlpAdapter, TextItems, Whitening
-from models.behaviour.recommender import Backbone, Recommender, build_sequence, save_recommender
+from models.behaviour.artifact import save_recommender
+from models.behaviour.items import MlpAdapter, TextItems
+from models.behaviour.recommender import Backbone, Recommender, build_sequence
+from models.behaviour.whitening import Whitening
 
 
 @cache

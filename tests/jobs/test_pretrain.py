@@ -14,8 +14,9 @@ from jobs.__main__ import build
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import ITEMS, SEQUENCES
 from jobs.run import InputError, Run
+from models.behaviour.artifact import load_recommender
 from models.behaviour.data import held_out
-from models.behaviour.recommender import Backbone, load_recommender
+from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 from tests.jobs.small_lake import make
 

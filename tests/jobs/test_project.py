@@ -15,7 +15,8 @@ from jobs.lake import artifacts, partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import ITEMS, item_embeddings, space_of
 from jobs.run import InputError, Run
-from models.behaviour.recommender import Backbone, LoadedRecommender, load_recommender
+from models.behaviour.artifact import load_recommender
+from models.behaviour.recommender import Backbone, LoadedRecommender
 from models.behaviour.training import Training
 from tests.jobs.small_lake import ENCODER, make, remember
 

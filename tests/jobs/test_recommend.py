@@ -15,7 +15,7 @@ from jobs import publish, recommend
 from jobs.engines import online
 from jobs.lake import artifacts
 from jobs.run import InputError, Run
-from models.behaviour.recommender import load_recommender
+from models.behaviour.artifact import load_recommender
 
 DS = "2026-01-01"
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from jobs import rat
 from jobs.engines import recommender_pyfunc
 from jobs.lake import artifacts
-from models.behaviour.recommender import Backbone, load_recommender
+from models.behaviour.artifact import load_recommender
+from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 from tests.jobs.small_lake import make
 

@@ -18,7 +18,7 @@ from jobs.engines import recommender_pyfunc, registry
 from jobs.lake import manifests
 from jobs.lake.partitions import digest_folder, write_json
 from jobs.run import InputError, Run
-from models.behaviour.recommender import load_recommender
+from models.behaviour.artifact import load_recommender
 from tests.jobs.small_registry import fresh, kept
 
 CODE = Path(recommender_pyfunc.__file__)

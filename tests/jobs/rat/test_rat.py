@@ -16,7 +16,8 @@ from jobs import pretrain, rat
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import llm_embeddings
 from jobs.run import InputError, Run
-from models.behaviour.recommender import Backbone, load_recommender
+from models.behaviour.artifact import load_recommender
+from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 from tests.jobs.small_lake import ENCODER, keep_encoder, make, remember
 

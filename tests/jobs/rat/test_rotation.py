@@ -21,7 +21,9 @@ from jobs.lake.tensors import read_catalogue, read_embeddings
 from jobs.rat import rotation
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import Run, as_json
-from models.behaviour.recommender import Backbone, IdItems, load_recommender, score
+from models.behaviour.artifact import load_recommender
+from models.behaviour.items import IdItems
+from models.behaviour.recommender import Backbone, score
 from models.behaviour.training import Training
 from tests.jobs.small_lake import ENCODER, make
 

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.behaviour.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
+from models.behaviour.artifact import load_recommender, save_recommender
+from models.behaviour.items import IdItems, MlpAdapter, NullSpaceItems, ResidualItems, TextItems
 from models.behaviour.llm_esr import DualItems
-from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence, load_recommender, save_recommender, score
+from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
+from models.behaviour.whitening import fit_whitening
 
 IDS = [f"i{number}" for number in range(30)]
 

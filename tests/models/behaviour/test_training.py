@@ -15,10 +15,10 @@ import torch.multiprocessing as spawn
 from torch import Tensor
 
 from models.behaviour import training
-from models.behaviour.adapter import MlpAdapter, TextItems
 from models.behaviour.data import Histories, histories, leave_one_out, targets, train_counts
+from models.behaviour.items import IdItems, MlpAdapter, TextItems
 from models.behaviour.progress import Trained, make_validation, rounded, validate
-from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence
+from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, batches, step_loss, train
 
 ITEMS = 12

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models.behaviour.data import Histories, histories
-from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence
+from models.behaviour.items import IdItems
+from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.behaviour.adapter import MlpAdapter, NullSpaceItems, ResidualItems, TextItems, fit_whitening
+from models.behaviour.items import MlpAdapter, NullSpaceItems, ResidualItems, TextItems
+from models.behaviour.whitening import fit_whitening
 
 
 def embeddings(items: int = 200, width: int = 12) -> torch.Tensor:

@@ -1,0 +1,197 @@
+"""Puts a fused recommender together: parts made, weights found, and text held against texts that mean nothing.
+
+Shapes: N items, K whitened width, V items + 1 (row 0 is padding), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.behaviour import fusion, parts
+from models.behaviour.data import Histories
+from models.behaviour.fused import Part
+from models.behaviour.fusion import Found, Sample, Scores, Search
+from models.behaviour.recommender import Backbone, FadingMean, LoadedRecommender
+from models.behaviour.whitening import Whitening
+
+Name = Literal["collaborative", "llmemb", "text", "counting"]
+CONTROLS = ("shuffled", "gaussian")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """Which parts a recommender has, and what is tried for each on validation cases."""
+
+    parts: tuple[Name, ...] = ("collaborative", "llmemb", "text", "counting")
+    """`collaborative`: the teacher, shrunk to text; `llmemb`: text bent by RAT; `text`: text untrained; `counting`: co-occurrence.
+    `llmemb` alone is LLMEmb as published."""
+    text_width: int = 128
+    """Directions of the text part."""
+    text_directions: Literal["agreement", "random", "strongest"] = "agreement"
+    """`agreement`: those in which texts of items that users took one after the other agree most; `random`: a fixed map of all."""
+    counting_width: int = 128
+    shrink: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Train events that weigh as much as text in `collaborative`; the best on validation is taken."""
+    fades: tuple[float, ...] = (0.5, 0.7, 0.85)
+    """How much an event weighs of the one after it, in `text` and `counting`; the best on validation is taken."""
+    newest: int = 20
+    """Events that `text` and `counting` read, the newest."""
+    centre: bool = True
+    """Whether validation may take a share of the mean user vector from trained parts."""
+    gates: bool = True
+    """Whether validation may give the text part another weight for items with few train events."""
+    controls: bool = True
+    """Whether text is held against shuffled and Gaussian texts, and left out where it gains no more."""
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"fusion.parts {list(self.parts)} must name at least one part, and each once")
+        if min(self.text_width, self.counting_width, self.newest) < 1:
+            raise ValueError("fusion.text_width, counting_width and newest must be at least 1")
+        if not self.shrink or not self.fades or min(self.shrink) < 0 or not all(0 < fade <= 1 for fade in self.fades):
+            raise ValueError("fusion.shrink must hold numbers of 0 or more, and fusion.fades numbers in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What parts are made of."""
+
+    events: Histories
+    counts_V: Tensor
+    """Train events of each item."""
+    white_NK: Tensor
+    whitening: Whitening
+    item_ids: Sequence[str]
+    llmemb: Part
+    teacher: LoadedRecommender | None
+    teacher_VD: Tensor | None
+    """The teacher's table in the catalogue's order; an item that it lacks has zeros."""
+    unseen: bool
+    other_text_NK: Tensor | None = None
+    """Whitened text that the untrained text part reads instead: for controls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """The parts that are kept, and how they were found."""
+
+    parts: tuple[Part, ...]
+    found: Found
+    gains: dict[str, float] = field(default_factory=dict)
+    """NDCG@10 on validation that text, and each control in its place, added to the other parts."""
+    chosen: dict[str, float] = field(default_factory=dict)
+    """What was chosen for single parts: events of shrinking, fades."""
+    mean_users: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def assemble(config: Fusion, given: Material) -> Assembled:
+    """Makes the configured parts and finds their weights; without a teacher there is no collaborative part."""
+    names = [name for name in config.parts if name != "collaborative" or given.teacher is not None]
+    longest = max(given.llmemb.backbone.max_len, config.newest)
+    sample = fusion.sample_cases(given.events, given.counts_V, max_len=longest, unseen=given.unseen, parts=len(names))
+    made: dict[str, Part] = {}
+    scores: dict[str, Scores] = {}
+    chosen: dict[str, float] = {}
+    for name in names:
+        read_NK = given.white_NK if name != "text" or given.other_text_NK is None else given.other_text_NK
+        options = part_options(config, given, name, read_NK)
+        value, made[name], scores[name] = best_alone(given, sample, options, read_NK)
+        if len(options) > 1:
+            chosen[name] = value
+    centred = [name for name in ("collaborative", "llmemb") if config.centre]
+    found = fusion.search(sample, scores, centred=centred, gated=config.gates)
+    gains: dict[str, float] = {}
+    if config.controls and "text" in made and len(made) > 1 and found.alone:
+        gains, without = text_gains(config, given, sample, scores, found, chosen["text"] if "text" in chosen else config.fades[0])
+        if gains["text"] <= max(0.0, *(gains[name] for name in CONTROLS)):
+            found = without
+            del made["text"], scores["text"]
+    kept = [name for name in made if found.relative[name] > 0]
+    means = {name: scores[name].mean_user_D for name in kept}
+    return Assembled(parts=tuple(made[name] for name in kept), found=found, gains=gains, chosen=chosen, mean_users=means)
+
+
+def part_options(config: Fusion, given: Material, name: str, white_NK: Tensor) -> dict[float, Part]:
+    """A part in each of the ways that are tried, by what is varied."""
+    if name == "llmemb":
+        return {0.0: given.llmemb}
+    if name == "collaborative":
+        assert given.teacher is not None and given.teacher_VD is not None
+        teacher, table_VD = given.teacher, given.teacher_VD
+        return {
+            k: Part(name=name, items=parts.shrunk_items(table_VD, given.counts_V, white_NK, k), sequence=teacher.sequence,
+                    backbone=teacher.backbone, config={"kind": "shrunk"})
+            for k in config.shrink
+        }  # fmt: skip
+    items: torch.nn.Module
+    if name == "text":
+        items = parts.text_items(white_NK, given.events, config.text_width, config.text_directions)
+        width, known = items.map_KD.shape[1], {"kind": "directions"}
+    else:
+        items = parts.counting_items(given.events, config.counting_width)
+        width, known = items.weight.shape[1], {"kind": "table"}
+    backbone = Backbone(width=width, max_len=config.newest)
+    return {
+        fade: Part(name=name, items=items, sequence=FadingMean(fade, config.newest), backbone=backbone, config=known, fading=fade)
+        for fade in config.fades
+    }
+
+
+def scored(given: Material, sample: Sample, part: Part, white_NK: Tensor) -> Scores:
+    """The part's scores of the sample, as it would serve."""
+    device = white_NK.device
+    alone = part.loaded(given.item_ids, given.whitening, device)
+    row_N = torch.arange(1, len(given.counts_V), device=device)
+    table_VD = torch.nn.functional.pad(alone.from_white(white_NK, row_N).float(), (0, 0, 1, 0))
+    return fusion.scored(sample, table_VD, alone.encode)
+
+
+def best_alone(given: Material, sample: Sample, options: Mapping[float, Part], white_NK: Tensor) -> tuple[float, Part, Scores]:
+    """The option with the best NDCG@10 by itself, with its scores; of too few cases the first."""
+    best: tuple[float, Part, Scores] | None = None
+    most = -1.0
+    for value, part in options.items():
+        scores = scored(given, sample, part, white_NK)
+        if len(options) == 1 or len(sample.target_C) < fusion.LEAST:
+            return value, part, scores
+        run = Search(sample, {part.name: scores})
+        ndcg = run.value(fusion.Point((1.0,), fusion.OPEN, (0.0,)))
+        if ndcg > most:
+            most, best = ndcg, (value, part, scores)
+    assert best is not None
+    return best
+
+
+def text_gains(
+    config: Fusion, given: Material, sample: Sample, scores: Mapping[str, Scores], found: Found, fade: float
+) -> tuple[dict[str, float], Found]:
+    """What text and each control in its place add to the other parts on validation; and the weights without text."""
+    centred = [name for name in ("collaborative", "llmemb") if config.centre]
+    others = {name: part for name, part in scores.items() if name != "text"}
+    without = fusion.search(sample, others, centred=centred)
+    gains = {"text": found.ndcg["overall"] - without.ndcg["overall"]}
+    generator = torch.Generator().manual_seed(len(given.item_ids))
+    for control in CONTROLS:
+        if control == "shuffled":
+            white_NK = given.white_NK[torch.randperm(len(given.white_NK), generator=generator).to(given.white_NK.device)]
+        else:
+            white_NK = torch.randn(given.white_NK.shape, generator=generator).to(given.white_NK.device)
+        part = part_options(config, given, "text", white_NK)[fade]
+        instead = {name: scored(given, sample, part, white_NK) if name == "text" else other for name, other in scores.items()}
+        ndcg = fusion.search(sample, instead, centred=centred, gated=config.gates).ndcg["overall"]
+        gains[control] = ndcg - without.ndcg["overall"]
+    return gains, without
+
+
+def centres(assembled: Assembled, turns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """centre_D of each centred part: its share of the mean user vector, turned as the part's vectors are."""
+    made = {}
+    for name, share in assembled.found.weights.centre.items():
+        mean_D = assembled.mean_users[name]
+        made[name] = share * (mean_D @ turns[name] if name in turns else mean_D)
+    return made
