@@ -61,13 +61,15 @@ def run(config: Config) -> Result:
     catalogue = read_catalogue(config.run)
     events, digest = read_histories(config.run, catalogue.item_ids)
     events = without_items(events, held_out(catalogue.item_ids, config.cold_share, config.run.seed)).to(device)
+    counts_V = train_counts(events)
     inputs = {"items": catalogue.digest, "sequences": digest}
     torch.manual_seed(config.run.seed)
     teacher = Recommender(IdItems(events.catalogue + 1, config.backbone.width), build_sequence(config.backbone))
     checkpoint = checkpoint_path("pretrain", config, inputs, config.run.lake)
     trained = train(
         teacher, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
-        log=progress_log("pretrain"), checkpoint=checkpoint,
+        log=progress_log("pretrain"), checkpoint=checkpoint, candidates_M=counts_V.nonzero().flatten(),
+        unseen=config.run.exclude_seen,
     )  # fmt: skip
     teacher_id = keep(config, teacher, catalogue.item_ids) if rank == 0 else "0" * 16
     teacher_id = same_everywhere(teacher_id, device)
@@ -84,7 +86,7 @@ def run(config: Config) -> Result:
         history=trained.history,
         inputs=inputs,
         outputs={"teacher": teacher_id},
-        rows={"users": len(events.train_end_U), "items": events.catalogue, "train_events": int(train_counts(events).sum())},
+        rows={"users": len(events.train_end_U), "items": events.catalogue, "train_events": int(counts_V.sum())},
     )
     if rank == 0 and config.run.tracking_uri:
         # MLflow takes seconds to load, and GPU workers may lack it

@@ -17,9 +17,8 @@ from jobs.lake.items import tombstones
 from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
 from jobs.lake.tensors import embeddings_digest, pick_device, read_embeddings
 from jobs.run import InputError, Run
-from models.behaviour.artifact import load_recommender
+from models.behaviour.artifact import Loaded, load_recommender
 from models.behaviour.data import GROUPS, item_groups
-from models.behaviour.recommender import LoadedRecommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,7 @@ def warm_groups(run: Run, partition: str) -> pa.Table:
     return pa.table({"item_id": counts["item_id"], "group": [GROUPS[group] for group in group_V[1:].tolist()]})
 
 
-def projected(rows: pa.Table, llm_NE: torch.Tensor, recommender: LoadedRecommender, space_id: str, warm: pa.Table) -> pa.Table:
+def projected(rows: pa.Table, llm_NE: torch.Tensor, recommender: Loaded, space_id: str, warm: pa.Table) -> pa.Table:
     """Rows of `item_embeddings`. Raises ValueError for a vector that is zero or not finite."""
     emb_ND = recommender.project(llm_NE, rows["item_id"].to_pylist()).cpu()
     bad_N = ~emb_ND.isfinite().all(1) | (emb_ND == 0).all(1)

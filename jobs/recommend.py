@@ -19,7 +19,7 @@ from jobs.lake import partitions
 from jobs.lake.tables import SEQUENCES
 from jobs.lake.tensors import pick_device
 from jobs.run import InputError, Run
-from models.behaviour.artifact import load_recommender
+from models.behaviour.artifact import Loaded, load_recommender
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class Config:
     """How candidates are found."""
     breadth: int = 200
     """Candidates while searching the approximate index: more is slower and finds more."""
-    exclude_seen: bool = True
-    """Leaves out items of the user's history."""
+    exclude_seen: bool | None = None
+    """Leaves out items of the user's history. None is what validation and gates do: `run.exclude_seen`."""
     url: str = ""
     """Reads through Feast's feature server; empty reads the store itself."""
     shown: int = 5
@@ -57,6 +57,8 @@ class Result:
     titles: list[str]
     scores: list[float]
     """Dot products of the user's vector with the items'."""
+    carried: list[dict[str, float]]
+    """Of each item: what each part of the recommender adds to its score."""
     recall: float
     """Share of the exact recommendations that the index found."""
     seconds: float
@@ -90,7 +92,8 @@ def run(config: Config) -> Result:
         raise InputError("no item of the user's history is in the space that serves: has publish run for the newest items?")
     emb_BLD = torch.from_numpy(answer.vector_ND)[None]
     user_BD = recommender.encode(emb_BLD, torch.ones(emb_BLD.shape[:2], dtype=torch.bool)).float().cpu().numpy()
-    hidden = set(history) if config.exclude_seen else set()
+    leave_out = config.run.exclude_seen if config.exclude_seen is None else config.exclude_seen
+    hidden = set(history) if leave_out else set()
     found, scores = nearest(neighbours, user_BD, config, hidden, config.index)
     seconds = time.monotonic() - started
     exact, _ = nearest(neighbours, user_BD, config, hidden, "exact")
@@ -104,6 +107,7 @@ def run(config: Config) -> Result:
         item_ids=found,
         titles=[names[item_id] for item_id in found],
         scores=[round(float(score), 5) for score in scores],
+        carried=carried(recommender, reader, torch.from_numpy(user_BD), found),
         recall=round(len(set(found) & set(exact)) / len(exact), 4) if exact else 1.0,
         seconds=round(seconds, 4),
         inputs={"pointer": online.pointer_text(pointer), "recommender": recommender_id},
@@ -112,6 +116,15 @@ def run(config: Config) -> Result:
     )
     tell(result)
     return result
+
+
+def carried(recommender: Loaded, reader: Reader, user_BD: torch.Tensor, found: list[str]) -> list[dict[str, float]]:
+    """What each part adds to the score of each item."""
+    if not found:
+        return []
+    emb_ND = torch.from_numpy(reader.vectors(found).vector_ND).float()
+    by_part = recommender.carried(user_BD.expand(len(emb_ND), -1), emb_ND)
+    return [{name: round(float(part_N[number]), 5) for name, part_N in by_part.items()} for number in range(len(emb_ND))]
 
 
 def history_of(config: Config, reader: Reader) -> list[str]:
@@ -155,5 +168,7 @@ def tell(result: Result) -> None:
     for title in result.recent:
         print(f"      {title}", file=sys.stderr)
     print("recommended next:", file=sys.stderr)
-    for number, (title, score) in enumerate(zip(result.titles, result.scores, strict=True), start=1):
-        print(f"  {number:>2}. {title}  ({score:.3f})", file=sys.stderr)
+    for number, (title, score, parts) in enumerate(zip(result.titles, result.scores, result.carried, strict=True), start=1):
+        most = max(parts, key=lambda name: parts[name])
+        by = f", most by {most}" if len(parts) > 1 else ""
+        print(f"  {number:>2}. {title}  ({score:.3f}{by})", file=sys.stderr)

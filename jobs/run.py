@@ -35,6 +35,9 @@ class Run:
     device: str = "auto"
     """`auto` takes the GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
     seed: int = 42
+    exclude_seen: bool = True
+    """Whether serving leaves out what a user has had. Validation, early stopping, the weights of parts, the gates and `recommend`
+    rank alike; turn it off where repeats are what is wanted."""
 
     def __post_init__(self) -> None:
         try:

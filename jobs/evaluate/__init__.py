@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
@@ -15,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs.engines import registry
+from jobs.evaluate.parts import part_ranks
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import METRICS
 from jobs.lake.tensors import Catalogue, embeddings_digest, pick_device, read_catalogue, read_embeddings, read_histories
 from jobs.run import InputError, Run, as_json
-from models.behaviour.artifact import load_recommender
+from models.behaviour.artifact import Loaded, load_recommender
 from models.behaviour.data import Histories, held_out, without_items
-from models.behaviour.recommender import LoadedRecommender
+from models.behaviour.fused import FusedRecommender
 from models.judge.evaluation import SLICES, Cases, Ranks, floor_ranks, make_cases, vector_ranks
 from models.judge.metrics import Bootstrap, Estimate, bootstrap, by_rank, estimate, popularity_leak
 
@@ -43,8 +45,11 @@ class Config:
     """More recommenders for the table, NAME = ID: a zero-shot text model, LLM-ESR, other backbones."""
     part: Literal["valid", "test"] = "test"
     """The held-out part: each user's last event in it is to be foretold from all before it."""
-    unseen: bool = False
-    """Ranks among items that the user has not touched yet, as `recommend` does and some papers do; repeats are still targets."""
+    exclude_seen: bool | None = None
+    """Ranks among items that the user has not touched yet; a repeat can still be the target. None is as serving:
+    `run.exclude_seen`. The other ranking stands in the table too."""
+    unseen: bool | None = None
+    """The old name of `exclude_seen`."""
     k: int = 10
     """Cut of HR and NDCG."""
     negatives: int = 100
@@ -126,10 +131,10 @@ def run(config: Config) -> Result:
     events = without_items(events, held_V).to(device)
     cases = make_cases(
         events, config.part, negatives=config.negatives, paper_tail=config.paper_tail, chunk=config.users_per_chunk,
-        seed=config.run.seed, unseen=config.unseen,
+        seed=config.run.seed, unseen=unseen_only(config),
     )  # fmt: skip
     started = time.monotonic()
-    ranks = floor_ranks(cases) | dict(model_ranks(config, challenger, champion_id, catalogue, cases))
+    ranks = both_ways(config, challenger, champion_id, catalogue, cases)
     found = judged(config, ranks, cases)
     seconds = time.monotonic() - started
     values, differences = tabled(config, found, list(ranks))
@@ -167,13 +172,13 @@ def run(config: Config) -> Result:
 # ----------------------------------------------------------------------------------------------------------------- models
 
 
-def opened(run: Run, recommender_id: str, device: torch.device) -> LoadedRecommender:
+def opened(run: Run, recommender_id: str, device: torch.device) -> Loaded:
     """A recommender of the lake, or of the registry."""
     return load_recommender(registry.fetch(run, "recommender", recommender_id), device)
 
 
 def model_ranks(
-    config: Config, challenger: LoadedRecommender, champion_id: str, catalogue: Catalogue, cases: Cases
+    config: Config, challenger: Loaded, champion_id: str, catalogue: Catalogue, cases: Cases
 ) -> Iterator[tuple[str, Ranks]]:
     """(name, ranks) of the ID-only teacher, the baselines, the challenger and the champion, one in memory at a time."""
     teacher_id = challenger.meta.get("teacher_id", "none")
@@ -183,25 +188,28 @@ def model_ranks(
     for name, recommender_id in config.baselines.items():
         baseline = opened(config.run, recommender_id, challenger.device)
         yield name, ranked(baseline, text_table(config.run, baseline, catalogue), cases)
-    yield CHALLENGER, ranked(challenger, text_table(config.run, challenger, catalogue), cases)
+    table_VD = text_table(config.run, challenger, catalogue)
+    yield CHALLENGER, ranked(challenger, table_VD, cases)
+    if isinstance(challenger, FusedRecommender):
+        yield from part_ranks(challenger, table_VD, cases)
     if champion_id:
         champion = opened(config.run, champion_id, challenger.device)
         yield "champion", ranked(champion, text_table(config.run, champion, catalogue), cases)
 
 
-def ranked(recommender: LoadedRecommender, table_VD: Tensor, cases: Cases) -> Ranks:
+def ranked(recommender: Loaded, table_VD: Tensor, cases: Cases) -> Ranks:
     """Ranks of the cases under a recommender."""
     return vector_ranks(cases, table_VD, recommender.encode, recommender.backbone.max_len)
 
 
-def id_table(teacher: LoadedRecommender, catalogue: Catalogue) -> Tensor:
+def id_table(teacher: Loaded, catalogue: Catalogue) -> Tensor:
     """table_VD in the catalogue's order; an item that the teacher never met has zeros, and so ties with its like."""
     own_VD = teacher.table()
     row_V = torch.tensor([0, *(teacher.row.get(item_id, 0) for item_id in catalogue.item_ids)], device=own_VD.device)
     return own_VD[row_V].float()
 
 
-def text_table(run: Run, recommender: LoadedRecommender, catalogue: Catalogue) -> Tensor:
+def text_table(run: Run, recommender: Loaded, catalogue: Catalogue) -> Tensor:
     """table_VD of the catalogue's items from their LLM embeddings: what serving would hold."""
     llm_NE = read_embeddings(run, recommender.meta["encoder_id"], catalogue.content_hashes)
     parts = [torch.zeros(1, recommender.width, device=recommender.device)]
@@ -216,10 +224,28 @@ def text_table(run: Run, recommender: LoadedRecommender, catalogue: Catalogue) -
 def columns(config: Config) -> list[str]:
     """Metrics of a model, in order."""
     names = [f"hr@{config.k}", f"ndcg@{config.k}", "mrr"]
-    return names + [f"sampled_{name}" for name in names]
+    other = "all" if unseen_only(config) else "unseen"
+    return names + [f"sampled_{name}" for name in names] + [f"{other}_{name}" for name in names]
 
 
-def judged(config: Config, ranks: dict[str, Ranks], cases: Cases) -> Bootstrap:
+def unseen_only(config: Config) -> bool:
+    """Whether the ranking that counts leaves out what a user has had."""
+    asked = config.exclude_seen if config.exclude_seen is not None else config.unseen
+    return config.run.exclude_seen if asked is None else asked
+
+
+def both_ways(
+    config: Config, challenger: Loaded, champion_id: str, catalogue: Catalogue, cases: Cases
+) -> dict[str, tuple[Tensor, ...]]:
+    """Of each model: ranks as serving ranks, among sampled negatives, and in the other ranking."""
+    other = dataclasses.replace(cases, unseen=not cases.unseen)
+    first, second = (
+        floor_ranks(some) | dict(model_ranks(config, challenger, champion_id, catalogue, some)) for some in (cases, other)
+    )
+    return {name: (*ranks, second[name][0]) for name, ranks in first.items()}
+
+
+def judged(config: Config, ranks: dict[str, tuple[Tensor, ...]], cases: Cases) -> Bootstrap:
     """Every model's metrics, resampled together; a column for each (model, metric)."""
     values = [value for pair in ranks.values() for rank_C in pair for value in by_rank(rank_C, config.k).values()]
     return bootstrap(torch.stack(values, dim=1), cases.slices_SC, resamples=config.resamples, seed=config.run.seed)
@@ -277,7 +303,7 @@ def metric_rows(config: Config, found: Bootstrap, models: list[str]) -> pa.Table
     return pa.Table.from_pylist(rows, METRICS.schema)
 
 
-def leaks(config: Config, challenger: LoadedRecommender, catalogue: Catalogue, events: Histories) -> dict[str, float]:
+def leaks(config: Config, challenger: Loaded, catalogue: Catalogue, events: Histories) -> dict[str, float]:
     """How well raw embeddings foretell popularity in the test part; empty for a catalogue too small to tell."""
     least, most = LEAK_ITEMS
     if len(catalogue.item_ids) < least:
@@ -310,7 +336,7 @@ def table(config: Config, result: Result, catalogue: Catalogue) -> Iterator[str]
     """Lines of the table: NDCG by model and slice, then the challenger's differences, the sampled ranking, and the leak test."""
     ndcg = f"ndcg@{config.k}"
     names = [name for name in SLICES if name != "paper_tail"]
-    among = f"{len(catalogue.item_ids):,} {'unseen ' if config.unseen else ''}items"
+    among = f"{len(catalogue.item_ids):,} {'unseen ' if unseen_only(config) else ''}items"
     yield f"evaluate: the last {config.part} event of {result.users['overall']:,} users, ranked among {among}; {ndcg}"
     yield line("", names)
     yield line("users", [f"{result.users[name]:,}" for name in names])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +21,16 @@ from jobs.lake.tensors import (
     read_embeddings,
     read_histories,
 )
-from jobs.rat import rotation
+from jobs.rat import fuse, rotation
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import InputError, Run, as_json
-from models.behaviour.artifact import load_recommender, save_recommender
+from models.behaviour.artifact import load_recommender
+from models.behaviour.assembly import Fusion, Material
 from models.behaviour.data import Histories, held_out, train_counts, without_items
+from models.behaviour.fused import Part
 from models.behaviour.items import Items, MlpAdapter, NullSpaceItems, ResidualItems, TextItems
 from models.behaviour.llm_esr import Distiller, DualItems, like_users
-from models.behaviour.recommender import Backbone, Recommender, build_sequence
+from models.behaviour.recommender import Backbone, LoadedRecommender, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
 from models.behaviour.whitening import Whitening, fit_whitening
 from models.processes import join, same_everywhere
@@ -48,9 +50,12 @@ class Config:
     """A teacher's id, `latest`: that of the newest `pretrain` run, or `none`: no alignment."""
     backbone: Backbone = field(default_factory=Backbone)
     """Must be the teacher's: vectors of another kind of SRS are no target."""
-    training: Training = field(default_factory=Training)
+    training: Training = field(default_factory=lambda: Training(cosine=0.07))
+    fusion: Fusion = field(default_factory=Fusion)
+    """The parts of the recommender, and what validation may choose about them."""
     whitened_width: int = 1536
-    """Directions kept by whitening, at most; the items' own rank bounds it too."""
+    """Directions kept by whitening, at most; the items' own rank bounds it too, and so does an eighth of their number: whitened
+    to as many directions as there are items, all texts lie equally far apart."""
     adapter: Literal["mlp", "residual", "null_space", "llm_esr"] = "mlp"
     """`mlp`: vectors from text alone; `residual`: the same plus a learned ID part; `null_space`: frozen text beside a learned ID
     part (AlphaFuse); `llm_esr`: that baseline, for `evaluate.baselines`, without alignment."""
@@ -109,6 +114,8 @@ class Result:
     """Of each epoch: loss, and ndcg and recall where it was validated."""
     rotation: Rotation
     """How near a turn brought the vectors to those of the space that served."""
+    fused: fuse.Fused
+    """The parts, their weights, and what text and its controls were worth."""
     inputs: dict[str, str]
     outputs: dict[str, str]
     rows: dict[str, int]
@@ -126,12 +133,12 @@ def run(config: Config) -> Result:
         raise InputError(f"encoder {encoder_id} learned from users' histories, also of items that rat.cold_share "
                          f"{config.cold_share} holds out: train one with training.pair_share and cluster_weight 0")  # fmt: skip
     catalogue = read_catalogue(config.run)
-    goal = rotation.find(config.run, config.rotate_to, catalogue, config.backbone.width)
+    goal = rotation.find(config.run, config.rotate_to, catalogue)
     events, digest = read_histories(config.run, catalogue.item_ids)
     events = without_items(events, held_out(catalogue.item_ids, config.cold_share, config.run.seed)).to(device)
     counts_V = train_counts(events)
     llm_NE = read_embeddings(config.run, encoder_id, catalogue.content_hashes).to(device)
-    whitening = fit_whitening(llm_NE, config.whitened_width)
+    whitening = fit_whitening(llm_NE, min(config.whitened_width, max(2, len(llm_NE) // 8)))
     torch.manual_seed(config.run.seed)
     recommender = Recommender(make_items(config, whitening, llm_NE), build_sequence(config.backbone, config.adapter))
     inputs = {
@@ -146,19 +153,20 @@ def run(config: Config) -> Result:
     checkpoint = checkpoint_path("rat", config, inputs, config.run.lake)
     trained = train(
         recommender, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
-        log=progress_log("rat"), candidates_M=counts_V.nonzero().flatten(),
+        log=progress_log("rat"), candidates_M=counts_V.nonzero().flatten(), unseen=config.run.exclude_seen,
         aligner=make_aligner(config, teacher_id, catalogue, counts_V),
         distiller=make_distiller(config, recommender.items, events), checkpoint=checkpoint,
     )  # fmt: skip
     meta = {"encoder_id": encoder_id, "teacher_id": teacher_id, "cold_share": config.cold_share, "seed": config.run.seed,
             "ds": config.run.ds}  # fmt: skip
-    turn_DD, turned = rotation.turn(goal, recommender.eval().items, device)
-    if turn_DD is not None:
-        meta["rotation"] = as_json(turned)
-    recommender_id = "0" * 16
+    recommender_id, turned, fused = "0" * 16, Rotation(note="another process tells"), fuse.Fused()
     if rank == 0:
+        given = material(config, recommender, whitening, llm_NE, catalogue, events, teacher_id)
+        staged = artifacts.stage(config.run.lake, "recommender")
+        turned, fused = fuse.keep(staged, fusion_of(config), given, goal, meta)
+        recommender_id = artifacts.keep(config.run.lake, "recommender", staged)
         print(f"rat: {rotation.in_words(turned)}", file=sys.stderr)
-        recommender_id = keep(config, recommender, whitening, catalogue.item_ids, meta, turn_DD)
+        print("\n".join(f"rat: {line}" for line in fuse.in_words(fused)), file=sys.stderr)
     recommender_id = same_everywhere(recommender_id, device)
     result = Result(
         recommender_id=recommender_id,
@@ -175,6 +183,7 @@ def run(config: Config) -> Result:
         model_version=None,
         history=trained.history,
         rotation=turned,
+        fused=fused,
         inputs=inputs,
         outputs={"recommender": recommender_id},
         rows={"users": len(events.train_end_U), "items": events.catalogue, "train_events": int(counts_V.sum())},
@@ -231,40 +240,62 @@ def make_distiller(config: Config, items: Items, events: Histories) -> Distiller
     return Distiller(events, like_US, config.backbone.width, config.distil)
 
 
-def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V: Tensor) -> Aligner | None:
-    """The alignment to the teacher's table, in this catalogue's order; items that the teacher lacks weigh nothing.
+def read_teacher(config: Config, teacher_id: str, catalogue: Catalogue, device: torch.device) -> tuple[LoadedRecommender, Tensor]:
+    """The teacher and its table_VD in this catalogue's order; an item that it lacks has zeros.
 
     Raises InputError for a teacher of another backbone or trained on items held out here.
     """
-    if teacher_id == "none" or config.alpha == 0 or config.adapter == "llm_esr":
-        return None
-    teacher = load_recommender(artifacts.find(config.run.lake, "teacher", teacher_id), counts_V.device)
+    teacher = load_recommender(artifacts.find(config.run.lake, "teacher", teacher_id), device)
+    assert isinstance(teacher, LoadedRecommender)
     if (teacher.backbone.name, teacher.width) != (config.backbone.name, config.backbone.width):
         raise InputError(f"teacher {teacher_id} is a {teacher.backbone.name} of width {teacher.width}, rat.backbone is a "
                          f"{config.backbone.name} of width {config.backbone.width}: pretrain with the same backbone")  # fmt: skip
     if (teacher.meta["cold_share"], teacher.meta["seed"]) != (config.cold_share, config.run.seed) and config.cold_share:
         raise InputError(f"teacher {teacher_id} has seen items that rat.cold_share {config.cold_share} holds out: "
                          "pretrain with the same cold_share and seed")  # fmt: skip
-    row_V = torch.tensor([0, *(teacher.row.get(item_id, 0) for item_id in catalogue.item_ids)], device=counts_V.device)
-    weight_V = counts_V / (counts_V + config.popularity_prior).clamp_min(1e-9) * (row_V != 0)
-    return Aligner(teacher_VD=teacher.table()[row_V], weight_V=weight_V, alpha=config.alpha, temperature=config.temperature)
+    row_V = torch.tensor([0, *(teacher.row.get(item_id, 0) for item_id in catalogue.item_ids)], device=device)
+    return teacher, teacher.table()[row_V]
 
 
-def keep(
+def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V: Tensor) -> Aligner | None:
+    """The alignment to the teacher's table; items that the teacher lacks weigh nothing."""
+    if teacher_id == "none" or config.alpha == 0 or config.adapter == "llm_esr":
+        return None
+    teacher, teacher_VD = read_teacher(config, teacher_id, catalogue, counts_V.device)
+    known_V = torch.tensor([False, *(item_id in teacher.row for item_id in catalogue.item_ids)], device=counts_V.device)
+    weight_V = counts_V / (counts_V + config.popularity_prior).clamp_min(1e-9) * known_V
+    return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=config.alpha, temperature=config.temperature)
+
+
+def fusion_of(config: Config) -> Fusion:
+    """The configured fusion. LLM-ESR is a baseline that stands alone."""
+    return Fusion(parts=("llmemb",)) if config.adapter == "llm_esr" else config.fusion
+
+
+def material(
     config: Config,
     recommender: Recommender,
     whitening: Whitening,
-    item_ids: tuple[str, ...],
-    meta: dict[str, Any],
-    turn_DD: Tensor | None,
-) -> str:
-    """Keeps the recommender in the lake and returns its id."""
+    llm_NE: Tensor,
+    catalogue: Catalogue,
+    events: Histories,
+    teacher_id: str,
+) -> Material:
+    """What the parts are made of."""
     items = {"kind": config.adapter} | (
         {"text_width": config.text_width} if config.adapter == "null_space" else {"hidden": config.hidden}
     )
-    staged = artifacts.stage(config.run.lake, "recommender")
-    save_recommender(
-        staged, recommender, item_ids=item_ids, backbone=config.backbone, items=items, whitening=whitening, turn_DD=turn_DD,
-        meta=meta,
+    if config.adapter == "mlp" and config.training.cosine:
+        items["unit"] = True
+    teacher, teacher_VD = None, None
+    if teacher_id != "none" and "collaborative" in config.fusion.parts and config.adapter != "llm_esr":
+        teacher, teacher_VD = read_teacher(config, teacher_id, catalogue, events.items_N.device)
+    llmemb = Part(
+        name="llmemb", items=recommender.eval().items, sequence=recommender.sequence, backbone=config.backbone, config=items
     )  # fmt: skip
-    return artifacts.keep(config.run.lake, "recommender", staged)
+    with torch.no_grad():
+        white_NK = whitening(llm_NE)
+    return Material(
+        events=events, counts_V=train_counts(events), white_NK=white_NK, whitening=whitening, item_ids=catalogue.item_ids,
+        llmemb=llmemb, teacher=teacher, teacher_VD=teacher_VD, unseen=config.run.exclude_seen,
+    )  # fmt: skip

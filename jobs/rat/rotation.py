@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,6 @@ from jobs.lake import partitions
 from jobs.lake.tables import item_embeddings, space_of
 from jobs.lake.tensors import Catalogue
 from jobs.run import Run
-from models.behaviour.items import Items
 
 MOST = 100_000
 """Items that a rotation is estimated from, at most; it has D x D numbers."""
@@ -60,9 +60,11 @@ class Goal:
     row_N: npt.NDArray[np.int64]
     """The items' indices; 0 is padding."""
     old_ND: Matrix
+    spans: dict[str, tuple[int, int]]
+    """Columns of each part in the old vectors."""
 
 
-def find(run: Run, which: str, catalogue: Catalogue, width: int) -> Goal | Rotation:
+def find(run: Run, which: str, catalogue: Catalogue) -> Goal | Rotation:
     """The goal that `which` names: `champion` or a recommender's id; where there is none, the Rotation that says why.
 
     What is of the same date or later is left out, so that a night that is run again after its promotion comes to the same goal.
@@ -76,10 +78,7 @@ def find(run: Run, which: str, catalogue: Catalogue, width: int) -> Goal | Rotat
     if not to:
         return Rotation(note=f"no champion of a date before {run.ds}: nothing serves whose basis could be kept")
     known = json.loads((registry.fetch(run, "recommender", to) / "recommender.json").read_text())
-    if known["width"] != width:
-        return Rotation(
-            note=f"recommender {to} is {known['width']} wide, this one {width}: a breaking refresh, no rotation joins them"
-        )
+    width = known["width"]
     space = f"space={space_of(known['encoder_id'], to)}"
     dates = [name for name in partitions.committed(run.lake, "item_embeddings", space) if name < f"{space}/ds={run.ds}"]
     if not dates:
@@ -92,7 +91,15 @@ def find(run: Run, which: str, catalogue: Catalogue, width: int) -> Goal | Rotat
             note=f"{len(row_N)} items have the same text in item_embeddings/{dates[-1]}: too few for a rotation of {width}"
         )
     digest = partitions.read_commit(run.lake, "item_embeddings", dates[-1]).digest
-    return Goal(to=to, partition=dates[-1], digest=digest, row_N=row_N, old_ND=old_ND)
+    return Goal(to=to, partition=dates[-1], digest=digest, row_N=row_N, old_ND=old_ND, spans=spans_of(known))
+
+
+def spans_of(known: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Columns of each part, from a recommender's JSON; one that is not of parts is all `llmemb`."""
+    if "parts" not in known:
+        return {"llmemb": (0, known["width"])}
+    stops = np.cumsum([part["backbone"]["width"] for part in known["parts"]]).tolist()
+    return {part["name"]: (stop - part["backbone"]["width"], stop) for part, stop in zip(known["parts"], stops, strict=True)}
 
 
 def before(run: Run) -> str:
@@ -116,14 +123,18 @@ def common(run: Run, partition: str, width: int, catalogue: Catalogue) -> tuple[
     return np.concatenate(rows), np.concatenate(vectors)
 
 
-@torch.no_grad()
-def turn(goal: Goal | Rotation, items: Items, device: torch.device) -> tuple[Tensor | None, Rotation]:
-    """(turn_DD, what it does) for items of the catalogue."""
+def turn(goal: Goal | Rotation, name: str, emb_ND: Tensor) -> tuple[Tensor | None, Rotation]:
+    """(turn_DD, what it does) for a part's vectors of the goal's items."""
     if isinstance(goal, Rotation):
         return None, goal
-    new_ND = items(torch.from_numpy(goal.row_N).to(device)).float().cpu().numpy()
-    turn_DD = procrustes(goal.old_ND, new_ND)
-    (distance, cosine_before), (residual, cosine) = (figures(goal.old_ND, emb_ND) for emb_ND in (new_ND, new_ND @ turn_DD))
+    start, stop = goal.spans.get(name, (0, 0))
+    width = emb_ND.shape[1]
+    if stop - start != width:
+        return None, Rotation(note=f"recommender {goal.to} has {stop - start} columns of {name}, this one {width}: a breaking "
+                                   "refresh, no rotation joins them")  # fmt: skip
+    old_ND, new_ND = goal.old_ND[:, start:stop], emb_ND.float().cpu().numpy()
+    turn_DD = procrustes(old_ND, new_ND)
+    (distance, cosine_before), (residual, cosine) = (figures(old_ND, some_ND) for some_ND in (new_ND, new_ND @ turn_DD))
     return torch.from_numpy(turn_DD), Rotation(
         to=goal.to,
         note=f"turned towards the vectors of recommender {goal.to} in item_embeddings/{goal.partition}",

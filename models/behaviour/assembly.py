@@ -28,8 +28,8 @@ class Fusion:
     """Which parts a recommender has, and what is tried for each on validation cases."""
 
     parts: tuple[Name, ...] = ("collaborative", "llmemb", "text", "counting")
-    """`collaborative`: the teacher, shrunk to text; `llmemb`: text bent by RAT; `text`: text untrained; `counting`: co-occurrence.
-    `llmemb` alone is LLMEmb as published."""
+    """`collaborative`: the teacher, shrunk to text; `llmemb`: text bent by RAT; `text`: text untrained; `counting`: items by
+    whom they stood beside. `llmemb` alone is LLMEmb as published."""
     text_width: int = 128
     """Directions of the text part."""
     text_directions: Literal["agreement", "random", "strongest"] = "agreement"
@@ -93,7 +93,8 @@ def assemble(config: Fusion, given: Material) -> Assembled:
     """Makes the configured parts and finds their weights; without a teacher there is no collaborative part."""
     names = [name for name in config.parts if name != "collaborative" or given.teacher is not None]
     longest = max(given.llmemb.backbone.max_len, config.newest)
-    sample = fusion.sample_cases(given.events, given.counts_V, max_len=longest, unseen=given.unseen, parts=len(names))
+    width = given.llmemb.backbone.width * 2 + config.text_width + config.counting_width
+    sample = fusion.sample_cases(given.events, given.counts_V, max_len=longest, unseen=given.unseen, width=width)
     made: dict[str, Part] = {}
     scores: dict[str, Scores] = {}
     chosen: dict[str, float] = {}
@@ -112,7 +113,7 @@ def assemble(config: Fusion, given: Material) -> Assembled:
             found = without
             del made["text"], scores["text"]
     kept = [name for name in made if found.relative[name] > 0]
-    means = {name: scores[name].mean_user_D for name in kept}
+    means = {name: scores[name].user_CD.mean(0) for name in kept}
     return Assembled(parts=tuple(made[name] for name in kept), found=found, gains=gains, chosen=chosen, mean_users=means)
 
 

@@ -29,7 +29,8 @@ class Part:
     """A part before it is kept: what makes its item vectors, and what reads them."""
 
     name: str
-    items: nn.Module
+    items: Any
+    """A module that is a source of item vectors."""
     sequence: nn.Module
     backbone: Backbone
     """Its width and how many events it reads."""
@@ -115,11 +116,18 @@ class FusedRecommender:
         """A part's vectors times its items' gates. An item that was never met has the gate of items without events."""
         return emb_ND * self.gate_V[row_N][:, None] if name == GATED else emb_ND
 
-    @torch.no_grad()
     def encode(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """user_BD of histories given as item VECTORS, newest last, LEFT-padded; scores are dot products with item vectors."""
+        return self.encode_some(emb_BLD, valid_BL, 0, self.width)
+
+    @torch.no_grad()
+    def encode_some(self, emb_BLD: Tensor, valid_BL: Tensor, start: int, stop: int) -> Tensor:
+        """user_BD of the parts within some columns; zeros stand for the others."""
         users = []
         for part, member, scale, centre_D in zip(self.parts, self.members, self.scale, self.centre, strict=True):
+            if part.start < start or part.stop > stop:
+                users.append(torch.zeros(len(emb_BLD), part.stop - part.start, device=self.device))
+                continue
             user_BD = member.encode(emb_BLD[..., part.start : part.stop], valid_BL).float()
             users.append(scale * (user_BD - centre_D))
         return torch.cat(users, dim=1)

@@ -1,8 +1,9 @@
 """How much each part of a fused recommender weighs: a coordinate search on validation cases, ranked as serving ranks.
 
-Scores are held on the device, so a step of the search is a weighted sum and a comparison. It is deterministic.
+Scores of each part's best items are held on the device, so a step of the search is a weighted sum and a comparison. It is
+deterministic.
 
-Shapes: P parts, C cases, M candidate items, V items + 1 (row 0 is padding), D width, B cases of a chunk.
+Shapes: C cases, M candidate items of a case, H items had, V items + 1 (row 0 is padding), D width, B cases of a chunk.
 """
 
 from __future__ import annotations
@@ -17,20 +18,30 @@ from torch import Tensor
 
 from models.behaviour.data import COLD, HEAD, TAIL, Histories, cases, inputs_before, item_groups, targets
 from models.behaviour.fused import BANDS, GATED, Weights
+from models.judge.metrics import block, by_rank
 
 OPEN = (1.0,) * (len(BANDS) + 1)
 """Gates that change nothing."""
 GRID = (0.0, 0.125, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+FACTORS = (0.5, 0.7, 0.85, 1.2, 1.4, 2.0)
+"""By which a weight is changed once it has one."""
 GATES = (0.5, 0.7, 1.0, 1.4, 2.0)
 CENTRES = (0.0, 0.25, 0.5, 0.75)
-ROUNDS = 3
+ROUNDS = 5
 LEAST = 200
 """Validation cases below which nothing is chosen: the default weights stand."""
 LEAST_IN_BAND = 50
-CANDIDATES = 50_000
-"""Items ranked in the search, at most; of a larger catalogue a spread sample, and each case's target."""
-FLOATS = {"cuda": 2**30, "cpu": 2**27}
-"""Scores held at once, over all parts."""
+BALANCE = 0.15
+"""Share of the goal that is the mean over cold, tail and head items, each counted alike; the rest is the mean over cases. Without
+it a weight that gains a little on the many cases of popular items gives the rare ones away."""
+CASES = 20_000
+"""Validation cases that weights are chosen on, at most."""
+TOP = 200
+"""Each part's best items that a case is ranked among: what is in nobody's best can't be among the ten best of the sum."""
+PRODUCTS = {"cuda": 2**43, "cpu": 2**34}
+"""Multiplications spent on scores, about: of a large catalogue fewer cases are taken."""
+HELD = 2**27
+"""Scores held at once while the best are looked for."""
 GAIN = 1e-5
 """A change that gains less is not taken."""
 DEFAULTS: Mapping[str, float] = {"collaborative": 1.0, "llmemb": 1.0, "text": 0.7, "counting": 0.5}
@@ -38,30 +49,24 @@ DEFAULTS: Mapping[str, float] = {"collaborative": 1.0, "llmemb": 1.0, "text": 0.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """A part's scores of validation cases, in standard deviations."""
-
-    own_C: Tensor
-    other_CM: Tensor
-    common_M: Tensor
-    """Scores of the mean user vector: what centring takes away."""
-    common_own_C: Tensor
-    spread: float
-    """Standard deviation of the part's raw scores."""
-    mean_user_D: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Validation cases and the items that they are ranked among."""
+    """Validation cases: the history of each, and what came next."""
 
     input_CL: Tensor
     target_C: Tensor
-    candidate_M: Tensor
-    hidden_CM: Tensor
-    """What does not count: the target itself, and what the user has had where serving leaves that out."""
+    had_CH: Tensor
+    """Items that are left out of the ranking, 0 for none: what the user has had, where serving leaves that out."""
     band_V: Tensor
+    """Each item's band of train events, as gates go by."""
     group_C: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A part's side of the sample: scores are user_CD @ table_VD.T."""
+
+    user_CD: Tensor
+    table_VD: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,30 +86,24 @@ class Found:
     note: str = ""
 
 
-def sample_cases(events: Histories, counts_V: Tensor, *, max_len: int, unseen: bool, parts: int, most: int = 20_000) -> Sample:
-    """Validation cases, all events of that part of each user's history, spread evenly where there are more than fit."""
+def sample_cases(events: Histories, counts_V: Tensor, *, max_len: int, unseen: bool, width: int) -> Sample:
+    """All events of the validation part, each with what came before it; spread evenly where there are more than are taken.
+
+    `width` is that of all parts together: with the catalogue it says how many cases can be afforded.
+    """
     device = events.items_N.device
     users_C, position_C = cases(events, "valid", every=True)
-    candidate_M = torch.arange(1, events.catalogue + 1, device=device)
-    if len(candidate_M) > CANDIDATES:
-        candidate_M = candidate_M[torch.linspace(0, len(candidate_M) - 1, CANDIDATES, device=device).long()]
-    fit = max(1, FLOATS["cuda" if device.type == "cuda" else "cpu"] // (len(candidate_M) * (parts + 1)))
-    some = torch.linspace(0, max(len(users_C) - 1, 0), min(len(users_C), most, fit), device=device).long()
+    afford = PRODUCTS[device.type if device.type in PRODUCTS else "cuda"] // (width * (events.catalogue + 1))
+    some = torch.linspace(0, max(len(users_C) - 1, 0), min(len(users_C), CASES, max(LEAST, afford)), device=device).long()
     users_C, position_C = users_C[some], position_C[some]
+    longest = int(position_C.max()) if unseen and len(position_C) else 1
     target_C = targets(events, users_C, position_C)
-    longest = int(position_C.max()) if len(position_C) else 1
-    hidden_CM = candidate_M[None] == target_C[:, None]
-    if unseen:
-        for start in range(0, len(users_C), 2048):
-            rows = slice(start, start + 2048)
-            had_BL = inputs_before(events, users_C[rows], position_C[rows], longest)
-            seen_BV = torch.zeros(len(had_BL), events.catalogue + 1, dtype=torch.bool, device=device).scatter_(1, had_BL, True)
-            hidden_CM[rows] |= seen_BV[:, candidate_M]
+    had_CH = inputs_before(events, users_C, position_C, longest)
     return Sample(
         input_CL=inputs_before(events, users_C, position_C, max_len),
         target_C=target_C,
-        candidate_M=candidate_M,
-        hidden_CM=hidden_CM,
+        # a repeat can still be foretold
+        had_CH=had_CH * (had_CH != target_C[:, None]) if unseen else torch.zeros_like(had_CH),
         band_V=torch.bucketize(counts_V, torch.tensor(BANDS, device=device), right=True),
         group_C=item_groups(counts_V)[target_C],
     )
@@ -112,23 +111,57 @@ def sample_cases(events: Histories, counts_V: Tensor, *, max_len: int, unseen: b
 
 @torch.no_grad()
 def scored(sample: Sample, table_VD: Tensor, encode: Callable[[Tensor, Tensor], Tensor]) -> Scores:
-    """A part's scores, from its item vectors and what makes user vectors of histories of them."""
-    users = [
-        encode(F.embedding(input_BL, table_VD), input_BL != 0).float() for input_BL in torch.split(sample.input_CL, 2048)
-    ] or [table_VD[:0]]
-    user_CD, item_MD = torch.cat(users), table_VD[sample.candidate_M]
-    other_CM = user_CD @ item_MD.T
-    spread = float(other_CM.std()) if other_CM.numel() > 1 else 1.0
-    spread = spread if spread > 0 else 1.0
-    own_C, mean_D = (user_CD * table_VD[sample.target_C]).sum(1), user_CD.mean(0)
-    return Scores(
-        own_C=own_C / spread,
-        other_CM=other_CM.div_(spread),
-        common_M=item_MD @ mean_D / spread,
-        common_own_C=table_VD[sample.target_C] @ mean_D / spread,
-        spread=spread,
-        mean_user_D=mean_D,
-    )
+    """A part's side, from its item vectors and what makes user vectors of histories of them."""
+    inputs = torch.split(sample.input_CL, 2048)
+    users = [encode(F.embedding(input_BL, table_VD), input_BL != 0).float() for input_BL in inputs]
+    return Scores(user_CD=torch.cat(users) if users else table_VD[:0], table_VD=table_VD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A part's scores of each case's candidates, in standard deviations."""
+
+    other_CM: Tensor
+    own_C: Tensor
+    common_CM: Tensor
+    """Scores of the mean user vector, which centring takes away."""
+    common_own_C: Tensor
+    spread: float
+    """Standard deviation of the part's raw scores."""
+
+
+@torch.no_grad()
+def candidates(sample: Sample, parts: Sequence[Scores]) -> tuple[Tensor, list[Column]]:
+    """item_CM, the best of all parts for each case (0 for none, each item once, the target and what was had left out), and the
+    parts' scores of them."""
+    rows = len(parts[0].table_VD)
+    step = max(1, HELD // (rows * len(parts)))
+    found: list[list[Tensor]] = []
+    square = [0.0] * len(parts)
+    for start in range(0, len(sample.target_C), step):
+        some = slice(start, start + step)
+        scores = [part.user_CD[some] @ part.table_VD.T for part in parts]
+        square = [
+            total + float(score_BV[:, 1:].var(1, unbiased=False).sum()) for total, score_BV in zip(square, scores, strict=True)
+        ]
+        out_BV = torch.zeros(len(scores[0]), rows, dtype=torch.bool, device=scores[0].device)
+        out_BV.scatter_(1, sample.had_CH[some], True).scatter_(1, sample.target_C[some, None], True)
+        out_BV[:, 0] = True
+        best = [score_BV.masked_fill(out_BV, -torch.inf).topk(min(TOP, rows)) for score_BV in scores]
+        item_BM = torch.cat([top.indices * (top.values > -torch.inf) for top in best], dim=1).sort(1).values
+        item_BM[:, 1:] *= item_BM[:, 1:] != item_BM[:, :-1].clone()
+        found.append([item_BM, *(score_BV.gather(1, item_BM) for score_BV in scores)])
+    item_CM = torch.cat([parts_of[0] for parts_of in found])
+    columns = []
+    for number, part in enumerate(parts):
+        spread = (square[number] / max(1, len(sample.target_C))) ** 0.5 or 1.0
+        common_V = part.table_VD @ part.user_CD.mean(0) / spread
+        columns.append(Column(
+            other_CM=torch.cat([parts_of[number + 1] for parts_of in found]) / spread,
+            own_C=(part.user_CD * part.table_VD[sample.target_C]).sum(1) / spread,
+            common_CM=common_V[item_CM], common_own_C=common_V[sample.target_C], spread=spread,
+        ))  # fmt: skip
+    return item_CM, columns
 
 
 @dataclass(frozen=True)
@@ -144,40 +177,38 @@ class Search:
     """Ranks the sample at any point."""
 
     def __init__(self, sample: Sample, scores: Mapping[str, Scores]) -> None:
-        self.sample, self.scores, self.names = sample, list(scores.values()), list(scores)
+        self.sample, self.names = sample, list(scores)
+        item_CM, self.columns = candidates(sample, list(scores.values()))
+        self.none_CM, self.band_CM = item_CM == 0, sample.band_V[item_CM]
         self.tried: dict[Point, float] = {}
+        groups = [sample.group_C == group for group in (COLD, TAIL, HEAD)]
+        self.groups = [mine_C for mine_C in groups if int(mine_C.sum()) >= LEAST_IN_BAND]
 
     def ndcg_C(self, point: Point) -> Tensor:
-        """NDCG@10 of each case; ties count half."""
-        sample, found = self.sample, []
-        gate_V = torch.tensor(point.gates, device=sample.band_V.device)[sample.band_V]
-        step = max(1, 2**26 // max(1, len(sample.candidate_M)))
-        for start in range(0, len(sample.target_C), step):
-            rows = slice(start, start + step)
-            total_BM: Tensor | None = None
-            own_B = torch.zeros(len(sample.target_C[rows]), device=sample.band_V.device)
-            for name, weight, centre, part in zip(self.names, point.weight, point.centre, self.scores, strict=True):
-                if not weight:
-                    continue
-                other_BM, one_B = part.other_CM[rows], part.own_C[rows]
-                if centre:
-                    other_BM, one_B = other_BM - centre * part.common_M, one_B - centre * part.common_own_C[rows]
-                if name == GATED:
-                    other_BM, one_B = other_BM * gate_V[sample.candidate_M], one_B * gate_V[sample.target_C[rows]]
-                total_BM = weight * other_BM if total_BM is None else total_BM.add_(other_BM, alpha=weight)
-                own_B = own_B + weight * one_B
-            if total_BM is None:
-                found.append(torch.zeros_like(own_B))
+        """NDCG@10 of each case."""
+        gates = torch.tensor(point.gates, device=self.sample.band_V.device)
+        total_CM, own_C = torch.zeros_like(self.columns[0].other_CM), torch.zeros_like(self.columns[0].own_C)
+        for name, weight, centre, column in zip(self.names, point.weight, point.centre, self.columns, strict=True):
+            if not weight:
                 continue
-            total_BM.masked_fill_(sample.hidden_CM[rows], -torch.inf)
-            rank_B = 1 + (total_BM > own_B[:, None]).sum(1) + (total_BM == own_B[:, None]).sum(1) / 2
-            found.append(torch.where(rank_B <= 10, 1 / (rank_B + 1).log2(), 0.0))
-        return torch.cat(found)
+            other_CM, one_C = column.other_CM, column.own_C
+            if centre:
+                other_CM, one_C = other_CM - centre * column.common_CM, one_C - centre * column.common_own_C
+            if name == GATED and point.gates != OPEN:
+                other_CM, one_C = other_CM * gates[self.band_CM], one_C * gates[self.sample.band_V[self.sample.target_C]]
+            total_CM.add_(other_CM, alpha=weight)
+            own_C = own_C + weight * one_C
+        total_CM.masked_fill_(self.none_CM, -torch.inf)
+        rank_C2 = block((total_CM > own_C[:, None]).sum(1), (total_CM == own_C[:, None]).sum(1))
+        return by_rank(rank_C2)["ndcg"]
 
     def value(self, point: Point) -> float:
-        """Mean NDCG@10, each point ranked once."""
+        """The goal: NDCG@10, in part over groups of items; each point is ranked once."""
         if point not in self.tried:
-            self.tried[point] = float(self.ndcg_C(point).mean())
+            ndcg_C = self.ndcg_C(point)
+            groups = [float(ndcg_C[mine_C].mean()) for mine_C in self.groups]
+            balance = BALANCE if groups else 0.0
+            self.tried[point] = (1 - balance) * float(ndcg_C.mean()) + balance * sum(groups) / max(1, len(groups))
         return self.tried[point]
 
     def by_group(self, point: Point) -> dict[str, float]:
@@ -194,7 +225,7 @@ class Search:
 def search(sample: Sample, scores: Mapping[str, Scores], *, centred: Sequence[str] = (), gated: bool = True) -> Found:
     """Weights, gates and centring, one coordinate after the other until none gains.
 
-    The part that is best alone keeps weight 1. A band of items with too few cases keeps gate 1. With fewer than LEAST cases the
+    A band of items with too few cases keeps gate 1. With fewer than LEAST cases the
     default weights stand, and the note says so.
     """
     names = list(scores)
@@ -205,16 +236,17 @@ def search(sample: Sample, scores: Mapping[str, Scores], *, centred: Sequence[st
         note = f"{len(sample.target_C)} validation cases are too few to choose weights (under {LEAST}): the defaults stand"
         return found_at(run, point, {}, [], note)
     alone = {name: run.value(Point(tuple(float(other == name) for other in names), ones, zero)) for name in names}
-    anchor = max(range(len(names)), key=lambda number: alone[names[number]])
-    point, curve = Point((1.0,) * len(names), ones, zero), list[dict[str, Any]]()
-    curve.append({"part": "all", "to": 1.0, "ndcg": run.value(point)})
-    for _ in range(ROUNDS):
+    order = sorted(range(len(names)), key=lambda number: -alone[names[number]])
+    # the best part first, then the others in turn: from equal weights a search ends where two parts that know the same hold out
+    point, curve = Point(tuple(float(number == order[0]) for number in range(len(names))), ones, zero), list[dict[str, Any]]()
+    curve.append({"part": names[order[0]], "to": 1.0, "ndcg": run.value(point)})
+    for turn in range(ROUNDS):
         before = point
-        for number, name in enumerate(names):
-            if number != anchor:
-                options = [replaced(point, "weight", number, value) for value in GRID]
-                point = better(run, point, options, name, curve)
-        if gated and GATED in names:
+        for number in order[1:] if turn == 0 else order:
+            factors = GRID if not point.weight[number] else (0.0, *(factor * point.weight[number] for factor in FACTORS))
+            options = [replaced(point, "weight", number, value) for value in factors]
+            point = better(run, point, options, names[number], curve)
+        if gated and GATED in names and point.weight[names.index(GATED)]:
             for band in bands_to_try(sample):
                 options = [replaced(point, "gates", band, value) for value in GATES]
                 point = better(run, point, options, f"gate {band}", curve)
@@ -255,7 +287,7 @@ def better(run: Search, point: Point, options: Sequence[Point], name: str, curve
 def found_at(run: Search, point: Point, alone: dict[str, float], curve: list[dict[str, Any]], note: str) -> Found:
     """The weights of a point, for the artifact."""
     relative = dict(zip(run.names, point.weight, strict=True))
-    scale = {name: weight / part.spread for (name, weight), part in zip(relative.items(), run.scores, strict=True)}
+    scale = {name: weight / column.spread for (name, weight), column in zip(relative.items(), run.columns, strict=True)}
     centre = {name: value for name, value in zip(run.names, point.centre, strict=True) if value and relative[name]}
     return Found(
         weights=Weights(scale=scale, gates=point.gates, centre=centre),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.behaviour.data import Histories, cases, inputs_before, targets
 from models.behaviour.recommender import Recommender, score
-from models.judge.metrics import full_ranks
+from models.judge.metrics import by_rank, full_ranks
 
 LOGITS = 2**28
 """Scores held at once: 1 GiB in float32."""
@@ -111,9 +111,8 @@ def validate(
         if validation.unseen:
             masked_BV = seen_mask(inputs_before(events, users_B, position_B, longest), target_B, len(table_VD))
             scores_BV.masked_fill_(masked_BV, -torch.inf)
-        rank_B = full_ranks(scores_BV, target_B, masked_BV)
-        hit_B = (rank_B <= 10).float()
-        found.append(torch.stack([hit_B / (rank_B + 1).log2(), hit_B]))
+        figures = by_rank(full_ranks(scores_BV, target_B, masked_BV))
+        found.append(torch.stack([figures["ndcg"], figures["hr"]]))
     mean_2 = torch.cat(found, 1).mean(1)
     if dist.is_initialized():
         # all processes must stop after the same epoch

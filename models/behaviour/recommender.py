@@ -162,6 +162,10 @@ class LoadedRecommender:
             raise ValueError("this recommender keeps no item table: project the items' LLM embeddings")
         return self.turned(self.items.table())
 
+    def carried(self, user_BD: Tensor, emb_BD: Tensor) -> dict[str, Tensor]:
+        """What each part adds to the scores of (user, item) pairs: here the one part all of it."""
+        return {"llmemb": (user_BD * emb_BD).sum(1)}
+
     @torch.no_grad()
     def project(self, llm_NE: Tensor, item_ids: Sequence[str]) -> Tensor:
         """emb_ND float32 of any items from their LLM embeddings: whitening, adapter, the ID part where there is one, the turn.

@@ -22,7 +22,7 @@ LONG_SHARE = 0.2
 Encode = Callable[[Tensor, Tensor], Tensor]
 """emb_BLD, valid_BL -> user_BD."""
 Ranks = tuple[Tensor, Tensor]
-"""Of each case: its rank among all items, and among its negatives."""
+"""rank_C2 of each case among all items, and among its negatives: first and last place of its tied block."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Ranks that nobody can fool, metrics from ranks, and what a difference between two models is worth.
 
-Ranks are expected ranks: an item among t tied ones stands in the middle of them, so that a model gains nothing from scoring all
-items alike. Scores that are not finite are refused. Differences are paired: all models share the resampled users.
+A rank is a block: the first and the last place of an item among those that its score ties. Metrics are means over the block, so
+that a model gains nothing from scoring items alike: taken at the block's middle, tying one's top 19 would make all of them
+hits. Scores that are not finite are refused. Differences are paired: all models share the resampled users.
 
 Shapes: B users of a chunk, V items + 1 (column 0 is padding), D width, E LLM width, C cases, S slices, K columns (model and
 metric), R resamples, N negatives or items, I items of a block, L items left out, G groups of tied values.
@@ -43,7 +44,7 @@ def refuse_targets(target_B: Tensor, items: int) -> None:
 
 
 def full_ranks(scores_BV: Tensor, target_B: Tensor, masked_BV: Tensor | None = None) -> Tensor:
-    """rank_B of each target among all items, 1 is best; ties count half.
+    """rank_B2 of each target among all items, 1 is best: the first and the last place of its tied block.
 
     masked_BV, where given, marks items that the caller took out with -inf. Raises ValueError for scores that are not finite, or
     a target that is padding, masked or out of range.
@@ -54,18 +55,23 @@ def full_ranks(scores_BV: Tensor, target_B: Tensor, masked_BV: Tensor | None = N
     if bool((own_B1 == -torch.inf).any()):
         raise ValueError("a target is masked: take the items of a user's history out only where they can't be the answer")
     others_BV = scores_BV[:, 1:]
-    return 1 + (others_BV > own_B1).sum(1) + ((others_BV == own_B1).sum(1) - 1) / 2
+    return block((others_BV > own_B1).sum(1), (others_BV == own_B1).sum(1) - 1)
+
+
+def block(ahead_B: Tensor, tied_B: Tensor) -> Tensor:
+    """rank_B2 of a target that some items are ahead of and others level with."""
+    return torch.stack([1 + ahead_B, 1 + ahead_B + tied_B], dim=1).double()
 
 
 def sampled_ranks(own_B: Tensor, negative_BN: Tensor) -> Tensor:
-    """rank_B of each target's score among its negatives' scores, 1 is best; ties count half. Raises ValueError as above."""
+    """rank_B2 of each target's score among its negatives' scores, 1 is best. Raises ValueError as above."""
     if not bool(own_B.isfinite().all()) or not bool(negative_BN.isfinite().all()):
         raise ValueError("scores are not finite: the model is broken, a rank would mean nothing")
-    return 1 + (negative_BN > own_B[:, None]).sum(1) + (negative_BN == own_B[:, None]).sum(1) / 2
+    return block((negative_BN > own_B[:, None]).sum(1), (negative_BN == own_B[:, None]).sum(1))
 
 
 def table_ranks(user_BD: Tensor, table_VD: Tensor, target_B: Tensor, hidden_BL: Tensor | None = None) -> Tensor:
-    """rank_B where scores are dot products with the table's rows, made a block at a time: memory does not know V.
+    """rank_B2 where scores are dot products with the table's rows, made a block at a time: memory does not know V.
 
     Two blocks may round equal vectors differently, so scores within rounding of the target's are ties. hidden_BL, where given,
     are items to leave out of the ranking, each once a row, 0 for none; never the target. Raises ValueError for vectors that
@@ -77,24 +83,28 @@ def table_ranks(user_BD: Tensor, table_VD: Tensor, target_B: Tensor, hidden_BL: 
     target_BD = table_VD[target_B]
     own_B1 = (user_BD * target_BD).sum(1, keepdim=True)
     near_B1 = (rounding(user_BD) * user_BD.norm(dim=1) * target_BD.norm(dim=1))[:, None]
-    rank_B = torch.ones(len(user_BD), dtype=torch.float64, device=user_BD.device)
+    ahead_B = torch.zeros(len(user_BD), dtype=torch.int64, device=user_BD.device)
+    tied_B = torch.zeros_like(ahead_B)
     step = max(1, SCORES // max(1, len(user_BD)))
     for start in range(1, len(table_VD), step):
         ahead_BI = user_BD @ table_VD[start : start + step].T - own_B1
         place_B = target_B - start
         here = ((place_B >= 0) & (place_B < ahead_BI.shape[1])).nonzero().flatten()
         ahead_BI[here, place_B[here]] = -torch.inf
-        rank_B += half_above(ahead_BI, near_B1)
+        above_B, level_B = above(ahead_BI, near_B1)
+        ahead_B, tied_B = ahead_B + above_B, tied_B + level_B
     if hidden_BL is not None:
         ahead_BL = (user_BD[:, None] * table_VD[hidden_BL]).sum(-1) - own_B1
         ahead_BL[(hidden_BL == 0) | (hidden_BL == target_B[:, None])] = -torch.inf
-        rank_B -= half_above(ahead_BL, near_B1)
-    return rank_B
+        above_B, level_B = above(ahead_BL, near_B1)
+        ahead_B, tied_B = (ahead_B - above_B).clamp_min(0), (tied_B - level_B).clamp_min(0)
+    return block(ahead_B, tied_B)
 
 
-def half_above(ahead_BI: Tensor, near_B1: Tensor) -> Tensor:
-    """How many are ahead by more than rounding, and half of those that are level."""
-    return ((ahead_BI > near_B1).sum(1) + (ahead_BI >= -near_B1).sum(1)) / 2
+def above(ahead_BI: Tensor, near_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """How many are ahead by more than rounding, and how many are level."""
+    ahead_B = (ahead_BI > near_B1).sum(1)
+    return ahead_B, (ahead_BI >= -near_B1).sum(1) - ahead_B
 
 
 def rounding(user_BD: Tensor) -> float:
@@ -128,11 +138,22 @@ def draw_negatives(target_C: Tensor, seen_keys: Tensor, user_C: Tensor, catalogu
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
 
-def by_rank(rank_C: Tensor, k: int = 10) -> dict[str, Tensor]:
-    """Each case's hr and ndcg at k, and mrr (its reciprocal rank, over all ranks), in float64."""
-    rank_C = rank_C.double()
-    hit_C = (rank_C <= k).double()
-    return {"hr": hit_C, "ndcg": hit_C / (rank_C + 1).log2(), "mrr": 1 / rank_C}
+def by_rank(rank_C2: Tensor, k: int = 10) -> dict[str, Tensor]:
+    """Each case's hr and ndcg at k, and mrr (its reciprocal rank, over all ranks), in float64.
+
+    Of a tied block it is the mean over its places: what breaking the ties by chance gives on average.
+    """
+    first_C, last_C = rank_C2.double().unbind(1)
+    size_C = last_C - first_C + 1
+    gain_k = torch.cat([rank_C2.new_zeros(1).double(), 1 / torch.arange(2.0, k + 2, device=rank_C2.device).double().log2()])
+    upto_k = gain_k.cumsum(0)
+    before_C, inside_C = (first_C - 1).clamp_max(k).long(), last_C.clamp_max(k).long()
+    harmonic_C = torch.digamma(last_C + 1) - torch.digamma(first_C)
+    return {
+        "hr": (inside_C - before_C) / size_C,
+        "ndcg": (upto_k[inside_C] - upto_k[before_C]) / size_C,
+        "mrr": harmonic_C / size_C,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

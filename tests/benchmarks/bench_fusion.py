@@ -1,8 +1,8 @@
 """Measures what fusing parts late is worth: each part alone, parts added one by one, controls, widths, with paired intervals.
 
-python tests/benchmarks/bench_fusion.py rank --data ../shared/data/amazon_beauty --embeddings zero.safetensors --out fused --seed 42
-    trains the collaborative teacher and RAT with one seed, makes the other parts, finds the weights on validation cases, and keeps
-    each test case's rank under every model, in SETTING-SEED.safetensors; prints one JSON line
+python tests/benchmarks/bench_fusion.py rank --data ../shared/data/amazon_beauty --embeddings zero.safetensors --out fused
+    trains the collaborative teacher and RAT with one seed, makes the other parts, finds the weights on validation cases, and
+    keeps each test case's rank under every model, in SETTING-SEED.safetensors; prints one JSON line
 python tests/benchmarks/bench_fusion.py compare fused/*.safetensors
     means over the seeds by slice, and differences with 95 % intervals: users and seeds are resampled together
 
@@ -45,6 +45,7 @@ from tests.benchmarks.bench_rat import load
 COLD_SHARE, COLD_SEED = 0.1, 42
 WHITENED, HIDDEN, PRIOR, ALPHA, TEMPERATURE, COSINE = 1536, 256, 5.0, 0.01, 0.1, 0.07
 TFIDF_WIDTH = 1536
+LEAST = 30
 SHOWN = ("overall", "cold", "tail", "head", "short", "long")
 REFERENCES = ("id_only", "llmemb", "popularity", "repeat_markov_popularity", "tfidf_text", "fused_tfidf")
 
@@ -99,7 +100,7 @@ def materials(arguments: argparse.Namespace, bench: Bench, llm_NE: Tensor, told:
     white_NK = white(llm_NE)
     teacher, backbone, told["id_only"] = trained(arguments, bench, lambda: IdItems(bench.events.catalogue + 1, arguments.width))
     teacher_VD = teacher.item_table().detach()
-    kept = Part(name="id", items=teacher.items, sequence=teacher.sequence, backbone=backbone, config={"kind": "id"})  # type: ignore[arg-type]
+    kept = Part(name="id", items=teacher.items, sequence=teacher.sequence, backbone=backbone, config={"kind": "id"})
     weight_V = bench.counts_V / (bench.counts_V + PRIOR)
     aligner = Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=ALPHA, temperature=TEMPERATURE)
     made = {}
@@ -112,7 +113,7 @@ def materials(arguments: argparse.Namespace, bench: Bench, llm_NE: Tensor, told:
 
         rat, backbone, told[kind] = trained(arguments, bench, text_items, aligner, cosine)
         config = {"kind": "mlp", "hidden": HIDDEN, "unit": cosine > 0}
-        part = Part(name="llmemb", items=rat.items, sequence=rat.sequence, backbone=backbone, config=config)  # type: ignore[arg-type]
+        part = Part(name="llmemb", items=rat.items, sequence=rat.sequence, backbone=backbone, config=config)
         made[kind] = Material(
             events=bench.events, counts_V=bench.counts_V, white_NK=white_NK, whitening=white, item_ids=ids, llmemb=part,
             teacher=kept.loaded(ids, white, arguments.device), teacher_VD=teacher_VD, unseen=True,
@@ -305,7 +306,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 for name, value_SC in ndcg.items()
             }
             told[f"{kind}_differences"] = {
-                f"{name} - {other}": {s: interval(ndcg[name] - ndcg[other], slices[s]) for s in SHOWN if int(slices[s].sum()) >= 30}
+                f"{name} - {other}": {
+                    slice_: interval(ndcg[name] - ndcg[other], slices[slice_])
+                    for slice_ in SHOWN if int(slices[slice_].sum()) >= LEAST
+                }
                 for name in names if name.startswith("fused") for other in REFERENCES if other in names and other != name
             }  # fmt: skip
         result[setting] = told

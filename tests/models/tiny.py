@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from models.behaviour.recommender import Recommender, score
 from models.text.encoder import Encoder, Lora, Spec, add_lora, base_sha256, load_base, tokenizer_sha256
 from models.text.prompts import FieldPolicy
 
@@ -68,3 +69,8 @@ def items(count: int) -> list[list[tuple[str, str]]]:
         [("title", f"film {number * 7919}"), ("year", str(1950 + number % 50)), ("kind", "abcdefgh"[number % 8])]
         for number in range(count)
     ]
+
+
+def scores_of(recommender: Recommender, input_BL: torch.Tensor) -> torch.Tensor:
+    """scores_BV of all items after histories of item indices."""
+    return score(recommender.encode(input_BL), recommender.item_table())

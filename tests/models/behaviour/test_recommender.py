@@ -10,6 +10,7 @@ from models.behaviour.items import IdItems, MlpAdapter, NullSpaceItems, Residual
 from models.behaviour.llm_esr import DualItems
 from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
 from models.behaviour.whitening import fit_whitening
+from tests.models.tiny import scores_of
 
 IDS = [f"i{number}" for number in range(30)]
 
@@ -52,14 +53,14 @@ def test_the_last_item_has_its_own_vector_and_padding_alone_is_zero() -> None:
 
 def test_the_padding_row_takes_no_gradient() -> None:
     recommender = Recommender(IdItems(31, 8), build_sequence(Backbone(width=8, max_len=5)))
-    recommender.scores(torch.tensor([[0, 0, 3]]))[:, 1:].sum().backward()
+    scores_of(recommender, torch.tensor([[0, 0, 3]]))[:, 1:].sum().backward()
     grad = recommender.items.weight.grad
     assert grad[0].abs().max() == 0
     assert (grad[1:] != 0).any()
 
 
 def test_padding_is_never_recommended() -> None:
-    scores = Recommender(IdItems(31, 8), build_sequence(Backbone(width=8, max_len=5))).scores(torch.tensor([[0, 2]]))
+    scores = scores_of(Recommender(IdItems(31, 8), build_sequence(Backbone(width=8, max_len=5))), torch.tensor([[0, 2]]))
     assert scores[:, 0].tolist() == [-torch.inf]
     assert scores[:, 1:].isfinite().all()
 
@@ -74,7 +75,7 @@ def test_a_reloaded_recommender_gives_identical_scores(tmp_path: Path, kind: str
     recommender, path = kept(tmp_path / "kept", kind, name)
     history = torch.tensor([[0, 0, 4, 9, 30], [1, 2, 3, 4, 5], [0, 0, 0, 0, 7]])
     with torch.no_grad():
-        expected = recommender.scores(history)
+        expected = scores_of(recommender, history)
     scores = []
     for _ in range(2):
         loaded = load_recommender(path)

@@ -83,7 +83,7 @@ def test_logit_adjustment_leaves_out_of_the_scores_what_popularity_alone_explain
         recommender = fresh()
         trained(recommender, dataclasses.replace(config, logit_adjustment=strength), events=events)
         with torch.no_grad():
-            scores_BV = recommender.scores(torch.randint(1, ITEMS + 1, (50, 6)))
+            scores_BV = score(recommender.encode(torch.randint(1, ITEMS + 1, (50, 6))), recommender.item_table())
         ahead.append(float((scores_BV[:, 1] - scores_BV[:, 2:].mean(1)).mean()))
     assert ahead[0] > 2
     assert abs(ahead[1]) < ahead[0] / 2
@@ -92,8 +92,8 @@ def test_logit_adjustment_leaves_out_of_the_scores_what_popularity_alone_explain
 def test_the_weights_left_are_those_of_the_best_epoch() -> None:
     recommender, events = fresh(), cyclic()
     done = trained(recommender, dataclasses.replace(QUICK, epochs=12, learning_rate=3e-2), events=events)
-    chunks = make_validation(events, torch.arange(1, ITEMS + 1), 99, 6)
-    again = validate(recommender, events, chunks, nullcontext)
+    validation = make_validation(events, torch.arange(1, ITEMS + 1), 99, 6)
+    again = validate(recommender, validation, nullcontext)
     assert again["ndcg"] == pytest.approx(done.ndcg, abs=1e-6)
     assert done.ndcg == max(figures["ndcg"] for figures in done.history)
 
@@ -168,7 +168,7 @@ def test_test_and_validation_events_do_not_reach_training() -> None:
 def test_items_held_out_are_no_negatives_no_targets_and_take_no_gradient() -> None:
     recommender, events = fresh(), cyclic()
     warm = torch.tensor([item for item in range(1, ITEMS + 1) if item != 5])
-    chunks = make_validation(events, warm, 99, 6)
+    chunks = make_validation(events, warm, 99, 6).chunks
     seen = torch.cat([targets(events, users, position) for users, position, _ in chunks])
     assert 5 not in seen.tolist()
     hidden, label = torch.randn(40, 16), warm[torch.arange(40) % len(warm)]

@@ -11,6 +11,7 @@ from models.behaviour.data import Histories, histories
 from models.behaviour.items import IdItems
 from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
+from tests.models.tiny import scores_of
 
 
 def logs(lists: list[list[int]], train_end: list[int], catalogue: int) -> Histories:
@@ -86,12 +87,12 @@ def test_ranks_in_chunks_equal_a_plain_loop_over_users(unseen: bool) -> None:
     full_C, sampled_C = vector_ranks(cases, table_VD, encode, 6)
     for row, items in enumerate(lists):
         with torch.no_grad():
-            scores_V = recommender.scores(torch.tensor([items[:-1][-6:]]))[0]
+            scores_V = scores_of(recommender, torch.tensor([items[:-1][-6:]]))[0]
         asked = [items[-1], *cases.negative_CN[row].tolist()]
         hidden = set(items[:-1]) - {items[-1]} if unseen else set()
         above = [item for item in range(1, 31) if scores_V[item] > scores_V[items[-1]] and item not in hidden]
-        assert float(full_C[row]) == 1 + len(above)
-        assert float(sampled_C[row]) == 1 + int((scores_V[asked] > scores_V[items[-1]]).sum())
+        assert full_C[row].tolist() == [1 + len(above)] * 2
+        assert sampled_C[row].tolist() == [1 + int((scores_V[asked] > scores_V[items[-1]]).sum())] * 2
 
 
 @pytest.mark.parametrize("unseen", [False, True])
@@ -105,10 +106,10 @@ def test_floors_rank_in_chunks_as_they_do_at_once(unseen: bool) -> None:
         assert torch.equal(sampled_C, by_two[name][1])
 
 
-def test_popularity_counts_ties_half_and_can_leave_out_what_was_seen() -> None:
+def test_popularity_tells_of_ties_and_can_leave_out_what_was_seen() -> None:
     lists, ends = [[1, 2, 3], [1, 2, 4], [1, 5, 2]], [2, 2, 2]  # train counts 3, 2, 0, 0, 1
-    assert floor_ranks(cases_of(lists, ends, 5))["popularity"][0].tolist() == [4.5, 4.5, 2.0]
-    assert floor_ranks(cases_of(lists, ends, 5, unseen=True))["popularity"][0].tolist() == [2.5, 2.5, 1.0]
+    assert floor_ranks(cases_of(lists, ends, 5))["popularity"][0].tolist() == [[4, 5], [4, 5], [2, 2]]
+    assert floor_ranks(cases_of(lists, ends, 5, unseen=True))["popularity"][0].tolist() == [[2, 3], [2, 3], [1, 1]]
 
 
 def test_chunks_shrink_where_histories_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
