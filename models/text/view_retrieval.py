@@ -1,4 +1,4 @@
-"""Held-out views of items: how often an encoder finds their item among the catalogue, the shape of its space, and its gates.
+"""Judges an encoder: how often it finds a held-out view's item in the catalogue, the shape of its space, and its gates.
 
 Shapes: Q queries, C candidates, N items of a sample, E width.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.text.encoder import Encoder, embed
-from models.text.prompts import Ints, Prompts, Texts, prompts, views
-
-if TYPE_CHECKING:
-    from models.text.scft import Scft
+from models.text.embedding import embed
+from models.text.encoder import Encoder
+from models.text.prompts import Ints, Prompts, Texts, prompts
+from models.text.views import views
 
 HELD_OUT = 0.2
-"""No more than this share of a small catalogue is kept for validation."""
+"""Share of a small catalogue that is kept for validation, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,55 +40,72 @@ class Gates:
     """How much less often than the base model it may find held-out views; more than 0 is for small validation sets."""
 
 
+class ViewSettings(Protocol):
+    """What the validation set needs of a training's settings (models.text.scft.Scft has them)."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of an item's attributes that a view drops, on average."""
+
+    @property
+    def validation_items(self) -> int:
+        """Held-out items, at most."""
+
+    @property
+    def candidates(self) -> int:
+        """Items among which views are searched, at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Held-out items' views, to be found among whole items of the catalogue."""
+    """Views of held-out items, and the whole items among which they must be found."""
 
     view_a: Prompts
     view_b: Prompts
     candidates: Prompts
     target_Q: Ints
-    """The candidate of each view's item."""
+    """The row of each view's item among the candidates."""
     items: Ints
     """The held-out items."""
 
 
-def held_out(texts: Texts, config: Scft, limit: int, seed: int) -> tuple[Validation, Ints]:
-    """The validation set, and the items left to train on; of items that read the same only the first counts.
+def hold_out_views(texts: Texts, settings: ViewSettings, limit: int, seed: int) -> tuple[Validation, Ints]:
+    """A catalogue -> the validation set, and the items left to train on. Of items with equal texts only the first is taken.
 
-    Raises ValueError where fewer than 4 different texts are left.
+    Raises ValueError where there are fewer than 4 different texts.
     """
     unique = np.unique(texts.text_I, return_index=True)[1]
     if len(unique) < 4:
         raise ValueError(f"the catalogue has {len(unique)} different texts: SCFT needs at least 4, and thousands to be of use")
     random = np.random.default_rng([seed, 0])
     order = random.permutation(unique)
-    count = max(2, min(config.validation_items, int(len(unique) * HELD_OUT)))
+    count = max(2, min(settings.validation_items, int(len(unique) * HELD_OUT)))
     items, rest = np.sort(order[:count]), np.sort(order[count:])
-    looked = np.concatenate([items, order[count : max(count, config.candidates)]])
-    first, second = (views(texts, items, config.ratio, limit, random)[0] for _ in range(2))
+    looked = np.concatenate([items, order[count : max(count, settings.candidates)]])
+    first, second = (views(texts, items, settings.ratio, limit, random)[0] for _ in range(2))
     whole, _ = prompts(texts, looked, limit)
     return Validation(view_a=first, view_b=second, candidates=whole, target_Q=np.arange(count), items=items), rest
 
 
-def validate(encoder: Encoder, validation: Validation) -> tuple[dict[str, float], NDArray[np.float32]]:
-    """Figures of an encoder as it is, and its candidates' embeddings."""
+def validate_views(encoder: Encoder, validation: Validation) -> tuple[dict[str, float], NDArray[np.float32]]:
+    """An encoder -> its figures on the validation set, and its candidates' embeddings."""
     was = encoder.training
     encoder.eval()
-    with precision(encoder):
+    with autocast_like_base(encoder):
         a_QE, b_QE, items_CE = (embed(encoder, part) for part in (validation.view_a, validation.view_b, validation.candidates))
     encoder.train(was)
-    return figures(*map(torch.from_numpy, (a_QE, b_QE, items_CE, validation.target_Q))), items_CE
+    return view_figures(*map(torch.from_numpy, (a_QE, b_QE, items_CE, validation.target_Q))), items_CE
 
 
-def figures(a_QE: Tensor, b_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> dict[str, float]:
-    """Retrieval of view a's item, and the shape of the space; NaN where an embedding is not finite.
+def view_figures(a_QE: Tensor, b_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> dict[str, float]:
+    """Embeddings of views a, views b and candidates -> how often view a's item is found, and the shape of the space.
 
-    alignment and uniformity: Wang and Isola 2020, arXiv 2005.10242; effective rank: Roy and Vetterli 2007.
+    NaN where an embedding is not finite. Alignment and uniformity: Wang and Isola 2020, arXiv 2005.10242;
+    effective rank: Roy and Vetterli 2007.
     """
     a_QE, b_QE, items_CE = (F.normalize(emb.float(), dim=1) for emb in (a_QE, b_QE, items_CE))
     rank_Q = torch.cat(
-        [ranks(a_QE[start : start + 512], items_CE, target_Q[start : start + 512]) for start in range(0, len(a_QE), 512)]
+        [target_ranks(a_QE[start : start + 512], items_CE, target_Q[start : start + 512]) for start in range(0, len(a_QE), 512)]
     )
     shape_NE = items_CE[torch.linspace(0, len(items_CE) - 1, min(2048, len(items_CE))).long()]
     cosine_NN = shape_NE @ shape_NE.T
@@ -105,8 +121,8 @@ def figures(a_QE: Tensor, b_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> d
     }
 
 
-def ranks(query_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> Tensor:
-    """Expected rank_Q of each query's target under ties, 1 is best; NaN where a score is not finite."""
+def target_ranks(query_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> Tensor:
+    """Queries, candidates, targets -> rank_Q of each target, 1 is best. Ties count half; NaN where a score is not finite."""
     scores_QC = query_QE @ items_CE.T
     own_Q1 = scores_QC.gather(1, target_Q[:, None])
     rank_Q = 1 + (scores_QC > own_Q1).sum(1) + ((scores_QC == own_Q1).sum(1) - 1) / 2
@@ -114,7 +130,7 @@ def ranks(query_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> Tensor:
 
 
 def effective_rank(emb_NE: Tensor) -> float:
-    """exp of the entropy of the singular values' shares, after centring: how many directions the embeddings use."""
+    """emb_NE -> how many directions the embeddings use: exp of the entropy of the singular values' shares, after centring."""
     if not bool(emb_NE.isfinite().all()):
         return math.nan
     values = torch.linalg.svdvals(emb_NE - emb_NE.mean(0))
@@ -125,7 +141,7 @@ def effective_rank(emb_NE: Tensor) -> float:
 def refusals(
     tuned: Mapping[str, float], base: Mapping[str, float], moved: float, gates: Gates, *, candidates: int, zero_shot: bool = False
 ) -> list[str]:
-    """Why an encoder is refused, each with its figures; empty where it may go on.
+    """Figures of an encoder and of its base -> the reasons to refuse it, with the figures. Empty where it passes.
 
     `moved` is the relative distance of its embeddings from the base model's.
     """
@@ -144,12 +160,12 @@ def refusals(
     return wrong
 
 
-def distance(emb_CE: NDArray[np.float32], base_CE: NDArray[np.float32]) -> float:
-    """Relative distance between two encoders' embeddings of the same texts."""
+def relative_distance(emb_CE: NDArray[np.float32], base_CE: NDArray[np.float32]) -> float:
+    """Two encoders' embeddings of the same texts -> their distance, relative to the norm of the second."""
     return float(np.linalg.norm(emb_CE - base_CE) / max(float(np.linalg.norm(base_CE)), 1e-12))
 
 
-def precision(encoder: Encoder) -> AbstractContextManager[Any]:
-    """bf16 arithmetic where the base is in bf16: LoRA weights stay in float32 and are cast as they are used."""
+def autocast_like_base(encoder: Encoder) -> AbstractContextManager[Any]:
+    """Autocast to bf16 where the base model is in bf16. LoRA weights stay in float32 and are cast where they are used."""
     half = next(encoder.model.parameters()).dtype == torch.bfloat16
     return torch.autocast(encoder.device.type, torch.bfloat16, enabled=half)

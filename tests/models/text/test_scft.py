@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.text.encoder import Lora, lora_state
+from models.text.lora import Lora, lora_state
 from models.text.prompts import Attributes, Texts, tokenize
-from models.text.scft import Interrupted, Partners, Scft, Trainer, Tuned, shuffled, train
-from models.text.view_retrieval import Gates, effective_rank, figures, held_out, ranks, refusals
+from models.text.scft import Interrupted, Scft, Trainer, Tuned, fine_tune
+from models.text.scft_batches import Partners, shuffle_texts
+from models.text.view_retrieval import Gates, effective_rank, hold_out_views, refusals, target_ranks, view_figures
 from tests.models import tiny
 
 SMALL = Scft(steps=6, batch=8, learning_rate=5e-3, validate_every=3, validation_items=8, candidates=20, compile=False)
@@ -51,7 +52,7 @@ def tuned(
     encoder = tiny.encoder(base, lora=Lora(dropout=dropout))
     logged: list[dict[str, float]] = []
     texts = encoder.tokenize(items or tiny.items(40))
-    return train(encoder, texts, config, seed=1, log=lambda metrics, _: logged.append(metrics), **more), logged
+    return fine_tune(encoder, texts, config, seed=1, log=lambda metrics, _: logged.append(metrics), **more), logged
 
 
 def test_training_lowers_the_loss_and_reports_the_base_model_first(base: Path) -> None:
@@ -259,21 +260,21 @@ def some_texts(count: int) -> Texts:
 
 
 def test_held_out_items_are_not_trained_on_and_stand_first_among_the_candidates() -> None:
-    validation, rest = held_out(some_texts(50), SMALL, 200, 0)
+    validation, rest = hold_out_views(some_texts(50), SMALL, 200, 0)
     assert len(validation.items) == 8
     assert not set(validation.items) & set(rest)
     assert len(validation.items) + len(rest) == 50
     assert len(validation.candidates.length_B) == 20
-    assert held_out(some_texts(50), SMALL, 200, 0)[0].view_a.token_T.tolist() == validation.view_a.token_T.tolist()
+    assert hold_out_views(some_texts(50), SMALL, 200, 0)[0].view_a.token_T.tolist() == validation.view_a.token_T.tolist()
 
 
 def test_ties_take_their_expected_rank() -> None:
     items = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    assert ranks(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), items, torch.tensor([1, 2])).tolist() == [2.0, 1.0]
+    assert target_ranks(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), items, torch.tensor([1, 2])).tolist() == [2.0, 1.0]
 
 
 def test_a_query_that_is_not_finite_has_no_rank() -> None:
-    assert math.isnan(float(ranks(torch.tensor([[math.nan, 0.0]]), torch.eye(2), torch.tensor([0]))[0]))
+    assert math.isnan(float(target_ranks(torch.tensor([[math.nan, 0.0]]), torch.eye(2), torch.tensor([0]))[0]))
 
 
 @pytest.mark.parametrize("directions", [1, 3, 8])
@@ -285,7 +286,7 @@ def test_the_effective_rank_counts_the_directions_in_use(directions: int) -> Non
 
 def test_perfect_views_are_found_and_aligned() -> None:
     items = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
-    found = figures(items[:10], items[:10], items, torch.arange(10))
+    found = view_figures(items[:10], items[:10], items, torch.arange(10))
     assert (found["recall_1"], found["mrr"], found["alignment"]) == (1.0, 1.0, 0.0)
     assert abs(found["mean_cosine"]) < 0.1
 
@@ -326,17 +327,17 @@ def test_a_zero_shot_encoder_need_not_have_moved_and_a_tiny_catalogue_needs_less
 def test_a_collapsed_space_is_refused_from_its_embeddings() -> None:
     generator = torch.Generator().manual_seed(0)
     items = torch.ones(50, 16) + 1e-3 * torch.randn(50, 1, generator=generator) * torch.ones(16)
-    quality = figures(items[:10], items[:10], items, torch.arange(10))
+    quality = view_figures(items[:10], items[:10], items, torch.arange(10))
     assert any("collapsed" in reason for reason in refusals(quality, {**GOOD, "recall_1": 0.0}, 0.5, Gates(), candidates=50))
 
 
 def test_shuffled_texts_keep_every_fields_values_and_belong_to_other_items() -> None:
     items = tiny.items(60)
-    control = shuffled(items, 3)
+    control = shuffle_texts(items, 3)
     for column in range(3):
         assert sorted(item[column] for item in control) == sorted(item[column] for item in items)
     assert sum(one[0] == other[0] for one, other in zip(items, control, strict=True)) < 6
-    assert shuffled(items, 3) == control
+    assert shuffle_texts(items, 3) == control
 
 
 def test_an_untrained_lora_is_the_base_model(base: Path) -> None:
