@@ -11,9 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.processes import gather_to_first
 from models.text.base_model import layers_of
 from models.text.encoder import Encoder
 from models.text.packing import Step, batches
@@ -52,6 +54,26 @@ def embed(
         waiting.append(step)
         fetch(behind)
     fetch(0)
+    return emb_BE
+
+
+def embed_together(
+    encoder: Encoder, source: Prompts, *, budget: int = 0, log: Callable[[int, int], None] | None = None
+) -> NDArray[np.float32] | None:
+    """Prompts -> emb_BE float32 in the first process, None in the others. Each process embeds its share.
+
+    As `embed` where there is one process; `log` gets this process's share. All processes must call it with the same prompts.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    # neighbours by length go to different processes, so that all have as much to do
+    order = np.argsort(-source.length_B, kind="stable")
+    shares = [order[start::world] for start in range(world)]
+    own = torch.from_numpy(embed(encoder, take(source, shares[rank]), budget=budget, log=log))
+    found = gather_to_first(own, [len(share) for share in shares])
+    if found is None:
+        return None
+    emb_BE = np.empty(tuple(found.shape), dtype=np.float32)
+    emb_BE[np.concatenate(shares)] = found.numpy()
     return emb_BE
 
 

@@ -180,7 +180,7 @@ def load_encoder(path: Path, *, device: torch.device, dtype: torch.dtype | None 
         raise ValueError(f"tokenizer of {spec.base!r} is {found[:12]}, the encoder was trained with {spec.tokenizer_sha256[:12]}")
     if spec.lora is not None:
         if not (path / WEIGHTS).exists():
-            raise ValueError(f"{path} holds no {WEIGHTS}: the artifact is not complete")
+            raise ValueError(f"{path} holds no {WEIGHTS}: the encoder is not whole")
         state = load_file(path / WEIGHTS)
         if merge:
             merge_lora(model, spec.lora, state)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
-from models.processes import sum_gradients
+from models.processes import any_process, from_first, sum_gradients
 from models.text import fp8
 from models.text.base_model import layers_of
 from models.text.contrastive import backward, info_nce, same_text_mask
@@ -34,7 +34,7 @@ from models.text.packing import to_device
 from models.text.prompts import Ints, Prompts, Texts, take
 from models.text.scft_batches import Batches, Drawn, Partners
 from models.text.scft_checkpoint import read_checkpoint, write_checkpoint
-from models.text.view_retrieval import autocast_like_base, hold_out_views, validate_views
+from models.text.view_retrieval import Validation, autocast_like_base, hold_out_views, validate_together
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -134,10 +134,11 @@ def fine_tune(
     """
     validation, items = hold_out_views(texts, config, encoder.limit, seed)
     trainer = Trainer(encoder, texts, items, config, seed, cluster_I, pair_P2)
-    if checkpoint and checkpoint.exists():
-        trainer.load(checkpoint)
+    # the first process decides for all: another one may not see its file
+    if state := from_first(lambda: checkpoint.read_bytes() if checkpoint and checkpoint.exists() else b""):
+        trainer.load(state)
     else:
-        trainer.add(validate_views(encoder, validation)[0], log)
+        trainer.validate(validation, log)
     started, done = time.monotonic(), trainer.tokens_done
     with disable_input_dtype_casting(encoder.model):
         while trainer.step < config.steps and not trainer.stale():
@@ -145,8 +146,9 @@ def fine_tune(
             log({"loss": loss, "learning_rate": trainer.rate(), "tokens_per_s": speed(trainer, started, done)}, trainer.step)
             due = trainer.step % config.validate_every == 0 or trainer.step == config.steps
             if due:
-                trainer.add(validate_views(encoder, validation)[0], log)
-            halt = stop()
+                trainer.validate(validation, log)
+            # a process that stopped alone would leave the others waiting for it
+            halt = any_process(stop())
             if checkpoint and (due or halt):
                 trainer.save(checkpoint)
             if halt:
@@ -209,7 +211,7 @@ class Trainer:
             ratio=config.ratio,
             limit=self.encoder.limit,
             seed=self.seed,
-            partners=Partners(pair_P2, items, len(self.texts)) if config.pair_share and pair_P2 is not None else None,
+            partners=Partners(pair_P2, items, self.texts.text_I) if config.pair_share and pair_P2 is not None else None,
             pair_share=config.pair_share,
         )
 
@@ -284,8 +286,11 @@ class Trainer:
             group["lr"] = self.rate()
         self.optimizer.step()
 
-    def add(self, quality: dict[str, float], log: Log) -> None:
-        """Records a validation's figures. Keeps the weights if their mrr is the best so far."""
+    def validate(self, validation: Validation, log: Log) -> None:
+        """Records the figures of a validation. Keeps the weights if their mrr is the best so far."""
+        quality = validate_together(
+            self.encoder, validation, lambda done, total: log({"validated": float(done), "prompts": float(total)}, self.step)
+        )
         best = max((entry["mrr"] for entry in self.history[1:]), default=-math.inf)
         self.history.append({"step": float(self.step), **quality})
         if self.step and quality["mrr"] > best:
@@ -321,9 +326,9 @@ class Trainer:
         known = {"losses": self.losses, "history": self.history, "best_step": self.best_step, "tokens": self.tokens_done}
         write_checkpoint(path, groups, known)
 
-    def load(self, path: Path) -> None:
-        """Restores a checkpoint: the next step runs as if training had never stopped."""
-        groups, known = read_checkpoint(path)
+    def load(self, content: bytes) -> None:
+        """Restores a checkpoint file's content: the next step runs as if training had never stopped."""
+        groups, known = read_checkpoint(content)
         self.losses, self.history = known["losses"], known["history"]
         self.best_step, self.tokens_done = known["best_step"], known["tokens"]
         self.best = groups["best"]

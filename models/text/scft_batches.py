@@ -62,9 +62,17 @@ class Batches:
 
 
 class Partners:
-    """For every item the items that users took right before or after it, as often as they did."""
+    """For every item the items that users took right before or after it, as often as they did.
 
-    def __init__(self, pair_P2: Ints, items: Ints, catalogue: int) -> None:
+    Training takes one item of those with equal texts, the first: in pairs it stands for all of them. Pairs of equal texts, and
+    pairs with an item that is not trained on, are left out.
+    """
+
+    def __init__(self, pair_P2: Ints, items: Ints, text_I: Ints) -> None:
+        catalogue = len(text_I)
+        _, first, number_I = np.unique(text_I, return_index=True, return_inverse=True)
+        pair_P2 = first[number_I][pair_P2]
+        pair_P2 = pair_P2[pair_P2[:, 0] != pair_P2[:, 1]]
         trained_I = np.zeros(catalogue, dtype=bool)
         trained_I[items] = True
         pair_P2 = pair_P2[trained_I[pair_P2].all(axis=1)]

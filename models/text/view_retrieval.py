@@ -5,25 +5,35 @@ Shapes: Q queries, C candidates, N items of a sample, E width.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.text.embedding import embed
+from models.processes import from_first
+from models.text.embedding import embed, embed_together
 from models.text.encoder import Encoder
 from models.text.prompts import Ints, Prompts, Texts, prompts
 from models.text.views import views
 
 HELD_OUT = 0.2
 """Share of a small catalogue that is kept for validation, at most."""
+QUIET = 5.0
+"""Seconds between two reports of progress, at least."""
+CPU_TOKENS = 1024
+"""Tokens of a step on a CPU while progress is reported: progress comes after a step, and a larger one can take over 10 s."""
+Progress = Callable[[int, int], None]
+"""Gets the prompts done and the prompts in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +78,11 @@ class Validation:
     items: Ints
     """The held-out items."""
 
+    @property
+    def parts(self) -> tuple[Prompts, Prompts, Prompts]:
+        """Views a, views b and candidates: all that is embedded."""
+        return self.view_a, self.view_b, self.candidates
+
 
 def hold_out_views(texts: Texts, settings: ViewSettings, limit: int, seed: int) -> tuple[Validation, Ints]:
     """A catalogue -> the validation set, and the items left to train on. Of items with equal texts only the first is taken.
@@ -87,14 +102,61 @@ def hold_out_views(texts: Texts, settings: ViewSettings, limit: int, seed: int) 
     return Validation(view_a=first, view_b=second, candidates=whole, target_Q=np.arange(count), items=items), rest
 
 
-def validate_views(encoder: Encoder, validation: Validation) -> tuple[dict[str, float], NDArray[np.float32]]:
-    """An encoder -> its figures on the validation set, and its candidates' embeddings."""
+def validate_views(
+    encoder: Encoder, validation: Validation, log: Progress | None = None
+) -> tuple[dict[str, float], NDArray[np.float32]]:
+    """An encoder -> its figures on the validation set, and its candidates' embeddings. `log` is called every few seconds."""
+    parts, options = validation.parts, embedding_options(encoder, validation, 1, log)
+    with evaluating(encoder):
+        a_QE, b_QE, items_CE = (embed(encoder, part, **options) for part in parts)
+    return view_figures(*map(torch.from_numpy, (a_QE, b_QE, items_CE, validation.target_Q))), items_CE
+
+
+def validate_together(encoder: Encoder, validation: Validation, log: Progress | None = None) -> dict[str, float]:
+    """An encoder -> its figures on the validation set, the same in all processes of torch.distributed.
+
+    Each process embeds a share of the prompts, and the first one computes the figures. All processes must call this.
+    """
+    if not dist.is_initialized():
+        return validate_views(encoder, validation, log)[0]
+    options = embedding_options(encoder, validation, dist.get_world_size(), log)
+    with evaluating(encoder):
+        parts = [embed_together(encoder, part, **options) for part in validation.parts]
+
+    def judged() -> bytes:
+        a_QE, b_QE, items_CE = (torch.from_numpy(emb) for emb in parts if emb is not None)
+        return json.dumps(view_figures(a_QE, b_QE, items_CE, torch.from_numpy(validation.target_Q))).encode()
+
+    figures: dict[str, float] = json.loads(from_first(judged))
+    return figures
+
+
+@contextmanager
+def evaluating(encoder: Encoder) -> Iterator[None]:
+    """Evaluation mode and the base model's arithmetic; the mode from before comes back at the end."""
     was = encoder.training
     encoder.eval()
-    with autocast_like_base(encoder):
-        a_QE, b_QE, items_CE = (embed(encoder, part) for part in (validation.view_a, validation.view_b, validation.candidates))
-    encoder.train(was)
-    return view_figures(*map(torch.from_numpy, (a_QE, b_QE, items_CE, validation.target_Q))), items_CE
+    try:
+        with autocast_like_base(encoder):
+            yield
+    finally:
+        encoder.train(was)
+
+
+def embedding_options(encoder: Encoder, validation: Validation, processes: int, log: Progress | None) -> dict[str, Any]:
+    """Options of `embed`, so that `log(done, total)` is called about every QUIET seconds, with this process's share."""
+    if log is None:
+        return {}
+    total, done, told = sum(len(part.length_B) for part in validation.parts) // processes, 0, time.monotonic()
+
+    def count(prompts: int, tokens: int) -> None:
+        nonlocal done, told
+        done += prompts
+        if time.monotonic() - told >= QUIET:
+            told = time.monotonic()
+            log(min(done, total), total)
+
+    return {"log": count, "budget": CPU_TOKENS if encoder.device.type == "cpu" else 0}
 
 
 def view_figures(a_QE: Tensor, b_QE: Tensor, items_CE: Tensor, target_Q: Tensor) -> dict[str, float]:
