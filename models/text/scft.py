@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models.processes import any_process, from_first, sum_gradients
 from models.text import fp8
 from models.text.base_model import layers_of
-from models.text.contrastive import backward, info_nce, same_text_mask
+from models.text.contrastive import backward, cluster_head, info_nce, same_text_mask
 from models.text.encoder import Encoder
 from models.text.lora import load_lora, lora_state
 from models.text.lora_dropout import Seeds
@@ -139,26 +139,19 @@ def fine_tune(
         trainer.load(state)
     else:
         trainer.validate(validation, log)
-    started, done = time.monotonic(), trainer.tokens_done
+    speed = speedometer(trainer)
     with disable_input_dtype_casting(encoder.model):
         while trainer.step < config.steps and not trainer.stale():
             loss = trainer.train_step()
-            log({"loss": loss, "learning_rate": trainer.rate(), "tokens_per_s": speed(trainer, started, done)}, trainer.step)
-            due = trainer.step % config.validate_every == 0 or trainer.step == config.steps
-            if due:
+            log({"loss": loss, "learning_rate": trainer.rate(), "tokens_per_s": speed()}, trainer.step)
+            if due := trainer.step % config.validate_every == 0 or trainer.step == config.steps:
                 trainer.validate(validation, log)
-            # a process that stopped alone would leave the others waiting for it
-            halt = any_process(stop())
+            halt = any_process(stop())  # one that stopped alone would leave the others waiting
             if checkpoint and (due or halt):
                 trainer.save(checkpoint)
             if halt:
                 raise Interrupted(f"stopped after step {trainer.step} of {config.steps}; run again to go on from there")
-    return trainer.finish(speed(trainer, started, done))
-
-
-def speed(trainer: Trainer, started: float, done: int) -> float:
-    """Tokens a second since `started`, when `done` tokens had been trained on."""
-    return (trainer.tokens_done - done) / max(time.monotonic() - started, 1e-9)
+    return trainer.finish(speed())
 
 
 class Trainer:
@@ -186,7 +179,7 @@ class Trainer:
         self.weights = [p for p in encoder.model.parameters() if p.requires_grad]
         self.scale = torch.tensor(math.log(1 / config.temperature), device=encoder.device, requires_grad=config.learn_temperature)
         self.cluster_I = cluster_I if config.cluster_weight else None
-        self.head = cluster_head(encoder, self.cluster_I)
+        self.head = cluster_head(self.cluster_I, encoder.spec.width, encoder.device)
         groups: list[dict[str, Any]] = [{"params": self.weights}, {"params": [self.scale, *self.head], "weight_decay": 0.0}]
         fused = encoder.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
@@ -344,10 +337,7 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
 
-def cluster_head(encoder: Encoder, cluster_I: Ints | None) -> list[Tensor]:
-    """Weight and bias of a linear map from embeddings to clusters, both 0. Only training needs them; no artifact holds them."""
-    if cluster_I is None:
-        return []
-    shape = (int(cluster_I.max(initial=0)) + 1, encoder.spec.width)
-    weight = torch.zeros(shape, device=encoder.device, requires_grad=True)
-    return [weight, torch.zeros(shape[0], device=encoder.device, requires_grad=True)]
+def speedometer(trainer: Trainer) -> Callable[[], float]:
+    """A function that gives the tokens a second from now on."""
+    started, done = time.monotonic(), trainer.tokens_done
+    return lambda: (trainer.tokens_done - done) / max(time.monotonic() - started, 1e-9)
