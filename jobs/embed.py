@@ -31,7 +31,8 @@ from jobs.lake.tables import ITEMS, Table, llm_embeddings
 from jobs.lake.tensors import pick_device
 from jobs.run import InputError, Refused, Run
 from models.text import fp8
-from models.text.encoder import Encoder, check_packing, compile_layers, embed, load_encoder, read_spec
+from models.text.embedding import check_packing, compile_layers, embed
+from models.text.encoder import Encoder, load_encoder, read_spec
 from models.text.prompts import prompts
 
 CHUNK = 8192

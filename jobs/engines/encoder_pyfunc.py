@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.text.encoder import embed_items, load_encoder
+from models.text.embedding import embed_items
+from models.text.encoder import load_encoder
 
 
 class EncoderModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]

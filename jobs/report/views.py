@@ -221,7 +221,9 @@ def base_encoder(lake: Path, encoder_id: str) -> str:
 def embed_base(run: Run, encoder_id: str, sample: Sample, most: int) -> dict[str, Matrix]:
     """The first items of the sample, embedded by the base model as it was before SCFT. Raises ValueError where it isn't there."""
     from jobs.lake.tensors import pick_device
-    from models.text.encoder import Encoder, embed_items, load_base, read_spec
+    from models.text.base_model import load_base
+    from models.text.embedding import embed_items
+    from models.text.encoder import Encoder, read_spec
 
     spec = replace(read_spec(artifacts.find(run.lake, "encoder", encoder_id)), lora=None)
     model, tokenizer, _ = load_base(spec.base, device=pick_device(run), layers=spec.layers)

@@ -29,23 +29,14 @@ from jobs.run import InputError, Refused, Run, as_json
 from models.behaviour.artifact import load_recommender
 from models.behaviour.data import neighbours, train_counts
 from models.processes import join, same_everywhere
-from models.text.encoder import (
-    Encoder,
-    Lora,
-    Spec,
-    add_lora,
-    base_sha256,
-    embed,
-    load_base,
-    load_encoder,
-    save_encoder,
-    tokenizer_sha256,
-    update_norm,
-)
-from models.text.packing import Pooling
+from models.text.base_model import base_sha256, load_base, tokenizer_sha256
+from models.text.embedding import embed
+from models.text.encoder import Encoder, Pooling, Spec, load_encoder, save_encoder
+from models.text.lora import Lora, add_lora, update_norm
 from models.text.prompts import FieldPolicy, Ints, Texts
-from models.text.scft import Interrupted, Scft, Tuned, shuffled, train
-from models.text.view_retrieval import Gates, distance, held_out, precision, refusals, validate
+from models.text.scft import Interrupted, Scft, Tuned, fine_tune
+from models.text.scft_batches import shuffle_texts
+from models.text.view_retrieval import Gates, autocast_like_base, hold_out_views, refusals, relative_distance, validate_views
 
 Attributes = list[tuple[str, str]]
 
@@ -150,7 +141,7 @@ def run(config: Config) -> Result:
     rank, _ = join()
     item_ids, hashes, items = read_texts(config, snapshot)
     encoder = build(config, device)
-    texts = encoder.tokenize(shuffled(items, config.run.seed) if config.shuffle_texts else items)
+    texts = encoder.tokenize(shuffle_texts(items, config.run.seed) if config.shuffle_texts else items)
     inputs = {"items": partitions.read_commit(config.run.lake, ITEMS.name, snapshot).digest, "base": encoder.spec.base_sha256}
     pair_P2, sequences = user_pairs(config, hashes)
     inputs |= sequences
@@ -319,13 +310,13 @@ def build(config: Config, device: torch.device) -> Encoder:
 def tune(config: Config, encoder: Encoder, texts: Texts, cluster_I: Ints | None, pair_P2: Ints | None, checkpoint: Path) -> Tuned:
     """Trains, or only validates the base where there are no steps; SIGTERM saves and leaves with status 143."""
     if not config.training.steps:
-        validation, _ = held_out(texts, config.training, encoder.limit, config.run.seed)
-        figures = {"step": 0.0, **validate(encoder.eval(), validation)[0]}
+        validation, _ = hold_out_views(texts, config.training, encoder.limit, config.run.seed)
+        figures = {"step": 0.0, **validate_views(encoder.eval(), validation)[0]}
         return Tuned(lora={}, steps=0, best_step=0, losses=(), history=(figures,), temperature=config.training.temperature,
                      tokens_per_second=0.0)  # fmt: skip
     with terminated() as stop:
         try:
-            return train(encoder, texts, config.training, seed=config.run.seed, log=progress(config.training.steps),
+            return fine_tune(encoder, texts, config.training, seed=config.run.seed, log=progress(config.training.steps),
                          cluster_I=cluster_I, pair_P2=pair_P2, checkpoint=checkpoint, stop=stop)  # fmt: skip
         except Interrupted as error:
             say(str(error))
@@ -348,7 +339,7 @@ def terminated() -> Iterator[Callable[[], bool]]:
 
 def keep(config: Config, encoder: Encoder, texts: Texts, tuned: Tuned, inputs: dict[str, str]) -> dict[str, Any]:
     """Writes the artifact, judges it as it reads back, keeps and registers it. Raises Refused with the figures."""
-    validation, _ = held_out(texts, config.training, encoder.limit, config.run.seed)
+    validation, _ = hold_out_views(texts, config.training, encoder.limit, config.run.seed)
     staged = artifacts.stage(config.run.lake, "encoder")
     save_encoder(staged, encoder.spec, tuned.lora or None)
     device = encoder.device
@@ -357,14 +348,14 @@ def keep(config: Config, encoder: Encoder, texts: Texts, tuned: Tuned, inputs: d
         encoder.model = load_base(config.base, device=device, layers=config.layers)[0]
         base_CE = embed(encoder.eval(), validation.candidates)
     elif tuned.lora:
-        with encoder.model.disable_adapter(), precision(encoder), torch.no_grad():  # type: ignore[operator]
+        with encoder.model.disable_adapter(), autocast_like_base(encoder), torch.no_grad():  # type: ignore[operator]
             base_CE = embed(encoder.eval(), validation.candidates)
     else:
         base_CE = embed(encoder, validation.candidates)
     encoder.model = torch.nn.Identity()  # makes room for the copy that is judged
     loaded = load_encoder(staged, device=device)
-    figures, emb_CE = validate(loaded, validation)
-    moved = distance(emb_CE, base_CE)
+    figures, emb_CE = validate_views(loaded, validation)
+    moved = relative_distance(emb_CE, base_CE)
     wrong = refusals(figures, tuned.history[0], moved, config.gates, candidates=len(emb_CE), zero_shot=not tuned.lora)
     if wrong:
         raise Refused(f"the encoder is refused: {'; '.join(wrong)}")

@@ -1,4 +1,4 @@
-"""SCFT's loss over the batch of all processes, and its gradient at the memory of one micro-batch.
+"""SCFT's loss over the batch of all processes, and its gradient in the memory of one micro-batch.
 
 Shapes: B items of the whole batch, E width, M items of one micro-batch.
 """
@@ -7,33 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-def info_nce(a_BE: Tensor, b_BE: Tensor, scale: Tensor, alike_BB: Tensor) -> Tensor:
-    """Symmetric InfoNCE on cosine similarity: view b of an item among all items' views b, and the other way round.
+def info_nce(a_BE: Tensor, b_BE: Tensor, scale: Tensor, same_BB: Tensor) -> Tensor:
+    """Views a and b of B items -> the loss: symmetric InfoNCE on cosine similarity.
 
-    scale is 1 / temperature. alike_BB marks pairs that are no negatives of each other (texts that read the same); the
-    diagonal is the positive whatever it says. METHOD §1; van den Oord et al. 2018.
+    Each view a must find its item's view b among all views b, and the other way round. `scale` is 1 / temperature. `same_BB`
+    marks pairs that must not count as negatives of each other; the diagonal is always the positive.
+    METHOD §1; van den Oord et al. 2018.
     """
     logits_BB = scale * F.normalize(a_BE, dim=1) @ F.normalize(b_BE, dim=1).T
     itself_BB = torch.eye(len(a_BE), dtype=torch.bool, device=a_BE.device)
-    logits_BB = logits_BB.masked_fill(alike_BB & ~itself_BB, float("-inf"))
+    logits_BB = logits_BB.masked_fill(same_BB & ~itself_BB, float("-inf"))
     label_B = torch.arange(len(a_BE), device=a_BE.device)
     return (F.cross_entropy(logits_BB, label_B) + F.cross_entropy(logits_BB.T, label_B)) / 2
 
 
-def alike(text_B: Tensor, partner_B: Tensor, a_B: Tensor, b_B: Tensor) -> Tensor:
-    """alike_BB: a row's and a column's item, or their partners, read the same, or one the other's; or the views' keys a and b."""
+def same_text_mask(text_B: Tensor, partner_B: Tensor, a_B: Tensor, b_B: Tensor) -> Tensor:
+    """Texts of items and of their partners, keys of views a and b -> same_BB: the pairs that are no negatives of each other.
+
+    Two items have equal texts, or partners with equal texts, or one is the other's partner, or their views have equal keys.
+    """
     same_BB = (text_B[:, None] == text_B) | (partner_B[:, None] == partner_B) | (text_B[:, None] == partner_B)
     return same_BB | (a_B[:, None] == b_B)
 
 
-def gathered(own_ME: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks; each has the same number."""
+def gather_rows(own_ME: Tensor) -> Tensor:
+    """A process's rows -> those of all processes, in the order of their ranks. Each has the same number of rows."""
     if not dist.is_initialized():
         return own_ME
     rows = [torch.empty_like(own_ME) for _ in range(dist.get_world_size())]
@@ -42,21 +48,21 @@ def gathered(own_ME: Tensor) -> Tensor:
 
 
 def backward(forwards: Sequence[Callable[[], Tensor]], loss_of: Callable[[Tensor], Tensor]) -> Callable[[], float]:
-    """Puts the gradient of the loss over the whole batch into the parameters; returns what tells the loss.
+    """Adds the gradient of the loss over the whole batch to the parameters; returns a function that reads the loss.
 
-    `forwards` embed this process's micro-batches (each gives the same embeddings whenever it is called); `loss_of` takes all
-    processes' embeddings, in the order of the ranks. One micro-batch keeps its graph. With more, embeddings are computed
-    without one, then again a micro-batch at a time, and their gradients are passed down: the gradient is the same to the
-    last term, the memory that of one micro-batch (GradCache, Gao et al. 2021, arXiv 2101.06983).
+    `forwards` embed this process's micro-batches, and give the same embeddings at each call. `loss_of` takes the embeddings of
+    all processes, in the order of the ranks. With one micro-batch, the graph is kept. With more, the embeddings are computed
+    first without a graph, then again one micro-batch after the other, and each gets its part of the gradient: the gradient is
+    the same, and the memory is that of one micro-batch (GradCache, Gao et al. 2021, arXiv 2101.06983).
     """
     if len(forwards) == 1:
         own_BE = forwards[0]()
     else:
         with torch.no_grad():
             own_BE = torch.cat([forward() for forward in forwards])
-    all_BE = gathered(own_BE.detach()).requires_grad_()
+    all_BE = gather_rows(own_BE.detach()).requires_grad_()
     loss = loss_of(all_BE)
-    told = on_its_way(loss.detach())
+    read_loss = read_later(loss.detach())
     torch.autograd.backward(loss)
     assert all_BE.grad is not None
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -69,11 +75,11 @@ def backward(forwards: Sequence[Callable[[], Tensor]], loss_of: Callable[[Tensor
             emb_ME = forward()
             torch.autograd.backward(emb_ME, grad_BE[start : start + len(emb_ME)])
             start += len(emb_ME)
-    return told
+    return read_loss
 
 
-def on_its_way(value: Tensor) -> Callable[[], float]:
-    """What tells a number as soon as it is there, without waiting for the work that a GPU was given after it."""
+def read_later(value: Tensor) -> Callable[[], float]:
+    """A number on a device -> a function that reads it, and does not wait for work that the GPU was given later."""
     if value.device.type != "cuda":
         return lambda: float(value)
     host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
@@ -81,8 +87,16 @@ def on_its_way(value: Tensor) -> Callable[[], float]:
     arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
 
-    def tell() -> float:
+    def read() -> float:
         arrived.synchronize()
         return float(host)
 
-    return tell
+    return read
+
+
+def cluster_head(cluster_I: NDArray[np.int64] | None, width: int, device: torch.device) -> list[Tensor]:
+    """Weight and bias of a linear map from embeddings to clusters, both 0. Only training needs them; no artifact holds them."""
+    if cluster_I is None:
+        return []
+    count = int(cluster_I.max(initial=0)) + 1
+    return [torch.zeros(shape, device=device, requires_grad=True) for shape in ((count, width), (count,))]

@@ -1,5 +1,4 @@
-"""8-bit linear layers, for embedding and as the frozen maps of SCFT: weights and states as e4m3 floats, one scale a row, found as
-they come.
+"""Linear layers in 8 bits, for embedding and for the frozen maps of SCFT. Weights and states are e4m3 floats, one scale a row.
 
 Shapes: T tokens, I inputs, O outputs, N items, E width.
 """
@@ -12,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.text.encoder import layers_of
+from models.text.base_model import layers_of
 
 
 def quantized(states_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """states_TI as e4m3, and the scale_T1 that gives them back."""
-    largest = 448.0  # of e4m3; spelled out here, for the compiler takes a global number for one that may change
+    """states_TI -> the same as e4m3, and scale_T1: their product is states_TI again, rounded."""
+    largest = 448.0  # of e4m3; not a global name, as the compiler would treat that as a number that may change
     most_T1 = states_TI.abs().amax(-1, keepdim=True).float().clamp(min=1e-12)
     return (states_TI.float() * (largest / most_T1)).to(torch.float8_e4m3fn), most_T1 / largest
 
 
 def product(states_TI: Tensor, weight_OI: Tensor, scale_1O: Tensor) -> Tensor:
-    """out_TO bf16 of states in bf16 or float32 and a weight in 8 bits."""
+    """States in bf16 or float32, a weight in 8 bits and its scale -> out_TO bf16."""
     eighth_TI, scale_T1 = quantized(states_TI)
     return torch._scaled_mm(
         eighth_TI, weight_OI.T, scale_a=scale_T1, scale_b=scale_1O, out_dtype=torch.bfloat16, use_fast_accum=True
@@ -31,7 +30,7 @@ def product(states_TI: Tensor, weight_OI: Tensor, scale_1O: Tensor) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """`product` with a frozen weight; its transpose, in 8 bits with scales of its own, passes the gradient back."""
+    """`product` with a frozen weight. The gradient uses the transposed weight, in 8 bits too, with its own scales."""
 
     @staticmethod
     def forward(ctx: Any, states_TI: Tensor, weight_OI: Tensor, scale_1O: Tensor, weight_IO: Tensor, scale_1I: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ class Product(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Module):
-    """A frozen linear map in 8 bits, with bf16 results; `trained_through` also holds what its gradient needs."""
+    """A frozen linear map in 8 bits with bf16 results; `trained_through` also holds the weight that the gradient needs."""
 
     weight_OI: Tensor
     scale_1O: Tensor
@@ -86,7 +85,7 @@ def check_device(device: torch.device) -> None:
 
 
 def convert(model: nn.Module, *, trained_through: bool = False) -> None:
-    """Puts the linear maps of the model's layers into 8 bits, in place; with `trained_through` the frozen ones, LoRA's not.
+    """Puts the linear maps of a model's layers into 8 bits, in place. With `trained_through` only the frozen ones: not LoRA's.
 
     Raises ValueError as `check_device` does.
     """
@@ -100,7 +99,7 @@ def convert(model: nn.Module, *, trained_through: bool = False) -> None:
 
 
 def agreement(exact_NE: Tensor, other_NE: Tensor, nearest: int = 10) -> tuple[float, float]:
-    """Mean cosine between two encodings of the same items, and the mean share of the nearest neighbours that they agree on."""
+    """Two embeddings of the same items -> their mean cosine, and the mean share of nearest neighbours that both agree on."""
     exact_NE, other_NE = F.normalize(exact_NE.float(), dim=1), F.normalize(other_NE.float(), dim=1)
     nearest = min(nearest, len(exact_NE) - 1)
     cosine = float((exact_NE * other_NE).sum(1).mean())

@@ -1,29 +1,33 @@
-"""LoRA beside frozen linear maps, written so that compiled training spends little on it.
+"""LoRA weights beside frozen linear maps: added to a model, saved, loaded, merged; and fast in compiled training.
 
-Rank R is so small that a product with it is cheaper as R multiply-adds inside the neighbouring kernel than as a matrix product of
-its own, and dropout's mask so cheap to make from a seed that nobody needs to keep it.
+The rank R is small. A product with it costs less as R multiply-adds inside the next kernel than as a matrix product.
 
-Shapes: T tokens, I inputs, O outputs, R rank, L layers.
+Shapes: T tokens, I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+
+from models.text.base_model import layers_of
 
 UNROLLED = 16
 """Ranks up to this are multiplied out in compiled code."""
 COMPILER: dict[str, Any] = {"unroll_reductions_threshold": UNROLLED + 1}
-"""What the compiler must be told for it."""
-LAYER = 374761393
-"""An odd number that spreads the layers' seeds over 32 bits."""
+"""The compiler's options that this needs."""
 
 
-def narrow(left_TR: Tensor, right_RO: Tensor) -> Tensor:
-    """left_TR @ right_RO; in compiled code as R multiply-adds that fuse with what reads the result."""
+def narrow_product(left_TR: Tensor, right_RO: Tensor) -> Tensor:
+    """left_TR, right_RO -> left_TR @ right_RO; in compiled code as R multiply-adds that fuse with the next operation."""
     if not torch.compiler.is_compiling() or len(right_RO) > UNROLLED:
         return left_TR @ right_RO
     return (left_TR[:, :, None].float() * right_RO.float()).sum(1).to(left_TR.dtype)
@@ -42,7 +46,7 @@ class Down(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of both."""
         states_TI, down_RI = ctx.saved_tensors
-        return narrow(grads[0], down_RI), grads[0].T @ states_TI
+        return narrow_product(grads[0], down_RI), grads[0].T @ states_TI
 
 
 class Up(torch.autograd.Function):
@@ -52,7 +56,7 @@ class Up(torch.autograd.Function):
     def forward(ctx: Any, low_TR: Tensor, up_RO: Tensor) -> Tensor:
         """out_TO."""
         ctx.save_for_backward(low_TR, up_RO)
-        return narrow(low_TR, up_RO)
+        return narrow_product(low_TR, up_RO)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +66,7 @@ class Up(torch.autograd.Function):
 
 
 class LoraLinear(Linear):  # type: ignore[misc]
-    """PEFT's LoRA over a linear map, with one adapter: the same numbers, made by `Down` and `Up`."""
+    """PEFT's LoRA layer with one adapter. It gives the same numbers as PEFT, computed by `Down` and `Up`."""
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """(…, I) -> (…, O)."""
@@ -72,7 +76,7 @@ class LoraLinear(Linear):  # type: ignore[misc]
         (name,) = self.active_adapters
         result = self.base_layer(x)
         down_RI = self.lora_A[name].weight.to(result.dtype)
-        # outputs side by side in memory, as `narrow` reads them
+        # outputs side by side in memory, as `narrow_product` reads them
         up_RO = self.lora_B[name].weight.T.to(result.dtype, memory_format=torch.contiguous_format)
         states_TI = self.lora_dropout[name](x.to(result.dtype)).flatten(0, -2)
         low_TR = Down.apply(states_TI, down_RI) * self.scaling[name]  # type: ignore[no-untyped-call]
@@ -80,52 +84,82 @@ class LoraLinear(Linear):  # type: ignore[misc]
         return added
 
 
-# --------------------------------------------------------------------------------------------------------------- dropout
+# ---------------------------------------------------------------------------------------------- weights of a whole model
 
 
-class SeededDropout(nn.Module):
-    """Dropout whose mask is a hash of a seed, the row and the column.
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """LoRA weights (Hu et al. 2021): rank r, scale alpha / r, on every linear map of the model's layers."""
 
-    Maps that read the same states drop the same of them, so compiled code makes the mask once for all, and once more for the
-    gradient instead of keeping it.
+    r: int = 8
+    alpha: int = 32
+    dropout: float = 0.1
+
+
+def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
+    """A model -> the same with trainable LoRA weights on every linear map of its layers. All else is frozen."""
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(linear_maps(model)))
+    config._register_custom_module({nn.Linear: LoraLinear})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of a name that transformers is giving up
+        wrapped: nn.Module = get_peft_model(model, config)
+    return wrapped
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model -> a copy of its LoRA weights on the CPU, by PEFT's names."""
+    return {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(model).items()}
+
+
+def load_lora(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts LoRA weights into a model. Raises ValueError as `check_lora` does."""
+    check_lora(state, {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()})
+    set_peft_model_state_dict(model, dict(state))
+
+
+def merge_lora(model: nn.Module, lora: Lora, state: Mapping[str, Tensor]) -> None:
+    """Adds the updates ΔW = alpha / r B A to a plain base model's maps. PEFT's merge gives the same, but wraps them first.
+
+    Raises ValueError as `check_lora` does.
     """
-
-    seed: Tensor
-
-    def __init__(self, p: float, seed: Tensor) -> None:
-        super().__init__()
-        self.p, self.bound = p, int(p * 2**32) - 2**31
-        self.register_buffer("seed", seed, persistent=False)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """The states in evaluation; in training a share p of them is 0 and the others are 1 / (1 - p) times as large."""
-        if not self.training:
-            return states
-        states_TI = states.flatten(0, -2)
-        row_T, column_I = (torch.arange(n, dtype=torch.int32, device=states.device) for n in states_TI.shape)
-        noise_TI = mixed(mixed(row_T + self.seed)[:, None] ^ mixed(column_I))
-        return torch.where(noise_TI >= self.bound, states_TI * (1 / (1 - self.p)), 0.0).view_as(states)
+    maps = linear_maps(model)
+    expected = {}
+    for name, module in maps.items():
+        expected[f"base_model.model.{name}.lora_A.weight"] = (lora.r, module.in_features)
+        expected[f"base_model.model.{name}.lora_B.weight"] = (module.out_features, lora.r)
+    check_lora(state, expected)
+    with torch.no_grad():
+        for name, module in maps.items():
+            down, up = (state[f"base_model.model.{name}.lora_{part}.weight"].to(module.weight.device).float() for part in "AB")
+            module.weight.copy_(torch.addmm(module.weight.float(), up, down, alpha=lora.alpha / lora.r))
 
 
-def mixed(number: Tensor) -> Tensor:
-    """int32 numbers whose high bits depend on every bit of those given."""
-    number = number * -1640531535
-    return (number ^ (number >> 15)) * 668265263
+def linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
+    """A model -> the linear maps of its layers by name. LoRA adapts these."""
+    inside = {id(module) for module in layers_of(model).modules()}
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside}
 
 
-class Seeds:
-    """The seeds of all dropout of a model's LoRA weights, a different one in each layer."""
+def check_lora(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError for LoRA weights with names or shapes that are not expected, or values that are not finite."""
+    missing, strange = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or strange:
+        raise ValueError(
+            f"LoRA weights do not fit the base model: {len(missing)} keys missing, {len(strange)} unexpected, "
+            f"for example {(missing or strange)[0]}: train them on this base"
+        )
+    for name, value in state.items():
+        if tuple(value.shape) != expected[name]:
+            raise ValueError(f"LoRA weight {name} is {tuple(value.shape)}, the base needs {expected[name]}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"LoRA weight {name} is not finite: train again with a lower learning rate")
 
-    def __init__(self, layers: nn.ModuleList, device: torch.device) -> None:
-        self.offset_L = torch.arange(len(layers), dtype=torch.int32, device=device) * LAYER
-        self.seed_L = self.offset_L.clone()
-        for layer, seed in zip(layers, self.seed_L, strict=True):
-            for module in layer.modules():
-                if isinstance(module, LoraLinear):
-                    for name, dropout in module.lora_dropout.items():
-                        if isinstance(dropout, nn.Dropout):
-                            module.lora_dropout[name] = SeededDropout(dropout.p, seed)
 
-    def set(self, seed: int) -> None:
-        """Takes 32 bits as the seed of what comes."""
-        torch.add(self.offset_L, seed - 2**31, out=self.seed_L)
+def update_norm(state: Mapping[str, Tensor]) -> float:
+    """LoRA weights -> Frobenius norm of all updates ΔW = B A together, without their scale alpha / r."""
+    total = 0.0
+    for name, down in state.items():
+        if "lora_A" in name:
+            up = state[name.replace("lora_A", "lora_B")].float()
+            total += float(((up.T @ up) * (down.float() @ down.float().T)).sum())
+    return float(np.sqrt(max(total, 0.0)))

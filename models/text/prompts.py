@@ -1,11 +1,10 @@
-"""Turns items' attributes into token pieces, and pieces into prompts and views, without tokenising any text twice.
+"""Item attributes -> token pieces -> prompts. No text is tokenised twice.
 
 Shapes: I items, P pieces (one an attribute), N tokens of the catalogue, B prompts, T tokens of the prompts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,10 +25,10 @@ LEAKS = (
 """Fields that tell how popular an item was over the whole period, test days included."""
 
 NOTHING_KNOWN = "nothing is known"
-"""Stands for an item without any attribute: it has an embedding, the same for all such items."""
+"""The text of an item without attributes. All such items have the same embedding."""
 
 LONGEST_TOKEN = 32
-"""Characters behind a cap that are sure not to be needed: a 10,000-character description costs no more than its cap."""
+"""Characters a token, at most. A value is cut to its cap times this before it is tokenised, so a long value costs little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +59,27 @@ class FieldPolicy:
 
 def refuse_leak(name: str, policy: FieldPolicy) -> None:
     """Raises ValueError for a field that the policy blocks and does not admit."""
-    if folded(name) in map(folded, policy.block) and folded(name) not in map(folded, policy.admit):
+    plain = normalised_name(name)
+    if plain in map(normalised_name, policy.block) and plain not in map(normalised_name, policy.admit):
         raise ValueError(
             f"field {name!r} leaks popularity of the whole period into the embedding: leave it out of the items (or name the "
             f"fields to read in policy.allow), or admit it by name in policy.admit"
         )
 
 
-def folded(name: str) -> str:
-    """A field's name whatever its spelling: salesRank, sales_rank and "Sales Rank" are one."""
+def normalised_name(name: str) -> str:
+    """A field's name -> its letters and digits in lower case: salesRank, sales_rank and "Sales Rank" give the same."""
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
 def as_policy(value: Mapping[str, Any]) -> FieldPolicy:
-    """The policy in an artifact's JSON; `dataclasses.asdict` wrote it."""
+    """An artifact's JSON, written by `dataclasses.asdict` -> the policy."""
     known: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
     return FieldPolicy(**known)
 
 
-def allowed(attributes: Attributes, policy: FieldPolicy) -> list[tuple[str, str]]:
-    """The attributes that the policy lets the LLM read, in order, without empty values.
+def allowed_attributes(attributes: Attributes, policy: FieldPolicy) -> list[tuple[str, str]]:
+    """An item's attributes -> those that the policy lets the LLM read, in order, without empty values.
 
     Raises ValueError for a blocked field.
     """
@@ -92,7 +92,7 @@ def allowed(attributes: Attributes, policy: FieldPolicy) -> list[tuple[str, str]
 
 
 def phrase(name: str, value: str) -> str:
-    """`name is value`, on one line and without the separator inside."""
+    """An attribute -> `name is value` on one line. A `;` inside becomes a full stop, as `;` ends an attribute."""
     return " ".join(f"{name} is {value}".replace(";", ".").split())
 
 
@@ -101,14 +101,14 @@ def render(attributes: Attributes, policy: FieldPolicy) -> str:
 
     Raises ValueError for a blocked field.
     """
-    return f"{policy.domain}\n" + "".join(f"{phrase(name, value)}; " for name, value in allowed(attributes, policy))
+    return f"{policy.domain}\n" + "".join(f"{phrase(name, value)}; " for name, value in allowed_attributes(attributes, policy))
 
 
 # ------------------------------------------------------------------------------------------------------------------ tokens
 
 
 class Prompts(NamedTuple):
-    """Tokens of B prompts on end; the domain sentence is not among them."""
+    """Tokens of B prompts, one prompt after the other, without the domain sentence."""
 
     token_T: NDArray[np.int32]
     length_B: Ints
@@ -133,16 +133,16 @@ class Texts:
 
 
 def tokenize(items: Iterable[Attributes], tokenizer: Any, policy: FieldPolicy) -> Texts:
-    """Token pieces of items, one an attribute, cut to its field's cap. Equal phrases are tokenised once.
+    """Items' attributes -> token pieces, one for each attribute, cut to its field's cap. Equal phrases are tokenised once.
 
-    A piece carries the space that separates it in front, as byte-level tokenizers join it to the word that follows; for
-    tokenizers that put one there themselves it is left to them. Raises ValueError for a blocked field.
+    Each piece begins with a space, because byte-level tokenizers join a space to the next word. Some tokenizers add it
+    themselves: then it is left to them. Raises ValueError for a blocked field.
     """
     numbers: dict[tuple[str, int], int] = {}
     known: list[int] = []
     counts, empty = [0], 0
     for attributes in items:
-        pairs = allowed(attributes, policy)
+        pairs = allowed_attributes(attributes, policy)
         empty += not pairs
         for name, value in pairs:
             cap = policy.caps.get(name, policy.cap)
@@ -151,7 +151,7 @@ def tokenize(items: Iterable[Attributes], tokenizer: Any, policy: FieldPolicy) -
             known.append(numbers.setdefault((NOTHING_KNOWN, policy.cap), len(numbers)))
         counts.append(len(known))
     known_P, piece_I1 = np.asarray(known, dtype=np.int64), np.asarray(counts, dtype=np.int64)
-    unique = encode([f"{text};" for text, _ in numbers], [cap for _, cap in numbers], tokenizer)
+    unique = encode_phrases([f"{text};" for text, _ in numbers], [cap for _, cap in numbers], tokenizer)
     lengths = np.asarray([len(ids) for ids in unique], dtype=np.int64)
     starts = np.concatenate([[0], lengths.cumsum()])
     flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in unique]) if unique else np.zeros(0, dtype=np.int32)
@@ -165,19 +165,19 @@ def tokenize(items: Iterable[Attributes], tokenizer: Any, policy: FieldPolicy) -
     )
 
 
-def encode(phrases: Sequence[str], caps: Sequence[int], tokenizer: Any) -> list[list[int]]:
-    """Token ids of phrases, each cut to its cap with its last token (the separator) kept."""
+def encode_phrases(phrases: Sequence[str], caps: Sequence[int], tokenizer: Any) -> list[list[int]]:
+    """Phrases -> token ids, each list cut to its cap. The last token, the separator, always stays."""
     if not phrases:
         return []
     first = tokenizer.tokenize("a")
     space = "" if first and first[0].startswith("▁") else " "
-    # an item's text is text: "<|im_end|>" in a title must not become the special token
+    # "<|im_end|>" in a title must stay plain text: it must not become the special token
     encoded = tokenizer([space + text for text in phrases], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [ids if len(ids) <= cap else [*ids[: cap - 1], ids[-1]] for ids, cap in zip(encoded, caps, strict=True)]
 
 
 def number_texts(known_P: Ints, piece_I1: Ints) -> Ints:
-    """A number for each item's list of pieces, the same for equal lists."""
+    """Each item's pieces -> a number. Equal lists of pieces have equal numbers."""
     numbers: dict[bytes, int] = {}
     ends = piece_I1.tolist()
     lists = (known_P[start:end].tobytes() for start, end in pairwise(ends))
@@ -185,53 +185,36 @@ def number_texts(known_P: Ints, piece_I1: Ints) -> Ints:
 
 
 def spans(starts: Ints, lengths: Ints) -> Ints:
-    """Indices of several runs on end: spans([7, 2], [2, 3]) is [7, 8, 2, 3, 4]."""
+    """Starts and lengths of several runs -> all their indices: spans([7, 2], [2, 3]) is [7, 8, 2, 3, 4]."""
     before = np.concatenate([[0], lengths.cumsum()])
     return np.repeat(starts - before[:-1], lengths) + np.arange(before[-1])
 
 
-# ------------------------------------------------------------------------------------------------------- prompts and views
+# ----------------------------------------------------------------------------------------------------------------- prompts
 
 
 def prompts(texts: Texts, items: Ints, limit: int) -> tuple[Prompts, int]:
-    """Whole prompts of items, and how many did not fit into `limit` tokens and were cut at an attribute's border.
+    """Items -> their whole prompts, and how many of them were cut because they have more than `limit` tokens.
 
-    Of an item whose first attribute alone is too long, the first `limit` tokens stay.
+    A prompt is cut between two attributes. Where the first attribute alone is too long, its first `limit` tokens stay.
     """
     lengths = np.diff(texts.token_P1)
     chosen, cut = [], 0
     for item in items.tolist():
         pieces = np.arange(texts.piece_I1[item], texts.piece_I1[item + 1])
-        fitting = within(lengths[pieces], limit)
+        fitting = count_fitting(lengths[pieces], limit)
         cut += fitting < len(pieces) or bool(lengths[pieces[0]] > limit)
         chosen.append(pieces[:fitting])
-    return join(texts, chosen, limit), cut
+    return join_pieces(texts, chosen, limit), cut
 
 
-def views(texts: Texts, items: Ints, ratio: float, limit: int, random: np.random.Generator) -> tuple[Prompts, Ints]:
-    """One view of each item: its attributes shuffled, a share `ratio` of them dropped on average, never all (METHOD §1).
-
-    Returns the views and a key each: views of the same attributes have equal keys, whatever their order.
-    """
-    lengths = np.diff(texts.token_P1)
-    chosen, keys = [], []
-    for item in items.tolist():
-        pieces = random.permutation(np.arange(texts.piece_I1[item], texts.piece_I1[item + 1]))
-        dropped = min(int(ratio * len(pieces) + random.random()), len(pieces) - 1)
-        pieces = pieces[dropped:]
-        pieces = pieces[: within(lengths[pieces], limit)]
-        chosen.append(pieces)
-        keys.append(hash(tuple(np.sort(texts.known_P[pieces]).tolist())))
-    return join(texts, chosen, limit), np.asarray(keys, dtype=np.int64)
-
-
-def within(lengths: Ints, limit: int) -> int:
-    """How many of the first pieces fit into `limit` tokens together; at least one."""
+def count_fitting(lengths: Ints, limit: int) -> int:
+    """Lengths of pieces -> how many of the first ones fit into `limit` tokens together, at least one."""
     return max(1, int(np.searchsorted(lengths.cumsum(), limit, side="right")))
 
 
-def join(texts: Texts, chosen: Sequence[Ints], limit: int) -> Prompts:
-    """Prompts of chosen pieces, each at most `limit` tokens."""
+def join_pieces(texts: Texts, chosen: Sequence[Ints], limit: int) -> Prompts:
+    """Each item's chosen pieces -> its prompt. A single piece is cut to `limit` tokens."""
     pieces = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
     starts, lengths = texts.token_P1[pieces], np.minimum(np.diff(texts.token_P1)[pieces], limit)
     ends = np.cumsum([0, *map(len, chosen)])
@@ -240,21 +223,6 @@ def join(texts: Texts, chosen: Sequence[Ints], limit: int) -> Prompts:
 
 
 def take(source: Prompts, rows: Ints) -> Prompts:
-    """Some of the prompts, in the order of `rows`."""
+    """Prompts -> some of them, in the order of `rows`."""
     starts = source.length_B.cumsum() - source.length_B
     return Prompts(token_T=source.token_T[spans(starts[rows], source.length_B[rows])], length_B=source.length_B[rows])
-
-
-def subset(texts: Texts, items: Ints) -> Texts:
-    """The pieces of some of the items."""
-    counts = np.diff(texts.piece_I1)[items]
-    pieces = spans(texts.piece_I1[items], counts)
-    lengths = np.diff(texts.token_P1)[pieces]
-    return dataclasses.replace(
-        texts,
-        token_N=texts.token_N[spans(texts.token_P1[pieces], lengths)],
-        token_P1=np.concatenate([[0], lengths.cumsum()]),
-        piece_I1=np.concatenate([[0], counts.cumsum()]),
-        known_P=texts.known_P[pieces],
-        text_I=texts.text_I[items],
-    )

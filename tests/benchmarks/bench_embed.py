@@ -30,8 +30,10 @@ from transformers import AutoModel, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.text import fp8
-from models.text.encoder import Encoder, Spec, compile_layers, embed, layers_of
-from models.text.packing import ATTENTION
+from models.text.attention import ATTENTION
+from models.text.base_model import layers_of
+from models.text.embedding import compile_layers, embed
+from models.text.encoder import Encoder, Spec
 from models.text.prompts import FieldPolicy, Prompts, spans
 
 PREFIX = 20

@@ -46,12 +46,14 @@ from models.behaviour.training import Aligner, Training, train
 from models.behaviour.whitening import fit_whitening
 from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
 from models.judge.metrics import bootstrap, by_rank, estimate
-from models.text.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256
+from models.text.base_model import base_sha256, load_base, tokenizer_sha256
+from models.text.embedding import embed_items
+from models.text.encoder import Encoder, Spec
+from models.text.lora import Lora, add_lora
 from models.text.prompts import Attributes, FieldPolicy
-from models.text.scft import Scft, shuffled
-from models.text.scft import train as fine_tune
-from models.text.view_retrieval import held_out as held_out_views
-from models.text.view_retrieval import validate
+from models.text.scft import Scft, fine_tune
+from models.text.scft_batches import shuffle_texts
+from models.text.view_retrieval import hold_out_views, validate_views
 from tests.benchmarks.bench_rat import load
 
 FIELDS = ("title", "brand", "categories", "price")
@@ -150,9 +152,9 @@ def encode(arguments: argparse.Namespace) -> dict[str, Any]:
         seed = int(name.partition("-")[2] or arguments.seeds[0])
         began = time.perf_counter()
         encoder = fresh(arguments.base, policy, arguments.pooling, arguments.layers, seed, device)
-        texts = encoder.tokenize(shuffled(items, seed) if name == "shuffled" else items)
+        texts = encoder.tokenize(shuffle_texts(items, seed) if name == "shuffled" else items)
         if name == "zero":
-            figures[name] = validate(encoder.eval(), held_out_views(texts, config, encoder.limit, seed)[0])[0]
+            figures[name] = validate_views(encoder.eval(), hold_out_views(texts, config, encoder.limit, seed)[0])[0]
         else:
             own = dataclasses.replace(config, pair_share=PAIR_SHARE if name.startswith("pairs") else 0.0)
             tuned = fine_tune(encoder, texts, own, seed=seed, log=quietly, pair_P2=pair_P2)

@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.processes import join
 from models.text.contrastive import info_nce
-from models.text.encoder import Encoder, Lora, Spec, add_lora
-from models.text.lora import LoraLinear
-from models.text.prompts import FieldPolicy, Prompts, Texts, views
+from models.text.encoder import Encoder, Spec
+from models.text.lora import Lora, LoraLinear, add_lora
+from models.text.prompts import FieldPolicy, Prompts, Texts
 from models.text.scft import Scft, Trainer
+from models.text.views import views
 from tests.benchmarks.bench_embed import SIZES, Ids, Words, build
 
 ITEMS, PIECES, RATIO, DOMAIN = 4096, 6, 0.4, 12

@@ -28,7 +28,8 @@ from jobs.lake import artifacts, partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.tables import llm_embeddings
 from jobs.run import InputError, Run, as_json
-from models.text.encoder import Encoder, embed_items, load_encoder, save_encoder
+from models.text.embedding import embed_items
+from models.text.encoder import Encoder, load_encoder, save_encoder
 from models.text.packing import Step
 from tests.jobs.small_lake import remember
 from tests.jobs.small_registry import kept

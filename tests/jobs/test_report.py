@@ -30,7 +30,7 @@ from jobs.lake.tables import INTERACTIONS, ITEM_GROUPS, ITEMS, item_embeddings, 
 from jobs.report import drift, plots
 from jobs.report.drift import Bounds
 from jobs.run import InputError, Run, as_json
-from models.text.encoder import Lora
+from models.text.lora import Lora
 from tests.models import tiny
 
 DS = "2026-03-10"

@@ -23,9 +23,9 @@ from jobs.lake.partitions import write_json
 from jobs.lake.tables import ATTRIBUTES, ITEMS, SEQUENCES
 from jobs.run import InputError, Refused, Run, as_json
 from models.behaviour.training import Training
-from models.text import encoder as encoders
-from models.text import fp8
-from models.text.encoder import Lora, load_encoder, read_spec
+from models.text import base_model, fp8
+from models.text.encoder import load_encoder, read_spec
+from models.text.lora import Lora
 from models.text.prompts import FieldPolicy
 from models.text.scft import Scft
 from models.text.view_retrieval import Gates
@@ -111,7 +111,7 @@ def test_an_encoder_trained_on_a_base_in_few_bits_is_judged_in_full(
 ) -> None:
     config = changed(config, base=str(tiny.llama(tmp_path / "wider", hidden_size=64, intermediate_size=128)))
     monkeypatch.setattr(fp8, "check_device", lambda device: None)
-    monkeypatch.setattr(encoders, "default_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(base_model, "default_dtype", lambda device: torch.bfloat16)
     training = dataclasses.replace(FAST, steps=steps)
     exact = scft.run(changed(config, training=training))
     few = {"training": dataclasses.replace(training, fp8=True)} if bits == 8 else {"training": training, "four_bit": True}
@@ -179,20 +179,20 @@ def test_a_refused_encoder_is_not_kept_and_the_figures_are_given(config: scft.Co
 
 
 def test_an_encoder_worse_than_the_base_model_is_refused(config: scft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = scft.validate
+    validate = scft.validate_views
 
     def worse(encoder: Any, validation: Any) -> Any:
         quality, emb_CE = validate(encoder, validation)
         return {**quality, "recall_1": -0.1}, emb_CE
 
-    monkeypatch.setattr(scft, "validate", worse)
+    monkeypatch.setattr(scft, "validate_views", worse)
     with pytest.raises(Refused, match="less often than the base model"):
         scft.run(changed(config, gates=dataclasses.replace(LENIENT, recall_drop=0.0)))
 
 
 def test_embeddings_that_are_not_finite_are_refused(config: scft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = scft.validate
-    monkeypatch.setattr(scft, "validate", lambda *given: ({**validate(*given)[0], "mrr": np.nan}, validate(*given)[1]))
+    validate = scft.validate_views
+    monkeypatch.setattr(scft, "validate_views", lambda *given: ({**validate(*given)[0], "mrr": np.nan}, validate(*given)[1]))
     with pytest.raises(Refused, match="not finite"):
         scft.run(config)
 
@@ -251,7 +251,7 @@ def test_sigterm_saves_and_the_next_run_ends_with_the_bytes_of_an_uninterrupted_
 def test_a_registered_encoder_embeds_raw_records(config: scft.Config, tmp_path: Path) -> None:
     import mlflow
 
-    from models.text.encoder import embed_items
+    from models.text.embedding import embed_items
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     result = scft.run(changed(config, run=dataclasses.replace(config.run, tracking_uri=uri)))

@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from models.behaviour.recommender import Recommender, score
-from models.text.encoder import Encoder, Lora, Spec, add_lora, base_sha256, load_base, tokenizer_sha256
+from models.text.base_model import base_sha256, load_base, tokenizer_sha256
+from models.text.encoder import Encoder, Spec
+from models.text.lora import Lora, add_lora
 from models.text.prompts import FieldPolicy
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from models.behaviour import training
 from models.behaviour.data import Histories, histories, leave_one_out, targets, train_counts
 from models.behaviour.items import IdItems, MlpAdapter, TextItems
 from models.behaviour.progress import Trained, make_validation, rounded, validate
-from models.behaviour.recommender import Backbone, Recommender, build_sequence
+from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
 from models.behaviour.training import Aligner, Training, batches, step_loss, train
 
 ITEMS = 12
@@ -269,7 +269,7 @@ def process(rank: int, processes: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     recommender = fresh(seed=rank)
     done = trained(recommender)
-    text = training.same_everywhere(f"from {rank}", torch.device("cpu"))
+    text = same_everywhere(f"from {rank}", torch.device("cpu"))
     torch.distributed.destroy_process_group()
     lines = [str(figures["loss"]) for figures in done.history] + [text, str(float(recommender.item_table().detach().sum()))]
     (Path(folder) / str(rank)).write_text("\n".join(lines))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.text.contrastive import alike, backward, info_nce
+from models.text.contrastive import backward, info_nce, same_text_mask
 
 
 def views(count: int, width: int = 6) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def test_items_of_the_same_text_are_not_negatives_of_each_other() -> None:
     a, b = views(3)
     a[2], b[2] = a[1], b[1]
     text = torch.tensor([0, 1, 1])
-    marked = alike(text, text, torch.arange(3), torch.arange(3) + 9)
+    marked = same_text_mask(text, text, torch.arange(3), torch.arange(3) + 9)
     alone = info_nce(a[:2], b[:2], torch.tensor(5.0), nothing_alike(2))
     losses = []
     for mark in (marked, nothing_alike(3)):
@@ -50,7 +50,7 @@ def test_items_of_the_same_text_are_not_negatives_of_each_other() -> None:
 
 
 def test_views_of_the_same_attributes_are_not_negatives_and_the_positive_always_stays() -> None:
-    marked = alike(torch.arange(3), torch.arange(3), torch.tensor([4, 5, 6]), torch.tensor([5, 4, 6]))
+    marked = same_text_mask(torch.arange(3), torch.arange(3), torch.tensor([4, 5, 6]), torch.tensor([5, 4, 6]))
     assert marked.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     a, b = views(3)
     assert math.isfinite(float(info_nce(a, b, torch.tensor(5.0), torch.ones(3, 3, dtype=torch.bool))))
@@ -58,7 +58,7 @@ def test_views_of_the_same_attributes_are_not_negatives_and_the_positive_always_
 
 def test_a_partner_is_no_negative_of_its_own_text_or_of_those_with_the_same_partner() -> None:
     text, partner, keys = torch.tensor([0, 1, 2, 3]), torch.tensor([9, 0, 9, 3]), torch.arange(4)
-    marked = alike(text, partner, keys, keys + 9)
+    marked = same_text_mask(text, partner, keys, keys + 9)
     # the first item's text is the second's partner, and the first and third have one partner
     off = marked & ~torch.eye(4, dtype=torch.bool)
     assert off.nonzero().tolist() == [[0, 1], [0, 2], [2, 0]]

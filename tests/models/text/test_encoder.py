@@ -12,26 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.text import packing
-from models.text.encoder import (
-    WEIGHTS,
-    Encoder,
-    Lora,
-    base_folder,
-    base_sha256,
-    check_packing,
-    compile_layers,
-    embed,
-    embed_items,
-    is_causal,
-    layers_of,
-    load_base,
-    load_encoder,
-    lora_state,
-    save_encoder,
-    tokenizer_sha256,
-    update_norm,
-)
+from models.text.base_model import base_folder, base_sha256, is_causal, layers_of, load_base, tokenizer_sha256
+from models.text.embedding import check_packing, compile_layers, embed, embed_items
+from models.text.encoder import WEIGHTS, Encoder, load_encoder, save_encoder
 from models.text.fp8 import agreement, convert, quantized
+from models.text.lora import Lora, lora_state, update_norm
 from models.text.prompts import FieldPolicy, prompts
 from tests.models import tiny
 from tests.models.tiny import CPU

@@ -13,8 +13,11 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from models.text import fp8
-from models.text.encoder import Encoder, Lora, embed, layers_of, lora_state
-from models.text.lora import LoraLinear, SeededDropout, Seeds, narrow
+from models.text.base_model import layers_of
+from models.text.embedding import embed
+from models.text.encoder import Encoder
+from models.text.lora import Lora, LoraLinear, lora_state, narrow_product
+from models.text.lora_dropout import SeededDropout, Seeds
 from models.text.prompts import prompts
 from models.text.scft import Scft, Trainer
 from tests.models import tiny
@@ -71,7 +74,7 @@ def test_a_turned_off_adapter_leaves_the_base_model(base: Path) -> None:
 def test_a_narrow_product_is_a_product_in_compiled_code_too(rank: int) -> None:
     torch.manual_seed(0)
     left, right = torch.randn(9, rank), torch.randn(rank, 7)
-    compiled: Any = torch.compile(narrow, backend="aot_eager")
+    compiled: Any = torch.compile(narrow_product, backend="aot_eager")
     torch.testing.assert_close(compiled(left, right), left @ right)
 
 

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from models.text import packing
-from models.text.encoder import Encoder, embed, layers_of
-from models.text.packing import batches, ladder, pack, packed_attention
+from models.text import attention
+from models.text.attention import packed_attention
+from models.text.base_model import layers_of
+from models.text.embedding import embed
+from models.text.encoder import Encoder
+from models.text.packing import batches, pack, round_up
 from models.text.prompts import Prompts, prompts, take
 from tests.models import tiny
 from tests.models.tiny import CPU
@@ -38,9 +41,9 @@ def plain(encoder: Encoder, source: Prompts, pooling: str) -> np.ndarray:
     ]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    there = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    attended = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     with torch.no_grad():
-        hidden = model(input_ids=ids, attention_mask=there).last_hidden_state
+        hidden = model(input_ids=ids, attention_mask=attended).last_hidden_state
     start = {"mean": len(encoder.head), "mean_all": 0}
     pooled = []
     for row, states in zip(rows, hidden, strict=True):
@@ -98,8 +101,8 @@ def test_the_plan_for_variable_length_attention_gives_the_same_embeddings(
 ) -> None:
     source = some_prompts(made)
     padded = embed(made, source)
-    monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=reference))
-    monkeypatch.setattr(packing, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=reference))
+    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
     monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
     made.fill = fill
     assert made.step(source).packing.pad_SQ is None
@@ -129,8 +132,8 @@ def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: 
     source = some_prompts(made)
     weights = list(made.model.parameters())
     plain = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
-    monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=kernel))
-    monkeypatch.setattr(packing, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=kernel))
+    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
     monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
     made.fill = 4
     filled = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
@@ -151,7 +154,7 @@ def test_filled_steps_have_few_shapes() -> None:
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 1000, 12345])
 def test_a_rung_of_the_ladder_is_at_most_a_quarter_above(count: int) -> None:
-    assert max(count, 16) <= ladder(count, 16) <= max(16, 1.25 * count + 4)
+    assert max(count, 16) <= round_up(count, 16) <= max(16, 1.25 * count + 4)
 
 
 def test_steps_hold_every_prompt_once_longest_first_within_the_budget() -> None:
@@ -183,8 +186,8 @@ def test_compiled_layers_share_few_programs_over_all_shapes(tmp_path: Path, monk
         programs.append(graph)
         return graph
 
-    monkeypatch.setattr(packing, "varlen", SimpleNamespace(varlen_attn=torch.ops.llmemb_test.same))
-    monkeypatch.setattr(packing, "OPTIONS", frozenset())
+    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=torch.ops.llmemb_test.same))
+    monkeypatch.setattr(attention, "OPTIONS", frozenset())
     monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
     encoder.fill = 4
     for layer in layers_of(encoder.model):

@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from models.text.prompts import FieldPolicy, as_policy, prompts, render, spans, subset, take, tokenize, views
+from models.text.prompts import FieldPolicy, as_policy, prompts, render, spans, take, tokenize
+from models.text.views import views
 from tests.models.tiny import items, tokenizer
 
 POLICY = FieldPolicy(domain="The film has these attributes:")
@@ -111,12 +112,6 @@ def test_views_of_the_same_attributes_have_equal_keys_in_any_order() -> None:
     texts = tokenize([pairs, pairs[::-1], [("a", "1"), ("b", "3")]], tokenizer(), POLICY)
     _, keys = views(texts, np.arange(3), 0.0, 999, np.random.default_rng(0))
     assert keys[0] == keys[1] != keys[2]
-
-
-def test_a_subset_holds_the_same_pieces() -> None:
-    texts = tokenize(items(6), tokenizer(), POLICY)
-    rows = np.asarray([4, 1])
-    assert prompts(subset(texts, rows), np.arange(2), 99)[0].token_T.tolist() == prompts(texts, rows, 99)[0].token_T.tolist()
 
 
 def test_spans_put_runs_on_end() -> None:
