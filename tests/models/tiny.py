@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from models.text.encoder import Encoder, Lora, Spec, add_lora, base_sha256, load_base, tokenizer_sha256
 from models.text.prompts import FieldPolicy
@@ -49,6 +49,16 @@ def bert(folder: Path) -> Path:
                         max_position_embeddings=256, initializer_range=0.2)  # fmt: skip
     BertModel(config).save_pretrained(folder)
     tokenizer(("[CLS]", "[SEP]")).save_pretrained(folder)
+    return folder
+
+
+def roberta(folder: Path) -> Path:
+    """The same, whose positions are counted from behind the padding index, 1 (the byte of a quotation mark: no text here has it)."""
+    torch.manual_seed(3)
+    config = RobertaConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                           max_position_embeddings=258, initializer_range=0.2, pad_token_id=1)  # fmt: skip
+    RobertaModel(config).save_pretrained(folder)
+    tokenizer(("<s>", "</s>")).save_pretrained(folder)
     return folder
 
 

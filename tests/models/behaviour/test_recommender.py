@@ -102,7 +102,9 @@ def test_turned_vectors_are_those_before_in_another_basis_and_rank_alike(tmp_pat
         assert torch.allclose(plain @ TURN_DD, turned, atol=1e-5)
         assert not torch.allclose(plain, turned, atol=1e-2)
     assert torch.allclose(scores[0], scores[1], atol=1e-5)
-    assert torch.equal(scores[0].argsort(1), scores[1].argsort(1))
+    # scores apart by more than rounding keep their order
+    ahead = scores[0][:, :, None] - scores[0][:, None, :]
+    assert not bool(((ahead > 1e-4) & (scores[1][:, :, None] <= scores[1][:, None, :])).any())
 
 
 @pytest.mark.parametrize("turn_DD", [TURN_DD * 1.1, TURN_DD[:4, :4]])
