@@ -53,7 +53,7 @@ def bert(folder: Path) -> Path:
 
 
 def roberta(folder: Path) -> Path:
-    """The same, whose positions are counted from behind the padding index, 1 (the byte of a quotation mark: no text here has it)."""
+    """The same with positions counted from behind the padding index 1 (a quotation mark: no text here has one)."""
     torch.manual_seed(3)
     config = RobertaConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                            max_position_embeddings=258, initializer_range=0.2, pad_token_id=1)  # fmt: skip
