@@ -6,6 +6,7 @@ Needs torch, NumPy, safetensors and pytest, and no data. `make test-gpu` runs it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_every_replay_draws_dropout_anew(replays: list[int]) -> None:
     assert replays
     assert same == pytest.approx([same[0]] * EXACT.epochs, rel=1e-4)
     replayed = sorted(drawn[WARM_UP:])
-    assert all(two - one > 1e-7 for one, two in zip(replayed[:-1], replayed[1:], strict=True))
+    assert all(two - one > 1e-7 for one, two in itertools.pairwise(replayed))
 
 
 @pytest.mark.parametrize("per", ["batch", "position"])
