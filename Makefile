@@ -10,10 +10,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test test-gpu lint clean
 
 help: ## says what there is
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(STAMP) ## sets up .venv with everything, pinned
 
@@ -29,6 +29,9 @@ demo: $(STAMP) ## runs the whole nightly path on MovieLens-100k and shows the re
 
 test: $(STAMP) ## runs all tests
 	$(BIN)/python -m pytest
+
+test-gpu: $(STAMP) ## runs the tests that need an NVIDIA GPU; skips them, saying so, without one
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(STAMP) ## ruff, mypy strict, import rules
 	$(BIN)/ruff check .

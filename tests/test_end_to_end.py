@@ -17,6 +17,8 @@ from jobs.__main__ import main
 from jobs.engines.spark import session
 from tests.models import tiny
 
+pytestmark = pytest.mark.timeout(900)  # some thirty jobs, one after the other
+
 FIRST, SECOND = "2026-03-10", "2026-03-11"
 GENRES = ("war", "love", "space", "crime")
 ITEMS, USERS, EVENTS = 60, 90, 12

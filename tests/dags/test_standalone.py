@@ -24,6 +24,7 @@ import pytest
 from tests.dags.conftest import Stub, airflow_environment, migrate
 
 PATIENCE_S = 120
+pytestmark = pytest.mark.timeout(900)  # each wait has a deadline of its own
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from models.behaviour.recommender import Recommender, score
 from models.text.base_model import base_sha256, load_base, tokenizer_sha256
@@ -52,6 +52,16 @@ def bert(folder: Path) -> Path:
                         max_position_embeddings=256, initializer_range=0.2)  # fmt: skip
     BertModel(config).save_pretrained(folder)
     tokenizer(("[CLS]", "[SEP]")).save_pretrained(folder)
+    return folder
+
+
+def roberta(folder: Path) -> Path:
+    """The same with positions counted from behind the padding index 1 (a quotation mark: no text here has one)."""
+    torch.manual_seed(3)
+    config = RobertaConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                           max_position_embeddings=258, initializer_range=0.2, pad_token_id=1)  # fmt: skip
+    RobertaModel(config).save_pretrained(folder)
+    tokenizer(("<s>", "</s>")).save_pretrained(folder)
     return folder
 
 

@@ -16,7 +16,7 @@ def test_a_masked_item_is_hidden_from_every_position() -> None:
     masked[:, 2] = True
     other = emb.clone()
     other[:, 2] = 50.0
-    assert torch.allclose(encoder()(emb, valid, masked), encoder()(other, valid, masked), atol=1e-6)
+    assert torch.allclose(encoder()(emb, valid, masked), encoder()(other, valid, masked), atol=1e-5)
 
 
 def test_a_masked_position_sees_both_sides() -> None:
@@ -34,7 +34,7 @@ def test_the_next_item_is_predicted_behind_a_mask_after_the_newest_event() -> No
     explicit = torch.cat([emb, torch.zeros(1, 1, 8)], dim=1)
     masked = torch.tensor([[False] * 4 + [True]])
     behind = encoder()(explicit, torch.ones(1, 5, dtype=torch.bool), masked)[:, -1]
-    assert torch.allclose(encoder()(emb, valid)[:, -1], behind, atol=1e-6)
+    assert torch.allclose(encoder()(emb, valid)[:, -1], behind, atol=1e-5)
 
 
 def test_a_full_history_keeps_all_its_events() -> None:
@@ -49,5 +49,5 @@ def test_padding_changes_nothing_and_empty_rows_are_finite() -> None:
     padded = torch.cat([torch.full((2, 3, 8), 9.0), emb], dim=1)
     valid = torch.tensor([[False] * 3 + [True] * 3] * 2)
     short = encoder()(emb, torch.ones(2, 3, dtype=torch.bool))[:, -1]
-    assert torch.allclose(short, encoder()(padded, valid)[:, -1], atol=1e-6)
+    assert torch.allclose(short, encoder()(padded, valid)[:, -1], atol=1e-5)
     assert encoder()(torch.zeros(1, 6, 8), torch.zeros(1, 6, dtype=torch.bool)).isfinite().all()

@@ -45,7 +45,8 @@ def test_items_of_one_text_get_one_vector() -> None:
     llm = embeddings()
     llm[7] = llm[3]
     white = fit_whitening(llm, 8)(llm)
-    assert torch.equal(white[3], white[7])
+    assert torch.allclose(white[3], white[7], atol=1e-5)
+    assert not torch.allclose(white[3], white[4], atol=1e-2)
 
 
 def test_the_fit_does_not_depend_on_the_order_of_the_items() -> None:
@@ -94,7 +95,7 @@ def test_only_the_padding_row_is_zero_and_every_index_has_its_own_vector(kind: s
     table = items.table()
     assert table.shape == (6, 4)
     assert (table == 0).all(1).tolist() == [True] + [False] * 5
-    assert torch.allclose(items(torch.tensor([[0, 3], [5, 1]])), table[torch.tensor([[0, 3], [5, 1]])], atol=1e-6)
+    assert torch.allclose(items(torch.tensor([[0, 3], [5, 1]])), table[torch.tensor([[0, 3], [5, 1]])], atol=1e-5)
 
 
 def test_the_text_of_null_space_items_is_frozen_and_the_rest_learns() -> None:
@@ -122,10 +123,10 @@ def test_training_alone_drops_id_parts_and_never_text() -> None:
     items.learned.data[1:] = 100.0
     text = TextItems(white, items.adapter).table()[1:]
     for table in (items.table()[1:], items(torch.arange(1, 401))):
-        dropped = torch.isclose(table, text).all(1)
+        dropped = torch.isclose(table, text, atol=1e-4).all(1)
         assert 100 < int(dropped.sum()) < 300
-        assert torch.allclose(table[~dropped], text[~dropped] + 100)
-    assert torch.allclose(items.eval().table()[1:], text + 100)
+        assert torch.allclose(table[~dropped], text[~dropped] + 100, atol=1e-3)
+    assert torch.allclose(items.eval().table()[1:], text + 100, atol=1e-3)
 
 
 def test_null_space_items_need_room_for_both_parts() -> None:

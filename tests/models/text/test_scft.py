@@ -63,11 +63,15 @@ def tuned(
 
 
 def test_training_lowers_the_loss_and_reports_the_base_model_first(base: Path) -> None:
-    result, logged = tuned(base, dataclasses.replace(SMALL, steps=25, validate_every=5, ratio=0.1), dropout=0.0)
+    config = dataclasses.replace(SMALL, steps=25, validate_every=5, ratio=0.1)
+    result, logged = tuned(base, config, dropout=0.0)
     assert np.mean(result.losses[-5:]) < 0.8 * np.mean(result.losses[:5])
     assert [entry["step"] for entry in result.history] == [0, 5, 10, 15, 20, 25]
-    assert result.best_step > 0
-    assert result.history[0]["recall_1"] <= max(entry["recall_1"] for entry in result.history)
+    untrained = tiny.encoder(base)
+    of_base, _ = validate_views(untrained, hold_out_views(some_texts(40), config, untrained.limit, 1)[0])
+    assert {name: result.history[0][name] for name in of_base} == pytest.approx(of_base, rel=1e-3, abs=1e-4)
+    assert result.history[-1]["alignment"] != pytest.approx(of_base["alignment"], rel=0.01)
+    assert result.best_step == max(result.history[1:], key=lambda entry: entry["mrr"])["step"]
     assert {"loss", "learning_rate", "tokens_per_s"} <= set(logged[1])
 
 
@@ -242,7 +246,7 @@ def in_two_processes(work: Callable[..., None], *paths: Path, port: int) -> None
     command = [sys.executable, "-c", WORKER, work.__name__, *map(str, paths)]
     workers = [subprocess.Popen(command, env={**os.environ, **known, "RANK": str(rank)}) for rank in range(2)]
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+        assert [worker.wait(timeout=250) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()
@@ -257,8 +261,12 @@ def keep_weights(base: Path, file: Path) -> None:
 def test_two_processes_give_the_weights_of_one_at_the_same_global_batch(base: Path, tmp_path: Path, free_port: int) -> None:
     whole, _ = tuned(base, dropout=0.0)
     in_two_processes(keep_weights, base, tmp_path / "two.safetensors", port=free_port)
-    for name, value in load_file(tmp_path / "two.safetensors").items():
-        torch.testing.assert_close(value, whole.lora[name], rtol=1e-3, atol=1e-4)
+    # a sum in another order turns the step of an entry whose gradient is next to nothing, so weights are compared whole
+    shared = load_file(tmp_path / "two.safetensors")
+    other = tuned(base, dataclasses.replace(SMALL, batch=4), dropout=0.0)[0].lora
+    for name, value in whole.lora.items():
+        assert float((shared[name] - value).norm() / value.norm()) < 0.02
+        assert "lora_B" not in name or float((other[name] - value).norm() / value.norm()) > 0.2
 
 
 def stop_in_one_and_resume(base: Path, file: Path) -> None:
