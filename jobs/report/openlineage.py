@@ -12,7 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from jobs.lake.nights import JobRun, Night
@@ -20,7 +20,7 @@ from jobs.run import InputError
 
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import InputDataset, OutputDataset, RunEvent
-    from openlineage.client.facet_v2 import RunFacet
+    from openlineage.client.facet_v2 import OutputDatasetFacet, RunFacet
 
 PRODUCER = "urn:llmemb:jobs"
 NIGHT = "night"
@@ -99,7 +99,7 @@ def run_facets(night: Night, run: JobRun, namespace: str, *, ended: bool) -> dic
         )
     known = {"codeRevision": run.manifest.get("code_revision", ""), "recipeSha256": run.manifest.get("recipe_sha256", "")}
     # custom facets carry a prefix, as the specification asks
-    found["llmemb_manifest"] = RunFacet(producer=PRODUCER).with_additional_properties(**known)
+    found["llmemb_manifest"] = cast("RunFacet", RunFacet(producer=PRODUCER).with_additional_properties(**known))
     return found
 
 
@@ -120,10 +120,10 @@ def outputs(digests: object, namespace: str, rows: Mapping[str, Any]) -> Iterato
     from openlineage.client.facet_v2 import output_statistics_output_dataset as statistics
 
     for place, name, digest in versions(digests, namespace):
+        given: dict[str, OutputDatasetFacet] = {}
         count = rows.get(name)
-        counted = isinstance(count, int) and count >= 0
-        facet = statistics.OutputStatisticsOutputDatasetFacet(rowCount=count, producer=PRODUCER) if counted else None
-        given = {"outputStatistics": facet} if facet else {}
+        if isinstance(count, int) and count >= 0:
+            given["outputStatistics"] = statistics.OutputStatisticsOutputDatasetFacet(rowCount=count, producer=PRODUCER)
         yield OutputDataset(namespace=place, name=name, facets={"version": version(digest)}, outputFacets=given)
 
 
