@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from jobs import logs
-from jobs.lake import lineage
 from jobs.lake.manifests import path_of as manifest_path
+from jobs.lake.manifests import runs_so_far
 from jobs.lake.partitions import write_json
 from jobs.run import InputError, Refused, Run, as_json, code_revision
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if where is not None and first_process():
             record |= {"started_at": started.isoformat(), "seconds": round(time.monotonic() - clock, 3)}
-            record |= {"earlier": lineage.runs_so_far(where)}
+            record |= {"earlier": runs_so_far(where)}
             write_json(where, record)
             if os.environ.get("LLMEMB_LOG") == "json":
                 print(logs.line(record), file=sys.stderr, flush=True)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import pyarrow as pa
-
-from jobs.lake import lineage, manifests, partitions
-from jobs.lake.lineage import Night
+from jobs.lake import nights
+from jobs.lake.nights import Night
 from jobs.lake.partitions import digest_file
-from jobs.lake.tables import INTERACTIONS, ITEMS
-from jobs.report import drift, views
+from jobs.report import drift, openlineage, tracking, views
 from jobs.report.drift import Bounds, Measure
-from jobs.report.page import page, verdict
-from jobs.report.sections import Facts
-from jobs.report.views import Layer, Spaces, Views
+from jobs.report.facts import Facts
+from jobs.report.layers import Layer
+from jobs.report.page import page
+from jobs.report.spaces import Spaces, first_filled, serving, spaces_of
+from jobs.report.verdict import Verdict, verdict
+from jobs.report.views import Views
 from jobs.run import InputError, Run
 
-ENOUGH = 100
-"""Texts embedded on a night, from which on their mean length is a measure."""
+if TYPE_CHECKING:
+    from openlineage.client.event_v2 import RunEvent
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,10 @@ class Config:
     gpu_hour_price: float = 2.5
     """What an hour of the device costs."""
     openlineage_url: str = ""
-    """Endpoint that takes the OpenLineage events too, for example `http://marquez:5000/api/v1/lineage`; empty: the file only."""
+    """Endpoint that takes the OpenLineage events too, for example `http://marquez:5000/api/v1/lineage`; empty: the file only.
+
+    Its key, where it wants one, is that of the environment variable `OPENLINEAGE_API_KEY`.
+    """
     namespace: str = "llmemb"
     """Of the OpenLineage events."""
 
@@ -61,6 +64,8 @@ class Config:
             raise InputError("report: history, base_items, examples and coverage_events must be at least 0")
         if min(self.map_items, self.pool_items, self.neighbours) < 1:
             raise InputError("report: map_items, pool_items and neighbours must be at least 1")
+        if self.openlineage_url:
+            openlineage.check_endpoint(self.openlineage_url)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,44 +99,26 @@ def run(config: Config) -> Result:
     Raises InputError where no job has run for ds.
     """
     lake, ds = config.run.lake, config.run.ds
-    night = lineage.read_night(lake, ds)
+    night = nights.read_night(lake, ds)
     if not night.runs and not night.unreadable:
         raise InputError(f"no job has run for {ds} in the lake {lake}: run `python -m jobs extract` first, or give another --ds")
-    before = tuple(lineage.nights_before(lake, ds, config.history))
-    spaces = spaces_of(lake, night, before)
-    views, layers, why = look(config, spaces)
-    values = measure(config, night, spaces, layers, views)
-    measures = drift.judge(values, earlier(lake, before), config.bounds)
-    serving_ds, space_id = serving([*before, night])
-    facts = Facts(
-        night=night,
-        before=before,
-        measures=measures,
-        views=views,
-        why_no_views=why,
-        gpu_hour_price=config.gpu_hour_price,
-        serving_ds=serving_ds,
-        space_id=space_id,
-        space_since=since(lake, space_id),
-    )
-    html = page(facts)
-    found = list(lineage.events(night, config.namespace))
+    facts, values = gather(config, night)
+    found = openlineage.events(night, config.namespace)
     home = lake / "reports" / f"ds={ds}"
+    html = page(facts)
     write_text(home / "report.html", html)
-    write_text(home / "openlineage.jsonl", "".join(f"{json.dumps(event, sort_keys=True)}\n" for event in found))
+    write_text(home / "openlineage.jsonl", openlineage.lines(found))
     told = verdict(facts)
-    say(f"{told.state}: {told.line}")
-    for point in told.points:
-        say(f"  {point}")
-    say(f"{home / 'report.html'} ({len(html.encode()) / 2**20:.1f} MiB)")
-    result = Result(
+    announce(told, home / "report.html", len(html.encode()))
+    tracking.track(config.run, night, told.state, values, home)
+    return Result(
         path=str(home / "report.html"),
         state=told.state,
         verdict=told.line,
         points=told.points,
-        measures=measures,
+        measures=facts.measures,
         drift=values,
-        refresh_encoder=drift.refresh_reason(measures),
+        refresh_encoder=drift.refresh_reason(facts.measures),
         page_bytes=len(html.encode()),
         events=len(found),
         sent=sent(config, found),
@@ -139,60 +126,28 @@ def run(config: Config) -> Result:
         outputs={name: digest_file(home / name) for name in ("report.html", "openlineage.jsonl")},
         rows={},
     )
-    log(config, result, night)
-    return result
 
 
-# ------------------------------------------------------------------------------------------------------------- the spaces
-
-
-def spaces_of(lake: Path, night: Night, before: Sequence[Night]) -> Spaces:
-    """What the night's vectors are: of its `project`, else of the last one before. Texts are empty where there is none."""
-    made = [(one.ds, one.result("project")) for one in [*before, night] if one.result("project")]
-    made = [(ds, result) for ds, result in made if partitions.committed(lake, "item_embeddings", partition(result, ds))]
-    ds, project = made[-1] if made else ("", {})
-    trained = night.result("embed") or night.result("scft")
-    dates = [name for name in partitions.committed(lake, ITEMS.name) if name <= f"ds={night.ds}"]
-    return Spaces(
-        items=dates[-1] if dates else "",
-        encoder_id=str(project.get("encoder_id") or trained.get("encoder_id", "")),
-        served=partition(project, ds) if project else "",
-        before=space_before(lake, night, made),
+def gather(config: Config, night: Night) -> tuple[Facts, dict[str, float]]:
+    """All that the page tells of, and the measures' values, which later nights compare with."""
+    lake = config.run.lake
+    before = tuple(nights.nights_before(lake, night.ds, config.history))
+    spaces = spaces_of(lake, night, before)
+    shown, layers, why = look(config, spaces)
+    values = measure(config, night, spaces, layers, shown)
+    serving_ds, space_id = serving([*before, night])
+    facts = Facts(
+        night=night,
+        before=before,
+        measures=drift.judge(values, drift.earlier(lake, before), config.bounds),
+        views=shown,
+        why_no_views=why,
+        gpu_hour_price=config.gpu_hour_price,
+        serving_ds=serving_ds,
+        space_id=space_id,
+        space_since=first_filled(lake, space_id),
     )
-
-
-def space_before(lake: Path, night: Night, made: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Partition of the space that another one of the night took over from; empty where none did, or it is gone."""
-    if not made:
-        return ""
-    own = made[-1][1].get("space_id")
-    older = [partition(result, ds) for ds, result in made if result.get("space_id") != own]
-    replaced = str(night.result("publish").get("previous_space_id") or "")
-    if replaced and replaced != own:
-        older = partitions.committed(lake, "item_embeddings", f"space={replaced}") or older
-    return older[-1] if older else ""
-
-
-def partition(project: Mapping[str, Any], ds: str) -> str:
-    """Partition of `item_embeddings` that a `project` wrote."""
-    return f"space={project.get('space_id')}/ds={ds}"
-
-
-def serving(nights: Sequence[Night]) -> tuple[str, str]:
-    """(date of the snapshot, space) that serve after these nights, as their manifests tell; empty where nothing was published."""
-    ds, space_id = "", ""
-    for night in nights:
-        if night.done("publish"):
-            ds, space_id = night.ds, str(night.result("publish").get("space_id") or "")
-        if back := night.result("rollback"):
-            ds, space_id = str(back.get("serves_ds") or ds), str(back.get("space_id") or space_id)
-    return ds, space_id
-
-
-def since(lake: Path, space_id: str) -> str:
-    """Date of the first snapshot that a space was filled with; empty where the lake no longer tells."""
-    dates = partitions.committed(lake, "item_embeddings", f"space={space_id}") if space_id else []
-    return dates[0].partition("/ds=")[2] if dates else ""
+    return facts, values
 
 
 def look(config: Config, spaces: Spaces) -> tuple[Views | None, list[Layer], str]:
@@ -205,62 +160,34 @@ def look(config: Config, spaces: Spaces) -> tuple[Views | None, list[Layer], str
             each=config.examples, count=config.neighbours, category=config.category,
         )  # fmt: skip
     except (InputError, OSError, ValueError) as error:
-        say(f"no maps: {error}")
+        log.warning("no maps: %s", error)
         return None, [], f"the lake's tables can't be read: {error}"
     return found, layers, ""
 
 
-# ------------------------------------------------------------------------------------------------------------------ drift
+def measure(config: Config, night: Night, spaces: Spaces, layers: Sequence[Layer], shown: Views | None) -> dict[str, float]:
+    """Name -> value of the night's measures."""
+    covered = drift.covered_share(config.run.lake, config.run.ds, spaces, config.coverage_events)
+    return drift.measured(night, shown.sample if shown else None, layers, spaces, covered)
 
 
-def measure(config: Config, night: Night, spaces: Spaces, layers: Sequence[Layer], views: Views | None) -> dict[str, float]:
-    """Measures of the night; names of vectors' measures carry their space or encoder, so that only like is compared."""
-    values = drift.of_extract(night.result("extract"))
-    # of a handful of new texts the mean says nothing, and it must not make the encoder due: text.characters is of them all
-    if (texts := night.total("embed", "embedded")) >= ENOUGH:
-        values["embedded.tokens"] = night.total("embed", "tokens") / texts
-    if views is not None:
-        values |= drift.of_texts([sum(len(name) + len(value) for name, value in pairs) for pairs in views.sample.attributes])
-    kinds = {
-        "After SCFT": f"llm {spaces.encoder_id}",
-        "Served": f"served {spaces.served.partition('/')[0].removeprefix('space=')}",
-    }
-    for layer in layers:
-        if layer.name in kinds:
-            values |= drift.of_vectors(kinds[layer.name], np.stack(list(layer.vectors.values())))
-    covered = coverage(config, spaces)
-    if covered is not None:
-        values["coverage of the logs"] = covered
-    return {name: round(value, 6) for name, value in values.items()}
-
-
-def coverage(config: Config, spaces: Spaces) -> float | None:
-    """Share of the logs' events whose item has a vector; None without logs or vectors."""
-    lake = config.run.lake
+def sent(config: Config, found: Sequence[RunEvent]) -> int:
+    """Events that the endpoint took; one that is down costs the events there, not the report."""
+    if not config.openlineage_url:
+        return 0
     try:
-        newest = partitions.latest(lake, INTERACTIONS.name, config.run.ds)
-        if not spaces.served or not config.coverage_events:
-            return None
-        ids = views.ids_of(lake, spaces.served)
-        return drift.coverage(lake, newest, pa.array(ids, pa.string()), config.coverage_events)
-    except (InputError, OSError, ValueError):
-        return None
+        return openlineage.send(found, config.openlineage_url)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        log.warning("the OpenLineage endpoint did not take the events (%s): they are in openlineage.jsonl", error)
+        return 0
 
 
-def earlier(lake: Path, before: Sequence[Night]) -> list[dict[str, float]]:
-    """Measures of earlier nights, from the manifests of their reports."""
-    found = []
-    for night in before:
-        path = manifests.path_of(lake, night.ds, "report")
-        try:
-            values = json.loads(path.read_text())["result"]["drift"]
-            found.append({str(name): float(value) for name, value in values.items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------- output
+def announce(told: Verdict, path: Path, size: int) -> None:
+    """The verdict, what to look at and where the page lies, for a person."""
+    log.info("%s: %s", told.state, told.line)
+    for point in told.points:
+        log.info("  %s", point)
+    log.info("%s (%.1f MiB)", path, size / 2**20)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -269,50 +196,3 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     aside.write_text(text)
     aside.replace(path)
-
-
-def sent(config: Config, found: Sequence[Mapping[str, Any]]) -> int:
-    """Events that the endpoint took; one that is down costs the events there, not the report."""
-    if not config.openlineage_url:
-        return 0
-    try:
-        return lineage.send(found, config.openlineage_url)
-    except (OSError, ValueError) as error:
-        say(f"the OpenLineage endpoint did not take the events ({error}): they are in openlineage.jsonl")
-        return 0
-
-
-def log(config: Config, result: Result, night: Night) -> None:
-    """The page, the measures and the night's data sets with their digests as a run of MLflow, where there is one."""
-    if not config.run.tracking_uri:
-        return
-    from jobs.engines import registry
-
-    try:
-        with registry.connected(config.run) as client:
-            import mlflow
-
-            tags = {"job": "report", "ds": night.ds, "state": result.state}
-            name = f"report {night.ds}"
-            with mlflow.start_run(experiment_id=registry.experiment(client, config.run), run_name=name, tags=tags):
-                mlflow.log_metrics({metric(name): value for name, value in result.drift.items()})
-                registry.log_inputs(written(night))
-                mlflow.log_artifact(result.path)
-                mlflow.log_artifact(str(Path(result.path).with_name("openlineage.jsonl")))
-    except InputError as error:
-        say(f"the page is written, but not logged: {error}")
-
-
-def metric(name: str) -> str:
-    """A measure's name in the letters that MLflow takes."""
-    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-. /") else "_" for letter in name)
-
-
-def written(night: Night) -> dict[str, str]:
-    """Everything that the night's jobs wrote, with digests."""
-    return {name: str(digest) for run in night.runs for name, digest in run.result.get("outputs", {}).items() if digest}
-
-
-def say(line: str) -> None:
-    """One line on standard error."""
-    print(f"report: {line}", file=sys.stderr, flush=True)

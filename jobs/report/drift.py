@@ -5,6 +5,7 @@ Shapes: N items sampled, D width.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,21 +14,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.lake import partitions
+from jobs.lake import manifests, partitions
+from jobs.lake.nights import Night
 from jobs.lake.tables import INTERACTIONS, LEFT
+from jobs.report.layers import SERVED, TEXT, Layer, Matrix, ids_of
+from jobs.report.sample import Sample
+from jobs.report.spaces import Spaces
 from jobs.run import InputError
 
-Matrix = npt.NDArray[np.float32]
-TEXT = ("fill.", "text.")
+TEXTS = ("fill.", "text.")
 """Measures of the texts: an encoder was trained on texts like those of the nights before, so an alarm here makes it due."""
-
-
 SHARES = ("fill.", "quarantine.", "coverage")
 """Measures between 0 and 1, whose history may be all zeros."""
+ENOUGH = 100
+"""Texts embedded on a night, from which on their mean length is a measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ def judged(name: str, value: float, history: Sequence[float], bounds: Bounds) ->
 
 def refresh_reason(measures: Iterable[Measure]) -> str:
     """Why the texts have moved so far that the encoder should be trained again; empty where they have not."""
-    moved = [measure for measure in measures if measure.verdict == "alarm" and measure.name.startswith(TEXT)]
+    moved = [measure for measure in measures if measure.verdict == "alarm" and measure.name.startswith(TEXTS)]
     return "; ".join(f"{found.name} is {found.value:.4g}, was {found.median:.4g} ± {found.allowed:.2g}" for found in moved)
 
 
@@ -124,6 +127,36 @@ def effective_rank(vector_ND: Matrix) -> float:
     return float(math.exp(-(share_D * np.log(share_D)).sum()))
 
 
+def measured(
+    night: Night, sample: Sample | None, layers: Sequence[Layer], spaces: Spaces, covered: float | None
+) -> dict[str, float]:
+    """Name -> value of this night; vectors' measures name their space or encoder, so that only like is compared."""
+    values = of_extract(night.result("extract"))
+    # of a handful of new texts the mean says nothing, and it must not make the encoder due: text.characters is of them all
+    if (texts := night.total("embed", "embedded")) >= ENOUGH:
+        values["embedded.tokens"] = night.total("embed", "tokens") / texts
+    if sample is not None:
+        values |= of_texts([sum(len(name) + len(value) for name, value in pairs) for pairs in sample.attributes])
+    kinds = {TEXT: f"llm {spaces.encoder_id}", SERVED: f"served {spaces.served.partition('/')[0].removeprefix('space=')}"}
+    for layer in layers:
+        if layer.name in kinds:
+            values |= of_vectors(kinds[layer.name], np.stack(list(layer.vectors.values())))
+    if covered is not None:
+        values["coverage of the logs"] = covered
+    return {name: round(value, 6) for name, value in values.items()}
+
+
+def covered_share(lake: Path, ds: str, spaces: Spaces, most: int) -> float | None:
+    """Share of the newest logs' events whose item has a vector; None without logs or vectors, or where they can't be read."""
+    if not spaces.served or not most:
+        return None
+    try:
+        newest = partitions.latest(lake, INTERACTIONS.name, ds)
+        return coverage(lake, newest, pa.array(ids_of(lake, spaces.served), pa.string()), most)
+    except (InputError, OSError, ValueError):
+        return None
+
+
 def coverage(lake: Path, partition: str, published: pa.Array, most: int) -> float | None:
     """Share of the logs' events whose item is published; of at most about `most` events, evenly taken. None without any."""
     total = partitions.read_commit(lake, INTERACTIONS.name, partition).rows
@@ -134,3 +167,16 @@ def coverage(lake: Path, partition: str, published: pa.Array, most: int) -> floa
             seen += batch.num_rows
             inside += pc.sum(pc.is_in(batch["item_id"], published)).as_py() or 0
     return inside / seen if seen else None
+
+
+def earlier(lake: Path, before: Sequence[Night]) -> list[dict[str, float]]:
+    """Measures of earlier nights, from the manifests of their reports; nights without one are left out."""
+    found = []
+    for night in before:
+        path = manifests.path_of(lake, night.ds, "report")
+        try:
+            values = json.loads(path.read_text())["result"]["drift"]
+            found.append({str(name): float(value) for name, value in values.items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return found

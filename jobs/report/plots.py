@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 INK, QUIET, GRID = "#1b1b1f", "#5a5f69", "#d9dce1"
@@ -57,9 +58,9 @@ WIDTH = 6.0
 
 
 @contextmanager
-def drawing(name: str, height: float, width: float = WIDTH) -> Iterator[tuple[Any, list[str]]]:
+def drawing(name: str, height: float, width: float = WIDTH) -> Iterator[tuple[Any, list[Markup]]]:
     """(axes, list that receives the SVG) of a figure whose ids all begin with `name`."""
-    received: list[str] = []
+    received: list[Markup] = []
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure.subplots(), received
@@ -70,10 +71,10 @@ def drawing(name: str, height: float, width: float = WIDTH) -> Iterator[tuple[An
     received.append(embedded(stream.getvalue(), name))
 
 
-def embedded(svg: str, name: str) -> str:
-    """An SVG document as an element of a page: scaled and coloured by the page, ids its own, hidden from screen readers.
+def embedded(svg: str, name: str) -> Markup:
+    """An SVG document -> an element of a page: scaled and coloured by the page, ids its own, hidden from screen readers.
 
-    The figure around it says in words what it shows.
+    The figure around it says in words what it shows. matplotlib has escaped the texts in it.
     """
     svg = svg[svg.index("<svg") :]
     # a style of the picture would hold for the whole page
@@ -84,7 +85,7 @@ def embedded(svg: str, name: str) -> str:
     svg = re.sub(r"^<svg([^>]*?) height=\"[^\"]*\"", r"<svg\1", svg)
     for colour, (light, _) in THEME.items():
         svg = svg.replace(light, f"var(--{colour})")
-    return svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+    return Markup(svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1))
 
 
 # ------------------------------------------------------------------------------------------------------------------ kinds
@@ -103,7 +104,7 @@ class Interval:
     verdict: str
 
 
-def forest(name: str, rows: Sequence[Interval], label: str) -> str:
+def forest(name: str, rows: Sequence[Interval], label: str) -> Markup:
     """Differences with their intervals, zero and the allowed loss marked."""
     with drawing(name, 0.9 + 0.34 * len(rows)) as (axis, out):
         for place, row in enumerate(reversed(rows)):
@@ -122,7 +123,7 @@ def forest(name: str, rows: Sequence[Interval], label: str) -> str:
     return out[0]
 
 
-def bars(name: str, labels: Sequence[str], values: Sequence[float], label: str, colours: Sequence[str] | None = None) -> str:
+def bars(name: str, labels: Sequence[str], values: Sequence[float], label: str, colours: Sequence[str] | None = None) -> Markup:
     """Horizontal bars with their figures beside them."""
     with drawing(name, 0.8 + 0.34 * len(labels)) as (axis, out):
         places = range(len(labels))
@@ -150,12 +151,12 @@ class Panel:
     """An x that was chosen, for example the best epoch."""
 
 
-def curves(name: str, panels: Sequence[Panel]) -> str:
+def curves(name: str, panels: Sequence[Panel]) -> Markup:
     """Line charts, which the page puts side by side where there is room; lines differ in dash as well as in colour."""
-    return "".join(curve(f"{name}{place}", panel) for place, panel in enumerate(panels))
+    return Markup().join(curve(f"{name}{place}", panel) for place, panel in enumerate(panels))
 
 
-def curve(name: str, panel: Panel) -> str:
+def curve(name: str, panel: Panel) -> Markup:
     """One line chart."""
     with drawing(name, 3.4, 5.0) as (axis, out):
         for number, (label, (x, y)) in enumerate(panel.lines.items()):
@@ -171,7 +172,7 @@ def curve(name: str, panel: Panel) -> str:
     return out[0]
 
 
-def over_nights(name: str, dates: Sequence[str], lines: Mapping[str, Sequence[float | None]], label: str) -> str:
+def over_nights(name: str, dates: Sequence[str], lines: Mapping[str, Sequence[float | None]], label: str) -> Markup:
     """A measure over the nights; nights without it leave a gap."""
     with drawing(name, 2.8) as (axis, out):
         for number, (title, values) in enumerate(lines.items()):
@@ -187,12 +188,8 @@ def over_nights(name: str, dates: Sequence[str], lines: Mapping[str, Sequence[fl
     return out[0]
 
 
-def points(point_N2: npt.NDArray[np.float32], group_N: npt.NDArray[np.int64]) -> str:
-    """A map's points, in their order: the page finds titles by a point's place. Written plainly, as a page may hold thousands."""
+def in_square(point_N2: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
+    """point_N2 -> (x, y) of a map's points in a square of 600, in their order: the page finds titles by a point's place."""
     low_2, high_2 = (point_N2.min(0), point_N2.max(0)) if len(point_N2) else (np.zeros(2), np.ones(2))
     scaled_N2 = 300 + 560 * (point_N2 - (low_2 + high_2) / 2) / max(float((high_2 - low_2).max()), 1e-9)
-    circles = "".join(
-        f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" class="k{group}"/>'
-        for (x, y), group in zip(scaled_N2.tolist(), group_N.tolist(), strict=True)
-    )
-    return f'<svg aria-hidden="true" focusable="false" viewBox="0 0 600 600">{circles}</svg>'
+    return [(round(x), round(y)) for x, y in scaled_N2.tolist()]

@@ -67,7 +67,7 @@ def test_a_steps_loss_leaves_out_negatives_that_read_the_same(base: Path, kind: 
     pair_P2 = np.asarray([[0, odd] for odd in (1, 3, 5, 7)]) if kind == "partners" else None
     encoder = moved(base, dropout=0.0)
     trainer = Trainer(encoder, encoder.tokenize(items), np.arange(8), config, 1, pair_P2=pair_P2)
-    drawn = trainer.draw(0)
+    drawn = trainer.batches.draw(0)
     with torch.no_grad():
         all_RE = trainer.forward(drawn.rows, 0)
     alike = np.zeros((8, 8), dtype=bool)
@@ -120,8 +120,8 @@ def test_the_steps_of_a_training_have_masks_of_their_own(base: Path) -> None:
     for dropout in (0.0, 0.5):
         encoder = moved(base, dropout)
         trainer = Trainer(encoder, encoder.tokenize(tiny.items(8)), np.arange(8), STEADY, 1)
-        same = trainer.draw(0)
-        trainer.draw = lambda step, same=same: dataclasses.replace(same, step=step)  # type: ignore[method-assign, misc]
+        same = trainer.batches.draw(0)
+        trainer.batches.draw = lambda step, same=same: dataclasses.replace(same, step=step)  # type: ignore[method-assign, misc]
         trainer.update = lambda: None  # type: ignore[method-assign]
         losses[dropout] = [trainer.train_step() for _ in range(3)]
     assert losses[0.0] == pytest.approx([losses[0.0][0]] * 3, rel=1e-5)
@@ -135,12 +135,18 @@ def test_the_steps_of_a_training_have_masks_of_their_own(base: Path) -> None:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation says what RISE_AND_FALL says, whatever was learned."""
-    plain = Trainer.add
+    plain, step = scft.validate_together, [0]
 
-    def add(self: Trainer, quality: dict[str, float], log: Any) -> None:
-        plain(self, quality | {"mrr": RISE_AND_FALL[self.step]}, log)
+    def validate_together(encoder: Encoder, validation: Any, log: Any = None) -> dict[str, float]:
+        return plain(encoder, validation, log) | {"mrr": RISE_AND_FALL[step[0]]}
 
-    monkeypatch.setattr(Trainer, "add", add)
+    def validate(self: Trainer, validation: Any, log: Any) -> None:
+        step[0] = self.step
+        whole(self, validation, log)
+
+    whole = Trainer.validate
+    monkeypatch.setattr(scft, "validate_together", validate_together)
+    monkeypatch.setattr(Trainer, "validate", validate)
 
 
 def run(base: Path, steps: int, *, seed: int, **more: Any) -> tuple[Tuned, Encoder]:
@@ -178,7 +184,7 @@ def test_the_weights_left_are_those_of_the_best_step_and_not_the_last(base: Path
         with pytest.raises(Interrupted):
             run(base, steps, seed=1, checkpoint=file)
         trainer = Trainer(*fresh(base), STEADY, 1)
-        trainer.load(file)
+        trainer.load(file.read_bytes())
         kept[steps] = lora_state(trainer.encoder.model)
     assert same(whole.lora, kept[2])
     assert not same(whole.lora, kept[5])

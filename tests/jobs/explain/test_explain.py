@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,12 +87,18 @@ def embed_texts(lake: Path, encoder_id: str) -> None:
     record(lake, "embed", outputs={"llm_embeddings": commit.digest})
 
 
+@pytest.fixture(autouse=True)
+def told(caplog: pytest.LogCaptureFixture) -> None:
+    """Takes what the job says, as the command line shows it."""
+    caplog.set_level(logging.INFO, logger="jobs.explain")
+
+
 def ask(lake: Path, item: str = "m7", ds: str = DS) -> explain.Result:
     return explain.run(explain.Config(run=Run(ds=ds, lake=lake), item=item))
 
 
 def test_every_link_of_a_whole_chain_is_verified_against_its_bytes(
-    served: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+    served: tuple[Path, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     result = ask(served[0])
     verdicts = {link.step: link.verdict for link in result.links}
@@ -99,7 +106,7 @@ def test_every_link_of_a_whole_chain_is_verified_against_its_bytes(
     assert set(verdicts.values()) == {"verified"}
     assert set(verdicts) == {"online vector", "item_embeddings", "recommender", "gate", "llm_embeddings", "encoder", "items"}
     assert result.space_id == served[1]
-    shown = capsys.readouterr().err
+    shown = caplog.text
     assert "promoted on 2026-01-01: 1 of 1 gates passed, version 3" in shown
     assert "the encoder and it make the space; turned towards that of dddddddddddddddd, residual 0.45" in shown
     assert "shop.films: 40:123 (records, order-free hash)" in shown
@@ -124,7 +131,7 @@ def test_neighbours_are_those_of_the_lakes_vectors_with_titles(served: tuple[Pat
 
 
 def test_neighbours_in_the_space_before_are_shown_beside(
-    served: tuple[Path, str], catalogue: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    served: tuple[Path, str], catalogue: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     lake, space = served
     catalogue(ds="2026-01-02", space="f" * 16)
@@ -133,7 +140,7 @@ def test_neighbours_in_the_space_before_are_shown_beside(
     assert result.space_id == "f" * 16
     assert len(result.neighbours_before) == 5
     assert result.neighbours_before == tuple(ask_before(lake, space))
-    assert f"in space {space}" in capsys.readouterr().err
+    assert f"in space {space}" in caplog.text
 
 
 def ask_before(lake: Path, space: str) -> list[explain.Neighbour]:
@@ -225,15 +232,20 @@ def test_an_item_named_like_a_path_or_markup_is_an_item(catalogue: Callable[...,
         assert ask(lake, item).item_id == item
 
 
-def test_the_command_prints_its_result_and_leaves_torch_alone(served: tuple[Path, str], tmp_path: Path) -> None:
-    lake, _ = served
+def test_the_command_prints_its_result(served: tuple[Path, str], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f'[run]\nlake = "{lake}"\n')
-    program = (
-        "import sys; from jobs.__main__ import main; "
-        f"code = main(['explain', '--recipe', '{recipe}', '--ds', '{DS}', '--set', 'explain.item=m7']); "
-        "sys.exit(code or ('torch' in sys.modules) * 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    recipe.write_text(f'[run]\nlake = "{served[0]}"\n')
+    command = ["-m", "jobs", "explain", "--recipe", str(recipe), "--ds", DS, "--set", "explain.item=m7"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["item_id"] == "m7"
+
+
+def test_feast_is_imported_whole_with_its_own_type_checks(served: tuple[Path, str]) -> None:
+    program = (
+        "import pathlib, typeguard; from jobs import explain; from jobs.run import Run; "
+        f"explain.run(explain.Config(run=Run(ds='{DS}', lake=pathlib.Path('{served[0]}')), item='m7')); "
+        "import feast\ntry: feast.Entity(name=7)\nexcept typeguard.TypeCheckError: print('checked')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("checked"), done.stderr

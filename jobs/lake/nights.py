@@ -1,16 +1,9 @@
-"""The manifests of a night, as its report reads them, and the same as OpenLineage events.
-
-An event stands for a job's run: what it read and wrote, each with the digest of its bytes as the data set's version
-(OpenLineage 2-0-2, facets `version`, `outputStatistics`, `errorMessage`).
-"""
+"""What ran in a night: the manifests of a date, each value checked, so that a strange manifest costs no more than itself."""
 
 from __future__ import annotations
 
-import datetime as dt
 import json
-import urllib.request
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -68,12 +61,6 @@ SHAPES: Mapping[str, TypeAdapter[Any]] = {
     "reasons": TypeAdapter(list[Reason]),
 }  # fmt: skip
 """What the page reads of a Result. A manifest may be of another version, or half of it written by hand."""
-KEPT = ("device", "embedded", "resumed", "tokens", "tokens_per_second", "written")
-"""Of a Result, what stays known of a run after the job has run again for the same date."""
-ATTEMPTS = 20
-PRODUCER = "urn:llmemb:jobs"
-EVENT = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
-FACETS = "https://openlineage.io/spec/facets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,18 +149,6 @@ def as_number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and abs(value) < 2**63 else 0.0
 
 
-def runs_so_far(manifest: Path) -> list[dict[str, Any]]:
-    """Runs that a manifest, about to be replaced, tells of: their end, time and what they did, oldest first; of many the last."""
-    try:
-        known = json.loads(manifest.read_text())
-        own = {name: known[name] for name in ("status", "started_at", "seconds")}
-        result = known.get("result") or {}
-        own["result"] = {name: result[name] for name in KEPT if name in result}
-        return [*known.get("earlier", []), own][-ATTEMPTS:]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-
-
 def read_night(lake: Path, ds: str) -> Night:
     """The manifests of a date, each as far as it can be read."""
     runs, unreadable = list[JobRun](), list[str]()
@@ -197,87 +172,3 @@ def nights_before(lake: Path, ds: str, most: int) -> list[Night]:
     """The last nights before a date, oldest first."""
     dates = sorted(path.name.removeprefix("ds=") for path in (lake / "manifests").glob("ds=*") if path.name < f"ds={ds}")
     return [read_night(lake, date) for date in dates[-most:]] if most else []
-
-
-# ----------------------------------------------------------------------------------------------------------------- events
-
-
-def events(night: Night, namespace: str) -> Iterator[dict[str, Any]]:
-    """A START and a COMPLETE or FAIL event for each run; equal manifests give equal events."""
-    for run in night.runs:
-        begun = started(night, run)
-        # a manifest that counts a million years is no reason for none of the events
-        ended = (dt.datetime.fromisoformat(begun) + dt.timedelta(seconds=min(max(run.seconds, 0), 1e9))).isoformat()
-        common: dict[str, Any] = {
-            "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{namespace}/{night.ds}/{run.name}/{begun}")), "facets": {}},
-            "job": {"namespace": namespace, "name": run.job},
-            "producer": PRODUCER,
-            "schemaURL": EVENT,
-        }
-        facets = run_facets(night, run)
-        read = datasets(run.result.get("inputs"), namespace, {})
-        written = datasets(run.result.get("outputs"), namespace, run.result.get("rows") or {})
-        yield {**common, "eventType": "START", "eventTime": begun, "inputs": read, "outputs": []}
-        yield {
-            **common,
-            "run": {**common["run"], "facets": facets},
-            "eventType": "COMPLETE" if run.status == "done" else "FAIL",
-            "eventTime": ended,
-            "inputs": read,
-            "outputs": written,
-        }
-
-
-def started(night: Night, run: JobRun) -> str:
-    """When a run began; the night's first moment where it does not tell."""
-    try:
-        begun = dt.datetime.fromisoformat(run.manifest["started_at"])
-        return (begun if begun.tzinfo else begun.replace(tzinfo=dt.UTC)).isoformat()
-    except (KeyError, TypeError, ValueError):
-        return f"{night.ds}T00:00:00+00:00"
-
-
-def run_facets(night: Night, run: JobRun) -> dict[str, Any]:
-    """The night's date, the code, and the error where there is one."""
-    nominal = {"nominalStartTime": f"{night.ds}T00:00:00Z"}
-    found = {"nominalTime": facet("1-0-1/NominalTimeRunFacet", nominal)}
-    if run.manifest.get("error"):
-        error = {"message": str(run.manifest["error"]), "programmingLanguage": "python"}
-        found["errorMessage"] = facet("1-0-1/ErrorMessageRunFacet", error)
-    known = {"codeRevision": run.manifest.get("code_revision", ""), "recipeSha256": run.manifest.get("recipe_sha256", "")}
-    # custom facets carry a prefix, as the specification asks
-    return {**found, "llmemb_manifest": {"_producer": PRODUCER, "_schemaURL": f"{PRODUCER}:manifest", **known}}
-
-
-def datasets(digests: object, namespace: str, rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Data sets of a Result's inputs or outputs; empty digests (no champion yet) are left out.
-
-    A table has one name, whoever reads or writes it, so that a lineage graph hangs together; its partition is in the version.
-    """
-    found = []
-    for name, digest in (digests if isinstance(digests, Mapping) else {}).items():
-        if not digest:
-            continue
-        facets = {"version": facet("1-0-1/DatasetVersionDatasetFacet", {"datasetVersion": str(digest)})}
-        table = str(name).partition("/")[0]
-        one = {"namespace": namespace, "name": table, "facets": facets}
-        if isinstance(rows.get(table), int) and rows[table] >= 0:
-            counted = facet("1-0-2/OutputStatisticsOutputDatasetFacet", {"rowCount": rows[table]})
-            one["outputFacets"] = {"outputStatistics": counted}
-        found.append(one)
-    return found
-
-
-def facet(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A facet of the specification."""
-    version, _, name = kind.partition("/")
-    return {"_producer": PRODUCER, "_schemaURL": f"{FACETS}/{version}/{name}.json#/$defs/{name}", **values}
-
-
-def send(found: Sequence[Mapping[str, Any]], url: str, timeout_s: float = 5.0) -> int:
-    """Posts events to an OpenLineage endpoint, in order; returns how many it took. Raises OSError at the first it does not."""
-    for event in found:
-        request = urllib.request.Request(url, json.dumps(event).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=timeout_s):
-            pass
-    return len(found)

@@ -1,0 +1,72 @@
+"""Curves of the trainings that the night rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.report import plots as plots
+from jobs.report.blocks import Figure, Table
+from jobs.report.facts import Facts
+from jobs.report.plots import Panel
+from jobs.report.words import number
+
+TRAININGS = {"pretrain": "The teacher", "rat": "RAT"}
+
+
+def section(facts: Facts) -> dict[str, Any]:
+    """SCFT's curves and its table against the base model, and the curves of the teacher and of RAT."""
+    scft = facts.night.result("scft")
+    results = {job: facts.night.result(job) for job in TRAININGS}
+    return {
+        "scft": {key: scft.get(key) for key in ("encoder_id", "due", "trained_ds", "reason")} if scft else None,
+        "curves": scft_curves(scft) if scft else None,
+        "base": against_base(scft),
+        "epochs": [epoch_curves(job, result) for job, result in results.items() if result.get("history")],
+    }
+
+
+def scft_curves(scft: Mapping[str, Any]) -> Figure | None:
+    """Loss, and held-out views found again; None for an encoder that was not trained."""
+    losses, history = scft.get("losses", []), scft.get("history", [])
+    if not losses and len(history) < 2:
+        return None
+    step = max(scft.get("steps", len(losses)), 1) / max(len(losses), 1)
+    across = [float(entry.get("step", place)) for place, entry in enumerate(history)]
+    best = scft.get("best_step")
+    loss = {"loss": ([(place + 1) * step for place in range(len(losses))], losses)}
+    found = lines(across, history, ("recall_1", "recall_10", "mrr"))
+    panels = [
+        Panel(title="Contrastive loss", across="step", lines=loss),
+        Panel(title="Held-out views found", across="step", lines=found, mark=best),
+    ]
+    words = f"SCFT: loss and retrieval of held-out views by step, from the base model at step 0 on; step {best} was kept."
+    return Figure(picture=plots.curves("scft", panels), words=words)
+
+
+def against_base(scft: Mapping[str, Any]) -> Table:
+    """The figures of an encoder beside those of its base model."""
+    base, own = scft.get("base_figures", {}), scft.get("figures", {})
+    rows = [[name, number(base.get(name)), number(own.get(name))] for name in own if name != "step"]
+    return Table(caption="The encoder against its base model", head=["Figure", "Base", "After SCFT"], rows=rows)
+
+
+def epoch_curves(job: str, result: Mapping[str, Any]) -> Figure:
+    """Loss and validation of a training by epoch."""
+    history, best = result["history"], result.get("best_epoch")
+    epochs = list(range(1, len(history) + 1))
+    panels = [
+        Panel(title="Training loss", across="epoch", lines=lines(epochs, history, ("loss",)), mark=best),
+        Panel(title="Validation", across="epoch", lines=lines(epochs, history, ("ndcg", "recall")), mark=best),
+    ]
+    ndcg = number(result.get("validation_ndcg"))
+    words = f"{TRAININGS[job]}: loss and validation by epoch; epoch {best} was kept, NDCG@10 {ndcg}."
+    return Figure(picture=plots.curves(job, panels), words=words)
+
+
+def lines(
+    across: Sequence[float], history: Sequence[Mapping[str, float]], names: Sequence[str]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Name -> (x, y), of those figures that some step has."""
+    found = {name: [(x, float(step[name])) for x, step in zip(across, history, strict=True) if name in step] for name in names}
+    return {name: ([x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in found.items() if pairs}

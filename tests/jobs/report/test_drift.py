@@ -1,0 +1,75 @@
+"""drift: a measure alarms only past what its own history shows."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jobs.report import drift
+from jobs.report.drift import Bounds
+from jobs.run import as_json
+from tests.jobs.report.small_night import DS, record, results, tables, tell, whole_night
+
+
+def nights(lake: Path, count: int) -> str:
+    """Nights before DS, each with its report; gives the last one's date."""
+    date = ""
+    for back in range(count, 0, -1):
+        date = f"{dt.date.fromisoformat(DS) - dt.timedelta(days=back)}"
+        whole_night(lake, date)
+        record(lake, "report", as_json(tell(lake, date)[0]), date)
+    return date
+
+
+def test_a_few_long_texts_embedded_on_a_night_do_not_make_the_encoder_due(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    assert not any("token" in name for name in tell(tmp_path)[0].drift), "forty texts are too few"
+    record(tmp_path, "embed", {**results()["embed"], "embedded": 200, "tokens": 5000})
+    assert tell(tmp_path)[0].drift["embedded.tokens"] == 25.0
+    assert not "embedded.tokens".startswith(drift.TEXTS)
+
+
+def test_an_attribute_that_vanishes_overnight_alarms_and_makes_the_encoder_due(tmp_path: Path) -> None:
+    nights(tmp_path, 2)
+    whole_night(tmp_path)
+    quiet, _ = tell(tmp_path, bounds=Bounds(nights=2))
+    assert (quiet.state, quiet.refresh_encoder) == ("good", "")
+    extract = results()["extract"]
+    extract["fill"]["genre"] = 0.4
+    record(tmp_path, "extract", extract)
+    loud, html = tell(tmp_path, bounds=Bounds(nights=2))
+    assert loud.state == "look"
+    assert loud.refresh_encoder == "fill.genre is 0.4, was 0.9 ± 0.01"
+    assert "1 of" in loud.points[0]
+    assert "! alarm" in html
+
+
+def test_a_measure_alarms_only_past_what_its_own_history_shows() -> None:
+    noisy = [{"x": 1.0 + 0.1 * (-1) ** night} for night in range(8)]
+    verdicts = {value: drift.judge({"x": value}, noisy, Bounds())[0].verdict for value in (1.0, 1.3, 1.7)}
+    assert verdicts == {1.0: "steady", 1.3: "steady", 1.7: "alarm"}
+    assert drift.judge({"x": float("nan")}, noisy, Bounds())[0].verdict == "alarm"
+    assert drift.judge({"x": 9.0}, noisy[:4], Bounds())[0].verdict == "too few nights"
+    clean = [{"quarantine.items": 0.0}] * 8
+    assert drift.judge({"quarantine.items": 0.001}, clean, Bounds())[0].verdict == "steady", "one bad record is no drift"
+    assert drift.judge({"quarantine.items": 0.03}, clean, Bounds())[0].verdict == "alarm"
+    assert drift.judge({"y": 9.0}, noisy, Bounds())[0].nights == 0
+
+
+def test_effective_rank_counts_the_directions_that_vectors_use() -> None:
+    random = np.random.default_rng(1)
+    wide = random.normal(size=(4000, 6)).astype(np.float32)
+    assert drift.effective_rank(wide) == pytest.approx(6, abs=0.05)
+    assert drift.effective_rank(wide[:, :2] @ random.normal(size=(2, 6)).astype(np.float32)) <= 2.001
+    assert drift.effective_rank(wide[:5]) <= 4.001, "five points span four directions"
+
+
+def test_coverage_is_the_share_of_events_whose_item_has_a_vector(tmp_path: Path) -> None:
+    tables(tmp_path)
+    ids = pa.array([f"i{number}" for number in range(20)])
+    # events i0…i39, then i0…i9 again
+    assert drift.coverage(tmp_path, f"ds={DS}", ids, 1000) == pytest.approx(30 / 50)

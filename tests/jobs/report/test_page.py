@@ -1,0 +1,210 @@
+"""report: a page for every night, whatever of it is there, with the verdict on top."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from jobs import report
+from jobs.lake import manifests, nights
+from jobs.report import drift, openlineage, plots
+from jobs.report.drift import Bounds
+from jobs.report.facts import Facts
+from jobs.report.page import page
+from jobs.report.spaces import serving, spaces_of
+from jobs.run import InputError, Run, as_json
+from tests.jobs.report.small_night import DS, EVIL, SPACE, difference, record, results, shown, tables, tell, whole_night
+
+
+def test_a_whole_night_is_good_and_every_part_is_there(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    result, html = tell(tmp_path)
+    text = shown(html)
+    assert (result.state, result.points) == ("good", ())
+    assert "All 10 jobs done, nothing to worry about; the challenger became champion; 40 items of 2026-03-10 serve." in text
+    assert html.count("can't be drawn") == 0
+    for part in (
+        "item records seen 43", "items: no attributes 3", "95 % intervals", "SCFT: loss", "NDCG@10 0.2000", "head 10.0%",
+        "Base LLM", "After SCFT", "Served", "all 40 items", "coverage of the logs 1.0000", "explain.item=ID",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize("last", ["extract", "embed", "evaluate", "project", "publish"])
+def test_a_night_that_failed_half_way_has_its_page_and_names_the_job(tmp_path: Path, last: str) -> None:
+    tables(tmp_path)
+    for job, found in results().items():
+        if job == last:
+            record(tmp_path, job, None, status="failed", error=f"ValueError: {EVIL}")
+            break
+        record(tmp_path, job, found)
+    result, html = tell(tmp_path)
+    assert result.state == "bad"
+    assert any(point.startswith(f"{last} failed: ValueError") for point in result.points)
+    assert "jobs failed" in shown(html)
+    assert "can't be drawn" not in html
+
+
+def test_a_night_whose_extract_failed_in_an_empty_lake_has_its_page(tmp_path: Path) -> None:
+    record(tmp_path, "extract", None, status="failed", error="no such table")
+    result, html = tell(tmp_path)
+    assert result.state == "bad"
+    assert "the lake has no items yet" in html
+
+
+def test_a_refusal_by_a_gate_is_to_be_looked_at_and_says_what_goes_on_serving(tmp_path: Path) -> None:
+    whole_night(tmp_path, "2026-03-09")
+    whole_night(tmp_path)
+    record(tmp_path, "promote", None, status="refused", error="not worse on tail: NDCG -0.03")
+    manifests.path_of(tmp_path, DS, "publish").unlink()
+    result, _ = tell(tmp_path)
+    assert result.state == "look"
+    assert "promote was refused by a gate: not worse on tail: NDCG -0.03" in result.points
+    assert "the night is unfinished: publish has not run" in result.points
+    assert "the snapshot of 2026-03-09 goes on serving" in result.verdict
+
+
+def test_a_challenger_below_a_floor_is_to_be_looked_at_even_when_promoted(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    judged = results()["evaluate"]
+    judged["differences"].append(difference("repeat_markov_popularity", "overall", -0.05))
+    record(tmp_path, "evaluate", judged)
+    result, _ = tell(tmp_path)
+    assert result.state == "look"
+    assert result.points == ("the challenger is worse than repeat_markov_popularity: NDCG -0.0500 (95 % -0.0700 to -0.0300)",)
+
+
+def test_after_a_rollback_the_age_is_that_of_the_space_that_serves_again(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    record(tmp_path, "rollback", {"serves_ds": "2026-03-07"})
+    assert "What serves is the snapshot of 2026-03-07: 3 days behind this night." in shown(tell(tmp_path)[1])
+
+
+def test_markup_in_titles_errors_and_reasons_stays_text(tmp_path: Path) -> None:
+    whole_night(tmp_path, genres=(EVIL, "$\\frac{1}$"))
+    extract = results()["extract"]
+    extract["quarantined"] = {f"items: {EVIL}": 2}
+    record(tmp_path, "extract", extract)
+    record(tmp_path, "lookup", None, status="failed", error=EVIL)
+    _, html = tell(tmp_path)
+    assert "&lt;script&gt;window.evil = 1&lt;/script&gt;" in html
+    assert EVIL in json.loads(re.search(r'(?s)id="titles">(.*?)</script>', html)[1])["titles"]  # type: ignore[index]
+
+
+def test_ten_thousand_categories_and_reasons_are_readable(tmp_path: Path) -> None:
+    tables(tmp_path, count=300, genres=tuple(f"genre {number}" for number in range(10_000)))
+    for job, result in results(300).items():
+        record(tmp_path, job, result)
+    extract = results(300)["extract"]
+    extract["quarantined"] = {f"items: reason {number}": number for number in range(10_000)}
+    extract["fill"] = {f"attribute {number}": 1.0 for number in range(10_000)}
+    record(tmp_path, "extract", extract)
+    _, html = tell(tmp_path, category="genre", map_items=200)
+    assert "The first 30 of 10,000 rows." in html
+    assert html.count("<option") == 9, "all, the seven commonest, and the rest"
+    assert len(html) < 600_000
+
+
+def test_a_page_lists_the_ids_of_all_items_it_names(tmp_path: Path) -> None:
+    whole_night(tmp_path, count=400)
+    _, html = tell(tmp_path, map_items=50)
+    data = json.loads(re.search(r'(?s)id="titles">(.*?)</script>', html)[1])  # type: ignore[index]
+    named = {f"Film {item[1:]}" for item in data["named"]} | {EVIL}
+    assert set(re.findall(r"Film \d+", html)) <= named
+    assert len(named) < 200
+
+
+@pytest.mark.parametrize(
+    "wrong", ["{", "[1]", '{"result": 3}', '{"result": {"seen": 3, "rows": [], "history": "x"}, "status": "done", "seconds": 1}']
+)
+def test_manifests_of_another_shape_cost_their_part_not_the_page(tmp_path: Path, wrong: str) -> None:
+    whole_night(tmp_path)
+    for job in ("extract", "evaluate", "rat"):
+        manifests.path_of(tmp_path, DS, job).write_text(wrong)
+    result, html = tell(tmp_path)
+    assert result.state in ("bad", "look", "good")
+    assert "Map of the embeddings" in html
+
+
+@pytest.mark.parametrize("job", results())
+def test_no_value_of_a_manifest_costs_the_page_or_the_events(tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("forest", "bars", "curves", "over_nights"):
+        monkeypatch.setattr(plots, kind, lambda *_, **__: "")
+    runs = {
+        name: {"job": name, "status": "done", "seconds": 1.0, "config": {}, "result": found} for name, found in results().items()
+    }
+    for key in (*runs[job]["result"], "status", "seconds", "started_at", "config", "result", "earlier", "error"):
+        for odd in ("x", [1], [{"a": 1}], {"a": "b"}, {"items": None}, float("inf"), 10**400):
+            own = runs[job]
+            changed = {**own, key: odd} if key not in own["result"] else {**own, "result": {**own["result"], key: odd}}
+            night = nights.Night(
+                ds=DS,
+                runs=tuple(nights.JobRun(name=name, job=name, manifest=changed if name == job else runs[name]) for name in runs),
+            )
+            serving_ds, space_id = serving([night])
+            config = report.Config(run=Run(ds=DS, lake=tmp_path))
+            values = report.measure(config, night, spaces_of(tmp_path, night, [night]), [], None)
+            facts = Facts(
+                night=night, before=(night,), measures=drift.judge(values, [values] * 6, Bounds()), views=None, why_no_views="",
+                gpu_hour_price=1.0, serving_ds=serving_ds, space_id=space_id,
+            )  # fmt: skip
+            assert "</html>" in page(facts)
+            assert len(list(openlineage.events(night, "llmemb"))) == 2 * len(runs)
+
+
+def test_shards_are_counted_together_and_hide_nothing(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    manifests.path_of(tmp_path, DS, "embed").unlink()
+    for shard in range(40):
+        record(tmp_path, f"embed-{shard:05d}-of-00040", {**results()["embed"], "embedded": 10})
+    record(tmp_path, "embed-00007-of-00040", None, status="failed", error="out of memory")
+    result, html = tell(tmp_path)
+    text = shown(html)
+    assert "texts embedded this night 390" in text
+    assert "embed, 39 shards ✓ done 1.6 min" in text
+    assert "embed-00007-of-00040 ✗ failed" in text
+    assert "publish ✓ done" in text, "behind forty shards"
+    assert result.points == ("embed-00007-of-00040 failed: out of memory",)
+
+
+def test_a_thousand_failed_shards_are_named_by_the_first_few(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    for shard in range(1000):
+        record(tmp_path, f"embed-{shard:05d}-of-01000", None, status="failed", error="no GPU")
+    result, _ = tell(tmp_path)
+    assert len(result.points) == 13
+    assert result.points[-1] == "and 988 more"
+
+
+def test_what_a_night_cost_holds_the_runs_that_a_later_one_followed(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    first = {"status": "done", "seconds": 60.0, "result": {"embedded": 40, "tokens": 800, "tokens_per_second": 9.0}}
+    again = {**results()["embed"], "embedded": 0, "tokens": 0, "tokens_per_second": 0.0}
+    record(tmp_path, "embed", again, earlier=[{"status": "failed", "seconds": 20.0}, first])
+    text = shown(tell(tmp_path, gpu_hour_price=3600.0)[1])
+    assert "embed ✓ done 82.5 s in 3 runs" in text
+    assert "texts embedded this night 40" in text
+    assert "Embedding, tokens a second 9.000" in text
+    assert "Device cost per thousand items embedded 2,062" in text, "82.5 s for 40 texts at 1 a second"
+
+
+def test_the_age_of_the_space_is_told_beside_that_of_the_snapshot(tmp_path: Path) -> None:
+    whole_night(tmp_path, "2026-02-08")
+    whole_night(tmp_path)
+    assert f"It is in space {SPACE}, which is 30 days old: first filled with 2026-02-08." in shown(tell(tmp_path)[1])
+
+
+def test_a_report_written_again_has_the_same_bytes(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    first, _ = tell(tmp_path)
+    record(tmp_path, "report", as_json(first))
+    record(tmp_path, "explain", {})
+    assert tell(tmp_path)[0].outputs == first.outputs
+
+
+def test_a_date_without_any_run_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run `python -m jobs extract` first"):
+        tell(tmp_path)
