@@ -46,6 +46,8 @@ COLD_SHARE, COLD_SEED = 0.1, 42
 WHITENED, HIDDEN, PRIOR, ALPHA, TEMPERATURE, COSINE = 1536, 256, 5.0, 0.01, 0.1, 0.07
 TFIDF_WIDTH = 1536
 LEAST = 30
+DEFAULT = "cosine"
+"""The kind of RAT that all variants are made with; of the other, the whole fusion alone."""
 SHOWN = ("overall", "cold", "tail", "head", "short", "long")
 REFERENCES = ("id_only", "llmemb", "popularity", "repeat_markov_popularity", "tfidf_text", "fused_tfidf")
 
@@ -190,10 +192,11 @@ def rank(arguments: argparse.Namespace) -> dict[str, Any]:
             kept |= ranked(kind, bench, table_VD, part)
             kept |= every_variant(arguments, bench, kind, given, llm_NE, mine)
         if arguments.controls:
-            kept |= controls(arguments, bench, next(iter(made.values())), llm_NE, mine)
-        if arguments.tfidf:
+            kept |= controls(arguments, bench, made[DEFAULT], llm_NE, mine)
+        if arguments.tfidf and bench.name == "cold":
             kept |= without_an_llm(arguments, bench, mine)
         told[bench.name] = mine
+        (arguments.out / f"{bench.name}-{arguments.seed}.json").write_text(json.dumps(mine))
         save_file(kept, arguments.out / f"{bench.name}-{arguments.seed}.safetensors")
     return told
 
@@ -204,9 +207,9 @@ def every_variant(
     """Ranks of all fusions over one kind of RAT."""
     kept: dict[str, Tensor] = {}
     for name, config in variants(arguments).items():
-        if kind != "llmemb" and "llmemb" not in config.parts:
+        if kind != DEFAULT and name != "fused":
             continue
-        label = name if kind == "llmemb" else f"{name}_{kind}"
+        label = name if kind == DEFAULT else f"{name}_{kind}"
         kept |= measured(label, bench, given, config, llm_NE, told)
     return kept
 
@@ -267,7 +270,8 @@ def controls(
 def without_an_llm(arguments: argparse.Namespace, bench: Bench, told: dict[str, Any]) -> dict[str, Tensor]:
     """The whole fusion over TF-IDF texts, and those texts ranked untrained: what no LLM is needed for."""
     other_NE = tfidf(arguments.data).to(arguments.device)
-    given = next(iter(materials(arguments, bench, other_NE, {}).values()))
+    arguments = argparse.Namespace(**{**vars(arguments), "kinds": [DEFAULT]})
+    given = materials(arguments, bench, other_NE, {})[DEFAULT]
     alone = Fusion(parts=("text",), text_directions="random", text_width=4096)
     return measured("fused_tfidf", bench, given, Fusion(), other_NE, told) | measured(
         "tfidf_text", bench, given, alone, other_NE, told
@@ -343,7 +347,7 @@ def parse() -> argparse.Namespace:
     first.add_argument("--kinds", type=lambda text: text.split(","), default=["llmemb", "cosine"], help="of RAT")
     first.add_argument("--variants", type=lambda text: text.split(","), default=["all"])
     first.add_argument("--controls", action="store_true", help="also shuffled and Gaussian texts")
-    first.add_argument("--tfidf", action="store_true", help="also the whole fusion over TF-IDF texts")
+    first.add_argument("--tfidf", action="store_true", help="with items held out, also the whole fusion over TF-IDF texts")
     first.add_argument("--epochs", type=int, default=150)
     first.add_argument("--patience", type=int, default=15)
     first.add_argument("--width", type=int, default=128)

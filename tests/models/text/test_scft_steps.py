@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.text import scft
 from models.text.encoder import Encoder
 from models.text.lora import Lora, lora_state
 from models.text.prompts import Attributes
