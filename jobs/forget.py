@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +23,8 @@ from jobs.engines import online
 from jobs.lake import partitions
 from jobs.lake.items import bury
 from jobs.run import InputError, Refused, Run
+
+log = logging.getLogger(__name__)
 
 TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings")
 ECHOES = ("lookup", "recommend", "explain")
@@ -280,7 +282,7 @@ def mentions(lake: Path, item: str) -> Iterator[str]:
 
 def tell(result: Result) -> None:
     """What went and the proof, for a person."""
-    print(f"removed: {result.online_removed} vectors online, rows of the lake {result.lake_removed or 'none'}", file=sys.stderr)
-    print(f"proof: {result.left_online} vectors online, files that name it: {result.left_in_lake or 'none'}", file=sys.stderr)
+    log.info("removed: %s vectors online, rows of the lake %s", result.online_removed, result.lake_removed or "none")
+    log.info("proof: %s vectors online, files that name it: %s", result.left_online, result.left_in_lake or "none")
     if result.named_by_models:
-        print(f"trained before, so they list its id until the next training: {result.named_by_models}", file=sys.stderr)
+        log.warning("trained before, so they list its id until the next training: %s", result.named_by_models)

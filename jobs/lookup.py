@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ from jobs.engines import online
 from jobs.lake import partitions
 from jobs.lake.items import tombstones
 from jobs.run import InputError, Refused, Run
+
+log = logging.getLogger(__name__)
 
 SHOWN = 8
 
@@ -103,8 +105,8 @@ def run(config: Config) -> Result:
         outputs={},
         rows={},
     )
-    print(f"{compared:,} vectors of space {pointer.space_id} ({pointer.ds}) equal the lake's", file=sys.stderr)
-    print(f"{item}: [{', '.join(f'{value:.4f}' for value in result.vector)}, …] width {pointer.width}", file=sys.stderr)
+    log.info("%s vectors of space %s (%s) equal the lake's", f"{compared:,}", pointer.space_id, pointer.ds)
+    log.info("%s: [%s, …] width %d", item, ", ".join(f"{value:.4f}" for value in result.vector), pointer.width)
     return result
 
 

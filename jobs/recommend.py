@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -16,10 +16,13 @@ from feature_repo.index import Index
 from feature_repo.reader import Reader
 from jobs.engines import online, registry
 from jobs.lake import partitions
+from jobs.lake.items import titles
 from jobs.lake.tables import SEQUENCES
 from jobs.lake.tensors import pick_device
 from jobs.run import InputError, Run
 from models.behaviour.recommender import load_recommender
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ def run(config: Config) -> Result:
     seconds = time.monotonic() - started
     exact, _ = nearest(neighbours, user_BD, config, hidden, "exact")
     recent = answer.item_ids[-config.shown :] if config.shown else []
-    names = online.titles(lake, pointer.ds, [*found, *recent])
+    names = titles(lake, pointer.ds, [*found, *recent])
     result = Result(
         space_id=pointer.space_id,
         recommender_id=recommender_id,
@@ -151,9 +154,6 @@ def nearest(
 
 def tell(result: Result) -> None:
     """The recommendations, for a person."""
-    print("history, newest last:", file=sys.stderr)
-    for title in result.recent:
-        print(f"      {title}", file=sys.stderr)
-    print("recommended next:", file=sys.stderr)
-    for number, (title, score) in enumerate(zip(result.titles, result.scores, strict=True), start=1):
-        print(f"  {number:>2}. {title}  ({score:.3f})", file=sys.stderr)
+    best = enumerate(zip(result.titles, result.scores, strict=True), start=1)
+    lines = ["history, newest last:", *(f"      {title}" for title in result.recent), "recommended next:"]
+    log.info("%s", "\n".join([*lines, *(f"  {number:>2}. {title}  ({score:.3f})" for number, (title, score) in best)]))

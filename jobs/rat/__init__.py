@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ from models.behaviour.recommender import Backbone, Items, Recommender, build_seq
 from models.behaviour.training import Aligner, Training, train
 from models.processes import join, same_everywhere
 from models.text.encoder import read_spec
+
+log = logging.getLogger(__name__)
 
 MODEL = "llmemb-recommender"
 
@@ -155,7 +157,7 @@ def run(config: Config) -> Result:
         meta["rotation"] = as_json(turned)
     recommender_id = "0" * 16
     if rank == 0:
-        print(f"rat: {rotation.in_words(turned)}", file=sys.stderr)
+        log.info("%s", rotation.in_words(turned))
         recommender_id = keep(config, recommender, whitening, catalogue.item_ids, meta, turn_DD)
     recommender_id = same_everywhere(recommender_id, device)
     result = Result(
