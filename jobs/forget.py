@@ -81,17 +81,9 @@ def run(config: Config) -> Result:
     if not item:
         raise InputError("forget.item is empty: give an item's id, for example --set forget.item=1193")
     bury(lake, item, config.run.ds)
-    removed: dict[str, int] = {}
-    inputs, outputs = dict[str, str](), dict[str, str]()
     with online.refusals():
         emptied = forget_online(config, item)
-    for name in TABLES:
-        for partition in partitions.committed(lake, name):
-            before = partitions.read_commit(lake, name, partition)
-            if gone := forget_partition(lake, name, partition, item):
-                removed[name] = removed.get(name, 0) + gone
-                inputs[f"{name}/{partition}"] = before.digest
-                outputs[f"{name}/{partition}"] = partitions.read_commit(lake, name, partition).digest
+    removed, inputs, outputs = forget_tables(lake, item)
     if gone := offline.forget(Path(offline_folder(lake)), item):
         removed["feast_offline"] = gone
     drop_leftovers(lake, item)
@@ -120,6 +112,19 @@ def run(config: Config) -> Result:
 
 
 # ---------------------------------------------------------------------------------------------------------------- online
+
+
+def forget_tables(lake: Path, item: str) -> tuple[dict[str, int], dict[str, str], dict[str, str]]:
+    """(rows removed by table, digests of the partitions before, and after)."""
+    removed, inputs, outputs = dict[str, int](), dict[str, str](), dict[str, str]()
+    for name in TABLES:
+        for partition in partitions.committed(lake, name):
+            before = partitions.read_commit(lake, name, partition)
+            if gone := forget_partition(lake, name, partition, item):
+                removed[name] = removed.get(name, 0) + gone
+                inputs[f"{name}/{partition}"] = before.digest
+                outputs[f"{name}/{partition}"] = partitions.read_commit(lake, name, partition).digest
+    return removed, inputs, outputs
 
 
 def forget_online(config: Config, item: str) -> int:

@@ -123,14 +123,8 @@ def run(config: Config) -> Result:
     partition = online.partition_of(space_id, config.run.ds)
     width = online.width_of(lake, partition)
     hash_N = inspected(config, partition, width)
-    space = Space(
-        space_id=space_id,
-        recommender_id=made_by["recommender_id"],
-        ds=config.run.ds,
-        width=width,
-        codec=config.codec,
-        items=len(hash_N),
-    )
+    space = Space(space_id=space_id, recommender_id=made_by["recommender_id"], ds=config.run.ds, width=width,
+                  codec=config.codec, items=len(hash_N))  # fmt: skip
     clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
     with online.refusals():
         register(lake)
@@ -147,16 +141,28 @@ def run(config: Config) -> Result:
         clock.lap("offline", f"history up to {space.ds}")
     with online.refusals():
         figures = put_online(config, space, before, hash_N, clock)
+    digests = {
+        "inputs": {"item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest},
+        "outputs": {"index": index_digest, "pointer": online.pointer_text(figures.after)},
+    }
+    return summed(space, made_by, moved, before, figures, found, clock, digests)
+
+
+def summed(
+    space: Space, made_by: dict[str, str], moved: Compatibility, before: Pointer | None, figures: Figures, found: float,
+    clock: Clock, digests: dict[str, dict[str, str]],
+) -> Result:  # fmt: skip
+    """The Result of a publish; `found` is the recall of the approximate index."""
     after = figures.after
     return Result(
-        space_id=space_id,
+        space_id=space.space_id,
         encoder_id=made_by["encoder_id"],
         recommender_id=made_by["recommender_id"],
         previous_space_id=after.previous.space_id if after.previous else "",
         sequence=after.sequence,
         kind=kind(before, after),
         codec=space.codec,
-        width=width,
+        width=space.width,
         items=space.items,
         written=figures.written,
         removed=figures.removed,
@@ -168,12 +174,8 @@ def run(config: Config) -> Result:
         churn=moved.churn,
         recall_at_10=round(found, 4),
         seconds=clock.seconds,
-        inputs={
-            "item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest,
-            "encoder": made_by["encoder_id"],
-            "recommender": made_by["recommender_id"],
-        },
-        outputs={"index": index_digest, "pointer": online.pointer_text(after)},
+        inputs=digests["inputs"] | {"encoder": made_by["encoder_id"], "recommender": made_by["recommender_id"]},
+        outputs=digests["outputs"],
         rows={"item_embedding": figures.verified},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +14,14 @@ import pyarrow.compute as pc
 import torch
 
 from feature_repo.index import Index
-from feature_repo.reader import Reader
+from feature_repo.reader import Pointer, Reader
 from jobs.engines import online, registry
 from jobs.lake import partitions
 from jobs.lake.items import titles
 from jobs.lake.tables import SEQUENCES
 from jobs.lake.tensors import pick_device
 from jobs.run import InputError, Run
-from models.behaviour.recommender import load_recommender
+from models.behaviour.recommender import LoadedRecommender, load_recommender
 
 log = logging.getLogger(__name__)
 
@@ -86,23 +87,17 @@ def run(config: Config) -> Result:
     neighbours = online.open_index(lake, pointer.space)
     history = history_of(config, reader)
     started = time.monotonic()
-    answer = reader.vectors(history[-recommender.backbone.max_len :])
-    if answer.pointer.space_id != pointer.space_id:
-        raise InputError("another space began to serve meanwhile: run recommend again")
-    if not answer.item_ids:
-        raise InputError("no item of the user's history is in the space that serves: has publish run for the newest items?")
-    emb_BLD = torch.from_numpy(answer.vector_ND)[None]
-    user_BD = recommender.encode(emb_BLD, torch.ones(emb_BLD.shape[:2], dtype=torch.bool)).float().cpu().numpy()
+    met, user_BD = encoded(reader, recommender, pointer, history)
     hidden = set(history) if config.exclude_seen else set()
     found, scores = nearest(neighbours, user_BD, config, hidden, config.index)
     seconds = time.monotonic() - started
     exact, _ = nearest(neighbours, user_BD, config, hidden, "exact")
-    recent = answer.item_ids[-config.shown :] if config.shown else []
+    recent = met[-config.shown :] if config.shown else []
     names = titles(lake, pointer.ds, [*found, *recent])
     result = Result(
         space_id=pointer.space_id,
         recommender_id=recommender_id,
-        history_items=len(answer.item_ids),
+        history_items=len(met),
         recent=[names[item_id] for item_id in recent],
         item_ids=found,
         titles=[names[item_id] for item_id in found],
@@ -115,6 +110,20 @@ def run(config: Config) -> Result:
     )
     tell(result)
     return result
+
+
+def encoded(
+    reader: Reader, recommender: LoadedRecommender, pointer: Pointer, history: Sequence[str]
+) -> tuple[list[str], npt.NDArray[np.float32]]:
+    """(items of the history that are online, user_BD). Raises InputError where there is none, or the space changed."""
+    answer = reader.vectors(history[-recommender.backbone.max_len :])
+    if answer.pointer.space_id != pointer.space_id:
+        raise InputError("another space began to serve meanwhile: run recommend again")
+    if not answer.item_ids:
+        raise InputError("no item of the user's history is in the space that serves: has publish run for the newest items?")
+    emb_BLD = torch.from_numpy(answer.vector_ND)[None]
+    user_BD = recommender.encode(emb_BLD, torch.ones(emb_BLD.shape[:2], dtype=torch.bool)).float().cpu().numpy()
+    return answer.item_ids, user_BD
 
 
 def history_of(config: Config, reader: Reader) -> list[str]:
