@@ -84,7 +84,7 @@ def commands(run: dict[str, Any], lake: Path) -> list[list[str]]:
         artifacts = (lake / "mlartifacts").as_uri()
         found.append([sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, *where,
                       "--default-artifact-root", artifacts])  # fmt: skip
-    # not by Feast's command, which asks for gRPC's health package that nothing else needs
+    # the stores' settings come from the environment, as for the jobs
     program = "import sys, feast; feast.FeatureStore(sys.argv[1]).serve_ui(host=sys.argv[2], port=int(sys.argv[3]))"
     found.append([sys.executable, "-c", program, str(ROOT / "feature_repo"), "127.0.0.1", str(PORTS["feast"])])
     return found
