@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo test test-gpu lint clean
+.PHONY: help install demo test test-gpu lint night airflow clean
 
 help: ## says what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -38,6 +38,12 @@ lint: $(STAMP) ## ruff, mypy strict, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+night: $(STAMP) ## runs a night on your own tables: make night RECIPE=shop/recipe.toml DS=2026-01-31 (TRAIN=1 trains anew)
+	$(BIN)/python -m jobs night --recipe "$(RECIPE)" --ds "$(DS)" $(if $(TRAIN),--train)
+
+airflow: $(STAMP) ## Airflow, MLflow and Feast's page for your recipe: make airflow RECIPE=shop/recipe.toml
+	$(BIN)/python infra/standalone.py "$(RECIPE)"
 
 clean: ## removes the demo's folder (not .venv)
 	rm -rf "$(LLMEMB_DEMO)"

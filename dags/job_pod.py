@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk.exceptions import AirflowException
-from job_task import ROOT, judge, setting
+from job_process import ROOT, judge, setting
 
 TAIL = 100
 """Raw log lines that are asked for: a node breaks a line at 16 KiB, and libraries that end may say more than the job does."""

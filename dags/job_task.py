@@ -10,41 +10,22 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import logging
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 import urllib.request
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, Asset, AssetAlias, AssetOrTimeSchedule, BaseOperator, CronDataIntervalTimetable, Param
+from airflow.sdk import DAG, Asset, AssetAlias, AssetOrTimeSchedule, CronDataIntervalTimetable, Param
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+from job_process import ROOT, JobProcess, log, setting
 
-ROOT = Path(__file__).resolve().parent.parent
 GPU_JOBS = ("scft", "embed", "pretrain", "rat", "evaluate")
 HOURS = {"extract": 6, "scft": 24, "embed": 12, "pretrain": 12, "rat": 12, "evaluate": 4, "publish": 6}
 """How long a try may take; two hours for the others."""
 DATE = "{{ snapshot_date(params, dag_run, triggering_asset_events) }}"
-GRACE_S = 30
-"""What a job gets to save its checkpoint when it is told to stop."""
-
-log = logging.getLogger("airflow.task.job")
 
 # --------------------------------------------------------------------------------------------------------------- settings
-
-
-def setting(name: str, default: str = "") -> str:
-    """The environment variable LLMEMB_NAME."""
-    return os.environ.get(f"LLMEMB_{name}", default)
 
 
 def asset(name: str) -> Asset:
@@ -167,69 +148,6 @@ def announce(context: Any, result: Any, *, makes: Asset, when: Callable[[Mapping
         context["outlet_events"][makes].extra = extra
     elif when(result):
         context["outlet_events"][AssetAlias(makes.name)].add(makes, extra=extra)
-
-
-# --------------------------------------------------------------------------------------------------------------- processes
-
-
-class JobProcess(BaseOperator):  # type: ignore[misc]
-    """Runs a job as a process of this machine; its standard error is the task's log, as it comes, its Result the XCom."""
-
-    template_fields: Sequence[str] = ("command",)
-    ui_color = "#e8f4ea"
-
-    def __init__(self, *, command: list[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.command = command
-        self.child: subprocess.Popen[str] | None = None
-
-    def execute(self, context: Any) -> Any:
-        """The job's Result. Raises what `judge` makes of its exit status."""
-        line = [setting("PYTHON", sys.executable), "-m", "jobs", *self.command]
-        log.info("$ %s", " ".join(line))
-        started, printed, last = time.monotonic(), deque[str](maxlen=1), ""
-        # a session of its own: stopping it stops what it started, a Spark driver or the ranks of a training
-        self.child = subprocess.Popen(
-            line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-        )
-        try:
-            assert self.child.stdout and self.child.stderr
-            reader = threading.Thread(target=printed.extend, args=(self.child.stdout,), daemon=True)
-            reader.start()
-            for text in self.child.stderr:
-                last = text.rstrip() or last
-                log.info("%s", text.rstrip())
-            status = self.child.wait()
-            reader.join()
-        finally:
-            self.on_kill()
-        judge(self.command[0], status, last, context)
-        log.info("%s: done in %.1f s", self.command[0], time.monotonic() - started)
-        return json.loads(printed[0])
-
-    def on_kill(self) -> None:
-        """Stops the process and what it started, if they still run: politely, then at once."""
-        if self.child is None or self.child.poll() is not None:
-            return
-        os.killpg(self.child.pid, signal.SIGTERM)
-        try:
-            self.child.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.child.pid, signal.SIGKILL)
-
-
-def judge(job: str, status: int | None, last: str, context: Any) -> None:
-    """What an exit status means: 0 done, 2 the input is at fault and 3 refused by a gate (both final), else worth a retry.
-
-    A backfill must not turn serving back, so a `publish` that refuses its older date is skipped there.
-    """
-    if status == 0:
-        return
-    if status == 3 and job == "publish" and context["dag_run"].run_type == "backfill":
-        raise AirflowSkipException(f"the lake is filled, what serves stays: {last}")
-    if status in (2, 3):
-        raise AirflowFailException(last or f"{job} ended with status {status}")
-    raise AirflowException(f"{job} ended with status {status}: {last}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ alerts

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from airflow.sdk import Param
-from job_task import job_dag, job_task, schedule, setting
+from job_process import setting
+from job_task import job_dag, job_task, schedule
 
 with job_dag(
     "maintenance",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import TriggerRule
-from job_task import asset, job_dag, job_task, schedule, setting
+from job_process import setting
+from job_task import asset, job_dag, job_task, schedule
 
 DOC = """
 `extract` takes a snapshot, `embed` runs what changed through the champion's encoder, `project` bends it with the champion's

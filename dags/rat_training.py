@@ -8,7 +8,8 @@ from typing import Any
 
 from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import task
-from job_task import asset, job_dag, job_task, schedule, setting
+from job_process import setting
+from job_task import asset, job_dag, job_task, schedule
 
 DOC = """
 `embed` runs the catalogue through the newest encoder, `pretrain` trains the collaborative teacher, `rat` the recommender,

@@ -1,31 +1,54 @@
-"""Writes docs/recipes.md: every key that a recipe may hold, from the Config types and the texts under their fields.
+"""Writes docs/recipes.md: every key that a recipe may hold, from the JSON schema of the Config types.
 
     python docs/generate.py
 
-Sources are read, not imported: neither Spark nor torch needs to be there. A test holds the page against the types.
+The meaning of a key is the text under its field, which pydantic reads into the schema. A test holds the page against the types.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+import dataclasses
+import importlib
+import json
+import sys
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from jobs.__main__ import JOBS, SHARED  # noqa: E402 (the checkout's own)
+
 PAGE = ROOT / "docs" / "recipes.md"
 HEAD = """# Recipes: every key
 
 <!-- Written by docs/generate.py from the Config types: change the text under a field there and run it. -->
 
-A recipe is one TOML file with a table for each job; shipped ones are `jobs/recipes/smoke.toml` and `prod.toml`. A key that is
-not here is refused by name. `$NAME` in a text is replaced from the environment. `--set job.key=value` overrides one value:
+A recipe is one TOML file with a table for each job; shipped ones are `jobs/recipes/starter.toml`, `smoke.toml` and `prod.toml`.
+A key that is not here is refused by name. `$NAME` in a text is replaced from the environment. `--set job.key=value` overrides one
+value:
 
     python -m jobs publish --recipe jobs/recipes/smoke.toml --ds 1998-04-22 --set publish.codec=float16
 
-Keys without a default must be given.
+Keys without a default must be given. A level says who needs a key: **first** is for everybody, `usual` for most who run it every
+night, `expert` for those who measure what a change does.
+
+## Set these first
 """
+FIRST = (
+    "run.lake", "run.tracking_uri", "extract.items.table", "extract.items.item_id", "extract.items.attributes",
+    "extract.interactions.table", "extract.interactions.user_id", "extract.interactions.item_id",
+    "extract.interactions.timestamp", "extract.interactions.unit", "scft.base", "scft.policy.domain",
+)  # fmt: skip
+"""What nobody can leave as it is, in the order in which a new recipe names it."""
+PLAIN = ("items", "interactions", "policy", "spark", "floors")
+"""Nested tables whose keys are no matter for experts."""
+WORDS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,77 +62,75 @@ class Key:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A class definition and the module it stands in."""
-
-    module: str
-    node: ast.ClassDef
-
-
-@cache
-def parsed(module: str) -> ast.Module:
-    """A module's syntax tree."""
-    return ast.parse(source_of(module).read_text())
+def schema_of(config: Any) -> dict[str, Any]:
+    """The JSON schema of a dataclass, with the text under each field as its description."""
+    describe(config)
+    found: dict[str, Any] = TypeAdapter(config).json_schema()
+    return found
 
 
-def source_of(module: str) -> Path:
-    """The file of a module, or of a package."""
-    path = ROOT / module.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+def describe(config: Any) -> None:
+    """Lets pydantic read the texts under the fields of a dataclass and of those nested in it."""
+    config.__pydantic_config__ = {"use_attribute_docstrings": True}
+    for hint in typing.get_type_hints(config).values():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                describe(part)
 
 
-def find(module: str, name: str) -> Place | str | None:
-    """What a name means in a module: a class of ours, the text of an assigned type such as `Literal[…]`, or None."""
-    for node in parsed(module).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return Place(module=module, node=node)
-        if isinstance(node, ast.Assign) and any(isinstance(target, ast.Name) and target.id == name for target in node.targets):
-            return ast.unparse(node.value)
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
-            source = node.module or ""
-            return find(source, name) if source.split(".")[0] in ("jobs", "models", "feature_repo") else None
-    return None
+def config_of(table: str) -> Any:
+    """The dataclass that a table of the recipe fills."""
+    if table == "run":
+        return importlib.import_module("jobs.run").Run
+    if table in SHARED:
+        config = importlib.import_module(f"jobs.{SHARED[table][0]}").Config
+        return typing.get_type_hints(config)[table]
+    return importlib.import_module(f"jobs.{table}").Config
 
 
-def fields(place: Place) -> Iterator[tuple[ast.AnnAssign, str]]:
-    """A dataclass's fields, each with the text under it."""
-    body = place.node.body
-    for number, node in enumerate(body):
-        if isinstance(node, ast.AnnAssign):
-            after = body[number + 1] if number + 1 < len(body) else None
-            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            yield node, " ".join(str(text).split())
+def keys(table: str) -> list[Key]:
+    """Every key of a table of the recipe, nested ones with dotted names."""
+    schema = schema_of(config_of(table))
+    return list(walk(schema, schema.get("$defs", {})))
 
 
-def keys(place: Place, prefix: str = "") -> Iterator[Key]:
-    """Every key of a config, nested ones with dotted names."""
-    for node, text in fields(place):
-        name = f"{prefix}{ast.unparse(node.target)}"
-        if name == "run":
+def walk(schema: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[Key]:
+    """Keys of one object of a schema."""
+    for field, value in schema["properties"].items():
+        if field in ("run", "ds") and not prefix:
             continue
-        kind = find(place.module, node.annotation.id) if isinstance(node.annotation, ast.Name) else None
-        if isinstance(kind, Place):
-            yield from keys(kind, f"{name}.")
+        nested = known.get(str(value.get("$ref", "")).rpartition("/")[2])
+        if nested is not None and "properties" in nested:
+            yield from walk(nested, known, f"{prefix}{field}.")
         else:
-            yield Key(name=name, kind=kind or ast.unparse(node.annotation), default=default(node.value, place.module), text=text)
+            text = " ".join(str(value.get("description", "")).split())
+            yield Key(name=f"{prefix}{field}", kind=kind(value, known), default=default(schema, field, value), text=text)
 
 
-def default(value: ast.expr | None, module: str) -> str:
+def kind(value: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """A type as Python writes it."""
+    if "$ref" in value:
+        return kind(known[value["$ref"].rpartition("/")[2]], known)
+    if "anyOf" in value:
+        return " | ".join(kind(part, known) for part in value["anyOf"])
+    if "enum" in value or "const" in value:
+        return f"Literal[{', '.join(json.dumps(choice) for choice in value.get('enum', [value.get('const')]))}]"
+    if value.get("type") == "array":
+        parts = value.get("prefixItems")
+        inner = ", ".join(kind(part, known) for part in parts) if parts else f"{kind(value.get('items', {}), known)}, ..."
+        return f"tuple[{inner}]"
+    if value.get("type") == "object":
+        inside = value.get("additionalProperties")
+        return f"dict[str, {kind(inside, known)}]" if isinstance(inside, dict) else "dict[str, Any]"
+    return "Path" if value.get("format") == "path" else WORDS.get(str(value.get("type")), "Any")
+
+
+def default(schema: Mapping[str, Any], field: str, value: Mapping[str, Any]) -> str:
     """A field's default as a recipe would write it; empty where it must be given."""
-    if value is None:
+    if field in schema.get("required", ()):
         return ""
-    if isinstance(value, ast.Call):
-        factory = next((word.value for word in value.keywords if word.arg == "default_factory"), None)
-        given = next((word.value for word in value.keywords if word.arg == "default"), None)
-        return {"dict": "{}", "list": "[]", "tuple": "[]"}.get(ast.unparse(factory), "") if factory else default(given, module)
-    if isinstance(value, ast.Name):
-        known = find(module, value.id)
-        return known if isinstance(known, str) else value.id
-    try:
-        return toml(ast.literal_eval(value))
-    except ValueError:
-        return ast.unparse(value)
+    empty: Any = {} if value.get("type") == "object" else []
+    return toml(value.get("default", empty))
 
 
 def toml(value: object) -> str:
@@ -123,27 +144,17 @@ def toml(value: object) -> str:
     return str(value)
 
 
-def jobs() -> dict[str, str]:
-    """Jobs and their purposes, in the order of the command line."""
-    for node in parsed("jobs.__main__").body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "JOBS":
-            found: dict[str, str] = ast.literal_eval(node.value)
-            return found
-    raise ValueError("jobs/__main__.py has no JOBS")
+def level(table: str, key: Key) -> str:
+    """Who needs a key."""
+    if f"{table}.{key.name}" in FIRST:
+        return "**first**"
+    expert = table in SHARED or ("." in key.name and key.name.partition(".")[0] not in PLAIN)
+    return "expert" if expert else "usual"
 
 
 def cell(text: str) -> str:
     """A text in a Markdown table."""
     return text.replace("|", "\\|")
-
-
-def section(title: str, purpose: str, place: Place) -> str:
-    """A job's part of the page."""
-    found = list(keys(place))
-    if not found:
-        return f"\n## {title}\n\n{purpose}\n\nNo keys.\n"
-    rows = [f"| `{key.name}` | `{cell(key.kind)}` | {shown(key.default)} | {cell(key.text)} |" for key in found]
-    return f"\n## {title}\n\n{purpose}\n\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def shown(text: str) -> str:
@@ -153,15 +164,33 @@ def shown(text: str) -> str:
     return f"`{cell(text if len(text) <= 90 else f'{text[:87]}…')}`"
 
 
+def section(table: str, purpose: str) -> str:
+    """A table's part of the page: the keys to set first stand first."""
+    found = sorted(keys(table), key=lambda key: f"{table}.{key.name}" not in FIRST)
+    if not found:
+        return f"\n## {table}\n\n{purpose}\n\nNo keys.\n"
+    rows = [
+        f"| `{key.name}` | {level(table, key)} | `{cell(key.kind)}` | {shown(key.default)} | {cell(key.text)} |" for key in found
+    ]
+    head = "| key | level | type | default | meaning |\n|---|---|---|---|---|\n"
+    return f"\n## {table}\n\n{purpose}\n\n{head}" + "\n".join(rows) + "\n"
+
+
+def first() -> str:
+    """The dozen keys that a new recipe names."""
+    found = {f"{table}.{key.name}": key for table in ("run", "extract", "scft") for key in keys(table)}
+    rows = [f"| `{name}` | {shown(found[name].default)} | {cell(found[name].text)} |" for name in FIRST]
+    return "\n| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
 def page() -> str:
     """The whole reference."""
-    run = find("jobs.run", "Run")
-    assert isinstance(run, Place)
-    parts = [HEAD, section("run", "What all jobs of one night share; `ds` is the command line's `--ds`.", run)]
-    for job, purpose in jobs().items():
-        place = find(f"jobs.{job}", "Config") if source_of(f"jobs.{job}").exists() else None
-        if isinstance(place, Place):
-            parts.append(section(job, f"{purpose[0].upper()}{purpose[1:]}.", place))
+    parts = [HEAD, first(), section("run", "What all jobs of one night share; `ds` is the command line's `--ds`.")]
+    for job, purpose in JOBS.items():
+        parts.append(section(job, f"{purpose[0].upper()}{purpose[1:]}."))
+    for table, users in SHARED.items():
+        both = " and ".join(f"`{job}`" for job in users)
+        parts.append(section(table, f"Shared by {both}; a table of that name inside one of them goes before it."))
     return "".join(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-import sys
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
 from jobs.engines import online
 from jobs.run import InputError, Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,9 @@ def run(config: Config) -> Result:
         done = spaces.collect(store, reader, grace)
         indexes = remove_indexes(lake, done.kept, set(done.waiting), grace)
     for space_id, rows in done.removed.items():
-        print(f"space {space_id}: {rows:,} vectors removed", file=sys.stderr)
+        log.info("space %s: %s vectors removed", space_id, f"{rows:,}")
     for space_id, hours in done.waiting.items():
-        print(f"space {space_id}: stays {hours} hours more", file=sys.stderr)
+        log.info("space %s: stays %s hours more", space_id, hours)
     return Result(
         removed=done.removed,
         waiting=done.waiting,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +23,8 @@ from jobs.engines import online
 from jobs.lake import partitions
 from jobs.lake.items import bury
 from jobs.run import InputError, Refused, Run
+
+log = logging.getLogger(__name__)
 
 TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings")
 ECHOES = ("lookup", "recommend", "explain")
@@ -79,17 +81,9 @@ def run(config: Config) -> Result:
     if not item:
         raise InputError("forget.item is empty: give an item's id, for example --set forget.item=1193")
     bury(lake, item, config.run.ds)
-    removed: dict[str, int] = {}
-    inputs, outputs = dict[str, str](), dict[str, str]()
     with online.refusals():
         emptied = forget_online(config, item)
-    for name in TABLES:
-        for partition in partitions.committed(lake, name):
-            before = partitions.read_commit(lake, name, partition)
-            if gone := forget_partition(lake, name, partition, item):
-                removed[name] = removed.get(name, 0) + gone
-                inputs[f"{name}/{partition}"] = before.digest
-                outputs[f"{name}/{partition}"] = partitions.read_commit(lake, name, partition).digest
+    removed, inputs, outputs = forget_tables(lake, item)
     if gone := offline.forget(Path(offline_folder(lake)), item):
         removed["feast_offline"] = gone
     drop_leftovers(lake, item)
@@ -118,6 +112,19 @@ def run(config: Config) -> Result:
 
 
 # ---------------------------------------------------------------------------------------------------------------- online
+
+
+def forget_tables(lake: Path, item: str) -> tuple[dict[str, int], dict[str, str], dict[str, str]]:
+    """(rows removed by table, digests of the partitions before, and after)."""
+    removed, inputs, outputs = dict[str, int](), dict[str, str](), dict[str, str]()
+    for name in TABLES:
+        for partition in partitions.committed(lake, name):
+            before = partitions.read_commit(lake, name, partition)
+            if gone := forget_partition(lake, name, partition, item):
+                removed[name] = removed.get(name, 0) + gone
+                inputs[f"{name}/{partition}"] = before.digest
+                outputs[f"{name}/{partition}"] = partitions.read_commit(lake, name, partition).digest
+    return removed, inputs, outputs
 
 
 def forget_online(config: Config, item: str) -> int:
@@ -280,7 +287,7 @@ def mentions(lake: Path, item: str) -> Iterator[str]:
 
 def tell(result: Result) -> None:
     """What went and the proof, for a person."""
-    print(f"removed: {result.online_removed} vectors online, rows of the lake {result.lake_removed or 'none'}", file=sys.stderr)
-    print(f"proof: {result.left_online} vectors online, files that name it: {result.left_in_lake or 'none'}", file=sys.stderr)
+    log.info("removed: %s vectors online, rows of the lake %s", result.online_removed, result.lake_removed or "none")
+    log.info("proof: %s vectors online, files that name it: %s", result.left_online, result.left_in_lake or "none")
     if result.named_by_models:
-        print(f"trained before, so they list its id until the next training: {result.named_by_models}", file=sys.stderr)
+        log.warning("trained before, so they list its id until the next training: %s", result.named_by_models)

@@ -1,8 +1,16 @@
-"""One JSON line a job's end for log collectors, of fields on an allow-list: what is not named here never reaches a log."""
+"""Logs of the jobs, on standard error: a line of text each, or with LLMEMB_LOG=json one JSON object for log collectors.
+
+A JSON line holds fields of an allow-list alone. The last one of a job tells how it ended, from its manifest: what is not named
+here never reaches a log.
+"""
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import logging
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,12 +26,76 @@ FIELDS: Mapping[str, type | tuple[type, ...]] = {
 """Of a manifest: whole values of these types. Errors stay out: their text may quote what was read."""
 COUNTS = "rows"
 """Row counts by table, the only nested field."""
+ROOT = "jobs"
 
 
-def line(manifest: Mapping[str, Any]) -> str:
-    """The JSON line of a manifest."""
+def start(job: str = "", ds: str = "") -> None:
+    """Sends the jobs' logs from INFO on, and the libraries' warnings, to standard error. A second call replaces the first."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, ToStandardError)]:
+        root.removeHandler(handler)
+    handler = ToStandardError()
+    handler.setFormatter(Json(job, ds) if as_json() else Text())
+    root.addHandler(handler)
+    logging.getLogger(ROOT).setLevel(logging.INFO)
+
+
+def as_json() -> bool:
+    """Whether logs are for a collector."""
+    return os.environ.get("LLMEMB_LOG") == "json"
+
+
+class ToStandardError(logging.Handler):
+    """Writes to what standard error is now, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record, in one write: processes of one job share the terminal."""
+        try:
+            line = self.format(record)
+            if "tqdm" in sys.modules and sys.stderr.isatty():
+                sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+            else:
+                sys.stderr.write(f"{line}\n")
+                sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+class Text(logging.Formatter):
+    """`01:02:03 INFO    embed: text`, in UTC."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record; a text of several lines stays one record."""
+        clock = f"{moment(record):%H:%M:%S}"
+        line = f"{clock} {record.levelname:<7} {record.name.removeprefix(f'{ROOT}.')}: {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class Json(logging.Formatter):
+    """A JSON object of time, level, logger, job, ds and message; of a job's end also the allowed fields of its manifest."""
+
+    def __init__(self, job: str, ds: str) -> None:
+        super().__init__()
+        self.about = {name: value for name, value in (("job", job), ("ds", ds)) if value}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The JSON line of a record."""
+        shown = {"time": moment(record).isoformat(timespec="milliseconds"), "level": record.levelname, "logger": record.name}
+        message = {"message": record.getMessage()}
+        if record.exc_info:
+            message["exception"] = self.formatException(record.exc_info)
+        return json.dumps({**shown, **self.about, **message, **allowed(getattr(record, "manifest", {}))}, sort_keys=True)
+
+
+def moment(record: logging.LogRecord) -> dt.datetime:
+    """When a record was made, UTC."""
+    return dt.datetime.fromtimestamp(record.created, dt.UTC)
+
+
+def allowed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a manifest that a log may hold."""
     kept: dict[str, Any] = {name: manifest[name] for name, kind in FIELDS.items() if isinstance(manifest.get(name), kind)}
     counts = manifest.get(COUNTS)
     if isinstance(counts, Mapping):
         kept[COUNTS] = {str(name): count for name, count in counts.items() if isinstance(count, int)}
-    return json.dumps(kept, sort_keys=True)
+    return kept

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from dataclasses import dataclass
 
 import numpy as np
 
-from feature_repo.reader import BATCH, Answer, Reader, encode
+from feature_repo.reader import BATCH, Answer, Pointer, Reader, encode
 from jobs.engines import online
 from jobs.lake import partitions
 from jobs.lake.items import tombstones
 from jobs.run import InputError, Refused, Run
+
+log = logging.getLogger(__name__)
 
 SHOWN = 8
 
@@ -71,11 +73,7 @@ def run(config: Config) -> Result:
     lake = config.run.lake
     reader = Reader.over_http(config.url) if config.url else Reader.open(lake)
     pointer = online.served(reader)
-    age_days = round(pointer.age.total_seconds() / 86_400, 2)
-    if config.max_age_days and age_days > config.max_age_days:
-        raise Refused(
-            f"what serves is of {pointer.ds}, {age_days} days old, more than lookup.max_age_days = {config.max_age_days}"
-        )
+    age_days = checked_age(config, pointer)
     partition = online.partition_of(pointer.space_id, pointer.ds)
     compared, milliseconds, first = compare(config, reader, partition, pointer.codec, pointer.items)
     item = str(config.item) or first
@@ -103,9 +101,19 @@ def run(config: Config) -> Result:
         outputs={},
         rows={},
     )
-    print(f"{compared:,} vectors of space {pointer.space_id} ({pointer.ds}) equal the lake's", file=sys.stderr)
-    print(f"{item}: [{', '.join(f'{value:.4f}' for value in result.vector)}, …] width {pointer.width}", file=sys.stderr)
+    log.info("%s vectors of space %s (%s) equal the lake's", f"{compared:,}", pointer.space_id, pointer.ds)
+    log.info("%s: [%s, …] width %d", item, ", ".join(f"{value:.4f}" for value in result.vector), pointer.width)
     return result
+
+
+def checked_age(config: Config, pointer: Pointer) -> float:
+    """Age of what serves, in days. Raises Refused where it is too old."""
+    age_days: float = round(pointer.age.total_seconds() / 86_400, 2)
+    if config.max_age_days and age_days > config.max_age_days:
+        raise Refused(
+            f"what serves is of {pointer.ds}, {age_days} days old, more than lookup.max_age_days = {config.max_age_days}"
+        )
+    return age_days
 
 
 def compare(config: Config, reader: Reader, partition: str, codec: str, items: int) -> tuple[int, list[float], str]:

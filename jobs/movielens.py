@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
+import logging
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ import pandas as pd
 from jobs.engines.spark import session
 from jobs.lake.partitions import digest_file
 from jobs.run import InputError, Run
+
+log = logging.getLogger(__name__)
 
 FOLDER = "recbole/dataset_example/ml-100k"
 
@@ -56,7 +58,7 @@ def run(config: Config) -> Result:
         rows = spark.createDataFrame(list(zip(*columns.values(), strict=True)), list(columns))
         rows.coalesce(1).write.mode("overwrite").format("parquet").saveAsTable(f"{config.database}.{name}")
         outputs[f"{config.database}.{name}"] = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
-        print(f"{config.database}.{name}: {len(frame):,} rows", file=sys.stderr)
+        log.info("%s.%s: %s rows", config.database, name, f"{len(frame):,}")
     spark.stop()
     counts = {f"{config.database}.{name}": len(frame) for name, frame in tables.items()}
     return Result(inputs={"wheel": digest_file(config.wheel)}, outputs=outputs, rows=counts)

@@ -13,7 +13,7 @@ import torch
 
 from jobs.engines import registry
 from jobs.lake import artifacts, partitions
-from jobs.lake.items import tombstones
+from jobs.lake.items import live_items
 from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
 from jobs.lake.tensors import embeddings_digest, pick_device, read_embeddings
 from jobs.run import InputError, Run
@@ -100,12 +100,11 @@ def passes(config: Config, partition: str) -> Iterator[pa.Table]:
     """The catalogue's (item_id, content_hash), at most about `pass_items` at once: ranges of the hash, which is even."""
     count = max(1, -(-partitions.read_commit(config.run.lake, ITEMS.name, partition).rows // config.pass_items))
     bounds = [f"{number * 16**8 // count:08x}" for number in range(count)] + ["g"]
-    forgotten = pa.array(sorted(tombstones(config.run.lake)), pa.string())
     for low, high in itertools.pairwise(bounds):
         found = []
-        for batch in partitions.scan(config.run.lake, ITEMS, partition, columns=("item_id", "content_hash")):
+        for batch in live_items(config.run.lake, partition, ("item_id", "content_hash")):
             inside = pc.and_(pc.greater_equal(batch["content_hash"], low), pc.less(batch["content_hash"], high))
-            found.append(batch.filter(pc.and_(inside, pc.invert(pc.is_in(batch["item_id"], forgotten)))))
+            found.append(batch.filter(inside))
         if any(batch.num_rows for batch in found):
             yield pa.Table.from_batches(found).sort_by("item_id")
 

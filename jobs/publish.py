@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from sqlalchemy.exc import OperationalError
 
 from feature_repo import compatibility, feature_definitions, index, offline, spaces
@@ -22,9 +21,11 @@ from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_sto
 from feature_repo.stores import Store, lease, open_writer
 from jobs.engines import online, registry
 from jobs.lake import partitions
-from jobs.lake.items import tombstones
+from jobs.lake.items import live_items, tombstones
 from jobs.lake.tables import ITEMS, space_of
 from jobs.run import InputError, Refused, Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class Clock:
         now = time.monotonic()
         self.seconds[step] = round(now - self.last, 4)
         self.last = now
-        print(f"{step}: {what} in {self.seconds[step]:.2f} s", file=sys.stderr, flush=True)
+        log.info("%s: %s in %.2f s", step, what, self.seconds[step])
 
 
 def run(config: Config) -> Result:
@@ -122,14 +123,8 @@ def run(config: Config) -> Result:
     partition = online.partition_of(space_id, config.run.ds)
     width = online.width_of(lake, partition)
     hash_N = inspected(config, partition, width)
-    space = Space(
-        space_id=space_id,
-        recommender_id=made_by["recommender_id"],
-        ds=config.run.ds,
-        width=width,
-        codec=config.codec,
-        items=len(hash_N),
-    )
+    space = Space(space_id=space_id, recommender_id=made_by["recommender_id"], ds=config.run.ds, width=width,
+                  codec=config.codec, items=len(hash_N))  # fmt: skip
     clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
     with online.refusals():
         register(lake)
@@ -146,16 +141,28 @@ def run(config: Config) -> Result:
         clock.lap("offline", f"history up to {space.ds}")
     with online.refusals():
         figures = put_online(config, space, before, hash_N, clock)
+    digests = {
+        "inputs": {"item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest},
+        "outputs": {"index": index_digest, "pointer": online.pointer_text(figures.after)},
+    }
+    return summed(space, made_by, moved, before, figures, found, clock, digests)
+
+
+def summed(
+    space: Space, made_by: dict[str, str], moved: Compatibility, before: Pointer | None, figures: Figures, found: float,
+    clock: Clock, digests: dict[str, dict[str, str]],
+) -> Result:  # fmt: skip
+    """The Result of a publish; `found` is the recall of the approximate index."""
     after = figures.after
     return Result(
-        space_id=space_id,
+        space_id=space.space_id,
         encoder_id=made_by["encoder_id"],
         recommender_id=made_by["recommender_id"],
         previous_space_id=after.previous.space_id if after.previous else "",
         sequence=after.sequence,
         kind=kind(before, after),
         codec=space.codec,
-        width=width,
+        width=space.width,
         items=space.items,
         written=figures.written,
         removed=figures.removed,
@@ -167,12 +174,8 @@ def run(config: Config) -> Result:
         churn=moved.churn,
         recall_at_10=round(found, 4),
         seconds=clock.seconds,
-        inputs={
-            "item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest,
-            "encoder": made_by["encoder_id"],
-            "recommender": made_by["recommender_id"],
-        },
-        outputs={"index": index_digest, "pointer": online.pointer_text(after)},
+        inputs=digests["inputs"] | {"encoder": made_by["encoder_id"], "recommender": made_by["recommender_id"]},
+        outputs=digests["outputs"],
         rows={"item_embedding": figures.verified},
     )
 
@@ -204,10 +207,9 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
     except ValueError as error:
         raise InputError(f"item_embeddings/{partition}: {error}") from error
     snapshot = partitions.latest(lake, ITEMS.name, config.run.ds)
-    gone = tombstones(lake)
     absent, example = 0, ""
-    for batch in partitions.scan(lake, ITEMS, snapshot, ("item_id",)):
-        lost = [item_id for item_id in spaces.outside(batch["item_id"].to_pylist(), hash_N) if item_id not in gone]
+    for batch in live_items(lake, snapshot, ("item_id",)):
+        lost = spaces.outside(batch["item_id"].to_pylist(), hash_N)
         absent, example = absent + len(lost), example or next(iter(lost), "")
     if absent:
         raise Refused(
@@ -324,10 +326,9 @@ def write_attributes(config: Config, store: Store, reader: Reader) -> int:
 def catalogue(config: Config, rows: int) -> Iterator[pa.Table]:
     """The items of the snapshot in bounded tables, without forgotten ones."""
     lake = config.run.lake
-    gone = pa.array(sorted(tombstones(lake)), pa.string())
     columns = ("item_id", "attributes", "content_hash")
-    for batch in partitions.scan(lake, ITEMS, partitions.latest(lake, ITEMS.name, config.run.ds), columns, rows):
-        yield pa.Table.from_batches([batch.filter(pc.invert(pc.is_in(batch["item_id"], gone)))])
+    for batch in live_items(lake, partitions.latest(lake, ITEMS.name, config.run.ds), columns, rows):
+        yield pa.Table.from_batches([batch])
 
 
 def write_offline(config: Config, space: Space) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,13 +14,16 @@ import pyarrow.compute as pc
 import torch
 
 from feature_repo.index import Index
-from feature_repo.reader import Reader
+from feature_repo.reader import Pointer, Reader
 from jobs.engines import online, registry
 from jobs.lake import partitions
+from jobs.lake.items import titles
 from jobs.lake.tables import SEQUENCES
 from jobs.lake.tensors import pick_device
 from jobs.run import InputError, Run
 from models.behaviour.artifact import Loaded, load_recommender
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,24 +89,18 @@ def run(config: Config) -> Result:
     neighbours = online.open_index(lake, pointer.space)
     history = history_of(config, reader)
     started = time.monotonic()
-    answer = reader.vectors(history[-recommender.backbone.max_len :])
-    if answer.pointer.space_id != pointer.space_id:
-        raise InputError("another space began to serve meanwhile: run recommend again")
-    if not answer.item_ids:
-        raise InputError("no item of the user's history is in the space that serves: has publish run for the newest items?")
-    emb_BLD = torch.from_numpy(answer.vector_ND)[None]
-    user_BD = recommender.encode(emb_BLD, torch.ones(emb_BLD.shape[:2], dtype=torch.bool)).float().cpu().numpy()
+    met, user_BD = encoded(reader, recommender, pointer, history)
     leave_out = config.run.exclude_seen if config.exclude_seen is None else config.exclude_seen
     hidden = set(history) if leave_out else set()
     found, scores = nearest(neighbours, user_BD, config, hidden, config.index)
     seconds = time.monotonic() - started
     exact, _ = nearest(neighbours, user_BD, config, hidden, "exact")
-    recent = answer.item_ids[-config.shown :] if config.shown else []
-    names = online.titles(lake, pointer.ds, [*found, *recent])
+    recent = met[-config.shown :] if config.shown else []
+    names = titles(lake, pointer.ds, [*found, *recent])
     result = Result(
         space_id=pointer.space_id,
         recommender_id=recommender_id,
-        history_items=len(answer.item_ids),
+        history_items=len(met),
         recent=[names[item_id] for item_id in recent],
         item_ids=found,
         titles=[names[item_id] for item_id in found],
@@ -125,6 +123,20 @@ def carried(recommender: Loaded, reader: Reader, user_BD: torch.Tensor, found: l
     emb_ND = torch.from_numpy(reader.vectors(found).vector_ND).float()
     by_part = recommender.carried(user_BD.expand(len(emb_ND), -1), emb_ND)
     return [{name: round(float(part_N[number]), 5) for name, part_N in by_part.items()} for number in range(len(emb_ND))]
+
+
+def encoded(
+    reader: Reader, recommender: Loaded, pointer: Pointer, history: Sequence[str]
+) -> tuple[list[str], npt.NDArray[np.float32]]:
+    """(items of the history that are online, user_BD). Raises InputError where there is none, or the space changed."""
+    answer = reader.vectors(history[-recommender.backbone.max_len :])
+    if answer.pointer.space_id != pointer.space_id:
+        raise InputError("another space began to serve meanwhile: run recommend again")
+    if not answer.item_ids:
+        raise InputError("no item of the user's history is in the space that serves: has publish run for the newest items?")
+    emb_BLD = torch.from_numpy(answer.vector_ND)[None]
+    user_BD = recommender.encode(emb_BLD, torch.ones(emb_BLD.shape[:2], dtype=torch.bool)).float().cpu().numpy()
+    return answer.item_ids, user_BD
 
 
 def history_of(config: Config, reader: Reader) -> list[str]:
@@ -164,11 +176,9 @@ def nearest(
 
 def tell(result: Result) -> None:
     """The recommendations, for a person."""
-    print("history, newest last:", file=sys.stderr)
-    for title in result.recent:
-        print(f"      {title}", file=sys.stderr)
-    print("recommended next:", file=sys.stderr)
-    for number, (title, score, parts) in enumerate(zip(result.titles, result.scores, result.carried, strict=True), start=1):
-        most = max(parts, key=lambda name: parts[name])
-        by = f", most by {most}" if len(parts) > 1 else ""
-        print(f"  {number:>2}. {title}  ({score:.3f}{by})", file=sys.stderr)
+    lines = ["history, newest last:", *(f"      {title}" for title in result.recent), "recommended next:"]
+    best = zip(result.titles, result.scores, result.carried, strict=True)
+    for number, (title, score, parts) in enumerate(best, start=1):
+        by = f", most by {max(parts, key=lambda name: parts[name])}" if len(parts) > 1 else ""
+        lines.append(f"  {number:>2}. {title}  ({score:.3f}{by})")
+    log.info("%s", "\n".join(lines))

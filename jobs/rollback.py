@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ from feature_repo.stores import Store, lease, open_writer
 from jobs.engines import online, registry
 from jobs.lake.locks import alone
 from jobs.run import InputError, Refused, Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def run(config: Config) -> Result:
     if Path(offline_folder(lake)).is_dir():
         offline.write_pointer(Path(offline_folder(lake)), after)
     champion = follow(config, before, after)
-    print(f"space {after.space_id} of {after.ds} serves again, {before.space_id} no longer ({flip_ms} ms)", file=sys.stderr)
+    log.info("space %s of %s serves again, %s no longer (%s ms)", after.space_id, after.ds, before.space_id, flip_ms)
     return Result(
         space_id=after.space_id,
         recommender_id=after.recommender_id,
@@ -103,13 +105,11 @@ def follow(config: Config, before: Pointer, after: Pointer) -> str:
                 registry.set_aliases(run, [("champion", previous["version"]), ("previous", champion["version"])])
                 champion = previous
     except (InputError, Refused) as error:
-        print(f"the champion stays as it is, and the next night would publish it again: {error}", file=sys.stderr)
+        log.warning("the champion stays as it is, and the next night would publish it again: %s", error)
         return ""
     if champion["recommender_id"] != serves:
         told = champion["recommender_id"]
-        print(
-            f"the champion is {told}, not what serves: the next night publishes it. Pause that DAG, or promote", file=sys.stderr
-        )
+        log.warning("the champion is %s, not what serves: the next night publishes it. Pause that DAG, or promote", told)
     return champion["recommender_id"]
 
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from feature_repo.reader import NothingServed, Pointer, Reader, Space
 from feature_repo.spaces import Chunk
 from feature_repo.stores import BROKEN, NotPublished
 from jobs.lake import partitions, tables
-from jobs.lake.items import tombstones
+from jobs.lake.items import titles as titles
+from jobs.lake.items import without_forgotten
 from jobs.lake.partitions import digest_folder, write_json
-from jobs.lake.tables import ITEMS, Table, item_embeddings, space_of
+from jobs.lake.tables import Table, item_embeddings, space_of
 from jobs.run import InputError, Refused
 
 INDEX = "_index.json"
@@ -75,15 +76,18 @@ def chunks(lake: Path, partition: str, rows: int, *, checked: bool = False) -> I
     With `checked`, raises InputError where a row breaks the table's contract or belongs to another space.
     """
     table = item_embeddings(width_of(lake, partition))
-    gone = pa.array(sorted(tombstones(lake)), pa.string())
-    for batch in partitions.scan(lake, table, partition, ("item_id", "embedding") if not checked else None, rows):
-        if checked:
-            check_batch(table, batch, partition)
-        if len(gone):
-            batch = batch.filter(pc.invert(pc.is_in(batch["item_id"], gone)))
+    batches = partitions.scan(lake, table, partition, ("item_id", "embedding") if not checked else None, rows)
+    for batch in without_forgotten(lake, watched(table, batches, partition) if checked else batches):
         flat = batch["embedding"].flatten().to_numpy(zero_copy_only=False)
         if batch.num_rows:
             yield batch["item_id"].to_pylist(), flat.reshape(batch.num_rows, -1)
+
+
+def watched(table: Table, batches: Iterator[pa.RecordBatch], partition: str) -> Iterator[pa.RecordBatch]:
+    """The same batches, each held against the contract first."""
+    for batch in batches:
+        check_batch(table, batch, partition)
+        yield batch
 
 
 def check_batch(table: Table, batch: pa.RecordBatch, partition: str) -> None:
@@ -183,18 +187,6 @@ def recommender_of(lake: Path, space_id: str) -> dict[str, str]:
         if space_of(encoder_id, path.parent.name) == space_id:
             return {"encoder_id": encoder_id, "recommender_id": path.parent.name}
     return {"encoder_id": "", "recommender_id": ""}
-
-
-def titles(lake: Path, ds: str, item_ids: Sequence[str]) -> dict[str, str]:
-    """A name for each item: its attribute `title`, else its first one, else its id."""
-    wanted, found = pa.array(item_ids, pa.string()), dict(zip(item_ids, item_ids, strict=True))
-    partition = partitions.latest(lake, ITEMS.name, ds)
-    for batch in partitions.scan(lake, ITEMS, partition, ("item_id", "attributes")):
-        some = batch.filter(pc.is_in(batch["item_id"], wanted))
-        for item_id, pairs in zip(some["item_id"].to_pylist(), some["attributes"].to_pylist(), strict=True):
-            values = {pair["name"]: pair["value"] for pair in pairs}
-            found[item_id] = values.get("title") or next(iter(values.values()), item_id)
-    return found
 
 
 def sample_ids(lake: Path, space: Space, count: int) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.progress import on_terminal
 from jobs.run import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
 
     settings = {
         "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": "false",
+        "spark.ui.showConsoleProgress": str(on_terminal()).lower(),
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.shuffle.partitions": "8",
         # rows that are sorted by their group already need neither a hash table nor a second sort
@@ -65,12 +66,12 @@ def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) ->
 
     try:
         rows = spark.read.parquet(table) if "/" in table else spark.table(table)
-        there = rows.columns
+        known = rows.columns
     except PySparkException as error:
         raise InputError(f"{key} = {table!r} cannot be read ({first_line(error)}): name a table or a Parquet path") from error
     for column in columns:
-        if column not in there:
-            raise InputError(f"{key} = {table!r} has no column {column!r}; it has {', '.join(there)}")
+        if column not in known:
+            raise InputError(f"{key} = {table!r} has no column {column!r}; it has {', '.join(known)}")
     return rows
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +26,8 @@ from models.behaviour.data import Histories, held_out, without_items
 from models.behaviour.fused import FusedRecommender
 from models.judge.evaluation import SLICES, Cases, Ranks, floor_ranks, make_cases, vector_ranks
 from models.judge.metrics import Bootstrap, Estimate, bootstrap, by_rank, estimate, popularity_leak
+
+log = logging.getLogger(__name__)
 
 CHALLENGER = "llmemb"
 NAMES = ("popularity", "repeat_markov_popularity", "id_only", CHALLENGER, "champion")
@@ -328,8 +330,8 @@ def keep_negatives(run: Run, cases: Cases) -> str:
 
 
 def tell(config: Config, result: Result, catalogue: Catalogue) -> None:
-    """The table, for a person, on standard error."""
-    print("\n".join(table(config, result, catalogue)), file=sys.stderr, flush=True)
+    """The table, for a person."""
+    log.info("%s", "\n".join(table(config, result, catalogue)))
 
 
 def table(config: Config, result: Result, catalogue: Catalogue) -> Iterator[str]:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F
 
+from jobs.extract.config import InteractionSource
 from jobs.lake import manifests, partitions
 from jobs.lake.tables import INTERACTIONS, ITEMS
 from jobs.run import InputError
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
-
-    from jobs.extract import InteractionSource
 
 
 @dataclass(frozen=True, kw_only=True)

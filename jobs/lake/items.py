@@ -1,13 +1,20 @@
-"""What the lake knows of items: the identity of a text, and which items were forgotten."""
+"""Items of the lake: the catalogue of a snapshot without those that were forgotten, their titles, the identity of a text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.lake import partitions
 from jobs.lake.partitions import write_json
+from jobs.lake.tables import ITEMS
+
+BATCH = 65_536
 
 
 def content_hash(attributes: Iterable[tuple[str, str]]) -> str:
@@ -28,3 +35,33 @@ def bury(lake: Path, item_id: str, ds: str) -> None:
     """Writes an item's tombstone, before anything of it is removed: a killed `forget` is then finished by its rerun."""
     name = hashlib.sha256(item_id.encode()).hexdigest()[:32]
     write_json(lake / "tombstones" / f"{name}.json", {"item_id": item_id, "forgotten_ds": ds})
+
+
+def without_forgotten(lake: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Batches that have a column `item_id`, without the rows of forgotten items."""
+    gone = pa.array(sorted(tombstones(lake)), pa.string())
+    for batch in batches:
+        yield batch.filter(pc.invert(pc.is_in(batch["item_id"], gone))) if len(gone) else batch
+
+
+def live_items(
+    lake: Path, partition: str, columns: Sequence[str] | None = None, batch_rows: int = BATCH
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a snapshot of `items` without forgotten ones, in bounded batches; `columns` must name `item_id`."""
+    return without_forgotten(lake, partitions.scan(lake, ITEMS, partition, columns, batch_rows))
+
+
+def title(item_id: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """An item's attribute `title`, else its first one, else its id."""
+    values = dict(pairs)
+    return values.get("title") or next(iter(values.values()), "") or item_id
+
+
+def titles(lake: Path, ds: str, item_ids: Sequence[str]) -> dict[str, str]:
+    """The title of each item in the newest snapshot up to ds; its id where the catalogue lacks it."""
+    wanted, found = pa.array(item_ids, pa.string()), dict(zip(item_ids, item_ids, strict=True))
+    for batch in partitions.scan(lake, ITEMS, partitions.latest(lake, ITEMS.name, ds), ("item_id", "attributes")):
+        some = batch.filter(pc.is_in(batch["item_id"], wanted))
+        for item_id, pairs in zip(some["item_id"].to_pylist(), some["attributes"].to_pylist(), strict=True):
+            found[item_id] = title(item_id, ((pair["name"], pair["value"]) for pair in pairs))
+    return found

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import datetime as dt
 import fcntl
+import logging
 import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from jobs.run import Refused
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -49,6 +51,6 @@ def wait_for(lock: int, path: Path, what: str, wait_s: float) -> None:
         if time.monotonic() - began >= wait_s:
             raise Refused(f"{what} is under way already ({holder}): run again when that has ended")
         if not told:
-            print(f"waiting for {what}: {holder} is at it", file=sys.stderr, flush=True)
+            log.info("waiting for %s: %s is at it", what, holder)
         told = True
         time.sleep(0.1)

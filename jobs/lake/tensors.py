@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jobs.lake import partitions
-from jobs.lake.items import tombstones
+from jobs.lake.items import live_items
 from jobs.lake.tables import ITEMS, SEQUENCES
 from jobs.run import InputError, Run, as_json, code_revision
 from models.behaviour.data import Histories, histories
@@ -51,15 +51,15 @@ def pick_device(run: Run) -> torch.device:
 
 
 def progress_log(job: str) -> Callable[[dict[str, float], int], None]:
-    """A `log(metrics, step)` that writes one line to standard error at most every two seconds."""
-    last = -2.0
+    """A `log(metrics, step)` that logs one line at most every two seconds."""
+    last, told = -2.0, logging.getLogger(f"jobs.{job}")
 
     def log(metrics: dict[str, float], step: int) -> None:
         nonlocal last
         if time.monotonic() - last >= 2:
             last = time.monotonic()
             written = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            print(f"{job}: epoch {step}  {written}", file=sys.stderr, flush=True)
+            told.info("epoch %d  %s", step, written)
 
     return log
 
@@ -73,10 +73,8 @@ def checkpoint_path(job: str, config: object, inputs: Mapping[str, str], lake: P
 def read_catalogue(run: Run) -> Catalogue:
     """The newest `items` at or before ds, without what was forgotten. Raises InputError where nothing is left."""
     partition = partitions.latest(run.lake, ITEMS.name, run.ds)
-    batches = list(partitions.scan(run.lake, ITEMS, partition, columns=("item_id", "content_hash")))
-    rows = pa.Table.from_batches(batches) if batches else ITEMS.schema.empty_table()
-    forgotten = pa.array(sorted(tombstones(run.lake)), pa.string())
-    rows = rows.filter(pc.invert(pc.is_in(rows["item_id"], forgotten))).sort_by("item_id")
+    batches = list(live_items(run.lake, partition, ("item_id", "content_hash")))
+    rows = (pa.Table.from_batches(batches) if batches else ITEMS.schema.empty_table()).sort_by("item_id")
     if not rows.num_rows:
         raise InputError(f"items/{partition} holds no item: extract a catalogue first")
     return Catalogue(
@@ -141,7 +139,7 @@ def read_embeddings(run: Run, encoder_id: str, wanted: pa.StringArray) -> Tensor
     """
     unique = wanted.unique()
     llm_UE: Tensor | None = None
-    there = np.zeros(len(unique), dtype=bool)
+    found = np.zeros(len(unique), dtype=bool)
     for hashes, llm_BE in embedding_batches(run, encoder_id):
         if llm_UE is None:
             llm_UE = torch.zeros(len(unique), llm_BE.shape[1], dtype=llm_BE.dtype)
@@ -149,8 +147,8 @@ def read_embeddings(run: Run, encoder_id: str, wanted: pa.StringArray) -> Tensor
         mine = ~np.isnan(place.astype(float))
         rows = torch.from_numpy(place[mine].astype(np.int64))
         llm_UE[rows] = llm_BE[torch.from_numpy(mine)]
-        there[rows.numpy()] = True
-    missing = pc.sum(pc.is_in(wanted, unique.filter(pa.array(~there)))).as_py() or 0
+        found[rows.numpy()] = True
+    missing = pc.sum(pc.is_in(wanted, unique.filter(pa.array(~found)))).as_py() or 0
     if llm_UE is None or missing:
         raise InputError(
             f"{missing or len(wanted)} of {len(wanted)} items have no embedding under encoder {encoder_id}: run embed"

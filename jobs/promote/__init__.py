@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ from jobs.lake.locks import alone
 from jobs.lake.tables import space_of
 from jobs.promote import model_card
 from jobs.run import InputError, Refused, Run, as_json
+
+log = logging.getLogger(__name__)
 
 Verdict = Literal["passed", "failed", "undecided"]
 Decision = Literal["promoted", "refused", "undecided", "rejected"]
@@ -265,9 +267,9 @@ def read(judged: dict[str, Any]) -> dict[str, str]:
 
 
 def tell(challenger_id: str, decision: Decision, reasons: tuple[Reason, ...], config: Config) -> None:
-    """The decision, for a person, on standard error."""
+    """The decision, for a person."""
     who = {"promoted": config.approved_by, "rejected": config.rejected_by}.get(decision)
     by = f" by {who}" if who else ""
-    print(f"promote: {challenger_id} is {decision}{by}", file=sys.stderr)
+    log.info("%s is %s%s", challenger_id, decision, by)
     for reason in reasons:
-        print(f"  {reason.verdict:<10} {reason.gate:<24} {reason.text}", file=sys.stderr, flush=True)
+        log.info("  %-10s %-24s %s", reason.verdict, reason.gate, reason.text)

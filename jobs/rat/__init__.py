@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,6 +35,8 @@ from models.behaviour.training import Aligner, Training, train
 from models.behaviour.whitening import Whitening, fit_whitening
 from models.processes import join, same_everywhere
 from models.text.encoder import read_spec
+
+log = logging.getLogger(__name__)
 
 MODEL = "llmemb-recommender"
 
@@ -165,8 +167,7 @@ def run(config: Config) -> Result:
         staged = artifacts.stage(config.run.lake, "recommender")
         turned, fused = fuse.keep(staged, fusion_of(config), given, goal, meta)
         recommender_id = artifacts.keep(config.run.lake, "recommender", staged)
-        print(f"rat: {rotation.in_words(turned)}", file=sys.stderr)
-        print("\n".join(f"rat: {line}" for line in fuse.in_words(fused)), file=sys.stderr)
+        log.info("%s", "\n".join([rotation.in_words(turned), *fuse.in_words(fused)]))
     recommender_id = same_everywhere(recommender_id, device)
     result = Result(
         recommender_id=recommender_id,

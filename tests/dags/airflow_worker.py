@@ -88,7 +88,7 @@ def snapshot_date(
 def judge(environment: dict[str, str], job: str, status: int, run_type: str) -> str:
     """The name of what `job_task.judge` raises."""
     bag(environment)
-    from job_task import judge as ruling
+    from job_process import judge as ruling
 
     try:
         ruling(job, status, "last line", {"dag_run": SimpleNamespace(run_type=run_type)})

@@ -231,7 +231,7 @@ def test_stopping_a_task_stops_the_job_and_what_it_started(tmp_path: Path) -> No
     job.write_text('#!/bin/sh\nsleep 600 &\necho "$$ $!" >"$(dirname "$0")/pids"\nwait\n')
     job.chmod(0o755)
     code = (
-        "import os, pathlib, threading, time; from job_task import JobProcess; "
+        "import os, pathlib, threading, time; from job_process import JobProcess; "
         "task = JobProcess(task_id='t', command=['embed']); "
         "thread = threading.Thread(target=lambda: task.execute({}), daemon=True); thread.start(); "
         f"pids = pathlib.Path({str(tmp_path / 'pids')!r}); "

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.__main__ import JOBS, apply, parse
+from jobs.__main__ import COMMANDS, JOBS, SHARED, apply, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -39,8 +39,7 @@ def leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def known(generate: ModuleType, name: str) -> bool:
     """Whether a recipe may hold `job.key`: a key of its Config, or one below a free table such as `spark`."""
     job, _, key = name.partition(".")
-    place = generate.find("jobs.run", "Run") if job == "run" else generate.find(f"jobs.{job}", "Config")
-    for found in generate.keys(place):
+    for found in generate.keys(job):
         if key == found.name or (found.kind.startswith("dict") and key.startswith(f"{found.name}.")):
             return True
     return False
@@ -49,6 +48,9 @@ def known(generate: ModuleType, name: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_command_of_the_documentation_is_one_the_command_line_takes(page: Path, generate: ModuleType) -> None:
     for words in commands(page.read_text()):
+        if words[0] in COMMANDS:
+            assert words[1] == "--recipe"
+            continue
         arguments = parse(words)
         for override in arguments.set:
             apply({}, override)
@@ -65,7 +67,7 @@ def test_every_recipe_of_the_documentation_has_only_keys_that_exist(page: Path, 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_key_that_a_page_names_in_passing_exists(page: Path, generate: ModuleType) -> None:
     for job, key in re.findall(r"`([a-z]+)\.([a-z_.]+)`", page.read_text()):
-        if job in JOBS or job == "run":
+        if job in (*JOBS, *SHARED, "run"):
             assert known(generate, f"{job}.{key}"), f"{job}.{key}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tomllib
 import typing
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from jobs.__main__ import JOBS, SHARED
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,12 +38,29 @@ def test_the_reference_is_what_the_generator_writes(generate: ModuleType) -> Non
 
 @pytest.mark.parametrize("job", ["scft", "pretrain", "rat", "publish", "report", "explain"])
 def test_the_generator_finds_every_key_that_the_command_line_knows(job: str, generate: ModuleType) -> None:
-    place = generate.find(f"jobs.{job}", "Config")
-    found = [key.name for key in generate.keys(place)]
+    found = [key.name for key in generate.keys(job)]
     assert found == list(known_keys(importlib.import_module(f"jobs.{job}").Config))
 
 
 def test_every_job_of_the_command_line_has_its_part(generate: ModuleType) -> None:
     page = (ROOT / "docs" / "recipes.md").read_text()
-    for job in generate.jobs():
+    for job in (*JOBS, *SHARED):
         assert f"\n## {job}\n" in page
+
+
+def test_the_keys_to_set_first_exist_stand_first_and_are_marked(generate: ModuleType) -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    top, _, rest = page.partition("\n## run\n")
+    for name in generate.FIRST:
+        table, _, key = name.partition(".")
+        assert key in [found.name for found in generate.keys(table)]
+        assert f"| `{name}` |" in top
+        assert f"| `{key}` | **first** |" in rest
+
+
+def test_every_key_of_the_recipes_that_are_shipped_is_on_the_page(generate: ModuleType) -> None:
+    for recipe in (ROOT / "jobs" / "recipes").glob("*.toml"):
+        for table, values in tomllib.loads(recipe.read_text()).items():
+            known = {key.name: key.kind for key in generate.keys(table)}
+            for key in values:
+                assert any(name == key or name.startswith(f"{key}.") for name in known), f"{recipe.name}: {table}.{key}"

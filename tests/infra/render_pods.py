@@ -59,7 +59,8 @@ def render() -> dict[str, Any]:
     """Every pod by `dag.task`, shards as `dag.task#N`; the GPU jobs; what retries do."""
     from airflow.dag_processing.dagbag import DagBag
     from job_pod import JobPod
-    from job_task import GPU_JOBS, JobProcess
+    from job_process import JobProcess
+    from job_task import GPU_JOBS
     from kubernetes.client import ApiClient
 
     bag = DagBag(str(DAGS))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from jobs import logs
 from jobs.lake import artifacts, partitions
 from jobs.lake.items import content_hash
 from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
@@ -21,6 +22,12 @@ from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, 
 
 WIDTH = 16
 Catalogue = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def told() -> None:
+    """Logs go to standard error, as the command line sends them."""
+    logs.start()
 
 
 @pytest.fixture

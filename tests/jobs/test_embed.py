@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import embed
+from jobs.embed import parts
 from jobs.engines import registry
 from jobs.lake import artifacts, partitions
 from jobs.lake.items import bury, content_hash
@@ -159,10 +160,10 @@ def test_a_killed_run_goes_on_from_its_finished_parts_and_ends_with_the_same_byt
         return call
 
     target, name, at = {
-        "model": (embed, "embedded", 3),
-        "write": (embed.pq, "write_table", 3),
-        "commit": (embed.partitions, "commit_files", 1),
-        "after": (embed.shutil, "rmtree", 1),
+        "model": (parts, "embedded", 3),
+        "write": (parts.pq, "write_table", 3),
+        "commit": (parts.partitions, "commit_files", 1),
+        "after": (parts.shutil, "rmtree", 1),
     }[moment]
     with monkeypatch.context() as patch:
         patch.setattr(target, name, dying(getattr(target, name), at))
@@ -208,14 +209,14 @@ def test_a_shard_whose_worker_is_killed_outright_is_repeated_without_its_finishe
 def test_of_two_runs_of_a_shard_at_once_the_second_waits_and_finds_all_done(
     config: embed.Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    original, begun, go_on = embed.embedded, threading.Event(), threading.Event()
+    original, begun, go_on = parts.embedded, threading.Event(), threading.Event()
 
     def slow(*given: Any) -> Any:
         begun.set()
         go_on.wait(30)
         return original(*given)
 
-    monkeypatch.setattr(embed, "embedded", slow)
+    monkeypatch.setattr(parts, "embedded", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(embed.run, config)
         assert begun.wait(30)
@@ -280,14 +281,14 @@ def test_forgotten_items_are_not_embedded(config: embed.Config) -> None:
 def test_embeddings_that_are_not_finite_or_zero_fail_the_shard_and_name_their_items(
     config: embed.Config, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    original = embed.embed
+    original = parts.embed
 
     def bad(*given: Any, **named: Any) -> Any:
         emb_BE = original(*given, **named)
         emb_BE[2] = value
         return emb_BE
 
-    monkeypatch.setattr(embed, "embed", bad)
+    monkeypatch.setattr(parts, "embed", bad)
     with pytest.raises(InputError, match="of items i0002"):
         embed.run(config)
     assert partitions.committed(config.run.lake, "llm_embeddings") == []
@@ -304,7 +305,7 @@ def test_values_too_large_for_float16_are_refused_and_fit_float32(config: embed.
 def test_an_encoder_deleted_in_mid_run_is_a_clear_error_and_loses_no_finished_part(
     config: embed.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, encoders = embed.embedded, config.run.lake / "models" / "encoder"
+    original, encoders = parts.embedded, config.run.lake / "models" / "encoder"
     kept = config.run.lake / "kept"
     shutil.copytree(encoders, kept)
 
@@ -313,7 +314,7 @@ def test_an_encoder_deleted_in_mid_run_is_a_clear_error_and_loses_no_finished_pa
         return original(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "embedded", deleting)
+        patch.setattr(parts, "embedded", deleting)
         with pytest.raises(InputError, match="is not in the lake"):
             embed.run(config)
     assert partitions.committed(config.run.lake, "llm_embeddings") == []
@@ -331,7 +332,7 @@ def test_a_full_disk_is_said_and_finished_parts_stay(config: embed.Config, monke
         written(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed.pq, "write_table", full)
+        patch.setattr(parts.pq, "write_table", full)
         with pytest.raises(InputError, match="make room and run again"):
             embed.run(config)
     assert embed.run(config).resumed == 16
@@ -346,8 +347,8 @@ def test_long_prompts_are_cut_and_counted_and_items_without_attributes_too(confi
 
 def test_memory_holds_one_part(config: embed.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = embed.embedded
-    monkeypatch.setattr(embed, "embedded", lambda part, *rest: (sizes.append(part.num_rows), original(part, *rest))[1])
+    original = parts.embedded
+    monkeypatch.setattr(parts, "embedded", lambda part, *rest: (sizes.append(part.num_rows), original(part, *rest))[1])
     embed.run(config)
     assert sizes == [8, 8, 8, 5]
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+
+import pytest
 
 from jobs import logs
 
@@ -14,18 +18,50 @@ MANIFEST = {
 
 
 def test_a_line_holds_only_allowed_fields_of_allowed_types() -> None:
-    assert json.loads(logs.line(MANIFEST)) == {
+    assert logs.allowed(MANIFEST) == {
         "job": "publish", "ds": "2026-03-10", "status": "failed", "seconds": 1.5, "started_at": "2026-03-10T01:00:00+00:00",
         "rows": {"items": 3},
     }  # fmt: skip
 
 
 def test_a_field_that_somebody_adds_to_manifests_stays_out_of_logs() -> None:
-    line = logs.line({**MANIFEST, "user_id": "4711", "prompt": "secret"})
+    line = json.dumps(logs.allowed({**MANIFEST, "user_id": "4711", "prompt": "secret"}))
     assert "4711" not in line
     assert "secret" not in line
     assert "prompt" not in line
 
 
 def test_a_manifest_of_a_job_that_failed_at_once_is_a_line_too() -> None:
-    assert json.loads(logs.line({})) == {}
+    assert logs.allowed({}) == {}
+
+
+def test_text_has_time_level_and_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("LLMEMB_LOG", raising=False)
+    logs.start("embed", "2026-03-10")
+    logging.getLogger("jobs.embed").warning("%d texts", 3)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d WARNING embed: 3 texts\n", capsys.readouterr().err)
+
+
+def test_json_is_an_object_a_line_with_the_allowed_fields_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMEMB_LOG", "json")
+    logs.start("publish", "2026-03-10")
+    logs.start("publish", "2026-03-10")  # a second call adds no second line
+    logging.getLogger("jobs.publish").info("failed\nin 1 s", extra={"manifest": MANIFEST})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    told = json.loads(lines[0])
+    assert {"time", "level", "logger", "message", "status", "rows"} <= set(told)
+    assert (told["level"], told["job"], told["ds"], told["message"]) == ("INFO", "publish", "2026-03-10", "failed\nin 1 s")
+    assert "4711" not in lines[0]
+    assert "secret" not in lines[0]
+
+
+def test_libraries_are_heard_from_warnings_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.start()
+    logging.getLogger("some.library").info("chat")
+    logging.getLogger("some.library").warning("look out")
+    told = capsys.readouterr().err
+    assert "chat" not in told
+    assert "look out" in told

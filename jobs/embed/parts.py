@@ -1,0 +1,104 @@
+"""Parts of a shard: embedded, kept aside under the name of their texts so that a kill loses none, and committed at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jobs.embed.config import Config
+from jobs.embed.tally import Tally
+from jobs.lake import partitions, tables
+from jobs.lake.partitions import Commit
+from jobs.lake.tables import Table
+from jobs.run import InputError
+from models.text.embedding import embed
+from models.text.encoder import Encoder
+from models.text.prompts import prompts
+
+CHUNK = 8192
+"""Texts tokenized at once."""
+
+
+def finished(part: pa.Table, config: Config, ready: Callable[[], Encoder], table: Table, partition: str, tally: Tally) -> Path:
+    """The file of a part, embedded now or by a run that was killed. It carries the name of its texts, so it is never mistaken."""
+    aside = partitions.folder(config.run.lake, table.name, partition) / ".parts"
+    name = hashlib.sha256("\n".join([config.dtype, str(config.fp8), *part["content_hash"].to_pylist()]).encode()).hexdigest()
+    path = aside / f"{name[:32]}.parquet"
+    if path.exists():
+        tally.resumed += part.num_rows
+        return path
+    aside.mkdir(parents=True, exist_ok=True)
+    encoder = ready()
+    started, before = time.monotonic(), tally.seconds
+    tally.start()
+    rows = tables.check(table, embedded(part, encoder, config, tally), f"{table.name}/{partition}")
+    unfinished = path.with_suffix(".unfinished")
+    pq.write_table(rows, unfinished, compression="zstd")
+    with unfinished.open("rb") as stream:
+        os.fsync(stream.fileno())
+    unfinished.replace(path)
+    tally.seconds = before + time.monotonic() - started
+    return path
+
+
+def embedded(part: pa.Table, encoder: Encoder, config: Config, tally: Tally) -> pa.Table:
+    """A part's rows of `llm_embeddings`. Raises InputError with the items whose embedding is not finite or zero."""
+    chunks = [part.slice(start, CHUNK) for start in range(0, part.num_rows, CHUNK)]
+    found = []
+    with ThreadPoolExecutor(1) as aside:  # tokenizes a chunk while the one before is embedded
+        for texts in aside.map(lambda chunk: encoder.tokenize(attributes(chunk)), chunks):
+            whole, cut = prompts(texts, np.arange(len(texts)), encoder.limit)
+            tally.cut, tally.empty = tally.cut + cut, tally.empty + texts.empty
+            with np.errstate(over="ignore"):  # what overflows is refused below, with its items
+                found.append(embed(encoder, whole, budget=config.token_budget, log=tally.step).astype(config.dtype))
+    emb_BE = np.concatenate(found)
+    refuse_bad_rows(emb_BE, part["item_id"])
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(emb_BE.ravel()), emb_BE.shape[1])
+    return pa.table({"item_id": part["item_id"], "content_hash": part["content_hash"], "embedding": vectors})
+
+
+def attributes(rows: pa.Table) -> Iterator[list[tuple[str, str]]]:
+    """(name, value) pairs of each item."""
+    return ([(entry["name"], entry["value"]) for entry in item.as_py()] for item in rows["attributes"])
+
+
+def refuse_bad_rows(emb_BE: NDArray[np.floating], item_ids: pa.ChunkedArray) -> None:
+    """Raises InputError that names the items whose embedding is infinite, NaN or zero."""
+    bad = np.flatnonzero(~np.isfinite(emb_BE).all(1) | ~emb_BE.any(1))
+    if len(bad):
+        named = ", ".join(item_ids.take(pa.array(bad[:20])).to_pylist())
+        raise InputError(f"{len(bad)} embeddings are not finite or all zero, of items {named}{'…' if len(bad) > 20 else ''}: "
+                         "look at their texts; if values overflow float16, set embed.dtype to float32")  # fmt: skip
+
+
+def commit_parts(lake: Path, table: Table, partition: str, parts: list[Path]) -> Commit:
+    """Commits the partition: what it held already, and the new parts behind it. Parts are linked, so a kill loses none."""
+    here = partitions.folder(lake, table.name, partition)
+    before = partitions.read_commit(lake, table.name, partition) if (here / partitions.COMMIT).exists() else None
+    if before and not parts:
+        commit = before
+    elif not parts:
+        commit = partitions.write(lake, table, partition, [])
+    else:
+        held = [here / name for name in before.files] if before else []
+        commit = partitions.commit_files(lake, table.name, partition, [*held, *map(link, parts)])
+    shutil.rmtree(here / ".parts", ignore_errors=True)
+    return commit
+
+
+def link(part: Path) -> Path:
+    """A second name of a finished part, for the commit to move."""
+    name = part.parent.parent / f".{part.name}"
+    name.unlink(missing_ok=True)
+    os.link(part, name)
+    return name

@@ -1,0 +1,68 @@
+"""What `extract` reads: the two source tables, and how their snapshot is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jobs.run import InputError, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemSource:
+    """The table of item attributes."""
+
+    table: str
+    """Any table name that Spark's catalogs resolve, or a Parquet path."""
+    item_id: str = "item_id"
+    attributes: tuple[str, ...]
+    """Attribute columns in the order of the prompt: texts, numbers, or lists of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionSource:
+    """The table of SRS logs."""
+
+    table: str
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str = "timestamp"
+    """A number in `unit` since 1970, or a date or timestamp column."""
+    unit: Literal["s", "ms", "us"] = "s"
+    partition: str = ""
+    """The column that parts the table by day (dates, 2026-03-01 or 20260301). With it a night reads the newest partitions alone
+    and takes earlier events from the last snapshot; without it, the whole table."""
+    late_days: int = 3
+    """Partitions up to the last snapshot's date that are read again: for late events, and items that came after their events."""
+    whole_days: int = 7
+    """Days after which the whole table is read again; 1 reads it every night."""
+
+    def __post_init__(self) -> None:
+        if self.late_days < 0 or self.whole_days < 1:
+            raise InputError("extract.interactions.late_days must be at least 0, whole_days at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is read, how users' histories are split, and how much bad input stops the night."""
+
+    run: Run
+    items: ItemSource
+    interactions: InteractionSource
+    split: Literal["temporal", "leave_one_out"] = "temporal"
+    """`temporal`: one cut time for all users (the production default); `leave_one_out`: for comparison with papers."""
+    valid_share: float = 0.1
+    """Share of the events that validate (temporal split); the cut falls on a midnight, UTC."""
+    test_share: float = 0.1
+    max_history: int = 2_000
+    """Newest events kept for a user in `sequences`: bounds one row."""
+    max_quarantine_share: float = 0.05
+    """More of a source's records refused than this fails the job."""
+    max_row_change: float = 0.5
+    """A change in items or interactions against the last snapshot above this share is refused; 0 allows any."""
+    max_age_days: int = 0
+    """Logs whose newest event is older than this many days before ds fail the job; 0 allows any age."""
+    part_rows: int = 2_000_000
+    """Rows of one Parquet file, about."""
+    spark: dict[str, str] = field(default_factory=dict)
+    """Spark settings, for example `"spark.master" = "spark://host:7077"`."""

@@ -1,0 +1,190 @@
+"""Source records -> the same records, each with the reason to refuse it, if there is one."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyspark import StorageLevel
+from pyspark.sql import functions as F
+from pyspark.sql.window import Window
+
+from jobs.engines.spark import source
+from jobs.extract import window
+from jobs.extract.config import Config
+from jobs.extract.window import Reading
+from jobs.lake.items import tombstones
+from jobs.lake.tables import INTERACTIONS, ITEMS, LEFT
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+DAY = 86_400
+
+LATEST_SECONDS = 100_000_000_000
+"""Unix seconds past this are the year 5138: such a number counts milliseconds."""
+
+PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
+
+DISK = StorageLevel.DISK_ONLY
+
+BROADCAST_ITEMS = 1_000_000
+"""Catalogues up to this size go to every executor, about 100 MB; larger ones are joined by a shuffle."""
+
+BY_TIME = ["user_id", "timestamp", "item_id"]
+"""The one order of events: it deduplicates, is the order of the files, and makes histories, all with a single sort."""
+
+
+def judge_items(spark: SparkSession, config: Config) -> DataFrame:
+    """Every source item with its attributes, content hash and the `reason` to refuse it, if any."""
+    names = config.items
+    rows = source(spark, names.table, "extract.items.table", [names.item_id, *names.attributes])
+    pairs = [
+        F.struct(F.lit(name).alias("name"), text(F.col(f"`{name}`"), rows.schema[name].dataType.typeName()).alias("value"))
+        for name in names.attributes
+    ]
+    rows = rows.select(
+        F.trim(F.col(f"`{names.item_id}`").cast("string")).alias("item_id"),
+        F.filter(F.array(*pairs), lambda pair: F.coalesce(F.length(pair["value"]), F.lit(0)) > 0).alias("attributes"),
+        F.to_json(F.struct("*")).alias("record"),
+    )
+    copies = Window.partitionBy("item_id").orderBy(F.size("attributes").desc(), "record")
+    return rows.select(
+        "item_id",
+        "attributes",
+        "record",
+        content_hash_column(F.col("attributes")).alias("content_hash"),
+        F.when(F.coalesce(F.length("item_id"), F.lit(0)) == 0, "item_id is null or empty")
+        .when(F.row_number().over(copies) > 1, "duplicate item_id: the fullest record was kept")
+        .when(F.size("attributes") == 0, "no attributes")
+        .alias("reason"),
+    )
+
+
+def text(value: Column, kind: str) -> Column:
+    """A column's value as prompt text: lists joined by commas, structures as JSON, blank as null."""
+    if kind == "array":
+        value = F.array_join(F.filter(value.cast("array<string>"), lambda part: F.length(F.trim(part)) > 0), ", ")
+    elif kind in ("struct", "map"):
+        value = F.to_json(value)
+    return F.nullif(F.trim(value.cast("string")), F.lit(""))
+
+
+def content_hash_column(attributes: Column) -> Column:
+    """`content_hash`, computed by Spark."""
+    written = F.transform(
+        attributes,
+        lambda pair: F.concat(
+            F.length(pair["name"]).cast("string"),
+            F.lit(":"),
+            pair["name"],
+            F.length(pair["value"]).cast("string"),
+            F.lit(":"),
+            pair["value"],
+        ),
+    )
+    return F.substring(F.sha2(F.concat_ws("", written), 256), 1, 32)
+
+
+def without_forgotten(spark: SparkSession, lake: Path, rows: DataFrame) -> DataFrame:
+    """Rows of no item that was forgotten."""
+    forgotten = tombstones(lake)
+    if not forgotten:
+        return rows
+    gone = spark.createDataFrame([(item,) for item in sorted(forgotten)], "item_id string")
+    return rows.join(F.broadcast(gone), "item_id", "left_anti")
+
+
+def read_events(spark: SparkSession, config: Config, reading: Reading) -> DataFrame:
+    """The source's events: user, item, unix seconds, the `record` as it stands in the source, and its partition's day."""
+    names = config.interactions
+    columns = [names.user_id, names.item_id, names.timestamp, *filter(None, [names.partition])]
+    rows = source(spark, names.table, "extract.interactions.table", columns)
+    day = window.partition_day(rows, names) if names.partition else F.lit(None).cast("date")
+    if reading.since:
+        rows = rows.where(window.in_window(day, reading.since))
+    moment = F.col(f"`{names.timestamp}`")
+    if rows.schema[names.timestamp].dataType.typeName() in ("timestamp", "timestamp_ntz", "date"):
+        seconds = F.unix_timestamp(moment.cast("timestamp"))
+    else:
+        seconds = F.floor(F.try_divide(moment.try_cast("double"), F.lit(PER_SECOND[names.unit])))
+    user, item = (F.trim(F.col(f"`{name}`").cast("string")) for name in (names.user_id, names.item_id))
+    return rows.select(
+        user.alias("user_id"), item.alias("item_id"), seconds.alias("timestamp"), F.struct("*").alias("record"), day.alias("day")
+    )
+
+
+def judge_events(config: Config, rows: DataFrame, known: DataFrame) -> DataFrame:
+    """Events with the `reason` to refuse them, and whether they lie after ds (`later`)."""
+    rows = rows.join(known, "item_id", "left")
+    now = int(dt.datetime.now(dt.UTC).timestamp())
+    reason = (
+        F.when(F.coalesce(F.length("user_id"), F.lit(0)) == 0, "user_id is null or empty")
+        .when(F.coalesce(F.length("item_id"), F.lit(0)) == 0, "item_id is null or empty")
+        .when(F.col("timestamp").isNull(), "timestamp is null or not a number")
+        .when(F.col("timestamp") < 0, "timestamp is before 1970")
+        .when(
+            F.col("timestamp") > LATEST_SECONDS, f"timestamp is not in {config.interactions.unit}: set extract.interactions.unit"
+        )
+        .when(F.col("timestamp") > now + DAY, "timestamp is in the future")
+        .when(F.col("known").isNull(), "item is unknown")
+    )
+    return rows.select(
+        "user_id",
+        "item_id",
+        "timestamp",
+        reason.alias("reason"),
+        F.coalesce(F.col("timestamp").between(snapshot_end(config.run.ds), now + DAY), F.lit(False)).alias("later"),
+        F.when(reason.isNotNull(), F.to_json("record")).alias("record"),
+        "day",
+    )
+
+
+def judge_carried(spark: SparkSession, config: Config, reading: Reading, known: DataFrame) -> DataFrame:
+    """Events of the snapshot that the night goes on from, with the one `reason` that can have come up since.
+
+    They were judged then. A join with the whole catalogue would cost more than reading the source: items that left it are few.
+    """
+    lake, old, names = config.run.lake, f"ds={reading.carried_from}", INTERACTIONS.schema.names
+    rows = without_forgotten(spark, lake, window.read_snapshot(spark, lake, INTERACTIONS.name, old))
+    items = without_forgotten(spark, lake, window.read_snapshot(spark, lake, ITEMS.name, old))
+    left = items.join(known, "item_id", "left_anti").select("item_id", F.lit(LEFT).alias("reason")).persist(DISK)
+    count = left.count()
+    if not count:
+        return rows.select(*names, F.lit(None).cast("string").alias("reason"), F.lit(None).cast("string").alias("record"))
+    rows = rows.join(F.broadcast(left) if count <= BROADCAST_ITEMS else left, "item_id", "left")
+    return rows.select(*names, "reason", F.when(F.col("reason").isNotNull(), F.to_json(F.struct(*names))).alias("record"))
+
+
+def snapshot_end(ds: str) -> int:
+    """The first unix second after ds."""
+    return int(dt.datetime.combine(dt.date.fromisoformat(ds), dt.time(), dt.UTC).timestamp()) + DAY
+
+
+def refused(rows: DataFrame, name: str, key: str) -> DataFrame:
+    """The refused records of a source, as rows of `quarantine`."""
+    return rows.where("reason is not null").select(F.lit(name).alias("source"), F.col(key).alias("key"), "reason", "record")
+
+
+def number_copies(events: DataFrame, before: DataFrame | None, files: int) -> DataFrame:
+    """Events by user and time with the number of the `copy`, 1 for the one that is kept; an event read again is no copy."""
+    events = events.select(*INTERACTIONS.schema.names, F.lit(False).alias("carried"))
+    if before is not None:
+        events = events.unionByName(
+            before.where("reason is null").select(*INTERACTIONS.schema.names, F.lit(True).alias("carried"))
+        )
+    events = events.repartition(files, "user_id")
+    copy = F.row_number().over(Window.partitionBy(*BY_TIME).orderBy("carried"))
+    # the rows are in this order already; saying so lets Spark leave out the sorts of what is made from them
+    return events.withColumn("copy", copy).sortWithinPartitions(*BY_TIME)
+
+
+def duplicates(copies: DataFrame) -> DataFrame:
+    """One row of `quarantine` for each further copy of an event."""
+    return copies.where("copy > 1 and not carried").select(
+        F.lit("interactions").alias("source"),
+        F.col("user_id").alias("key"),
+        F.lit("duplicate event").alias("reason"),
+        F.to_json(F.struct(*INTERACTIONS.schema.names, "copy")).alias("record"),
+    )

@@ -1,0 +1,175 @@
+"""Two DataFrames in, embeddings, recommendations and metrics out: the jobs of a night, in a temporary lake of this process.
+
+    from jobs.frames import recommend_from_frames
+    answer = recommend_from_frames(items, events)
+
+For a look at your data in a notebook. Nothing is registered or served; for that, write a recipe (`python -m jobs new`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from jobs.lake import artifacts, manifests, partitions
+from jobs.lake.items import titles
+from jobs.lake.partitions import write_json
+from jobs.lake.tables import SEQUENCES, item_embeddings
+from jobs.recipe import build, values_of
+from jobs.run import InputError, Run, as_json
+from models.behaviour.artifact import Loaded, load_recommender
+
+JOBS = ("extract", "scft", "embed", "pretrain", "rat", "evaluate", "project")
+FEW_DAYS = 10
+"""Logs of fewer days are split by each user's last two events, not by time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came of it."""
+
+    embeddings: pd.DataFrame
+    """A row an item: item_id, group (cold, tail, head), embedding (a list of float32)."""
+    recommendations: pd.DataFrame
+    """Rows user_id, rank (from 1), item_id, title, score; items that the user had are left out."""
+    metrics: pd.DataFrame
+    """Rows model, slice, metric, value on events held out, counting baselines among the models."""
+
+
+def recommend_from_frames(
+    items: pd.DataFrame,
+    events: pd.DataFrame,
+    *,
+    k: int = 10,
+    base: str = "embedded",
+    settings: Mapping[str, Any] | None = None,
+) -> Answer:
+    """Embeds the items by the LLM as it is, trains a recommender on the events, and measures it.
+
+    `items` has item_id and attribute columns, the most telling first; `events` has user_id, item_id and timestamp (a date, or
+    unix seconds). `settings` are keys of a recipe, such as {"rat.training.epochs": 20}. A Spark session of this process is ended.
+    Raises InputError for a column that is missing or data that can't be split; ValueError as the jobs do.
+    """
+    check(items, events, k)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        seconds = as_seconds(events["timestamp"])
+        run = Run(ds=f"{pd.Timestamp(int(seconds.max()), unit='s'):%Y-%m-%d}", lake=home / "lake")
+        recipe = recipe_of(home, items, events.assign(timestamp=seconds), base)
+        for key, value in (settings or {}).items():
+            place(recipe, key, value)
+        results = {job: work(job, run, values_of(recipe, job)) for job in JOBS}
+        return answered(run, results, k)
+
+
+def check(items: pd.DataFrame, events: pd.DataFrame, k: int) -> None:
+    """Raises InputError for what is missing."""
+    for name, frame, columns in (("items", items, ["item_id"]), ("events", events, ["user_id", "item_id", "timestamp"])):
+        for column in columns:
+            if column not in frame.columns:
+                raise InputError(f"{name} has no column {column!r}; it has {', '.join(map(str, frame.columns))}: rename one")
+    if len(items.columns) < 2:
+        raise InputError("items has no attribute beside item_id: give at least a title")
+    if not len(events) or k < 1:
+        raise InputError(f"there are {len(events)} events and k is {k}: give events, and a k of at least 1")
+
+
+def as_seconds(times: pd.Series[Any]) -> pd.Series[Any]:
+    """Unix seconds of dates, texts of dates, or numbers of seconds."""
+    if pd.api.types.is_numeric_dtype(times):
+        return times.astype("int64")
+    return pd.to_datetime(times, utc=True).astype("datetime64[s, UTC]").astype("int64")
+
+
+def recipe_of(home: Path, items: pd.DataFrame, events: pd.DataFrame, base: str) -> dict[str, Any]:
+    """Writes the two tables and names them in a recipe of defaults that suit a small machine."""
+    for name, frame in (("items", items), ("events", events)):
+        pq.write_table(pa.Table.from_pandas(frame.astype({"item_id": str}), preserve_index=False), home / f"{name}.parquet")
+    days = (events["timestamp"] // 86_400).nunique()
+    training = {"epochs": 40, "patience": 5, "batch": 64, "loss": "full"}
+    return {
+        "extract": {
+            "items": {"table": f"{home}/items.parquet", "attributes": [str(name) for name in items.columns if name != "item_id"]},
+            "interactions": {"table": f"{home}/events.parquet"},
+            "split": "temporal" if days >= FEW_DAYS else "leave_one_out",
+            "spark": {"spark.master": "local[2]"},
+        },
+        "scft": {"base": base, "max_tokens": 128, "training": {"steps": 0}},
+        "embed": {"encoder": "latest"},
+        "backbone": {"dropout": 0.3, "max_len": 50},
+        "pretrain": {"training": training},
+        "rat": {"training": training},
+        "project": {"recommender": "latest"},
+    }
+
+
+def place(recipe: dict[str, Any], key: str, value: Any) -> None:
+    """Puts a value where its dotted key says."""
+    *path, last = key.split(".")
+    for name in path:
+        recipe = recipe.setdefault(name, {})
+    recipe[last] = value
+
+
+def work(job: str, run: Run, values: Mapping[str, Any]) -> Any:
+    """Runs a job as the command line would, its manifest kept for the next one."""
+    module = importlib.import_module(f"jobs.{job}")
+    result = module.run(build(module.Config, {"run": run, **values}, job))
+    manifest = {"job": job, "ds": run.ds, "status": "done", "result": as_json(result)}
+    write_json(manifests.path_of(run.lake, run.ds, job), manifest)
+    return result
+
+
+def answered(run: Run, results: Mapping[str, Any], k: int) -> Answer:
+    """The jobs' outputs as frames."""
+    project = results["project"]
+    table = partitions.read(run.lake, item_embeddings(project.width), f"space={project.space_id}/ds={run.ds}")
+    emb_ND = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, project.width)
+    item_ids = table["item_id"].to_pylist()
+    recommender = load_recommender(artifacts.find(run.lake, "recommender", project.recommender_id))
+    return Answer(
+        embeddings=pd.DataFrame({"item_id": item_ids, "group": table["group"].to_pylist(), "embedding": list(emb_ND)}),
+        recommendations=recommendations(run, recommender, item_ids, emb_ND, k),
+        metrics=pd.DataFrame(
+            [
+                {"model": model, "slice": part, "metric": metric, "value": value}
+                for model, slices in results["evaluate"].values.items()
+                for part, values in slices.items()
+                for metric, value in values.items()
+            ]
+        ),
+    )
+
+
+def recommendations(
+    run: Run, recommender: Loaded, item_ids: list[str], emb_ND: npt.NDArray[np.float32], k: int
+) -> pd.DataFrame:
+    """The k best items of every user: the dot product of the user's vector with the items', as the online store answers."""
+    row = {item_id: number for number, item_id in enumerate(item_ids)}
+    names = titles(run.lake, run.ds, item_ids)
+    found: list[dict[str, Any]] = []
+    for batch in partitions.scan(run.lake, SEQUENCES, f"ds={run.ds}", ("user_id", "item_ids")):
+        for user in batch.to_pylist():
+            had = [row[item_id] for item_id in user["item_ids"]]
+            emb_1LD = torch.from_numpy(emb_ND[had[-recommender.backbone.max_len :]])[None]
+            user_D = recommender.encode(emb_1LD, torch.ones(emb_1LD.shape[:2], dtype=torch.bool)).float().numpy()[0]
+            score_N = emb_ND @ user_D
+            score_N[had] = -np.inf
+            best = [at for at in np.argsort(-score_N, kind="stable")[:k] if np.isfinite(score_N[at])]
+            found += [
+                {"user_id": user["user_id"], "rank": rank, "item_id": item_ids[at], "title": names[item_ids[at]],
+                 "score": float(score_N[at])}
+                for rank, at in enumerate(best, start=1)
+            ]  # fmt: skip
+    return pd.DataFrame(found, columns=["user_id", "rank", "item_id", "title", "score"])

@@ -1,0 +1,106 @@
+"""`python -m jobs new DIR`: a recipe for your own tables, the starter's with your answers in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.recipe import apply
+from jobs.run import InputError
+
+log = logging.getLogger(__name__)
+
+STARTER = Path(__file__).parent / "recipes" / "starter.toml"
+QUESTIONS = {
+    "extract.items.table": "Table of your items (a Spark table, or a Parquet path with a /)",
+    "extract.items.item_id": "Its column with the item's id",
+    "extract.items.attributes": "Its columns that the LLM shall read, by commas, the most telling first",
+    "extract.interactions.table": "Table of your events",
+    "extract.interactions.user_id": "Its column with the user's id",
+    "extract.interactions.item_id": "Its column with the item's id",
+    "extract.interactions.timestamp": "Its column with the time",
+    "extract.interactions.unit": "Unit of the time, if it is a number: s, ms or us",
+    "scft.policy.domain": "A sentence that says what an item is",
+    "run.lake": "Folder for all that is made",
+}
+"""Asked in this order; an empty answer keeps what stands in brackets."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes DIR/recipe.toml and prints its path as JSON. Raises InputError where there is one already, or an answer is off."""
+    parser = argparse.ArgumentParser(prog="python -m jobs new", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where the recipe goes; made where it is not there")
+    parser.add_argument("--set", action="append", default=[], metavar="JOB.KEY=VALUE", help="an answer; asked no more")
+    arguments = parser.parse_args(argv)
+    target = arguments.folder / "recipe.toml"
+    if target.exists():
+        raise InputError(f"{target} is there already: change it, or name another folder")
+    given = flat(overrides(arguments.set))
+    home = arguments.folder.absolute()
+    known = flat(tomllib.loads(STARTER.read_text())) | {"run.lake": str(home / "lake")} | given
+    answers = known | asked({key: text for key, text in QUESTIONS.items() if key not in given}, known)
+    if "run.tracking_uri" not in given:
+        answers["run.tracking_uri"] = f"sqlite:///{answers['run.lake']}/mlflow.db"
+    text = filled(STARTER.read_text(), answers)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
+    log.info("next:  python -m jobs check --recipe %s\n       make night RECIPE=%s DS=YYYY-MM-DD", target, target)
+    print(json.dumps({"recipe": str(target)}))
+    return 0
+
+
+def overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """The `--set` answers as tables."""
+    tables: dict[str, Any] = {}
+    for setting in settings:
+        apply(tables, setting)
+    return tables
+
+
+def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tables.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def asked(questions: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Answers to the questions, a line of standard input each; what isn't answered stays as it is."""
+    answers: dict[str, Any] = {}
+    for key, text in questions.items():
+        before = known[key]
+        shown = ", ".join(before) if isinstance(before, list) else before
+        sys.stderr.write(f"{text} [{shown}]: ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            sys.stderr.write("\n")
+            break
+        if line.strip():
+            said = line.strip()
+            answers[key] = [part.strip() for part in said.split(",")] if isinstance(before, list) else said
+    return answers
+
+
+def filled(starter: str, answers: Mapping[str, Any]) -> str:
+    """The starter's text with the answers as values, its comments kept. Raises InputError for a key that it does not have."""
+    lines, table, left = [], "", dict(answers)
+    for line in starter.splitlines():
+        table = line.strip("[]") if line.startswith("[") else table
+        pair = re.match(r"(\w+) = (\"[^\"]*\"|\[.*?\]|[^#]*?)(\s*#.*)?$", line)
+        if pair and (value := left.pop(f"{table}.{pair[1]}", None)) is not None:
+            line = f"{pair[1]} = {json.dumps(value, ensure_ascii=False)}{pair[3] or ''}"
+        lines.append(line)
+    if left:
+        raise InputError(
+            f"--set {next(iter(left))}: the starter asks for {', '.join(QUESTIONS)}; add others to the recipe by hand"
+        )
+    return "\n".join(lines) + "\n"

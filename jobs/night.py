@@ -1,0 +1,111 @@
+"""`python -m jobs night --recipe FILE --ds DATE`: the jobs of a night in their order, without a scheduler."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.engines import registry
+from jobs.recipe import build, load_recipe
+from jobs.run import Refused, Run
+
+log = logging.getLogger(__name__)
+
+
+class Failed(Exception):
+    """A job ended otherwise than well; its own last line has said why."""
+
+    def __init__(self, job: str, status: int) -> None:
+        super().__init__(f"{job} ended with status {status}")
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Night:
+    """What every job of a night is called with."""
+
+    recipe: Path
+    ds: str
+
+    def job(self, name: str, *settings: str) -> dict[str, Any]:
+        """The Result of a job, run as a process of its own. Raises Failed."""
+        command = [sys.executable, "-m", "jobs", name, "--recipe", str(self.recipe), "--ds", self.ds]
+        for setting in settings:
+            command += ["--set", setting]
+        log.info("$ python %s", " ".join(command[1:]))
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise Failed(name, done.returncode)
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the night and prints what came of it as JSON; the exit status of the first job that failed, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m jobs night", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
+    parser.add_argument("--train", action="store_true", help="trains a recommender though no encoder was due")
+    arguments = parser.parse_args(argv)
+    run = build(Run, {"ds": arguments.ds, **load_recipe(arguments.recipe).get("run", {})}, "run")
+    night = Night(recipe=arguments.recipe, ds=arguments.ds)
+    try:
+        told = whole(night, run, train=arguments.train)
+    except Failed as error:
+        log.error("the night stops here: %s", error)
+        return error.status
+    print(json.dumps(told))
+    return 0
+
+
+def whole(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
+    """The night and its report, which is written also where the night failed."""
+    try:
+        served = serve(night, run, train=train)
+    except Exception:
+        with contextlib.suppress(Failed):
+            night.job("report")
+        raise
+    return {"space_id": served["space_id"], "items": served["items"], "report": night.job("report")["path"]}
+
+
+def serve(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
+    """A snapshot; a challenger where one is due; the champion's space online, read back. The Result of `publish`.
+
+    Raises Refused where there is no champion and only a person can make one.
+    """
+    night.job("extract")
+    due, champion = night.job("scft")["due"], registry.champion(run)
+    if due or train or champion is None:
+        challenge(night, first=champion is None)
+    if registry.champion(run) is None:
+        say_yes = f"python -m jobs promote --recipe {night.recipe} --ds {night.ds} --set promote.approved_by=NAME"
+        raise Refused(f"nothing serves yet: a person must say yes, see docs/first-champion.md, then: {say_yes}")
+    night.job("embed", "embed.encoder=champion")
+    space_id = night.job("project")["space_id"]
+    served = night.job("publish", f'publish.space="{space_id}"')
+    night.job("lookup")
+    return served
+
+
+def challenge(night: Night, *, first: bool) -> None:
+    """Trains a recommender and judges it against the champion, which goes on serving where the challenger is refused."""
+    night.job("embed", "embed.encoder=latest")
+    night.job("pretrain")
+    night.job("rat")
+    night.job("embed", "embed.encoder=opponent")
+    night.job("evaluate")
+    try:
+        night.job("promote")
+    except Failed as error:
+        if first or error.status != 3:
+            raise
+        log.warning("the challenger is refused: the champion goes on serving")

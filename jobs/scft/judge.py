@@ -1,0 +1,74 @@
+"""LoRA weights -> an encoder that is kept: written, judged as it reads back, registered; or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from jobs.engines import registry
+from jobs.lake import artifacts
+from jobs.run import Refused, as_json
+from jobs.scft.config import Config
+from jobs.scft.tuning import validation_size, watched
+from models.text.base_model import load_base
+from models.text.embedding import embed
+from models.text.encoder import Encoder, load_encoder, save_encoder
+from models.text.prompts import Texts
+from models.text.scft import Scft, Tuned
+from models.text.view_retrieval import Validation, autocast_like_base, hold_out_views, refusals, relative_distance, validate_views
+
+
+def keep(
+    config: Config, encoder: Encoder, texts: Texts, training: Scft, tuned: Tuned | None, inputs: dict[str, str]
+) -> dict[str, Any]:
+    """Writes the artifact, judges it as it reads back, keeps and registers it; the Result's fields that come of it.
+
+    Without `tuned` it is the base model as it is, which is measured once. Raises Refused with the figures.
+    """
+    validation, _ = hold_out_views(texts, training, encoder.limit, config.run.seed)
+    staged = artifacts.stage(config.run.lake, "encoder")
+    save_encoder(staged, encoder.spec, tuned.lora if tuned else None)
+    device = encoder.device
+    base_CE = None if tuned is None else base_embeddings(config, encoder, validation)
+    encoder.model = torch.nn.Identity()  # makes room for the copy that is judged
+    loaded = load_encoder(staged, device=device)
+    with watched(loaded, validation_size(texts, training)):
+        figures, emb_CE = validate_views(loaded, validation)
+    moved = 0.0 if base_CE is None else relative_distance(emb_CE, base_CE)
+    before = tuned.history[0] if tuned else {"step": 0.0, **figures}
+    wrong = refusals(figures, before, moved, config.gates, candidates=len(emb_CE), zero_shot=tuned is None)
+    if wrong:
+        raise Refused(f"the encoder is refused: {'; '.join(wrong)}")
+    encoder_id = artifacts.keep(config.run.lake, "encoder", staged)
+    version = register(config, encoder_id, figures, inputs)
+    return {"encoder_id": encoder_id, "figures": figures, "base_figures": before, "moved": moved, "version": version}
+
+
+def base_embeddings(config: Config, encoder: Encoder, validation: Validation) -> NDArray[np.float32]:
+    """base_CE: the candidates as the base model embeds them, before anything was learned."""
+    with watched(encoder, len(validation.candidates.length_B)):
+        if config.training.fp8 or config.four_bit:  # the base is what `embed` will have: neither in 8 bits nor in 4
+            device, encoder.model = encoder.device, torch.nn.Identity()
+            encoder.model = load_base(config.base, device=device, layers=config.layers)[0]
+            return embed(encoder.eval(), validation.candidates)
+        with encoder.model.disable_adapter(), autocast_like_base(encoder), torch.no_grad():  # type: ignore[operator]
+            return embed(encoder.eval(), validation.candidates)
+
+
+def register(config: Config, encoder_id: str, figures: dict[str, float], inputs: dict[str, str]) -> str | None:
+    """The encoder's version in MLflow's registry, as a pyfunc that embeds raw attribute records; None without MLflow."""
+    if not config.run.tracking_uri:
+        return None
+    return registry.log_run(
+        config.run,
+        "scft",
+        as_json(config),
+        figures,
+        artifacts.find(config.run.lake, "encoder", encoder_id),
+        registry.ENCODER,
+        registry.ENCODER_CODE,
+        inputs=inputs,
+    )

@@ -1,0 +1,71 @@
+"""new: the starter with a stranger's answers in it; safe, short, and read by every job."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jobs import new
+from jobs.__main__ import main
+from jobs.recipe import build, load_recipe, values_of
+from jobs.run import Run
+
+ANSWERS = ["shop.items", "sku", "title, brand", "shop.clicks", "visitor", "sku", "at", "ms", 'It is "good":', ""]
+
+
+def test_answers_come_from_standard_input_and_empty_ones_keep_what_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ANSWERS) + "\n"))
+    assert main(["new", str(tmp_path / "shop")]) == 0
+    told = capsys.readouterr()
+    path = Path(json.loads(told.out)["recipe"])
+    recipe = tomllib.loads(path.read_text())
+    assert recipe["extract"]["items"] == {"table": "shop.items", "item_id": "sku", "attributes": ["title", "brand"]}
+    assert recipe["extract"]["interactions"]["unit"] == "ms"
+    assert recipe["scft"]["policy"]["domain"] == 'It is "good":'
+    assert recipe["run"]["lake"] == str(tmp_path / "shop" / "lake")
+    assert recipe["run"]["tracking_uri"] == f"sqlite:///{tmp_path}/shop/lake/mlflow.db"
+    assert "the most telling first" in path.read_text()  # comments stay
+    assert "python -m jobs check" in told.err
+
+
+def test_what_is_given_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["new", str(tmp_path / "shop"), "--set", "extract.items.table=shop.items"]) == 0
+    assert "Table of your items" not in capsys.readouterr().err
+    assert tomllib.loads((tmp_path / "shop" / "recipe.toml").read_text())["extract"]["items"]["table"] == "shop.items"
+
+
+def test_a_recipe_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.toml").write_text("mine")
+    assert main(["new", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "recipe.toml").read_text() == "mine"
+
+
+def test_a_key_that_the_starter_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", str(tmp_path / "shop"), "--set", "rat.hidden=5", *answered()]) == 2
+    assert "rat.hidden" in capsys.readouterr().err
+    assert not (tmp_path / "shop").exists()
+
+
+def answered() -> list[str]:
+    """`--set` for every question, so that nothing is asked."""
+    return [word for key in new.QUESTIONS for word in ("--set", f"{key}=x")]
+
+
+def test_every_job_reads_the_starter_and_it_is_safe() -> None:
+    recipe = load_recipe(new.STARTER)
+    run = build(Run, {"ds": "2026-01-01", **recipe["run"]}, "run")
+    for job in ("extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup", "collect"):
+        build(importlib.import_module(f"jobs.{job}").Config, {"run": run, **values_of(recipe, job)}, job)
+    assert "promote" not in recipe  # nobody approves by default
+    assert recipe["collect"]["grace_days"] > 0
+    assert len(new.STARTER.read_text().splitlines()) <= 22

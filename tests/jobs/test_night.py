@@ -1,0 +1,76 @@
+"""night: the jobs in their order, a challenger only where one is due, a report whatever came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import night
+from jobs.night import Failed, Night
+from jobs.run import Refused, Run
+
+SERVING = ["embed", "project", "publish", "lookup", "report"]
+TRAINING = ["embed", "pretrain", "rat", "embed", "evaluate", "promote"]
+
+
+class Told(Night):
+    """A night whose jobs only leave their names."""
+
+    def job(self, name: str, *settings: str) -> dict[str, Any]:
+        calls.append(name)
+        if name in fails:
+            raise Failed(name, fails[name])
+        return {"due": due[0], "space_id": "12e4", "items": 3, "path": "report.html"}
+
+
+calls: list[str] = []
+fails: dict[str, int] = {}
+due = [False]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    calls.clear()
+    fails.clear()
+    due[0] = False
+    monkeypatch.setattr(night.registry, "champion", lambda run: {"recommender_id": "r"})
+    return Run(ds="2026-01-01", lake=tmp_path)
+
+
+TONIGHT = Told(recipe=Path("r.toml"), ds="2026-01-01")
+
+
+def test_a_night_with_a_champion_trains_nothing(run: Run) -> None:
+    assert night.whole(TONIGHT, run, train=False) == {"space_id": "12e4", "items": 3, "report": "report.html"}
+    assert calls == ["extract", "scft", *SERVING]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_challenger_is_trained_where_an_encoder_is_new_or_a_person_asks(run: Run, asked: bool) -> None:
+    due[0] = not asked
+    night.whole(TONIGHT, run, train=asked)
+    assert calls == ["extract", "scft", *TRAINING, *SERVING]
+
+
+def test_a_refused_challenger_leaves_the_champion_serving(run: Run) -> None:
+    fails["promote"] = 3
+    night.whole(TONIGHT, run, train=True)
+    assert calls[-5:] == SERVING
+
+
+def test_without_a_champion_a_person_is_asked_and_the_report_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(night.registry, "champion", lambda run: None)
+    with pytest.raises(Refused, match=r"promote\.approved_by=NAME"):
+        night.whole(TONIGHT, run, train=False)
+    assert calls == ["extract", "scft", *TRAINING, "report"]
+
+
+@pytest.mark.parametrize(("job", "status"), [("extract", 2), ("lookup", 3)])
+def test_a_job_that_fails_ends_the_night_with_its_status_and_a_report(run: Run, job: str, status: int) -> None:
+    fails[job] = status
+    with pytest.raises(Failed) as failed:
+        night.whole(TONIGHT, run, train=False)
+    assert failed.value.status == status
+    assert calls[-2:] == [job, "report"]
