@@ -240,5 +240,5 @@ def test_stopping_a_task_stops_the_job_and_what_it_started(tmp_path: Path) -> No
         "and open(f'/proc/{pid}/stat').read().split()[2] != 'Z'])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "LLMEMB_PYTHON": str(job)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]
