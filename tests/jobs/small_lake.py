@@ -46,7 +46,9 @@ def sequence_rows(ds: str = DS, tested: str = "") -> pa.Table:
     `tested` is the item of every second user's test event; at LATER users walk the other way.
     """
     way = 1 if ds == DS else -1
-    lists = [[f"i{(user + way * step) % 19:02d}" for step in range(8 if user < USER_COUNT - 1 else 1)] for user in range(USER_COUNT)]
+    lists = [
+        [f"i{(user + way * step) % 19:02d}" for step in range(8 if user < USER_COUNT - 1 else 1)] for user in range(USER_COUNT)
+    ]
     if tested:
         lists[:-1:2] = [[*events[:-1], tested] for events in lists[:-1:2]]
     lengths = [len(events) for events in lists]

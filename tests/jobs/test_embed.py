@@ -185,7 +185,10 @@ def test_finished_parts_of_another_number_type_are_not_taken_up(config: embed.Co
     assert len(list(config.run.lake.glob("llm_embeddings/**/.parts/*.parquet"))) == 4
     result = embed.run(changed(config, dtype="float32"))
     assert (result.resumed, result.embedded) == (0, COUNT - 1)
-    kinds = {pq.read_schema(path).field("embedding").type.value_type for path in config.run.lake.glob("llm_embeddings/**/part-*.parquet")}
+    kinds = {
+        pq.read_schema(path).field("embedding").type.value_type
+        for path in config.run.lake.glob("llm_embeddings/**/part-*.parquet")
+    }
     assert kinds == {pa.float32()}
 
 

@@ -94,7 +94,9 @@ def test_an_event_at_the_cut_belongs_to_the_later_part(tmp_path: Path) -> None:
     midnight = NOON - DAY // 2
     logs: list[Event] = [(f"u{u}", f"i{n}", midnight + (u + n) * DAY) for u in range(4) for n in range(5)]
     result = extract.run(config(tmp_path, CATALOGUE, logs))
-    valid, test = (int(dt.datetime.fromisoformat(f"{result.cuts[part]}T00:00:00+00:00").timestamp()) for part in ("valid", "test"))
+    valid, test = (
+        int(dt.datetime.fromisoformat(f"{result.cuts[part]}T00:00:00+00:00").timestamp()) for part in ("valid", "test")
+    )
     rows = partitions.read(tmp_path / "lake", SEQUENCES, f"ds={DS}").to_pylist()
     assert {valid, test} <= {moment for row in rows for moment in row["timestamps"]}
     for row in rows:
