@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jobs import __main__ as command_line
 from jobs.lake import manifests
+from jobs.lake.partitions import write_json
 from tests.jobs import small_lake
 from tests.models import tiny
 
@@ -31,6 +37,32 @@ def test_a_job_with_bad_input_ends_with_2_and_its_remedy_is_the_last_line(tmp_pa
     assert said[-1].startswith("scft: error: items has no partition at or before 2026-01-01")
     manifest = json.loads((tmp_path / "lake/manifests/ds=2026-01-01/scft.json").read_text())
     assert manifest["status"] == "failed" and "items has no partition" in manifest["error"]
+
+
+def test_where_the_first_process_says_nothing_another_that_failed_writes_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, where = tmp_path / "recipe.toml", manifests.path_of(tmp_path / "lake", "2026-01-01", "pretrain")
+    recipe.write_text(f'[run]\nlake = "{tmp_path / "lake"}"\ndevice = "cpu"\n')
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command_line, "FIRST_SPEAKS_S", 0.1)
+    words = ["pretrain", "--recipe", str(recipe), "--ds", "2026-01-01"]
+    assert command_line.main(words) == 2
+    assert "items has no partition" in json.loads(where.read_text())["error"]
+    monkeypatch.setattr(command_line, "load_recipe", spoken(where, command_line.load_recipe))
+    assert command_line.main(words) == 2
+    assert json.loads(where.read_text()) == {"of": "the first"}
+
+
+def spoken(where: Path, load: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets the first process write its manifest while another one's job begins."""
+
+    def loaded(*given: Any) -> Any:
+        write_json(where, {"of": "the first"})
+        os.utime(where, (time.time() + 1, time.time() + 1))  # file systems' clocks are coarse
+        return load(*given)
+
+    return loaded
 
 
 RECIPE = """
