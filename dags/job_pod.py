@@ -58,7 +58,9 @@ class JobPod(KubernetesPodOperator):  # type: ignore[misc]
 
     def result(self, context: Any) -> Any:
         """The Result that the job printed, as the XCom. No sidecar: that would take the right to run commands in pods."""
-        value = next(json.loads(line) for line in reversed(self.lines) if line.startswith("{"))
+        value = next((json.loads(line) for line in reversed(self.lines) if line.startswith("{")), None)
+        if value is None:  # the pod, or its log, was gone before it was read: a second run of a job that is done is short
+            raise AirflowException(f"{self.arguments[0]} ended well, but its Result is in no line of the pod's log")
         context["ti"].xcom_push(key="return_value", value=value)
         return value
 

@@ -36,6 +36,8 @@ COMMANDS = {
     "night": "--recipe FILE --ds DATE: runs the jobs of a night in their order",
 }
 """What is no job: takes arguments of its own and leaves no manifest."""
+FIRST_SPEAKS_S = 5.0
+"""How long a process that failed waits for the first one's manifest."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +84,7 @@ def run_job(arguments: argparse.Namespace) -> int:
     except Exception as error:
         status, complaint = judged(error, record)
     finally:
-        if where is not None and first_process():
+        if where is not None and (first_process() or (record["status"] != "done" and not first_spoke(where, started))):
             record |= {"started_at": started.isoformat(), "seconds": round(time.monotonic() - clock, 3)}
             keep(where, record)
     if status:
@@ -147,6 +149,19 @@ def refuse_future(ds: str, now: dt.datetime) -> None:
 def first_process() -> bool:
     """Whether this process speaks for the job: under `torchrun` only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def first_spoke(where: Path, started: dt.datetime) -> bool:
+    """Whether the first process has written its manifest, waited for in one that failed beside it.
+
+    `torchrun` ends all processes with the first that fails: the others may have had no time to say why, or be stuck.
+    """
+    end = time.monotonic() + FIRST_SPEAKS_S
+    while not (where.exists() and where.stat().st_mtime >= started.timestamp()):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def digest(recipe: Mapping[str, Any]) -> str:

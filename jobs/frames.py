@@ -152,9 +152,7 @@ def answered(run: Run, results: Mapping[str, Any], k: int) -> Answer:
     )
 
 
-def recommendations(
-    run: Run, recommender: Loaded, item_ids: list[str], emb_ND: npt.NDArray[np.float32], k: int
-) -> pd.DataFrame:
+def recommendations(run: Run, recommender: Loaded, item_ids: list[str], emb_ND: npt.NDArray[np.float32], k: int) -> pd.DataFrame:
     """The k best items of every user: the dot product of the user's vector with the items', as the online store answers."""
     row = {item_id: number for number, item_id in enumerate(item_ids)}
     names = titles(run.lake, run.ds, item_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import logging
@@ -70,7 +71,8 @@ def read(wheel: Path, kind: str) -> pd.DataFrame:
         text = zipfile.ZipFile(wheel).read(f"{FOLDER}/ml-100k.{kind}")
     except (KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{wheel} holds no {FOLDER}: it must be the recbole 1.2.1 wheel") from error
-    frame = pd.read_csv(io.BytesIO(text), sep="\t", dtype=str, keep_default_na=False)
+    # a quotation mark is a letter here: one without its second would swallow the lines up to the next
+    frame = pd.read_csv(io.BytesIO(text), sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
     return frame.rename(columns={name: name.split(":")[0] for name in frame.columns})
 
 

@@ -125,6 +125,49 @@ def pod_end(environment: dict[str, str], status: int | None, lines: list[str]) -
     return ["", "", pushed[0]]
 
 
+def pod_run(environment: dict[str, str], how: str, status: int | None, lines: list[str]) -> dict[str, Any]:
+    """A pod of `scft` run by the operator's own two ways in, `execute` or `trigger_reentry`, the cluster stubbed.
+
+    The pod ends with a status and these last lines; None: it is gone. What came back, was pushed, was raised, and what was given.
+    """
+    bag(environment)
+    import job_pod
+    from airflow.sdk.exceptions import AirflowException
+
+    container = SimpleNamespace(name="base", state=SimpleNamespace(terminated=SimpleNamespace(exit_code=status)))
+    remote = SimpleNamespace(
+        metadata=SimpleNamespace(name="p", namespace="n"), status=SimpleNamespace(container_statuses=[container])
+    )
+    given: list[Any] = []
+
+    def ended(self: Any, *_: Any, **__: Any) -> None:
+        if status != 0:
+            raise AirflowException("Pod returned a failure")
+
+    def way(self: Any, context: Any, *event: Any) -> None:
+        given.append([*event])
+        if status is not None:
+            self.cleanup(remote, remote, context=context)
+
+    base = job_pod.KubernetesPodOperator
+    saved = {name: base.__dict__.get(name) for name in ("execute", "trigger_reentry", "cleanup")}
+    base.execute = base.trigger_reentry = way
+    base.cleanup = ended
+    pushed: list[Any] = []
+    context = {"ti": SimpleNamespace(xcom_push=lambda key, value: pushed.append([key, value])), "dag_run": None}
+    try:
+        pod = job_pod.JobPod(task_id="scft", arguments=["scft"])
+        vars(pod)["client"] = SimpleNamespace(read_namespaced_pod_log=lambda **_: "\n".join(lines))
+        event = [{"status": "success"}] if how == "trigger_reentry" else []
+        value = getattr(pod, how)(context, *event)
+        return {"value": value, "pushed": pushed, "raised": "", "given": given}
+    except Exception as error:
+        return {"value": None, "pushed": pushed, "raised": f"{type(error).__name__}: {error}", "given": given}
+    finally:
+        for name, value in saved.items():
+            setattr(base, name, value)
+
+
 def answered(environment: dict[str, str], answer: dict[str, Any]) -> dict[str, str]:
     """The settings of `promote` that come of a person's answer, rendered as Airflow does."""
     dag = bag(environment)["rat_training"]
@@ -140,6 +183,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "snapshot_date": snapshot_date,
     "judge": judge,
     "pod_end": pod_end,
+    "pod_run": pod_run,
     "answered": answered,
 }
 

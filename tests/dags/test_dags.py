@@ -196,6 +196,24 @@ def test_a_pod_ends_as_its_job_did_whatever_libraries_say_last(worker: Worker) -
     assert end(None, "scft: step 1") == ["AirflowException", "Pod returned a failure", None], "evicted: tried again"
 
 
+@pytest.mark.parametrize("how", ["execute", "trigger_reentry"])
+def test_a_pod_s_result_comes_back_whether_the_worker_waited_or_the_triggerer_did(worker: Worker, how: str) -> None:
+    def ran(status: int | None, *lines: str) -> Any:
+        return worker.ask("pod_run", how=how, status=status, lines=lines)
+
+    done = ran(0, "scft: step 1", '{"encoder_id": "e1"}', "[rank0]: a warning at the end")
+    assert (done["value"], done["raised"]) == ({"encoder_id": "e1"}, "")
+    assert done["pushed"] == [["return_value", {"encoder_id": "e1"}]]
+    assert done["given"] == [[{"status": "success"}] if how == "trigger_reentry" else []]
+    for status in (2, 3):
+        refused = ran(status, "scft: refused: it collapsed")
+        assert (refused["raised"], refused["pushed"]) == ("AirflowFailException: scft: refused: it collapsed", [])
+    assert ran(1, "scft: step 1")["raised"].startswith("AirflowException: scft ended with status 1")
+    for nothing in (ran(0, "scft: step 1"), ran(None)):  # its log was lost, or the pod with it: the job is run again
+        assert nothing["raised"].startswith("AirflowException: scft ended well, but its Result is in no line")
+        assert nothing["pushed"] == []
+
+
 class Inbox(http.server.BaseHTTPRequestHandler):
     """Keeps what was posted."""
 
@@ -240,5 +258,5 @@ def test_stopping_a_task_stops_the_job_and_what_it_started(tmp_path: Path) -> No
         "and open(f'/proc/{pid}/stat').read().split()[2] != 'Z'])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "LLMEMB_PYTHON": str(job)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]

@@ -20,8 +20,10 @@ def feature_server(lake: Path) -> Iterator[str]:
     running = uvicorn.Server(uvicorn.Config(get_app(open_store(lake)), host="127.0.0.1", port=0, log_level="critical"))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
+    end = time.monotonic() + 60
     while not running.started:
+        assert thread.is_alive() and time.monotonic() < end, "the feature server did not start"
         time.sleep(0.02)
     yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
     running.should_exit = True
-    thread.join()
+    thread.join(60)

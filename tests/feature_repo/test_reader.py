@@ -63,6 +63,23 @@ def test_an_answer_is_of_the_space_that_serves(lake: Path) -> None:
     assert np.array_equal(answer.vector_ND, vectors(2, 4).astype(np.float16).astype(np.float32))
 
 
+def test_one_reader_follows_the_pointer_across_a_flip_and_back(lake: Path, server: str) -> None:
+    readers = [Reader.open(lake), Reader.over_http(server)]
+    put(lake, space("a"), 1)
+    for reader in readers:
+        assert np.array_equal(reader.vectors(IDS).vector_ND, vectors(1))
+    put(lake, space("b", width=4), 2)
+    for reader in readers:
+        answer = reader.vectors(IDS)
+        assert (reader.pointer().space_id, answer.pointer.space_id, answer.pointer.sequence) == ("b" * 16, "b" * 16, 2)
+        assert np.array_equal(answer.vector_ND, vectors(2, 4))
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        spaces.rollback(store, Reader.open(lake))
+    for reader in readers:
+        assert np.array_equal(reader.vectors(IDS).vector_ND, vectors(1))
+
+
 def test_a_space_collected_between_two_reads_is_left_for_the_one_that_serves(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(lake, space("a"), 1)
     reader = Reader.open(lake)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,40 @@ def test_a_writer_that_was_overtaken_changes_nothing(lake: Path) -> None:
     assert quick.notes() == {}
 
 
+@pytest.mark.parametrize("what", ["write", "delete", "note", "renew", "release"])
+def test_a_lease_lost_inside_a_transaction_undoes_it(lake: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """On Redis a writer may sleep between its check of the token and EXEC; SQLite's transaction holds the database meanwhile."""
+    slow, quick = open_writer(settings(lake)), open_writer(settings(lake))
+    slow.acquire("slow")
+    slow.write(item_embedding, rows("before"))
+    key = next(iter(slow.keys(item_embedding)))[0]
+    if isinstance(slow, SqliteStore):
+        with slow.transaction(), pytest.raises(sqlite3.OperationalError, match="locked"):
+            sqlite3.connect(slow.path, timeout=0).execute("UPDATE lease SET token = token + 1")
+        return
+    begun = slow.fenced.pipeline  # type: ignore[attr-defined]
+
+    def sleeping(transaction: bool = True) -> Any:
+        pipe = begun(transaction)
+        overtake(slow)
+        quick.acquire("quick")
+        return pipe
+
+    monkeypatch.setattr(slow.fenced, "pipeline", sleeping)  # type: ignore[attr-defined]
+    acts: dict[str, Callable[[], None]] = {
+        "write": lambda: slow.write(item_embedding, rows("late")),
+        "delete": lambda: slow.delete(item_embedding, [key]),
+        "note": lambda: slow.note("x", "y"),
+        "renew": slow.renew,
+        "release": slow.release,
+    }
+    with pytest.raises(Fenced, match="run again"):
+        acts[what]()
+    assert listed(quick) == {"before"} and quick.notes() == {}
+    quick.renew()  # its lease is whole
+    quick.release()
+
+
 def test_nothing_is_written_without_a_lease(lake: Path) -> None:
     store = open_writer(settings(lake))
     with pytest.raises(Fenced):
@@ -87,6 +123,28 @@ def test_keys_are_listed_by_their_beginning_whatever_their_characters(lake: Path
         store.write(item_embedding, rows(odd, odd + "2", "other"))
         assert listed(store, key_prefix(item_embedding, odd)) == {odd}
         assert listed(store) == {odd, odd + "2", "other"}
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def test_killed_at_its_first_delete_a_forgotten_item_has_its_tombstone(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_writer(settings(lake))
+
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    with lease(store, "test"):
+        store.write(item_embedding, rows("x", "y"))
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "delete", dies)
+            with pytest.raises(Killed):
+                spaces.forget(store, "x", "2026-01-01")
+        assert Reader.open(lake).forgotten(["x", "y"]) == {"x"}
+        assert listed(store) == {"x", "y"}
+        assert spaces.forget(store, "x", "2026-01-01") == 1
+        assert listed(store) == {"y"}
 
 
 def test_a_delete_leaves_other_views_of_the_same_item(lake: Path) -> None:

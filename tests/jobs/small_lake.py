@@ -1,7 +1,8 @@
-"""A small lake with items, sequences and embeddings, for the jobs that train and project."""
+"""A small lake with items, sequences and embeddings of two dates, for the jobs that train and project."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +17,40 @@ from models.text.encoder import Spec, save_encoder
 from models.text.prompts import FieldPolicy
 
 DS = "2026-03-10"
+LATER = "2026-03-24"
+"""A snapshot that no run of DS may see: other texts, an item more, and users who walk the other way."""
 ENCODER = "e0e0e0e0e0e0e0e0"
 ITEM_COUNT, USER_COUNT, WIDTH = 20, 24, 12
 
 
-def item_rows() -> pa.Table:
-    """Items i00…i19; i18 has the text of i17."""
-    texts = [f"text {17 if number == 18 else number}" for number in range(ITEM_COUNT)]
+def item_rows(ds: str = DS) -> pa.Table:
+    """Items i00…i19; i18 has the text of i17. At LATER one item more, and i00 has another text."""
+    count = ITEM_COUNT if ds == DS else ITEM_COUNT + 1
+    texts = [f"text {17 if number == 18 else number}" for number in range(count)]
+    if ds != DS:
+        texts[0] = "another text"
     attributes = [[{"name": "title", "value": text}] for text in texts]
     return pa.table(
         {
-            "item_id": [f"i{number:02d}" for number in range(ITEM_COUNT)],
+            "item_id": [f"i{number:02d}" for number in range(count)],
             "attributes": pa.array(attributes, ATTRIBUTES),
             "content_hash": [content_hash([("title", text)]) for text in texts],
-            "first_seen_ds": [DS] * ITEM_COUNT,
+            "first_seen_ds": [DS] * count,
         }
     )
 
 
-def sequence_rows() -> pa.Table:
-    """Users walk i00…i18 in a circle, so that nobody touches i19; the last user has a single event."""
-    lists = [[f"i{(user + step) % 19:02d}" for step in range(8 if user < USER_COUNT - 1 else 1)] for user in range(USER_COUNT)]
+def sequence_rows(ds: str = DS, tested: str = "") -> pa.Table:
+    """Users walk i00…i18 in a circle, so that nobody touches i19; the last user has a single event.
+
+    `tested` is the item of every second user's test event; at LATER users walk the other way.
+    """
+    way = 1 if ds == DS else -1
+    lists = [
+        [f"i{(user + way * step) % 19:02d}" for step in range(8 if user < USER_COUNT - 1 else 1)] for user in range(USER_COUNT)
+    ]
+    if tested:
+        lists[:-1:2] = [[*events[:-1], tested] for events in lists[:-1:2]]
     lengths = [len(events) for events in lists]
     return pa.table(
         {
@@ -72,16 +86,17 @@ def keep_encoder(lake: Path, *, from_users: bool = False) -> None:
 
 
 def make(path: Path) -> Run:
-    """The run of a lake in which `extract`, `scft` and `embed` (in two partitions) have run."""
+    """The run of DS in a lake in which `extract`, `scft` and `embed` (in two partitions) have run, and for LATER too."""
     run = Run(ds=DS, lake=path / "lake", device="cpu")
-    items = item_rows()
-    partitions.write(run.lake, ITEMS, f"ds={DS}", [items])
-    partitions.write(run.lake, SEQUENCES, f"ds={DS}", [sequence_rows()])
-    hashes = sorted(set(items["content_hash"].to_pylist()))
+    for ds in (DS, LATER):
+        partitions.write(run.lake, ITEMS, f"ds={ds}", [item_rows(ds)])
+        partitions.write(run.lake, SEQUENCES, f"ds={ds}", [sequence_rows(ds)])
+    hashes = sorted({text for ds in (DS, LATER) for text in item_rows(ds)["content_hash"].to_pylist()})
     for number, part in enumerate((hashes[:7], hashes[7:])):
         partitions.write(run.lake, llm_embeddings(WIDTH), f"encoder={ENCODER}/shard={number}", [embedding_rows(part)])
     keep_encoder(run.lake)
     remember(run, "scft", {"encoder_id": ENCODER})
+    remember(dataclasses.replace(run, ds=LATER), "scft", {"encoder_id": "f" * 16})
     return run
 
 

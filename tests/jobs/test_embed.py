@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +34,7 @@ from models.text.packing import Step
 from tests.jobs.small_lake import remember
 from tests.jobs.small_registry import kept
 from tests.jobs.test_scft import write_items
+from tests.jobs.waiting import LONG, until
 from tests.models import tiny
 
 DS = "2026-03-10"
@@ -176,12 +176,31 @@ def test_a_killed_run_goes_on_from_its_finished_parts_and_ends_with_the_same_byt
     assert bytes_of(config) == wanted
 
 
+def test_finished_parts_of_another_number_type_are_not_taken_up(config: embed.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "publish", dies)
+        with pytest.raises(Killed):
+            embed.run(config)
+    assert len(list(config.run.lake.glob("llm_embeddings/**/.parts/*.parquet"))) == 4
+    result = embed.run(changed(config, dtype="float32"))
+    assert (result.resumed, result.embedded) == (0, COUNT - 1)
+    kinds = {
+        pq.read_schema(path).field("embedding").type.value_type
+        for path in config.run.lake.glob("llm_embeddings/**/part-*.parquet")
+    }
+    assert kinds == {pa.float32()}
+
+
 def test_a_shard_whose_worker_is_killed_outright_is_repeated_without_its_finished_parts(
     config: embed.Config, tmp_path: Path
 ) -> None:
     shard = changed(config, shards=2, shard=1, part_items=2)
     embed.run(shard)
-    wanted = bytes_of(config)
+    wanted = {row["content_hash"]: row["embedding"] for row in rows(config).to_pylist()}
+    names = {name.rpartition("-")[0] for name in bytes_of(config)}
     shutil.rmtree(config.run.lake / "llm_embeddings")
     program = textwrap.dedent("""
         import os, signal, sys
@@ -203,28 +222,40 @@ def test_a_shard_whose_worker_is_killed_outright_is_repeated_without_its_finishe
     assert partitions.committed(config.run.lake, "llm_embeddings") == []
     result = embed.run(shard)
     assert result.resumed == 6 and result.embedded == result.rows["llm_embeddings"] - 6
-    assert bytes_of(config) == wanted
+    found = {row["content_hash"]: row["embedding"] for row in rows(config).to_pylist()}
+    assert found.keys() == wanted.keys() and {name.rpartition("-")[0] for name in bytes_of(config)} == names
+    # the parts of another process: its threads may round otherwise, by float16's last place
+    for text, vector in found.items():
+        np.testing.assert_allclose(vector, wanted[text], rtol=2e-3, atol=2e-3)
 
 
 def test_of_two_runs_of_a_shard_at_once_the_second_waits_and_finds_all_done(
     config: embed.Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    original, begun, go_on = parts.embedded, threading.Event(), threading.Event()
+    original, begun, go_on, told = parts.embedded, threading.Event(), threading.Event(), [""]
 
     def slow(*given: Any) -> Any:
         begun.set()
-        go_on.wait(30)
+        go_on.wait(LONG)
         return original(*given)
+
+    def waiting() -> bool:
+        told.append(capfd.readouterr().err)
+        return "waiting for embed" in "".join(told)
 
     monkeypatch.setattr(parts, "embedded", slow)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(embed.run, config)
-        assert begun.wait(30)
-        second = pool.submit(embed.run, changed(config, run=dataclasses.replace(config.run, ds="2026-03-11")))
-        while "waiting for embed" not in capfd.readouterr().err:
-            time.sleep(0.02)
-        go_on.set()
-        assert (first.result().embedded, second.result().embedded) == (COUNT - 1, 0)
+        try:
+            first = pool.submit(embed.run, config)
+            assert begun.wait(LONG)
+            begun.clear()
+            second = pool.submit(embed.run, changed(config, run=dataclasses.replace(config.run, ds="2026-03-11")))
+            # without the lock the second would embed at once
+            until(lambda: waiting() or begun.is_set() or second.done(), "the second run's word that it waits")
+            assert "waiting for embed" in "".join(told)
+        finally:
+            go_on.set()  # the pool ends with its threads
+        assert (first.result(LONG).embedded, second.result(LONG).embedded) == (COUNT - 1, 0)
     assert rows(config).num_rows == COUNT - 1
 
 
@@ -259,6 +290,17 @@ def test_on_the_first_night_there_is_no_opponent_and_that_is_said(
     assert (result.encoder_id, result.embedded, result.outputs) == ("", 0, {})
     assert "none to measure against, so nothing to embed" in capsys.readouterr().err
     assert partitions.committed(config.run.lake, "llm_embeddings") == []
+
+
+def test_of_two_dates_the_run_s_own_is_embedded(config: embed.Config) -> None:
+    write_items(config.run.lake, "2026-03-11", tiny.items(COUNT + 5))
+    result = embed.run(config)
+    assert result.inputs["items"] == partitions.read_commit(config.run.lake, "items", f"ds={DS}").digest
+    assert result.embedded == COUNT - 1
+    later = dataclasses.replace(config.run, ds="2026-03-11")
+    remember(later, "scft", {"encoder_id": "f" * 16})
+    assert embed.chosen(config) == result.encoder_id
+    assert embed.run(changed(config, run=later, encoder=result.encoder_id)).embedded == 6
 
 
 def test_a_half_written_snapshot_is_passed_over(config: embed.Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jobs.engines import registry
 from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.tables import METRICS, SEQUENCES
 from jobs.run import InputError, Run, as_json
+from models.behaviour.data import held_out
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 from models.judge.evaluation import SLICES
@@ -89,9 +91,14 @@ def test_a_rerun_leaves_the_same_table_and_the_same_negatives(lake: Run) -> None
 
 
 def test_the_challenger_is_measured_against_the_champion(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = judge(lake, recommender=other(lake))
+    assert alone.recommender_id == other(lake)
     crown(monkeypatch, champion=other(lake))
     result = judge(lake)
     assert result.champion_id == other(lake) == result.inputs["champion"]
+    # with its own weights, and so unlike the challenger
+    assert result.values["champion"]["overall"] == pytest.approx(alone.values["llmemb"]["overall"], abs=1e-5)
+    assert result.values["champion"]["overall"] != pytest.approx(result.values["llmemb"]["overall"], abs=1e-3)
     [overall] = [row for row in result.differences if (row.against, row.slice) == ("champion", "overall")]
     ndcg = {model: by_slice["overall"]["ndcg@10"] for model, by_slice in result.values.items()}
     assert overall.value == pytest.approx((ndcg["llmemb"] or 0) - (ndcg["champion"] or 0), abs=2e-6)
@@ -113,6 +120,20 @@ def test_items_held_out_of_training_are_cold_here_and_the_id_only_model_is_lost_
     result = judge(run)
     assert result.users["cold"] > 3
     assert result.users["cold"] + result.users["tail"] + result.users["head"] == result.users["overall"] == 23
+
+
+@pytest.mark.parametrize("seed", [1, 7])
+def test_the_cold_items_are_those_that_the_challenger_held_out_whatever_the_run_s_seed(tmp_path: Path, seed: int) -> None:
+    run = make(tmp_path)
+    trained(dataclasses.replace(run, seed=seed), cold_share=0.4)
+    ids = [f"i{number:02d}" for number in range(20)]
+    targets = [items[-1] for items in sequence_rows()["item_ids"].to_pylist() if len(items) > 1]
+    cold = {}
+    for drawn in (seed, run.seed):
+        held = {item for item, out in zip(ids, held_out(ids, 0.4, drawn)[1:].tolist(), strict=True) if out}
+        cold[drawn] = sum(item in held for item in targets)
+    assert cold[seed] != cold[run.seed]
+    assert judge(run).users["cold"] == cold[seed]
 
 
 def test_slices_of_too_few_users_have_values_but_no_interval_and_empty_ones_nothing(lake: Run) -> None:
@@ -191,7 +212,8 @@ def test_the_table_reads_well_and_names_no_user(lake: Run, capfd: pytest.Capture
     assert "llmemb - id_only" in written
     assert "could have shown" in written
     assert "nan" not in written
-    assert not [user for user in sequence_rows()["user_id"].to_pylist() if f"{user} " in written]
+    assert not re.search(r"\bu\d+\b", written)
+    assert all(re.search(r"\bu\d+\b", f"{user}:") for user in sequence_rows()["user_id"].to_pylist())
     json.dumps(as_json(result), allow_nan=False)
 
 

@@ -104,6 +104,25 @@ def test_a_backfill_does_not_bring_it_back(lake: Path, catalogue: Callable[..., 
     assert spaces.vectors_of(open_writer(settings(lake)), "m4") == 0
 
 
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("moment", ["forget_online", "forget_partition", "forget_answers"])
+def test_killed_at_any_of_its_deletes_the_tombstone_stands_already(
+    lake: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forget, moment, dies)
+        with pytest.raises(Killed):
+            gone(lake)
+    assert tombstones(lake) == {"m4"}
+    assert gone(lake).left_in_lake == []
+
+
 def test_an_item_of_another_name_that_begins_alike_stays(lake: Path) -> None:
     gone(lake, "m1")
     assert Reader.open(lake).vectors(["m10", "m11"]).item_ids == ["m10", "m11"]

@@ -18,7 +18,7 @@ from models.behaviour.artifact import load_recommender
 from models.behaviour.data import held_out
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
-from tests.jobs.small_lake import make
+from tests.jobs.small_lake import DS, LATER, make, sequence_rows
 
 SMALL = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
 
@@ -76,10 +76,16 @@ def test_killed_in_training_and_run_again_it_ends_with_the_same_teacher(small_la
 
 
 def test_items_held_out_leave_the_teachers_train_rows(small_lake: Run) -> None:
-    held = held_out([f"i{number:02d}" for number in range(20)], 0.3, small_lake.seed)
-    result = pretrain.run(config(small_lake, cold_share=0.3))
-    assert result.rows["train_events"] < 23 * 6 + 1
-    assert held.any()
+    ids = [f"i{number:02d}" for number in range(20)]
+    rows = sequence_rows()
+    trained = [events[:end] for events, end in zip(rows["item_ids"].to_pylist(), rows["train_end"].to_pylist(), strict=True)]
+    counts = set()
+    for seed in (7, 42):
+        held = {item for item, out in zip(ids, held_out(ids, 0.3, seed)[1:].tolist(), strict=True) if out}
+        result = pretrain.run(config(dataclasses.replace(small_lake, seed=seed), cold_share=0.3))
+        assert result.rows["train_events"] == sum(item not in held for events in trained for item in events)
+        counts.add(result.rows["train_events"])
+    assert len(counts) == 2
 
 
 def test_validation_and_test_events_do_not_change_the_teachers_losses(small_lake: Run) -> None:
@@ -93,6 +99,16 @@ def test_validation_and_test_events_do_not_change_the_teachers_losses(small_lake
     partitions.write(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}", [changed])
     after = pretrain.run(config(small_lake))
     assert [figures["loss"] for figures in after.history] == [figures["loss"] for figures in before.history]
+
+
+def test_of_two_dates_the_run_s_own_is_trained_on(small_lake: Run) -> None:
+    results = {ds: pretrain.run(config(dataclasses.replace(small_lake, ds=ds))) for ds in (DS, LATER)}
+    for ds, result in results.items():
+        for name in ("items", "sequences"):
+            assert result.inputs[name] == partitions.read_commit(small_lake.lake, name, f"ds={ds}").digest
+    assert [result.rows["items"] for result in results.values()] == [20, 21]
+    # users walk the other way at LATER
+    assert results[DS].history[0]["loss"] != results[LATER].history[0]["loss"]
 
 
 def test_an_event_of_an_item_outside_the_catalogue_is_refused_by_its_id(small_lake: Run) -> None:

@@ -13,12 +13,12 @@ import torch
 from jobs import project, rat
 from jobs.lake import artifacts, partitions
 from jobs.lake.items import bury
-from jobs.lake.tables import ITEMS, item_embeddings, space_of
+from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
 from jobs.run import InputError, Run
 from models.behaviour.artifact import load_recommender
 from models.behaviour.recommender import Backbone, LoadedRecommender
 from models.behaviour.training import Training
-from tests.jobs.small_lake import ENCODER, make, remember
+from tests.jobs.small_lake import ENCODER, make, remember, sequence_rows
 
 
 @pytest.fixture
@@ -58,11 +58,33 @@ def test_every_item_gets_the_vector_of_its_own_text(recommended: Run) -> None:
 
 
 def test_groups_come_from_train_rows_and_an_item_nobody_touched_is_cold(recommended: Run) -> None:
+    _, rows = projected(recommended)
+    assert grouped(rows)["i19"] == "cold"
+    # test events alone warm no item, however many they are
+    events = sequence_rows(tested="i19")
+    assert sum(items[-1] == "i19" for items in events["item_ids"].to_pylist()) == 12
+    partitions.write(recommended.lake, SEQUENCES, f"ds={recommended.ds}", [events])
     result, rows = projected(recommended)
-    groups = dict(zip(rows["item_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
+    groups = grouped(rows)
     assert groups["i19"] == "cold"
     assert result.groups == {"cold": 1, "tail": 15, "head": 4}
-    assert sorted(groups.values()).count("head") == 4
+    # the items of most train events; at a tie those that come first
+    trained = [items[:end] for items, end in zip(events["item_ids"].to_pylist(), events["train_end"].to_pylist(), strict=True)]
+    counts = {item: sum(items.count(item) for items in trained) for item in groups}
+    heads = [item for item, group in groups.items() if group == "head"]
+    assert len(heads) == 4
+    assert min(counts[item] for item in heads) >= max(counts[item] for item, group in groups.items() if group == "tail")
+
+
+def grouped(rows: pa.Table) -> dict[str, str]:
+    return dict(zip(rows["item_id"].to_pylist(), rows["group"].to_pylist(), strict=True))
+
+
+def test_of_two_dates_the_run_s_own_is_projected(recommended: Run) -> None:
+    result, rows = projected(recommended)
+    assert rows.num_rows == 20
+    for name in ("items", "sequences"):
+        assert result.inputs[name] == partitions.read_commit(recommended.lake, name, f"ds={recommended.ds}").digest
 
 
 @pytest.mark.parametrize("sizes", [{"pass_items": 6}, {"batch_rows": 3}, {"pass_items": 5, "batch_rows": 2}])

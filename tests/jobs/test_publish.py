@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from jobs import lookup, publish, rollback
 from jobs.engines import online
 from jobs.lake import manifests, partitions
 from jobs.lake.items import bury
-from jobs.lake.tables import item_embeddings
+from jobs.lake.tables import ITEMS, item_embeddings
 from jobs.run import InputError, Refused, Run
 
-A, B = "a" * 16, "b" * 16
+A, B, C = "a" * 16, "b" * 16, "c" * 16
 Catalogue = Callable[..., Path]
 
 
@@ -145,6 +147,47 @@ def test_an_older_snapshot_never_goes_over_a_newer_one(catalogue: Catalogue) -> 
     with pytest.raises(Refused, match="older than what serves"):
         publish.run(config(lake))
     assert look(lake, "2026-01-02").serves_ds == "2026-01-02"
+
+
+def test_of_two_dates_the_run_s_own_is_published(catalogue: Catalogue) -> None:
+    later = [f"m{number}" for number in range(42)]
+    catalogue(ds="2026-01-02", ids=later, version=dict.fromkeys(later, 1))
+    lake = catalogue()
+    result = publish.run(config(lake))
+    assert (result.items, result.attributes_written, result.verified) == (40, 40, 40)
+    pointer = Reader.open(lake).pointer()
+    assert (pointer.ds, pointer.items) == ("2026-01-01", 40)
+    partition = f"space={A}/ds=2026-01-01"
+    assert result.inputs["item_embeddings"] == partitions.read_commit(lake, "item_embeddings", partition).digest
+    rows = partitions.read(lake, item_embeddings(16), partition)
+    answer = Reader.open(lake).vectors(rows["item_id"].to_pylist())
+    assert np.array_equal(answer.vector_ND, np.asarray(rows["embedding"].to_pylist(), np.float32))
+    hashes = partitions.read(lake, ITEMS, "ds=2026-01-01")["content_hash"].to_pylist()
+    online_now = Reader.open(lake).transport.read("item_attributes", {"item_id": answer.item_ids}, ["content_hash"])
+    assert [values["content_hash"] for _, values in online_now] == hashes
+
+
+def test_a_pointer_that_moved_between_comparing_and_the_lease_stays_where_it_is(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.run(config(catalogue()))
+    catalogue(space=B)
+    lake = catalogue(space=C)
+    held = publish.lease
+
+    @contextlib.contextmanager
+    def late(*given: Any) -> Iterator[int]:
+        monkeypatch.setattr(publish, "lease", held)
+        publish.run(config(lake, space=B))
+        with held(*given) as token:
+            yield token
+
+    monkeypatch.setattr(publish, "lease", late)
+    with pytest.raises(Refused, match="another writer moved the pointer since this publish began"):
+        publish.run(config(lake, space=C))
+    pointer = Reader.open(lake).pointer()
+    assert (pointer.space_id, pointer.sequence) == (B, 2)
+    assert {raw for _, raw in Reader.open(lake).rows(replaced(pointer.space, space_id=C), ["m1"])} == {None}
 
 
 def test_of_two_publishers_the_second_is_told_who_is_at_work(catalogue: Catalogue) -> None:

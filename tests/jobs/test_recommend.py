@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from feature_repo.reader import open_store
+from feature_repo.reader import Reader, open_store
 from jobs import publish, recommend
 from jobs.engines import online
 from jobs.lake import artifacts
@@ -57,9 +58,7 @@ def test_the_approximate_index_finds_the_same_in_a_small_catalogue(lake: Path) -
 
 
 def test_a_pushed_history_comes_before_the_lakes(lake: Path) -> None:
-    rows: dict[str, Any] = {"user_id": ["new"], "item_ids": [["m7", "m8"]], "timestamps": [[1, 2]]}
-    rows["event_timestamp"] = [pd.Timestamp("2026-01-02", tz="UTC")]
-    open_store(lake).push("user_history_push", pd.DataFrame(rows))
+    pushed(lake, "new", ["m7", "m8"])
     result = recommend.run(config(lake, user="new"))
     assert result.recent == ["Film m7, cut 0", "Film m8, cut 0"]
     assert not {"m7", "m8"} & set(result.item_ids)
@@ -81,6 +80,57 @@ def test_no_user_id_is_logged(lake: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr()
     assert "recommended next" in printed.err
     assert "u1" not in printed.err + printed.out
+
+
+def pushed(lake: Path, user: str, items: list[str]) -> None:
+    rows: dict[str, Any] = {"user_id": [user], "item_ids": [items], "timestamps": [list(range(len(items)))]}
+    rows["event_timestamp"] = [pd.Timestamp("2026-01-02", tz="UTC")]
+    open_store(lake).push("user_history_push", pd.DataFrame(rows))
+
+
+def test_fewer_than_one_item_is_refused(lake: Path) -> None:
+    with pytest.raises(InputError, match=r"recommend\.k is 0: ask for at least one item"):
+        recommend.run(config(lake, k=0))
+
+
+def test_a_history_none_of_whose_items_is_online_is_refused(lake: Path) -> None:
+    pushed(lake, "new", ["nowhere", "gone"])
+    with pytest.raises(InputError, match="no item of the user's history is in the space that serves"):
+        recommend.run(config(lake, user="new"))
+
+
+def test_a_space_whose_recommender_is_nowhere_is_refused(lake: Path, catalogue: Callable[..., Path]) -> None:
+    catalogue(space="a" * 16)
+    publish.run(publish.Config(run=Run(ds=DS, lake=lake), space="a" * 16))
+    with pytest.raises(InputError, match=f"no recommender of the lake makes space {'a' * 16}, which serves: fetch its artifact"):
+        recommend.run(config(lake))
+
+
+def test_a_recommender_that_is_gone_from_the_lake_is_refused(lake: Path) -> None:
+    shutil.rmtree(lake / "models" / "recommender")
+    with pytest.raises(InputError, match="fetch it from the registry first"):
+        recommend.run(config(lake))
+
+
+def test_a_space_without_its_index_is_refused(lake: Path) -> None:
+    online.drop_index(online.index_home(lake, Reader.open(lake).pointer().space))
+    with pytest.raises(InputError, match=r"has no index for 2026-01-01 .*run `python -m jobs publish` for it"):
+        recommend.run(config(lake))
+
+
+def test_a_space_that_begins_to_serve_meanwhile_is_refused(
+    lake: Path, catalogue: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = recommend.history_of
+
+    def flipped(*given: Any) -> list[str]:
+        catalogue(space="b" * 16)
+        publish.run(publish.Config(run=Run(ds=DS, lake=lake), space="b" * 16))
+        return history(*given)
+
+    monkeypatch.setattr(recommend, "history_of", flipped)
+    with pytest.raises(InputError, match="another space began to serve meanwhile: run recommend again"):
+        recommend.run(config(lake))
 
 
 def test_before_the_first_publish_the_remedy_is_named(catalogue: Callable[..., Path]) -> None:

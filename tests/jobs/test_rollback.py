@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from jobs.lake.tables import space_of
 from jobs.run import InputError, Refused, Run
 from tests.jobs.small_registry import fresh, kept
 
-A, B = "a" * 16, "b" * 16
+A, B, C = "a" * 16, "b" * 16, "c" * 16
 RUN_DS = "2026-01-01"
 
 
@@ -95,6 +97,27 @@ def test_a_space_that_is_gone_is_not_pointed_to(catalogue: Callable[..., Path]) 
     with pytest.raises(Refused, match="no longer in the store: publish it again"):
         back(lake)
     assert Reader.open(lake).pointer().space_id == B
+
+
+def test_a_pointer_that_moved_before_the_lease_was_held_is_not_turned_back(
+    catalogue: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(catalogue(), A)
+    put(catalogue(space=B), B)
+    lake = catalogue(space=C)
+    held = rollback.lease
+
+    @contextlib.contextmanager
+    def late(*given: Any) -> Iterator[int]:
+        put(lake, C)
+        with held(*given) as token:
+            yield token
+
+    monkeypatch.setattr(rollback, "lease", late)
+    with pytest.raises(Refused, match="the pointer moved while rollback waited for its lease"):
+        back(lake)
+    pointer = Reader.open(lake).pointer()
+    assert (pointer.space_id, pointer.sequence) == (C, 3)
 
 
 def test_before_the_first_publish_the_remedy_is_named(catalogue: Callable[..., Path]) -> None:

@@ -127,6 +127,15 @@ def test_shuffled_texts_make_another_encoder(config: scft.Config) -> None:
     assert plain.encoder_id != control.encoder_id
 
 
+def test_of_two_dates_the_run_s_own_is_trained_on(config: scft.Config) -> None:
+    write_items(config.run.lake, "2026-03-11", tiny.items(55))
+    result = scft.run(changed(config, training=dataclasses.replace(FAST, steps=0)))
+    assert (result.snapshot, result.rows["texts"]) == (f"ds={DS}", 50)
+    assert result.inputs["items"] == partitions.read_commit(config.run.lake, "items", f"ds={DS}").digest
+    remember(on(config, "2026-03-11").run, "scft", result)
+    assert scft.due(config, f"ds={DS}") == ("there is no encoder, or the items that it was trained on are gone", None)
+
+
 # ------------------------------------------------------------------------------------------------------------- is it due
 
 
@@ -247,6 +256,17 @@ def test_sigterm_saves_and_the_next_run_ends_with_the_bytes_of_an_uninterrupted_
     resumed = scft.run(config)
     assert (resumed.encoder_id, resumed.losses) == (whole.encoder_id, whole.losses)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_checkpoint_is_not_taken_up_once_its_items_have_changed(config: scft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(scft, "progress", lambda _: lambda metrics, step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            scft.run(config)
+    write_items(config.run.lake, DS, tiny.items(60)[10:])
+    after = scft.run(config)
+    shutil.rmtree(config.run.lake / "checkpoints")
+    assert after.losses == pytest.approx(scft.run(config).losses, rel=1e-4)
 
 
 def test_a_registered_encoder_embeds_raw_records(config: scft.Config, tmp_path: Path) -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from jobs import __main__ as command_line
+from jobs.lake import manifests
+from jobs.lake.partitions import write_json
+from tests.jobs import small_lake
+from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def launched(*words: str) -> subprocess.CompletedProcess[str]:
     """Two processes of this machine."""
     command = [sys.executable, "-m", "jobs.torchrun", "--standalone", "--nproc-per-node", "2", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_job_with_bad_input_ends_with_2_and_its_remedy_is_the_last_line(tmp_path: Path) -> None:
@@ -27,6 +37,80 @@ def test_a_job_with_bad_input_ends_with_2_and_its_remedy_is_the_last_line(tmp_pa
     assert said[-1].startswith("scft: error: items has no partition at or before 2026-01-01")
     manifest = json.loads((tmp_path / "lake/manifests/ds=2026-01-01/scft.json").read_text())
     assert manifest["status"] == "failed" and "items has no partition" in manifest["error"]
+
+
+def test_where_the_first_process_says_nothing_another_that_failed_writes_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, where = tmp_path / "recipe.toml", manifests.path_of(tmp_path / "lake", "2026-01-01", "pretrain")
+    recipe.write_text(f'[run]\nlake = "{tmp_path / "lake"}"\ndevice = "cpu"\n')
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command_line, "FIRST_SPEAKS_S", 0.1)
+    words = ["pretrain", "--recipe", str(recipe), "--ds", "2026-01-01"]
+    assert command_line.main(words) == 2
+    assert "items has no partition" in json.loads(where.read_text())["error"]
+    monkeypatch.setattr(command_line, "load_recipe", spoken(where, command_line.load_recipe))
+    assert command_line.main(words) == 2
+    assert json.loads(where.read_text()) == {"of": "the first"}
+
+
+def spoken(where: Path, load: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets the first process write its manifest while another one's job begins."""
+
+    def loaded(*given: Any) -> Any:
+        write_json(where, {"of": "the first"})
+        os.utime(where, (time.time() + 1, time.time() + 1))  # file systems' clocks are coarse
+        return load(*given)
+
+    return loaded
+
+
+RECIPE = """
+[run]
+lake = "{lake}"
+device = "cpu"
+[scft]
+base = "{base}"
+max_tokens = 96
+policy = {{ domain = "Item:" }}
+lora = {{ r = 2, alpha = 4, dropout = 0.0 }}
+gates = {{ recall_drop = 1.0, mean_cosine = 1.0, effective_rank = 1.0 }}
+training = {{ steps = 2, batch = 4, validate_every = 2, validation_items = 4, candidates = 10, compile = false }}
+[pretrain]
+backbone = {{ width = 8, max_len = 6 }}
+training = {{ epochs = 2, batch = 8, negatives = 4 }}
+[rat]
+encoder = "{encoder}"
+hidden = 16
+whitened_width = 8
+backbone = {{ width = 8, max_len = 6 }}
+training = {{ epochs = 2, batch = 8, negatives = 4 }}
+"""
+
+
+def test_the_training_jobs_end_well_in_two_processes_with_one_artifact_one_result_and_one_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
+    run = small_lake.make(tmp_path)
+    # the small lake's encoder has no weights: of `scft` nothing has run yet
+    manifests.path_of(run.lake, run.ds, "scft").unlink()
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(lake=run.lake, base=tiny.llama(tmp_path / "base"), encoder=small_lake.ENCODER))
+    for job, kind in (("pretrain", "teacher"), ("rat", "recommender"), ("scft", "encoder")):
+        before = set((run.lake / "models" / kind).glob("*"))
+        done = launched("-m", "jobs", job, "--recipe", str(recipe), "--ds", run.ds)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (printed,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        (kept,) = set((run.lake / "models" / kind).glob("*")) - before
+        assert printed[f"{kind}_id"] == kept.name
+        manifest = json.loads(manifests.path_of(run.lake, run.ds, job).read_text())
+        assert (manifest["status"], manifest["result"]) == ("done", printed)
+        assert list((run.lake / "checkpoints").glob("*")) == []
+        assert "Traceback" not in done.stderr
+    assert printed["due"] and printed["steps"] == 2
+    rat = json.loads(manifests.path_of(run.lake, run.ds, "rat").read_text())["result"]
+    assert rat["teacher_id"] == json.loads(manifests.path_of(run.lake, run.ds, "pretrain").read_text())["result"]["teacher_id"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from jobs.lake.items import bury, content_hash
 from jobs.lake.locks import alone
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES
 from jobs.run import InputError, Refused
+from tests.jobs.waiting import until
 
 DS = "2026-03-10"
 NOON = int(dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC).timestamp())
@@ -89,6 +90,20 @@ def test_good_input_becomes_three_tables_that_keep_their_contracts(tmp_path: Pat
     assert result.fill == {"title": 1.0, "genres": 1.0}
 
 
+def test_an_event_at_the_cut_belongs_to_the_later_part(tmp_path: Path) -> None:
+    midnight = NOON - DAY // 2
+    logs: list[Event] = [(f"u{u}", f"i{n}", midnight + (u + n) * DAY) for u in range(4) for n in range(5)]
+    result = extract.run(config(tmp_path, CATALOGUE, logs))
+    valid, test = (
+        int(dt.datetime.fromisoformat(f"{result.cuts[part]}T00:00:00+00:00").timestamp()) for part in ("valid", "test")
+    )
+    rows = partitions.read(tmp_path / "lake", SEQUENCES, f"ds={DS}").to_pylist()
+    assert {valid, test} <= {moment for row in rows for moment in row["timestamps"]}
+    for row in rows:
+        assert row["train_end"] == sum(moment < valid for moment in row["timestamps"])
+        assert row["valid_end"] == sum(moment < test for moment in row["timestamps"])
+
+
 def test_every_bad_record_lies_in_quarantine_with_its_reason(tmp_path: Path) -> None:
     now = int(dt.datetime.now(dt.UTC).timestamp())
     items: list[Item] = [
@@ -151,12 +166,16 @@ def test_a_rerun_leaves_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_of_two_runs_of_one_date_the_second_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made, told = config(tmp_path, CATALOGUE, LOGS), ""
+    made, told = config(tmp_path, CATALOGUE, LOGS), [""]
+
+    def waiting() -> bool:
+        told.append(capsys.readouterr().err)
+        return "waiting for extract" in "".join(told)
+
     with ThreadPoolExecutor(1) as aside:
         with alone(tmp_path / "lake", f"extract {DS}"):
             second = aside.submit(extract.run, made)
-            while "waiting for extract" not in told:
-                told += capsys.readouterr().err
+            until(lambda: waiting() or second.done(), "the second run's word that it waits")
             assert not second.done() and not partitions.committed(tmp_path / "lake", "items")
         assert second.result(120).rows["items"] == len(CATALOGUE)
 

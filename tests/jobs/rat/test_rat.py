@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 
 from jobs import pretrain, rat
 from jobs.lake import artifacts, partitions
-from jobs.lake.tables import llm_embeddings
+from jobs.lake.items import bury
+from jobs.lake.tables import SEQUENCES, llm_embeddings
 from jobs.run import InputError, Run
 from models.behaviour.artifact import load_recommender
+from models.behaviour.data import held_out
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
-from tests.jobs.small_lake import ENCODER, keep_encoder, make, remember
+from tests.jobs.small_lake import DS, ENCODER, LATER, keep_encoder, make, remember, sequence_rows
 
 SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
 
@@ -124,6 +127,70 @@ def test_the_weight_of_alignment_grows_with_train_popularity(small_lake: Run) ->
     aligner = rat.make_aligner(config(small_lake, popularity_prior=5), chosen, rat.read_catalogue(small_lake), counts)
     assert aligner is not None
     assert aligner.weight_V[[5, 20]].tolist() == pytest.approx([0.5, 0.8])
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `rat` gives to its training, once it has run."""
+    found: dict[str, Any] = {}
+    whole = rat.train
+
+    def noting(recommender: Any, events: Any, *rest: Any, **named: Any) -> Any:
+        found.update(named, events=events)
+        return whole(recommender, events, *rest, **named)
+
+    monkeypatch.setattr(rat, "train", noting)
+    return found
+
+
+def test_an_item_of_test_events_alone_is_no_candidate_and_weighs_nothing(small_lake: Run, given: dict[str, Any]) -> None:
+    rows = sequence_rows(tested="i19")
+    partitions.write(small_lake.lake, SEQUENCES, f"ds={DS}", [rows])
+    taught(small_lake)
+    result = rat.run(config(small_lake, popularity_prior=5.0))
+    trained = [events[:end] for events, end in zip(rows["item_ids"].to_pylist(), rows["train_end"].to_pylist(), strict=True)]
+    counts = [sum(events.count(f"i{number:02d}") for events in trained) for number in range(20)]
+    assert counts[19] == 0 and sum(counts) == result.rows["train_events"]
+    assert given["candidates_M"].tolist() == list(range(1, 20))
+    assert given["aligner"].weight_V.tolist() == pytest.approx([0, *(count / (count + 5) for count in counts)])
+
+
+@pytest.mark.parametrize("seed", [7, 42])
+def test_items_held_out_have_no_train_event_are_no_candidate_and_weigh_nothing(
+    small_lake: Run, given: dict[str, Any], seed: int
+) -> None:
+    run = dataclasses.replace(small_lake, seed=seed)
+    taught(run, cold_share=0.3)
+    rat.run(config(run, cold_share=0.3))
+    ids = [f"i{number:02d}" for number in range(20)]
+    held = set(held_out(ids, 0.3, seed).nonzero().flatten().tolist())
+    assert held and held != set(held_out(ids, 0.3, 49 - seed).nonzero().flatten().tolist())
+    events = given["events"]
+    in_train = events.position_N < events.train_end_U[events.user_N]
+    assert not held & set(events.items_N[in_train].tolist())
+    assert given["candidates_M"].tolist() == sorted(set(range(1, 20)) - held)
+    assert (given["aligner"].weight_V == 0).nonzero().flatten().tolist() == sorted({0, 20} | held)
+
+
+def test_of_two_dates_the_run_s_own_is_trained_on(small_lake: Run) -> None:
+    later = dataclasses.replace(small_lake, ds=LATER, seed=7)
+    teacher_id, later_id = taught(small_lake), taught(later)
+    assert later_id != teacher_id
+    result = rat.run(config(small_lake))
+    assert (result.teacher_id, result.encoder_id) == (teacher_id, ENCODER)
+    for name in ("items", "sequences"):
+        assert result.inputs[name] == partitions.read_commit(small_lake.lake, name, f"ds={DS}").digest
+    assert result.rows["items"] == 20
+    described = load_recommender(artifacts.find(small_lake.lake, "recommender", result.recommender_id))
+    assert described.item_ids == [f"i{number:02d}" for number in range(20)]
+    assert rat.run(config(later, encoder=ENCODER)).teacher_id == later_id
+
+
+def test_what_was_forgotten_is_not_trained_on(small_lake: Run) -> None:
+    bury(small_lake.lake, "i19", DS)
+    result = rat.run(config(small_lake, teacher="none"))
+    described = load_recommender(artifacts.find(small_lake.lake, "recommender", result.recommender_id))
+    assert described.item_ids == [f"i{number:02d}" for number in range(19)]
 
 
 def test_items_without_an_embedding_are_counted_and_the_remedy_named(small_lake: Run) -> None:
