@@ -21,8 +21,9 @@ from jobs.lake.tensors import Catalogue, embeddings_digest, pick_device, read_ca
 from jobs.run import InputError, Run, as_json
 from models.behaviour.data import Histories, held_out, without_items
 from models.behaviour.recommender import LoadedRecommender, load_recommender
+from models.judge.bootstrap import Bootstrap, Estimate, bootstrap, estimate
 from models.judge.evaluation import SLICES, Cases, Ranks, floor_ranks, make_cases, vector_ranks
-from models.judge.metrics import Bootstrap, Estimate, bootstrap, by_rank, estimate, popularity_leak
+from models.judge.metrics import by_rank, popularity_leak
 
 CHALLENGER = "llmemb"
 NAMES = ("popularity", "repeat_markov_popularity", "id_only", CHALLENGER, "champion")

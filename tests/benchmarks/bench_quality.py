@@ -43,8 +43,9 @@ from models.behaviour.data import Histories, held_out, inputs_before, neighbours
 from models.behaviour.llm_esr import Distiller, DualItems, like_users
 from models.behaviour.recommender import Backbone, IdItems, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
+from models.judge.bootstrap import bootstrap, estimate
 from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
-from models.judge.metrics import bootstrap, by_rank, estimate
+from models.judge.metrics import by_rank
 from models.text.encoder import Encoder, Lora, Spec, add_lora, base_sha256, embed_items, load_base, tokenizer_sha256
 from models.text.prompts import Attributes, FieldPolicy
 from models.text.scft import Scft, shuffled
