@@ -4,8 +4,8 @@
     python tests/benchmarks/bench_gates.py --scenarios rare,cluster --sizes 30,1000 --draws 2000
 
 Worlds are drawn, so the truth is known. In each the challenger keeps exactly 1 - margin of the champion's NDCG@10, so that
-passing is an error; worlds differ in how it loses. Prints, for each world and number of users, the share passed by the gate beside
-that of a plain interval (mean difference and 1.96 standard errors, which a percentile bootstrap comes to); then power for an equal
+passing is an error; worlds differ in how it loses. Prints, for each world and number of users, the share passed by the gate and
+by a plain interval (mean difference and 1.96 standard errors, which a percentile bootstrap comes to); then power for an equal
 challenger beside the sample that the gate asks for.
 Needs NumPy only.
 """
@@ -31,6 +31,8 @@ GAIN = 1 / np.log2(np.arange(1, 11) + 1)
 SIZES = (30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 RATES, MARGINS = (0.05, 0.2), (0.02, 0.1)
 HEAVIEST = 10
+VALUES = 100_000_000
+"""Values drawn in all for one figure: fewer draws of large worlds."""
 HELD = 3_000_000
 """Values drawn at once."""
 
@@ -105,7 +107,7 @@ def plain(challenger_RU: Array, champion_RU: Array, margin: float, users: int) -
 def rates(name: str, users: int, rate: float, margin: float, truth: float, draws: int, seed: int) -> tuple[float, float, int]:
     """Shares passed by the gate and by a plain interval where the challenger truly loses `truth`, and the draws they rest on."""
     width = users if name.startswith("cluster") else max(5, int(2 * users * rate))
-    draws = min(draws, max(400, 20_000_000 // width))
+    draws = min(draws, max(400, VALUES // width))
     rng, step = np.random.default_rng(seed), max(1, HELD // width)
     passed = naive = 0
     for start in range(0, draws, step):

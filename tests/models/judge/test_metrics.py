@@ -10,10 +10,8 @@ import torch
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
 
 from models.judge.metrics import (
-    bootstrap,
     by_rank,
     draw_negatives,
-    estimate,
     full_ranks,
     popularity_leak,
     sampled_ranks,
