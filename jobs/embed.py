@@ -47,7 +47,8 @@ class Config:
     run: Run
     encoder: str = "champion"
     """`champion` (the one that serves), `latest` (of the newest `scft` run), `opponent` (of the recommender that `evaluate` will
-    measure the newest one against; does nothing where there is none yet), or an encoder's id."""
+    measure the newest one against) or `reference` (of the fixed reference; both do nothing where there is none yet), or an
+    encoder's id."""
     shards: int = 1
     """Tasks that share the catalogue, by content hash."""
     shard: int = 0
@@ -76,8 +77,8 @@ class Config:
 
     @property
     def manifest(self) -> str:
-        """A shard's manifest stands beside the others, and the opponent's beside the challenger's: both are of one date."""
-        name = "embed-opponent" if self.encoder == "opponent" else "embed"
+        """A shard's manifest stands beside the others, and the opponent's beside the challenger's: all are of one date."""
+        name = f"embed-{self.encoder}" if self.encoder in ("opponent", "reference") else "embed"
         return name if self.shards == 1 else f"{name}-{self.shard:05d}-of-{self.shards:05d}"
 
 
@@ -210,9 +211,10 @@ def chosen(config: Config) -> str:
     if config.encoder == "latest":
         found: str = manifests.read(config.run.lake, config.run.ds, "scft")["result"]["encoder_id"]
         return found
-    if config.encoder == "opponent":
+    if config.encoder in ("opponent", "reference"):
         challenger_id = str(manifests.read(config.run.lake, config.run.ds, "rat")["result"]["recommender_id"])
-        against = registry.opponent(config.run, challenger_id)
+        find = registry.opponent if config.encoder == "opponent" else registry.reference
+        against = find(config.run, challenger_id)
         return registry.resolve(config.run, against)["encoder_id"] if against else ""
     if config.encoder != "champion":
         return config.encoder

@@ -27,7 +27,7 @@ ENCODER = "llmemb-encoder"
 NAMES = {"recommender": RECOMMENDER, "encoder": ENCODER}
 RECOMMENDER_CODE = Path(__file__).with_name("recommender_pyfunc.py")
 ENCODER_CODE = Path(__file__).with_name("encoder_pyfunc.py")
-ALIASES = ("champion", "previous", "challenger")
+ALIASES = ("champion", "previous", "challenger", "reference")
 REQUIREMENTS = {
     "recommender": ("torch", "safetensors", "numpy"),
     "encoder": ("torch", "safetensors", "numpy", "transformers", "tokenizers", "peft"),
@@ -243,6 +243,12 @@ def opponent(run: Run, challenger_id: str) -> str:
         if found is not None and found["recommender_id"] != challenger_id:
             return found["recommender_id"]
     return ""
+
+
+def reference(run: Run, challenger_id: str) -> str:
+    """The fixed reference, against which small losses of many nights add up; "" for none, or for the challenger itself."""
+    found = by_alias(run, "reference")
+    return found["recommender_id"] if found is not None and found["recommender_id"] != challenger_id else ""
 
 
 def promoted_last(run: Run) -> str:

@@ -177,4 +177,5 @@ def needed(challenger_1U: Array, other_1U: Array, margin: float, users: int) -> 
 
 def by_user(values_C: Array, users_C: npt.NDArray[np.int64], users: int) -> Array:
     """Sums of the cases' values by user, user numbers 0 to users - 1."""
-    return np.bincount(users_C, weights=values_C, minlength=users)
+    sum_U: Array = np.bincount(users_C, weights=values_C, minlength=users).astype(np.float64)  # integers where there is no case
+    return sum_U
