@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow.sdk import DAG, Asset, AssetAlias, AssetOrTimeSchedule, BaseOperator, CronDataIntervalTimetable, Param
+from airflow.sdk.bases.notifier import BaseNotifier
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
@@ -219,7 +220,7 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
 
 
 def judge(job: str, status: int | None, last: str, context: Any) -> None:
-    """What an exit status means: 0 done, 2 the input is at fault and 3 refused by a gate (both final), else worth a retry.
+    """What an exit status means (README): 2 and 3 are final, 4 (busy or away) and all else is worth a retry.
 
     A backfill must not turn serving back, so a `publish` that refuses its older date is skipped there.
     """
@@ -229,7 +230,9 @@ def judge(job: str, status: int | None, last: str, context: Any) -> None:
         raise AirflowSkipException(f"the lake is filled, what serves stays: {last}")
     if status in (2, 3):
         raise AirflowFailException(last or f"{job} ended with status {status}")
-    raise AirflowException(f"{job} ended with status {status}: {last}")
+    # a lease that is held, a store or MLflow that is down: time heals it, and it is told as what it is
+    what = "is busy or away" if status == 4 else f"ended with status {status}"
+    raise AirflowException(f"{job} {what}: {last}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ alerts
@@ -242,6 +245,24 @@ def alert(context: Any) -> None:
     tell(
         f"{ti.dag_id}.{ti.task_id} failed: {why}", {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}
     )
+
+
+class Told(BaseNotifier):  # type: ignore[misc]
+    """Tells people of a question that waits for them, in the log and at LLMEMB_ALERT_URL."""
+
+    template_fields: Sequence[str] = ("text",)
+
+    def __init__(self, *, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def notify(self, context: Any) -> None:
+        """The text, with where to answer."""
+        ti = context["ti"]
+        tell(
+            f"{ti.dag_id}.{ti.task_id}: {self.text}",
+            {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number},
+        )
 
 
 def late(dag_id: str, hours: float, **_: Any) -> None:
