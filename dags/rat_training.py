@@ -13,8 +13,8 @@ from job_task import Told, asset, job_dag, job_task, schedule, setting
 DOC = """
 `embed` runs the catalogue through the newest encoder, `pretrain` trains the collaborative teacher, `rat` the recommender,
 `embed_opponent` and `embed_reference` bring in what the encoders of the champion and of the fixed reference have not seen yet,
-`evaluate` compares them all on the same held-out data, `promote` lets the new one out, refuses it, or, if the data can't tell or a
-floor isn't beaten, leaves it to a person, whose answer it records. People are told at LLMEMB_ALERT_URL when they are asked, and
+`evaluate` compares them all on the same held-out data, `promote` lets the new one out, refuses it, or, if the data can't tell or
+a floor isn't beaten, leaves it to a person, whose answer it records. People are told at LLMEMB_ALERT_URL when they are asked, and
 reminded two days later; after a third day without an answer it is no.
 """
 SHARDS = int(setting("SHARDS", "1"))
@@ -43,7 +43,7 @@ def undecided(result: dict[str, Any]) -> bool:
     return bool(result["decision"] == "undecided")
 
 
-@task.short_circuit(ignore_downstream_trigger_rules=False)
+@task.short_circuit(ignore_downstream_trigger_rules=False)  # type: ignore[untyped-decorator]
 def unanswered(answer: dict[str, Any]) -> bool:
     """Goes on to the second question only where the first had no yes or no."""
     return bool(answer["chosen_options"] == [LATER])

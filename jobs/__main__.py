@@ -53,7 +53,7 @@ JOBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one job; returns the exit status: 0 done, 2 recipe or input at fault, 3 refused by a gate, 1 anything else."""
+    """Runs one job; returns the exit status: 0 done, 2 recipe or input at fault, 3 refused, 4 busy or away, 1 else."""
     arguments = parse(argv)
     started, clock = dt.datetime.now(dt.UTC), time.monotonic()
     record: dict[str, Any] = {"job": arguments.job, "ds": arguments.ds, "status": "failed"}
@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as error:
         record |= {"status": "refused", "error": str(error)}
         return complain(arguments.job, error, 3)
+    except ConnectionError as error:  # Unavailable, and what a client of a service raises by itself
+        record |= {"error": str(error)}
+        return complain(arguments.job, error, 4)
     except ValueError as error:
         record |= {"error": str(error)}
         return complain(arguments.job, error, 2)
@@ -103,7 +106,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Runs one job of the nightly path. Jobs, in the order of the data:\n\n"
         + "\n".join(f"  {name:<10} {purpose}" for name, purpose in JOBS.items()),
         epilog="Values of a run stand in the recipe, a table for each job; the keys are documented in the job's Config.\n"
-        "Exit status: 0 done, 2 the recipe or its input is at fault, 3 refused by a gate, 1 anything else.\n\n"
+        "Exit status: 0 done, 2 the recipe or its input is at fault, 3 refused by a gate, 4 busy or away (try again),\n"
+        "1 anything else.\n\n"
         "  python -m jobs extract --recipe jobs/recipes/smoke.toml --ds 1998-04-22\n"
         "  python -m jobs recommend --recipe jobs/recipes/smoke.toml --ds 1998-04-22 --set recommend.user=405",
         formatter_class=argparse.RawDescriptionHelpFormatter,

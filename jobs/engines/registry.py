@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.lake import artifacts, manifests
-from jobs.run import InputError, Run, as_json, code_revision
+from jobs.run import InputError, Run, Unavailable, as_json, code_revision
 
 RECOMMENDER = "llmemb-recommender"
 ENCODER = "llmemb-encoder"
@@ -28,6 +28,8 @@ NAMES = {"recommender": RECOMMENDER, "encoder": ENCODER}
 RECOMMENDER_CODE = Path(__file__).with_name("recommender_pyfunc.py")
 ENCODER_CODE = Path(__file__).with_name("encoder_pyfunc.py")
 ALIASES = ("champion", "previous", "challenger", "reference")
+WRONG = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
+"""Codes of MLflow for requests that no repetition mends."""
 REQUIREMENTS = {
     "recommender": ("torch", "safetensors", "numpy"),
     "encoder": ("torch", "safetensors", "numpy", "transformers", "tokenizers", "peft"),
@@ -42,7 +44,8 @@ REQUIREMENTS = {
 def connected(run: Run) -> Iterator[Any]:
     """MLflow's client for the run's tracking and registry.
 
-    Raises InputError without a `tracking_uri`, and where MLflow can't be reached or refuses.
+    Raises InputError without a `tracking_uri` and where MLflow calls the request wrong; Unavailable where it can't be reached or
+    fails.
     """
     if not run.tracking_uri:
         raise InputError("run.tracking_uri is empty: models are promoted and found through MLflow, so give its address in [run]")
@@ -61,7 +64,8 @@ def connected(run: Run) -> Iterator[Any]:
         mlflow.set_registry_uri(run.tracking_uri)
         yield mlflow.MlflowClient()
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise InputError(
+        kind = InputError if getattr(error, "error_code", "") in WRONG else Unavailable
+        raise kind(
             f"MLflow at {without_secret(run.tracking_uri)} failed: {without_secret(str(error))[:500]}; is it running, and is "
             "run.tracking_uri its address?"
         ) from error

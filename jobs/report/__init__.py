@@ -22,7 +22,7 @@ from jobs.report.drift import Bounds, Measure
 from jobs.report.page import page, verdict
 from jobs.report.sections import Facts
 from jobs.report.views import Layer, Spaces, Views
-from jobs.run import InputError, Run
+from jobs.run import InputError, Run, Unavailable
 
 ENOUGH = 100
 """Texts embedded on a night, from which on their mean length is a measure."""
@@ -101,7 +101,8 @@ def run(config: Config) -> Result:
     spaces = spaces_of(lake, night, before)
     views, layers, why = look(config, spaces)
     values = measure(config, night, spaces, layers, views)
-    measures = drift.judge(values, earlier(lake, before), config.bounds)
+    recent = [past for past in before if past.ds >= trained_on(lake, ds)]
+    measures = drift.judge(values, earlier(lake, before), config.bounds, earlier(lake, recent))
     serving_ds, space_id = serving([*before, night])
     facts = Facts(
         night=night,
@@ -260,6 +261,20 @@ def earlier(lake: Path, before: Sequence[Night]) -> list[dict[str, float]]:
     return found
 
 
+def trained_on(lake: Path, ds: str) -> str:
+    """Date of the newest training of an encoder at or before `ds`; "" where none is on record."""
+    found = ""
+    for path in sorted((lake / "manifests").glob("ds=*/scft.json")):
+        date = path.parent.name.removeprefix("ds=")
+        try:
+            made = json.loads(path.read_text())
+            if date <= ds and made["status"] == "done" and made["result"]["due"]:
+                found = date
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------------------- output
 
 
@@ -299,7 +314,7 @@ def log(config: Config, result: Result, night: Night) -> None:
                 registry.log_inputs(written(night))
                 mlflow.log_artifact(result.path)
                 mlflow.log_artifact(str(Path(result.path).with_name("openlineage.jsonl")))
-    except InputError as error:
+    except (InputError, Unavailable) as error:
         say(f"the page is written, but not logged: {error}")
 
 

@@ -147,7 +147,7 @@ def questions(environment: dict[str, str]) -> dict[str, Any]:
                 dag_id=dag.dag_id, task_id=name, run_id="r", try_number=1, xcom_pull=lambda _: {"recommender_id": "r7"}
             )
             handler = logging.Handler()
-            handler.emit = lambda record, told=told: told.append(record.getMessage())  # type: ignore[method-assign]
+            handler.emit = lambda record, told=told: told.append(record.getMessage())  # type: ignore
             logging.getLogger("airflow.task.job").addHandler(handler)
             notifier.text = dag.get_template_env().from_string(notifier.text).render(ti=ti)
             notifier.notify({"ti": ti})

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,3 +181,14 @@ def test_every_job_of_the_help_can_be_imported_and_keeps_the_form() -> None:
         assert callable(module.run)
         assert module.Config.__dataclass_params__.frozen and module.Result.__dataclass_params__.frozen
         assert {"inputs", "outputs", "rows"} <= set(module.Result.__dataclass_fields__)
+
+
+def test_what_is_busy_or_away_ends_with_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(config: object) -> None:
+        raise Unavailable("promotion is under way already: run again")
+
+    monkeypatch.setattr(importlib.import_module("jobs.recommend"), "run", busy)
+    assert cli.main(["recommend", "--recipe", str(recipe), "--ds", "2026-01-01", "--set", "recommend.user=x"]) == 4
+    assert "recommend: error: promotion is under way already" in capsys.readouterr().err

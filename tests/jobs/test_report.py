@@ -772,3 +772,22 @@ def test_axe_finds_nothing_serious_in_light_or_dark(tmp_path: Path, colours: lis
     seen = browse(html.replace("</body>", AXE.format(axe=axe)), tmp_path, 1280, "--virtual-time-budget=60000", *colours)
     assert seen["passes"] > 20, "it looked"
     assert seen["serious"] == []
+
+
+def test_a_lasting_change_of_texts_makes_an_encoder_due_once_and_not_again_after_it_was_trained(tmp_path: Path) -> None:
+    """Twenty nights at 100 characters, then 140 for good: the median of all would say so on ten nights and more."""
+    before, trained, due = [{"text.characters": 100.0 + night % 3, "coverage": 0.9} for night in range(20)], 0, []
+    for night in range(20, 40):
+        tonight = {"text.characters": 140.0 + night % 3, "coverage": 0.9}
+        if drift.refresh_reason(drift.judge(tonight, before, drift.Bounds(), before[trained:])):
+            due.append(night)
+            trained = len(before)
+        before.append(tonight)
+    assert due == [20]
+
+
+def test_only_a_training_counts_and_not_a_night_on_which_none_was_due(tmp_path: Path) -> None:
+    for ds, due, status in (("2026-01-01", True, "done"), ("2026-01-05", False, "done"), ("2026-01-07", True, "failed")):
+        write_json(manifests.path_of(tmp_path, ds, "scft"), {"status": status, "result": {"due": due}})
+    assert report.trained_on(tmp_path, "2026-01-09") == "2026-01-01"
+    assert report.trained_on(tmp_path, "2025-12-31") == ""

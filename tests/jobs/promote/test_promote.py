@@ -20,7 +20,7 @@ from jobs import promote
 from jobs.engines import registry
 from jobs.lake import artifacts
 from jobs.lake.tables import space_of
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 from tests.jobs.small_lake import remember
 from tests.jobs.small_registry import fresh, kept
 
@@ -364,7 +364,7 @@ def test_of_two_promotions_at_once_one_waits_and_is_refused_for_the_champion_tha
     with ThreadPoolExecutor(2) as pool:
         winner = pool.submit(judge, one)
         assert moving.wait(30)
-        with pytest.raises(Refused, match=r"promotion is under way already \(process \d+ on .*, since 20.*\): run again"):
+        with pytest.raises(Unavailable, match=r"promotion is under way already \(process \d+ on .*, since 20.*\): run again"):
             judge(other, wait_s=0.1)
         loser = pool.submit(judge, other)
         go_on.set()
