@@ -79,7 +79,7 @@ def test_every_model_is_in_the_table_on_every_slice_with_its_interval(lake: Run)
     assert overall["n"] == 23
     assert {row.against for row in result.differences} == set(models) - {"llmemb"}
     assert result.encoder_id == ENCODER
-    assert set(result.inputs) == {"items", "sequences", "encoder", "llm_embeddings", "recommender", "champion"}
+    assert set(result.inputs) == {"items", "sequences", "encoder", "llm_embeddings", "recommender", "champion", "reference"}
 
 
 def test_a_rerun_leaves_the_same_table_and_the_same_negatives(lake: Run) -> None:
