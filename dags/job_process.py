@@ -77,7 +77,7 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
 
 
 def judge(job: str, status: int | None, last: str, context: Any) -> None:
-    """What an exit status means: 0 done, 2 the input is at fault and 3 refused by a gate (both final), else worth a retry.
+    """What an exit status means (README): 2 and 3 are final, 4 (busy or away) and all else is worth a retry.
 
     A backfill must not turn serving back, so a `publish` that refuses its older date is skipped there.
     """
@@ -87,4 +87,6 @@ def judge(job: str, status: int | None, last: str, context: Any) -> None:
         raise AirflowSkipException(f"the lake is filled, what serves stays: {last}")
     if status in (2, 3):
         raise AirflowFailException(last or f"{job} ended with status {status}")
-    raise AirflowException(f"{job} ended with status {status}: {last}")
+    # a lease that is held, a store or MLflow that is down: time heals it, and it is told as what it is
+    what = "is busy or away" if status == 4 else f"ended with status {status}"
+    raise AirflowException(f"{job} {what}: {last}")

@@ -11,11 +11,12 @@ from __future__ import annotations
 import datetime as dt
 import json
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from airflow.sdk import DAG, Asset, AssetAlias, AssetOrTimeSchedule, CronDataIntervalTimetable, Param
+from airflow.sdk.bases.notifier import BaseNotifier
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 from job_process import ROOT, JobProcess, log, setting
@@ -160,6 +161,24 @@ def alert(context: Any) -> None:
     tell(
         f"{ti.dag_id}.{ti.task_id} failed: {why}", {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}
     )
+
+
+class Told(BaseNotifier):  # type: ignore[misc]
+    """Tells people of a question that waits for them, in the log and at LLMEMB_ALERT_URL."""
+
+    template_fields: Sequence[str] = ("text",)
+
+    def __init__(self, *, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def notify(self, context: Any) -> None:
+        """The text, with where to answer."""
+        ti = context["ti"]
+        tell(
+            f"{ti.dag_id}.{ti.task_id}: {self.text}",
+            {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number},
+        )
 
 
 def late(dag_id: str, hours: float, **_: Any) -> None:

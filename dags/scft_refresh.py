@@ -17,4 +17,9 @@ with job_dag(
     schedule=schedule("SCFT_CRON", "0 4 * * 6", asset("encoder_due")),
     doc=DOC,
 ):
-    job_task("extract", makes=asset("sequences")) >> job_task("scft", makes=asset("encoder"))
+    job_task("extract", makes=asset("sequences")) >> job_task(
+        "scft",
+        makes=asset("encoder"),
+        # where it was not due, the encoder is the one of before: nothing to train a recommender on
+        when=lambda result: bool(result.get("due", True)),
+    )

@@ -12,7 +12,7 @@ from feature_repo.reader import BATCH, Answer, Pointer, Reader, encode
 from jobs.engines import online
 from jobs.lake import partitions
 from jobs.lake.items import tombstones
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def compare(config: Config, reader: Reader, partition: str, codec: str, items: i
 def check_answer(answer: Answer, chosen: list[str], wanted: list[bytes], partition: str) -> None:
     """Raises Refused where an answer is not the lake's rows, each under its own id."""
     if online.partition_of(answer.pointer.space_id, answer.pointer.ds) != partition:
-        raise Refused(f"the pointer moved to space {answer.pointer.space_id} during the lookup: run it again")
+        raise Unavailable(f"the pointer moved to space {answer.pointer.space_id} during the lookup: run it again")
     if answer.missing or answer.deleted:
         absent = answer.missing + answer.deleted
         raise Refused(f"{len(absent)} items of {partition} are not online, for example {absent[0]!r}: publish again")

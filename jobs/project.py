@@ -56,8 +56,8 @@ class Result:
 def run(config: Config) -> Result:
     """Replaces partition `space=SPACE/ds=DATE` of `item_embeddings`.
 
-    Raises InputError for items without an embedding (run embed), or a recommender that is not there; ValueError for a vector
-    that is zero or not finite. The partition of before then stays.
+    Raises InputError for items without an embedding (run embed), a catalogue of another date, or a recommender that is not there;
+    ValueError for a vector that is zero or not finite. The partition of before then stays.
     """
     lake = config.run.lake
     chosen = registry.resolve(config.run, config.recommender)
@@ -65,6 +65,12 @@ def run(config: Config) -> Result:
     recommender = load_recommender(artifacts.find(lake, "recommender", recommender_id), pick_device(config.run))
     space_id = space_of(encoder_id, recommender_id)
     items, sequences = (partitions.latest(lake, table.name, config.run.ds) for table in (ITEMS, SEQUENCES))
+    if items != f"ds={config.run.ds}":
+        found = items.removeprefix("ds=")
+        raise InputError(
+            f"the newest snapshot of the catalogue is of {found}, and its vectors must not bear the date {config.run.ds}: run "
+            f"extract for {config.run.ds}, or project with --ds {found}"
+        )
     warm, counted = warm_groups(config.run, sequences), dict.fromkeys(GROUPS, 0)
 
     def parts() -> Iterator[pa.Table]:

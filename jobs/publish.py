@@ -23,7 +23,7 @@ from jobs.engines import online, registry
 from jobs.lake import partitions
 from jobs.lake.items import live_items, tombstones
 from jobs.lake.tables import ITEMS, space_of
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +276,9 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
 
     with lease(store, "publish", config.lease_wait_s):
         if spaces.current(reader) != before:
-            raise Refused("another writer moved the pointer since this publish began: look at what serves now, then run again")
+            raise Unavailable(
+                "another writer moved the pointer since this publish began: look at what serves now, then run again"
+            )
         delta = before is not None and before.space_id == space.space_id
         spaces.bury(store, sorted(tombstones(lake)), space.ds)
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)

@@ -12,7 +12,7 @@ from feature_repo.reader import Pointer, Reader, offline_folder, settings
 from feature_repo.stores import Store, lease, open_writer
 from jobs.engines import online, registry
 from jobs.lake.locks import alone
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def run(config: Config) -> Result:
     before = online.served(reader)
     with online.refusals(), lease(store, "rollback", config.lease_wait_s):
         if online.served(reader) != before:
-            raise Refused("the pointer moved while rollback waited for its lease: look at what serves now, then run again")
+            raise Unavailable("the pointer moved while rollback waited for its lease: look at what serves now, then run again")
         started = time.monotonic()
         after = before if config.space == before.space_id else back(config, store, reader, before)
         flip_ms = round((time.monotonic() - started) * 1000, 2)
@@ -104,7 +104,7 @@ def follow(config: Config, before: Pointer, after: Pointer) -> str:
             if config.demote and previous and (champion["recommender_id"], previous["recommender_id"]) == (served, serves):
                 registry.set_aliases(run, [("champion", previous["version"]), ("previous", champion["version"])])
                 champion = previous
-    except (InputError, Refused) as error:
+    except (InputError, Unavailable) as error:
         log.warning("the champion stays as it is, and the next night would publish it again: %s", error)
         return ""
     if champion["recommender_id"] != serves:

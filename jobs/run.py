@@ -21,6 +21,10 @@ class Refused(Exception):
     """A gate refused the result; the message says which and by how much (exit status 3)."""
 
 
+class Unavailable(ConnectionError):
+    """Something else is at it, or a service is down: the same run may do later (exit status 4, which the scheduler repeats)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What all jobs of one night share: the recipe's `[run]` table and the date of the command line."""

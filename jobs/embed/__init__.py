@@ -131,9 +131,10 @@ def chosen(config: Config) -> str:
     if config.encoder == "latest":
         found: str = manifests.read(config.run.lake, config.run.ds, "scft")["result"]["encoder_id"]
         return found
-    if config.encoder == "opponent":
+    if config.encoder in ("opponent", "reference"):
         challenger_id = str(manifests.read(config.run.lake, config.run.ds, "rat")["result"]["recommender_id"])
-        against = registry.opponent(config.run, challenger_id)
+        find = registry.opponent if config.encoder == "opponent" else registry.reference
+        against = find(config.run, challenger_id)
         return registry.resolve(config.run, against)["encoder_id"] if against else ""
     if config.encoder != "champion":
         return config.encoder

@@ -15,7 +15,8 @@ class Config:
     run: Run
     encoder: str = "champion"
     """`champion` (the one that serves), `latest` (of the newest `scft` run), `opponent` (of the recommender that `evaluate` will
-    measure the newest one against; does nothing where there is none yet), or an encoder's id."""
+    measure the newest one against) or `reference` (of the fixed reference; both do nothing where there is none yet), or an
+    encoder's id."""
     shards: int = 1
     """Tasks that share the catalogue, by content hash."""
     shard: int = 0
@@ -44,6 +45,6 @@ class Config:
 
     @property
     def manifest(self) -> str:
-        """A shard's manifest stands beside the others, and the opponent's beside the challenger's: both are of one date."""
-        name = "embed-opponent" if self.encoder == "opponent" else "embed"
+        """A shard's manifest stands beside the others, and the opponent's beside the challenger's: all are of one date."""
+        name = f"embed-{self.encoder}" if self.encoder in ("opponent", "reference") else "embed"
         return name if self.shards == 1 else f"{name}-{self.shard:05d}-of-{self.shards:05d}"

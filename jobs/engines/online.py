@@ -22,13 +22,13 @@ from feature_repo.compatibility import Matrix
 from feature_repo.index import Graph, Index
 from feature_repo.reader import NothingServed, Pointer, Reader, Space
 from feature_repo.spaces import Chunk
-from feature_repo.stores import BROKEN, NotPublished
+from feature_repo.stores import BROKEN, Fenced, Held, NotPublished
 from jobs.lake import partitions, tables
 from jobs.lake.items import titles as titles
 from jobs.lake.items import without_forgotten
 from jobs.lake.partitions import digest_folder, write_json
 from jobs.lake.tables import Table, item_embeddings, space_of
-from jobs.run import InputError, Refused
+from jobs.run import InputError, Refused, Unavailable
 
 INDEX = "_index.json"
 
@@ -38,10 +38,12 @@ def refusals() -> Iterator[None]:
     """What the feature repository refuses is a refusal of the job; a store that fails is told in a line, and may be retried."""
     try:
         yield
+    except (Held, Fenced) as error:  # another writer is at it: what this one began, a later run may end
+        raise Unavailable(str(error)) from error
     except NotPublished as error:
         raise Refused(str(error)) from error
     except BROKEN as error:
-        raise ConnectionError(
+        raise Unavailable(
             f"the online store failed ({type(error).__name__}: {error}): is it down, slow, full or locked? What serves is "
             "untouched; run again once it is well"
         ) from error

@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from jobs.lake import artifacts, manifests
-from jobs.run import InputError, Run, as_json, code_revision
+from jobs.run import InputError, Run, Unavailable, as_json, code_revision
 
 RECOMMENDER = "llmemb-recommender"
 ENCODER = "llmemb-encoder"
 NAMES = {"recommender": RECOMMENDER, "encoder": ENCODER}
 RECOMMENDER_CODE = Path(__file__).with_name("recommender_pyfunc.py")
 ENCODER_CODE = Path(__file__).with_name("encoder_pyfunc.py")
-ALIASES = ("champion", "previous", "challenger")
+ALIASES = ("champion", "previous", "challenger", "reference")
+WRONG = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
+"""Codes of MLflow for requests that no repetition mends."""
 REQUIREMENTS = {
     "recommender": ("torch", "safetensors", "numpy"),
     "encoder": ("torch", "safetensors", "numpy", "transformers", "tokenizers", "peft"),
@@ -42,7 +44,8 @@ REQUIREMENTS = {
 def connected(run: Run) -> Iterator[Any]:
     """MLflow's client for the run's tracking and registry.
 
-    Raises InputError without a `tracking_uri`, and where MLflow can't be reached or refuses.
+    Raises InputError without a `tracking_uri` and where MLflow calls the request wrong; Unavailable where it can't be reached or
+    fails.
     """
     if not run.tracking_uri:
         raise InputError("run.tracking_uri is empty: models are promoted and found through MLflow, so give its address in [run]")
@@ -61,7 +64,8 @@ def connected(run: Run) -> Iterator[Any]:
         mlflow.set_registry_uri(run.tracking_uri)
         yield mlflow.MlflowClient()
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise InputError(
+        kind = InputError if getattr(error, "error_code", "") in WRONG else Unavailable
+        raise kind(
             f"MLflow at {without_secret(run.tracking_uri)} failed: {without_secret(str(error))[:500]}; is it running, and is "
             "run.tracking_uri its address?"
         ) from error
@@ -243,6 +247,12 @@ def opponent(run: Run, challenger_id: str) -> str:
         if found is not None and found["recommender_id"] != challenger_id:
             return found["recommender_id"]
     return ""
+
+
+def reference(run: Run, challenger_id: str) -> str:
+    """The fixed reference, against which small losses of many nights add up; "" for none, or for the challenger itself."""
+    found = by_alias(run, "reference")
+    return found["recommender_id"] if found is not None and found["recommender_id"] != challenger_id else ""
 
 
 def promoted_last(run: Run) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs.engines import registry
+from jobs.evaluate.cases import every_case, keep_outcomes
 from jobs.evaluate.parts import part_ranks
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import METRICS
@@ -24,13 +25,14 @@ from jobs.run import InputError, Run, as_json
 from models.behaviour.artifact import Loaded, load_recommender
 from models.behaviour.data import Histories, held_out, without_items
 from models.behaviour.fused import FusedRecommender
+from models.judge.bootstrap import Bootstrap, Estimate, bootstrap, estimate
 from models.judge.evaluation import SLICES, Cases, Ranks, floor_ranks, make_cases, vector_ranks
-from models.judge.metrics import Bootstrap, Estimate, bootstrap, by_rank, estimate, popularity_leak
+from models.judge.metrics import by_rank, popularity_leak
 
 log = logging.getLogger(__name__)
 
 CHALLENGER = "llmemb"
-NAMES = ("popularity", "repeat_markov_popularity", "id_only", CHALLENGER, "champion")
+NAMES = ("popularity", "repeat_markov_popularity", "id_only", CHALLENGER, "champion", "reference")
 LEAK_ITEMS = (50, 20_000)
 """Items that the leak test needs at least, and samples at most."""
 BATCH = 65_536
@@ -47,6 +49,8 @@ class Config:
     """More recommenders for the table, NAME = ID: a zero-shot text model, LLM-ESR, other backbones."""
     part: Literal["valid", "test"] = "test"
     """The held-out part: each user's last event in it is to be foretold from all before it."""
+    events_per_user: int = 0
+    """Newest held-out events of a user that the gates of `promote` judge; 0 takes all. They are ranked beside the table's one."""
     exclude_seen: bool | None = None
     """Ranks among items that the user has not touched yet; a repeat can still be the target. None is as serving:
     `run.exclude_seen`. The other ranking stands in the table too."""
@@ -68,8 +72,10 @@ class Config:
     """Share of the variance of log test popularity that raw embeddings may foretell; above it, a field leaks."""
 
     def __post_init__(self) -> None:
-        if min(self.k, self.negatives, self.users_per_chunk) < 1 or self.resamples < 2:
-            raise InputError("evaluate: k, negatives and users_per_chunk must be at least 1, resamples at least 2")
+        if min(self.k, self.negatives, self.users_per_chunk) < 1 or self.resamples < 2 or self.events_per_user < 0:
+            raise InputError(
+                "evaluate: k, negatives and users_per_chunk must be at least 1, resamples at least 2, events_per_user at least 0"
+            )
         if taken := set(self.baselines) & set(NAMES):
             raise InputError(f"evaluate.baselines.{min(taken)}: the table has a model of that name; choose another")
 
@@ -99,6 +105,8 @@ class Result:
     encoder_id: str
     champion_id: str
     """The recommender that serves, or that served until this one took over; empty on the first night."""
+    reference_id: str
+    """The fixed reference, which stays while champions come and go; empty where there is none, or where it is the challenger."""
     values: dict[str, dict[str, dict[str, float | None]]]
     """By model, slice, metric."""
     differences: tuple[Difference, ...]
@@ -109,6 +117,8 @@ class Result:
     """How well raw embeddings foretell log test popularity, cross-validated: r2, spearman, items."""
     leaking: bool
     """Whether r2 is above `leak_bound`."""
+    outcomes_id: str
+    """Artifact with every model's NDCG of every held-out event: what the gates judge."""
     negatives_id: str
     """Artifact with the negatives of the sampled ranking."""
     ranking_seconds: float
@@ -126,6 +136,7 @@ def run(config: Config) -> Result:
     device = pick_device(config.run)
     chosen = registry.resolve(config.run, config.recommender)
     champion_id = registry.opponent(config.run, chosen["recommender_id"])
+    reference_id = registry.reference(config.run, chosen["recommender_id"])
     catalogue = read_catalogue(config.run)
     challenger = opened(config.run, chosen["recommender_id"], device)
     events, digest = read_histories(config.run, catalogue.item_ids)
@@ -136,22 +147,30 @@ def run(config: Config) -> Result:
         seed=config.run.seed, unseen=unseen_only(config),
     )  # fmt: skip
     started = time.monotonic()
-    ranks = both_ways(config, challenger, champion_id, catalogue, cases)
+    others = {"champion": champion_id, "reference": reference_id if reference_id != champion_id else ""}
+    ranks = both_ways(config, challenger, others, catalogue, cases)
+    all_cases = every_case(events, config.part, cases, config.events_per_user, config.paper_tail)
+    all_ranks: Mapping[str, tuple[Tensor, ...]] = ranks
+    if len(all_cases.users_C) > len(cases.users_C):
+        all_ranks = floor_ranks(all_cases) | dict(model_ranks(config, challenger, others, catalogue, all_cases))
     found = judged(config, ranks, cases)
     seconds = time.monotonic() - started
     values, differences = tabled(config, found, list(ranks))
     leak = leaks(config, challenger, catalogue, events)
     commit = partitions.write(config.run.lake, METRICS, f"ds={config.run.ds}", [metric_rows(config, found, list(ranks))])
+    outcomes_id = keep_outcomes(config.run, all_cases, all_ranks, config.k)
     negatives_id = keep_negatives(config.run, cases)
     result = Result(
         recommender_id=chosen["recommender_id"],
         encoder_id=chosen["encoder_id"],
         champion_id=champion_id,
+        reference_id=reference_id,
         values=values,
         differences=differences,
         users=dict(zip(SLICES, found.n_S.tolist(), strict=True)),
         leak=leak,
         leaking=leak.get("r2", 0.0) > config.leak_bound,
+        outcomes_id=outcomes_id,
         negatives_id=negatives_id,
         ranking_seconds=round(seconds, 3),
         device=str(device),
@@ -162,9 +181,10 @@ def run(config: Config) -> Result:
             "llm_embeddings": embeddings_digest(config.run, chosen["encoder_id"]),
             "recommender": chosen["recommender_id"],
             "champion": champion_id,
+            "reference": reference_id,
         },
-        outputs={"metrics": commit.digest, "negatives": negatives_id},
-        rows={"metrics": commit.rows, "cases": len(cases.users_C)},
+        outputs={"metrics": commit.digest, "negatives": negatives_id, "outcomes": outcomes_id},
+        rows={"metrics": commit.rows, "cases": len(cases.users_C), "all_cases": len(all_cases.users_C)},
     )
     tell(config, result, catalogue)
     record(config, result)
@@ -180,9 +200,9 @@ def opened(run: Run, recommender_id: str, device: torch.device) -> Loaded:
 
 
 def model_ranks(
-    config: Config, challenger: Loaded, champion_id: str, catalogue: Catalogue, cases: Cases
+    config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, cases: Cases
 ) -> Iterator[tuple[str, Ranks]]:
-    """(name, ranks) of the ID-only teacher, the baselines, the challenger and the champion, one in memory at a time."""
+    """(name, ranks) of the ID-only teacher, the baselines, the challenger and the others, one in memory at a time."""
     teacher_id = challenger.meta.get("teacher_id", "none")
     if teacher_id != "none":
         teacher = load_recommender(artifacts.find(config.run.lake, "teacher", teacher_id), challenger.device)
@@ -194,9 +214,10 @@ def model_ranks(
     yield CHALLENGER, ranked(challenger, table_VD, cases)
     if isinstance(challenger, FusedRecommender):
         yield from part_ranks(challenger, table_VD, cases)
-    if champion_id:
-        champion = opened(config.run, champion_id, challenger.device)
-        yield "champion", ranked(champion, text_table(config.run, champion, catalogue), cases)
+    for name, other_id in others.items():
+        if other_id:
+            other = opened(config.run, other_id, challenger.device)
+            yield name, ranked(other, text_table(config.run, other, catalogue), cases)
 
 
 def ranked(recommender: Loaded, table_VD: Tensor, cases: Cases) -> Ranks:
@@ -237,12 +258,12 @@ def unseen_only(config: Config) -> bool:
 
 
 def both_ways(
-    config: Config, challenger: Loaded, champion_id: str, catalogue: Catalogue, cases: Cases
+    config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, cases: Cases
 ) -> dict[str, tuple[Tensor, ...]]:
     """Of each model: ranks as serving ranks, among sampled negatives, and in the other ranking."""
     other = dataclasses.replace(cases, unseen=not cases.unseen)
     first, second = (
-        floor_ranks(some) | dict(model_ranks(config, challenger, champion_id, catalogue, some)) for some in (cases, other)
+        floor_ranks(some) | dict(model_ranks(config, challenger, others, catalogue, some)) for some in (cases, other)
     )
     return {name: (*ranks, second[name][0]) for name, ranks in first.items()}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jobs.run import Refused
+from jobs.run import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def alone(lake: Path, what: str, wait_s: float = math.inf) -> Iterator[None]:
     """Holds the lake's lock `what` meanwhile; another process that wants it waits, `wait_s` at most.
 
     The kernel lets a lock go when its process ends, however it ends. On a network file system it needs one that passes `flock` on
-    (NFS 4, CephFS, EFS). Raises Refused that names who holds it.
+    (NFS 4, CephFS, EFS). Raises Unavailable that names who holds it.
     """
     path = lake / "locks" / f"{what}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def alone(lake: Path, what: str, wait_s: float = math.inf) -> Iterator[None]:
 
 
 def wait_for(lock: int, path: Path, what: str, wait_s: float) -> None:
-    """Takes a lock that `path` tells the holder of. Raises Refused once `wait_s` are over."""
+    """Takes a lock that `path` tells the holder of. Raises Unavailable once `wait_s` are over."""
     began, told = time.monotonic(), False
     while True:
         try:
@@ -49,7 +49,7 @@ def wait_for(lock: int, path: Path, what: str, wait_s: float) -> None:
         except BlockingIOError:
             holder = path.read_text() or "another process"
         if time.monotonic() - began >= wait_s:
-            raise Refused(f"{what} is under way already ({holder}): run again when that has ended")
+            raise Unavailable(f"{what} is under way already ({holder}): run again when that has ended")
         if not told:
             log.info("waiting for %s: %s is at it", what, holder)
         told = True

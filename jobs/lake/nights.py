@@ -172,3 +172,17 @@ def nights_before(lake: Path, ds: str, most: int) -> list[Night]:
     """The last nights before a date, oldest first."""
     dates = sorted(path.name.removeprefix("ds=") for path in (lake / "manifests").glob("ds=*") if path.name < f"ds={ds}")
     return [read_night(lake, date) for date in dates[-most:]] if most else []
+
+
+def trained_on(lake: Path, ds: str) -> str:
+    """Date of the newest training of an encoder at or before `ds`; "" where none is on record."""
+    found = ""
+    for path in sorted((lake / "manifests").glob("ds=*/scft.json")):
+        date = path.parent.name.removeprefix("ds=")
+        try:
+            made = json.loads(path.read_text())
+            if date <= ds and made["status"] == "done" and made["result"]["due"]:
+                found = date
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jobs.engines import registry
-from jobs.lake import manifests
+from jobs.lake import artifacts, manifests
 from jobs.lake.locks import alone
 from jobs.lake.tables import space_of
 from jobs.promote import model_card
+from jobs.promote.judging import Reason, Rules, gates, read_outcomes
 from jobs.run import InputError, Refused, Run, as_json
 
 log = logging.getLogger(__name__)
 
-Verdict = Literal["passed", "failed", "undecided"]
 Decision = Literal["promoted", "refused", "undecided", "rejected"]
 
 
@@ -24,15 +24,26 @@ class Config:
     """What a challenger must show."""
 
     run: Run
-    slices: tuple[str, ...] = ("overall", "tail", "cold", "short")
-    """Slices of the evaluation in which NDCG must not be worse than the champion's."""
-    margin: float = 0.02
-    """Loss that still counts as none, as a share of the champion's NDCG in the slice."""
+    margins: dict[str, float] = field(default_factory=lambda: {"overall": 0.02, "tail": 0.05, "cold": 0.1, "short": 0.03})
+    """Slices of the evaluation in which a challenger must not be worse than the champion, and the loss that still counts as none,
+    as a share of the champion's NDCG: wider where users are fewer. docs/gates.md says how many users each takes."""
+    reference_times: float = 2.0
+    """The same against the fixed reference (the first champion, until a person names another), with margins so many times as
+    wide: small losses of many nights can't add up to more. 0 leaves it out."""
+    min_users: int = 30
+    """A slice of fewer users is undecided."""
+    heaviest: int = 10
+    """A user with more held-out events in a slice weighs as much as one with so many; 0 sets no bound."""
     floors: tuple[str, ...] = ("popularity",)
-    """Models of the evaluation that any challenger must beat overall."""
+    """Models of the evaluation that any challenger must beat overall. Where it doesn't, a person is asked."""
     approved_by: str = ""
     """Who takes an undecided challenger upon themselves: their name, kept with the decision; empty leaves it undecided. Does
     not overrule a gate that failed."""
+    overruled_by: str = ""
+    """Who lets out a challenger that doesn't beat a floor: their name, kept with the decision. A loss to the champion or to the
+    reference stays refused."""
+    reference_by: str = ""
+    """Who makes this challenger the fixed reference, once it is promoted: their name, kept with the decision."""
     rejected_by: str = ""
     """Who turns an undecided challenger down: their name, kept with the decision."""
     wait_s: float = 60.0
@@ -41,19 +52,21 @@ class Config:
     def __post_init__(self) -> None:
         if self.approved_by and self.rejected_by:
             raise InputError("promote.approved_by and promote.rejected_by are both given: leave one empty")
-        if self.margin < 0:
-            raise InputError(f"promote.margin {self.margin} is below 0: it is the share of NDCG that may be lost")
-        if not self.floors and not self.slices:
-            raise InputError("promote.slices and promote.floors are both empty: nothing would be judged")
+        for slice_, margin in self.margins.items():
+            if not 0 <= margin < 1:
+                raise InputError(
+                    f"promote.margins.{slice_} is {margin}, it is the share of NDCG that may be lost: from 0 to below 1"
+                )
+        if 0 != self.reference_times < 1 or min(self.min_users, self.heaviest) < 0:
+            raise InputError("promote.reference_times must be 0 or at least 1, min_users and heaviest at least 0")
+        if not self.floors and not self.margins:
+            raise InputError("promote.margins and promote.floors are both empty: nothing would be judged")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Reason:
-    """One gate's verdict and the figures behind it."""
-
-    gate: str
-    verdict: Verdict
-    text: str
+    @property
+    def rules(self) -> Rules:
+        """What the gates go by."""
+        names = ("margins", "reference_times", "floors", "min_users", "heaviest")
+        return Rules(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +80,11 @@ class Result:
     space_id: str
     champion_id: str
     """Against whom it was judged; empty on the first night."""
+    reference_id: str
+    """The fixed reference that it was judged against; empty where there was none yet."""
     reasons: tuple[Reason, ...]
     approved_by: str
+    overruled_by: str
     rejected_by: str
     version: str
     """Of `llmemb-recommender`."""
@@ -94,11 +110,12 @@ def run(config: Config) -> Result:
 
 def decide(config: Config) -> Result:
     """The decision, taken and carried out. Raises InputError, Refused."""
-    judged = manifests.read(config.run.lake, config.run.ds, "evaluate")["result"]
+    judged = evaluation(config.run)
     champion = registry.champion(config.run)
     challenger_id = str(judged["recommender_id"])
     serving = champion["recommender_id"] if champion else ""
-    reasons = gates(config, judged)
+    outcomes = read_outcomes(artifacts.find(config.run.lake, "outcomes", judged["outcomes_id"]))
+    reasons = tuple(gates(config.rules, judged, outcomes))
     decision: Decision
     if champion and serving == challenger_id:
         decision, version = "promoted", champion["version"]
@@ -115,16 +132,17 @@ def decide(config: Config) -> Result:
     if decision == "refused":
         raise Refused("; ".join(f"{reason.gate}: {reason.text}" for reason in reasons if reason.verdict == "failed"))
     if decision == "promoted" and serving != challenger_id:
-        before = [("previous", champion["version"])] if champion else []
-        registry.set_aliases(config.run, [*before, ("challenger", None), ("champion", version)])
+        registry.set_aliases(config.run, [*moves(config, champion, version), ("challenger", None), ("champion", version)])
     result = Result(
         decision=decision,
         recommender_id=challenger_id,
         encoder_id=judged["encoder_id"],
         space_id=space_of(judged["encoder_id"], challenger_id),
         champion_id=judged["champion_id"],
+        reference_id=judged["reference_id"],
         reasons=reasons,
         approved_by=config.approved_by,
+        overruled_by=config.overruled_by,
         rejected_by=config.rejected_by,
         version=version,
         inputs=read(judged),
@@ -140,21 +158,28 @@ def decide(config: Config) -> Result:
 # ------------------------------------------------------------------------------------------------------------------ gates
 
 
-def gates(config: Config, judged: dict[str, Any]) -> tuple[Reason, ...]:
-    """All gates' verdicts: floors overall, no loss to the champion in each slice, no leak of popularity.
-
-    Raises InputError for a floor or slice that the evaluation lacks.
-    """
-    rows = {(row["against"], row["slice"]): row for row in judged["differences"]}
-    reasons = [beats(floor, at(rows, floor, "overall")) for floor in config.floors]
-    if judged["champion_id"]:
-        reasons += [not_worse(name, at(rows, "champion", name), config.margin) for name in config.slices]
-    if judged["leaking"]:
-        text = (
-            f"raw embeddings foretell test popularity with R2 {judged['leak']['r2']:.3f}: find the field of the prompt that leaks"
+def evaluation(run: Run) -> dict[str, Any]:
+    """The Result of `evaluate` of this date. Raises InputError where there is none, or only one of another date."""
+    made = manifests.read(run.lake, run.ds, "evaluate")
+    if made["ds"] != run.ds:
+        raise InputError(
+            f"the newest evaluation is of {made['ds']}, not of {run.ds}: run evaluate for {run.ds}, or promote with "
+            f"--ds {made['ds']}"
         )
-        reasons.append(Reason(gate="no leak", verdict="undecided", text=text))
-    return tuple(reasons)
+    judged: dict[str, Any] = made["result"]
+    if "outcomes_id" not in judged:
+        raise InputError(f"the evaluation of {run.ds} was made before gates read every event: run evaluate again")
+    return judged
+
+
+def moves(config: Config, champion: dict[str, str] | None, version: str) -> list[tuple[str, str | None]]:
+    """Aliases that a promotion moves beside champion and challenger: `previous`, and the reference where it is new."""
+    found: list[tuple[str, str | None]] = [("previous", champion["version"])] if champion else []
+    if config.reference_by:
+        return [*found, ("reference", version)]
+    if registry.by_alias(config.run, "reference") is None:  # of a registry that is older than references, its champion
+        return [*found, ("reference", champion["version"] if champion else version)]
+    return found
 
 
 def standing(config: Config, judged: dict[str, Any], champion: dict[str, str] | None) -> tuple[Reason, ...]:
@@ -174,60 +199,17 @@ def standing(config: Config, judged: dict[str, Any], champion: dict[str, str] | 
     return tuple(reasons)
 
 
-def at(rows: dict[tuple[str, str], dict[str, Any]], against: str, slice_: str) -> dict[str, Any]:
-    """The comparison with a model in a slice."""
-    if (against, slice_) not in rows:
-        known = sorted({model for model, _ in rows}), sorted({name for _, name in rows})
-        raise InputError(f"the evaluation has no comparison with {against} on {slice_}: models {known[0]}, slices {known[1]}")
-    return rows[against, slice_]
-
-
-def beats(floor: str, row: dict[str, Any]) -> Reason:
-    """A floor is beaten when the whole interval of the difference is above zero."""
-    if row["low"] is None:
-        verdict: Verdict = "undecided"
-    elif row["low"] > 0:
-        verdict = "passed"
-    else:
-        verdict = "failed" if row["value"] <= 0 else "undecided"
-    return Reason(gate=f"above {floor}", verdict=verdict, text=figures(row))
-
-
-def not_worse(slice_: str, row: dict[str, Any], margin: float) -> Reason:
-    """Non-inferiority: the interval's lower end must not lie further below zero than the margin.
-
-    An interval wholly below the margin fails; one that reaches over it can't tell, and neither can a slice without one.
-    """
-    gate = f"not worse on {slice_}"
-    if row["low"] is None:
-        return Reason(gate=gate, verdict="undecided", text=f"too few users to tell ({row['n']})")
-    allowed = margin * row["reference"]
-    text = f"{figures(row)}, allowed loss {allowed:.4f}"
-    if row["low"] >= -allowed:
-        return Reason(gate=gate, verdict="passed", text=text)
-    if row["high"] < -allowed:
-        return Reason(gate=gate, verdict="failed", text=text)
-    why = "borderline" if row["detectable"] and row["detectable"] <= allowed else "the slice could not have shown that loss"
-    return Reason(gate=gate, verdict="undecided", text=f"{text}: {why}")
-
-
-def figures(row: dict[str, Any]) -> str:
-    """A difference in words."""
-    if row["low"] is None:
-        return f"too few users to tell ({row['n']})"
-    shown = f", could have shown {row['detectable']:.4f}" if row["detectable"] else ""
-    return (f"NDCG {row['value']:+.4f} (95 % {row['low']:+.4f} to {row['high']:+.4f}) beside {row['reference']:.4f}, "
-            f"{row['n']} users{shown}")  # fmt: skip
-
-
 def decided(reasons: tuple[Reason, ...], config: Config) -> Decision:
-    """One failed gate refuses; one that can't tell needs a person."""
-    verdicts = {reason.verdict for reason in reasons}
-    if "failed" in verdicts:
+    """A failed gate refuses, but a floor alone does not: that, and a gate that can't tell, needs a person."""
+    failed = {reason.kind == "floor" for reason in reasons if reason.verdict == "failed"}
+    if False in failed:
         return "refused"
     if config.rejected_by:
         return "rejected"
-    return "undecided" if "undecided" in verdicts and not config.approved_by else "promoted"
+    if failed and not config.overruled_by:
+        return "undecided"
+    waiting = any(reason.verdict == "undecided" for reason in reasons)
+    return "undecided" if waiting and not config.approved_by else "promoted"
 
 
 # ----------------------------------------------------------------------------------------------------------------- record
@@ -239,8 +221,8 @@ def recorded(config: Config, judged: dict[str, Any], reasons: tuple[Reason, ...]
     Until it is promoted it bears the alias `challenger`.
     """
     artifact = registry.fetch(config.run, "recommender", judged["recommender_id"])
-    ids = {name: str(judged[name]) for name in ("recommender_id", "encoder_id", "champion_id")}
-    people = {"approved_by": config.approved_by, "rejected_by": config.rejected_by}
+    ids = {name: str(judged[name]) for name in ("recommender_id", "encoder_id", "champion_id", "reference_id")}
+    people = {name: getattr(config, name) for name in ("approved_by", "overruled_by", "rejected_by", "reference_by")}
     version = registry.log_run(
         config.run,
         "promote",
@@ -262,13 +244,14 @@ def recorded(config: Config, judged: dict[str, Any], reasons: tuple[Reason, ...]
 
 def read(judged: dict[str, Any]) -> dict[str, str]:
     """What a decision rests on."""
-    ids = {"recommender": judged["recommender_id"], "champion": judged["champion_id"]}
-    return {"metrics": judged["outputs"]["metrics"], **ids}
+    ids = {"recommender": judged["recommender_id"], "champion": judged["champion_id"], "reference": judged["reference_id"]}
+    return {"metrics": judged["outputs"]["metrics"], "outcomes": judged["outcomes_id"], **ids}
 
 
 def tell(challenger_id: str, decision: Decision, reasons: tuple[Reason, ...], config: Config) -> None:
     """The decision, for a person."""
-    who = {"promoted": config.approved_by, "rejected": config.rejected_by}.get(decision)
+    yes = " and ".join(dict.fromkeys(name for name in (config.approved_by, config.overruled_by) if name))
+    who = {"promoted": yes, "rejected": config.rejected_by}.get(decision)
     by = f" by {who}" if who else ""
     log.info("%s is %s%s", challenger_id, decision, by)
     for reason in reasons:

@@ -135,11 +135,12 @@ def gather(config: Config, night: Night) -> tuple[Facts, dict[str, float]]:
     spaces = spaces_of(lake, night, before)
     shown, layers, why = look(config, spaces)
     values = measure(config, night, spaces, layers, shown)
+    recent = [past for past in before if past.ds >= nights.trained_on(lake, night.ds)]
     serving_ds, space_id = serving([*before, night])
     facts = Facts(
         night=night,
         before=before,
-        measures=drift.judge(values, drift.earlier(lake, before), config.bounds),
+        measures=drift.judge(values, drift.earlier(lake, before), config.bounds, drift.earlier(lake, recent)),
         views=shown,
         why_no_views=why,
         gpu_hour_price=config.gpu_hour_price,

@@ -64,10 +64,21 @@ class Measure:
     verdict: Literal["steady", "alarm", "too few nights"]
 
 
-def judge(tonight: Mapping[str, float], before: Sequence[Mapping[str, float]], bounds: Bounds) -> tuple[Measure, ...]:
-    """Each measure against those of earlier nights that are comparable: of the same space, encoder and attribute by its name."""
+def judge(
+    tonight: Mapping[str, float],
+    before: Sequence[Mapping[str, float]],
+    bounds: Bounds,
+    trained: Sequence[Mapping[str, float]] | None = None,
+) -> tuple[Measure, ...]:
+    """Each measure against those of earlier nights that are comparable: of the same space, encoder and attribute by its name.
+
+    `trained` are the nights since the encoder was trained: texts are judged against those alone, or a lasting change would make
+    it due again on every night until the median knew of it.
+    """
+    since = before if trained is None else trained
     return tuple(
-        judged(name, value, [night[name] for night in before if name in night], bounds) for name, value in tonight.items()
+        judged(name, value, [night[name] for night in (since if name.startswith(TEXT) else before) if name in night], bounds)
+        for name, value in tonight.items()
     )
 
 

@@ -1,11 +1,11 @@
-"""Ranks that nobody can fool, metrics from ranks, and what a difference between two models is worth.
+"""Ranks that nobody can fool, metrics from ranks, and how much raw embeddings know of popularity.
 
 A rank is a block: the first and the last place of an item among those that its score ties. Metrics are means over the block, so
 that a model gains nothing from scoring items alike: taken at the block's middle, tying one's top 19 would make all of them
-hits. Scores that are not finite are refused. Differences are paired: all models share the resampled users.
+hits. Scores that are not finite are refused.
 
-Shapes: B users of a chunk, V items + 1 (column 0 is padding), D width, E LLM width, C cases, S slices, K columns (model and
-metric), R resamples, N negatives or items, I items of a block, L items left out, G groups of tied values.
+Shapes: B users of a chunk, V items + 1 (column 0 is padding), D width, E LLM width, C cases, N negatives or items, I items of a
+block, L items left out, G groups of tied values.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch import Tensor
 
 SCORES = 2**26
 """Scores held at once: 256 MiB in float32."""
-DETECTABLE = 1.96 + 0.84
-"""Standard errors that a difference must have to be found four times in five at the 5 % level, two-sided."""
 METRICS = ("hr", "ndcg", "mrr")
 
 
@@ -154,65 +152,6 @@ def by_rank(rank_C2: Tensor, k: int = 10) -> dict[str, Tensor]:
         "ndcg": (upto_k[inside_C] - upto_k[before_C]) / size_C,
         "mrr": harmonic_C / size_C,
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bootstrap:
-    """Means of every column in every slice, and what they were in each resample of the users."""
-
-    mean_SK: Tensor
-    """NaN where a slice is empty."""
-    mean_RSK: Tensor
-    n_S: Tensor
-    """Users of each slice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A mean, or a difference of two, with its 95 % interval; NaN where a slice is too small to say."""
-
-    value: float
-    low: float
-    high: float
-    detectable: float
-    """The smallest difference that the slice could have shown: 5 % level, two-sided, power 80 %."""
-    n: int
-
-
-def bootstrap(values_CK: Tensor, slices_SC: Tensor, *, resamples: int = 1000, seed: int = 0) -> Bootstrap:
-    """Resamples users, the same for all columns and slices, so that differences between columns are paired.
-
-    Each user weighs in by a Poisson(1) draw, which for many users is resampling with replacement, and lets users pass by in
-    chunks (Chamandy et al., "Estimating uncertainty for massive data streams", 2012). values_CK finite, slices_SC bool.
-    """
-    device, (cases, columns) = values_CK.device, values_CK.shape
-    generator = torch.Generator(device).manual_seed(seed)
-    sum_RQ = torch.zeros(resamples, len(slices_SC) * columns, dtype=torch.float64, device=device)
-    count_RS = torch.zeros(resamples, len(slices_SC), dtype=torch.float64, device=device)
-    chunk = max(1, SCORES // max(resamples, len(slices_SC) * columns))
-    for start in range(0, cases, chunk):
-        value_BK, in_BS = values_CK[start : start + chunk].float(), slices_SC[:, start : start + chunk].T.float()
-        weight_RB = torch.poisson(torch.ones(resamples, len(value_BK), device=device), generator=generator)
-        sum_RQ += weight_RB @ (in_BS[:, :, None] * value_BK[:, None, :]).flatten(1)
-        count_RS += weight_RB @ in_BS
-    n_S = slices_SC.sum(1)
-    mean_SK = slices_SC.double() @ values_CK.double() / n_S[:, None]
-    return Bootstrap(mean_SK=mean_SK, mean_RSK=sum_RQ.view(resamples, -1, columns) / count_RS[:, :, None], n_S=n_S)
-
-
-def estimate(found: Bootstrap, slice_: int, column: int, minus: int | None = None, min_users: int = 30) -> Estimate:
-    """One column in one slice, or its paired difference to the column `minus`; no interval below `min_users` users."""
-    value = found.mean_SK[slice_, column]
-    mean_R = found.mean_RSK[:, slice_, column]
-    if minus is not None:
-        value, mean_R = value - found.mean_SK[slice_, minus], mean_R - found.mean_RSK[:, slice_, minus]
-    n = int(found.n_S[slice_])
-    if n < min_users:
-        return Estimate(value=float(value), low=math.nan, high=math.nan, detectable=math.nan, n=n)
-    low, high = mean_R.quantile(torch.tensor([0.025, 0.975], dtype=mean_R.dtype, device=mean_R.device)).tolist()
-    # where no user differs from another, the slice says nothing about how small a difference it would have shown
-    detectable = DETECTABLE * float(mean_R.std()) or math.nan
-    return Estimate(value=float(value), low=low, high=high, detectable=detectable, n=n)
 
 
 # ----------------------------------------------------------------------------------------------------------------- leaks

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from models.behaviour.data import Histories, histories, leave_one_out
 from models.behaviour.items import IdItems
 from models.behaviour.recommender import Backbone, Recommender, build_sequence
+from models.judge.bootstrap import bootstrap
 from models.judge.evaluation import floor_ranks, make_cases, vector_ranks
-from models.judge.metrics import bootstrap, by_rank
+from models.judge.metrics import by_rank
 
 T = TypeVar("T")
 

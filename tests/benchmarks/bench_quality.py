@@ -44,8 +44,9 @@ from models.behaviour.llm_esr import Distiller, DualItems, like_users
 from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
 from models.behaviour.whitening import fit_whitening
+from models.judge.bootstrap import bootstrap, estimate
 from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
-from models.judge.metrics import bootstrap, by_rank, estimate
+from models.judge.metrics import by_rank
 from models.text.base_model import base_sha256, load_base, tokenizer_sha256
 from models.text.embedding import embed_items
 from models.text.encoder import Encoder, Spec

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,6 +178,43 @@ def answered(environment: dict[str, str], answer: dict[str, Any]) -> dict[str, s
     return {key: dag.get_template_env().from_string(text).render(given) for key, text in templates}
 
 
+def questions(environment: dict[str, str]) -> dict[str, Any]:
+    """What each question to a person does: its default, its time, what follows, and what its notifiers say."""
+    import logging
+
+    dag, found = bag(environment)["rat_training"], {}
+    for name in ("ask", "ask_again"):
+        task, told = dag.get_task(name), []
+        for notifier in task.notifiers:
+            ti = SimpleNamespace(
+                dag_id=dag.dag_id, task_id=name, run_id="r", try_number=1, xcom_pull=lambda _: {"recommender_id": "r7"}
+            )
+            handler = logging.Handler()
+            handler.emit = lambda record, told=told: told.append(record.getMessage())  # type: ignore
+            logging.getLogger("airflow.task.job").addHandler(handler)
+            notifier.text = dag.get_template_env().from_string(notifier.text).render(ti=ti)
+            notifier.notify({"ti": ti})
+            logging.getLogger("airflow.task.job").removeHandler(handler)
+        days = task.response_timeout.days
+        found[name] = {"default": task.defaults, "days": days, "downstream": sorted(task.downstream_task_ids), "told": told}
+    return found
+
+
+def announces(environment: dict[str, str], dag: str, task: str, results: list[Any]) -> list[bool]:
+    """Whether a task tells other DAGs of each of these Results."""
+    said: list[Any] = []
+    context = {
+        "params": {"ds": "2026-03-01"}, "dag_run": None,
+        "outlet_events": defaultdict(lambda: SimpleNamespace(add=lambda made, extra: said.append(made), extra=None)),
+    }  # fmt: skip
+    found = []
+    for result in results:
+        said.clear()
+        bag(environment)[dag].get_task(task)._post_execute_hook(context, result)
+        found.append(bool(said))
+    return found
+
+
 ANSWERS: dict[str, Callable[..., Any]] = {
     "describe": describe,
     "run": run,
@@ -185,6 +223,8 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "pod_end": pod_end,
     "pod_run": pod_run,
     "answered": answered,
+    "questions": questions,
+    "announces": announces,
 }
 
 

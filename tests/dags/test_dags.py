@@ -18,13 +18,13 @@ from tests.dags.conftest import ROOT, Stub, Worker
 FILES = sorted(path.stem for path in (ROOT / "dags").glob("*.py") if not path.stem.startswith("job_"))
 ORDER = {
     "scft_refresh": ["extract", "scft"],
-    "rat_training": ["embed", "pretrain", "rat", "embed", "evaluate", "promote"],
+    "rat_training": ["embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote"],
     "nightly_embeddings": ["extract", "embed", "project", "publish", "lookup", "report"],
     "maintenance": ["collect", "lookup"],
     "rollback": ["rollback", "lookup"],
     "forget": ["forget", "lookup"],
 }
-GPU = {"scft", "embed", "embed_opponent", "pretrain", "rat", "evaluate"}
+GPU = {"scft", "embed", "embed_opponent", "embed_reference", "pretrain", "rat", "evaluate"}
 
 
 def test_dag_files_bring_no_engine_and_none_of_our_own_packages(tmp_path: Path) -> None:
@@ -132,8 +132,9 @@ def test_a_killed_shard_is_repeated_and_no_other(worker: Worker, stub: Stub) -> 
     assert done["state"] == "success"
     shards = [call["set"] for call in stub.calls() if call["job"] == "embed"]
     assert all(settings["embed.shards"] == "3" for settings in shards)
-    tries = {who: [one["embed.shard"] for one in shards if one["embed.encoder"] == who] for who in ("latest", "opponent")}
-    assert {who: sorted(found) for who, found in tries.items()} == {"latest": ["0", "1", "1", "2"], "opponent": ["0", "1", "2"]}
+    known = ("latest", "opponent", "reference")
+    tries = {who: sorted(one["embed.shard"] for one in shards if one["embed.encoder"] == who) for who in known}
+    assert tries == {"latest": ["0", "1", "1", "2"], "opponent": ["0", "1", "2"], "reference": ["0", "1", "2"]}
 
 
 def test_a_dag_run_twice_for_one_date_does_the_same_again(worker: Worker, stub: Stub) -> None:
@@ -169,9 +170,26 @@ def test_a_persons_yes_and_no_both_reach_promote_and_so_does_silence(worker: Wor
         who = None if name is None else {"id": "7", "name": name}
         return worker.ask("answered", answer={"chosen_options": [option], "responded_by_user": who})
 
-    assert settings("Approve", "Ada") == {"promote.approved_by": '"Ada"', "promote.rejected_by": '""'}
-    assert settings("Reject", "405") == {"promote.approved_by": '""', "promote.rejected_by": '"405"'}
-    assert settings("Reject", None) == {"promote.approved_by": '""', "promote.rejected_by": '"nobody in time"'}
+    def said(yes: str, no: str) -> dict[str, str]:
+        return {"promote.approved_by": yes, "promote.overruled_by": yes, "promote.rejected_by": no}
+
+    assert settings("Approve", "Ada") == said('"Ada"', '""')
+    assert settings("Reject", "405") == said('""', '"405"')
+    assert settings("Reject", None) == said('""', '"nobody in time"')
+
+
+def test_people_are_told_when_they_are_asked_and_reminded_before_the_answer_becomes_no(worker: Worker) -> None:
+    asked = worker.ask("questions")
+    assert asked["ask"]["default"] == ["Ask again"] and asked["ask_again"]["default"] == ["Reject"]
+    assert asked["ask"]["downstream"] == ["promote_by_hand", "unanswered"]
+    assert asked["ask_again"]["downstream"] == ["promote_by_hand"]
+    assert [asked[name]["days"] for name in ("ask", "ask_again")] == [2, 1]
+    assert asked["ask"]["told"] == ["ALERT rat_training.ask: Let recommender r7 serve? Its gates leave it to you."]
+    assert "rat_training.ask_again: Reminder: Let recommender r7 serve?" in asked["ask_again"]["told"][0]
+
+
+def test_an_encoder_is_announced_only_where_one_was_made(worker: Worker) -> None:
+    assert worker.ask("announces", dag="scft_refresh", task="scft", results=[{"due": True}, {"due": False}]) == [True, False]
 
 
 def test_a_backfill_leaves_what_serves_and_only_publish_may_say_so(worker: Worker) -> None:
@@ -181,6 +199,7 @@ def test_a_backfill_leaves_what_serves_and_only_publish_may_say_so(worker: Worke
     assert verdict("publish", 3, "backfill") == "AirflowSkipException"
     assert verdict("publish", 3, "scheduled") == verdict("extract", 3, "backfill") == "AirflowFailException"
     assert verdict("publish", 1, "backfill") == verdict("embed", -9, "manual") == "AirflowException"
+    assert verdict("publish", 4, "backfill") == verdict("promote", 4, "manual") == "AirflowException", "busy or away: again"
     assert verdict("publish", 0, "manual") == ""
 
 

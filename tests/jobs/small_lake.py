@@ -102,5 +102,5 @@ def make(path: Path) -> Run:
 
 def remember(run: Run, job: str, result: object) -> None:
     """Writes the manifest that the command line would have written."""
-    manifest = {"status": "done", "result": as_json(result)}
+    manifest = {"ds": run.ds, "status": "done", "result": as_json(result)}
     write_json(manifests.path_of(run.lake, run.ds, job), manifest)

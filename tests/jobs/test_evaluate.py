@@ -81,7 +81,7 @@ def test_every_model_is_in_the_table_on_every_slice_with_its_interval(lake: Run)
     assert overall["n"] == 23
     assert {row.against for row in result.differences} == set(models) - {"llmemb"}
     assert result.encoder_id == ENCODER
-    assert set(result.inputs) == {"items", "sequences", "encoder", "llm_embeddings", "recommender", "champion"}
+    assert set(result.inputs) == {"items", "sequences", "encoder", "llm_embeddings", "recommender", "champion", "reference"}
 
 
 def test_a_rerun_leaves_the_same_table_and_the_same_negatives(lake: Run) -> None:
@@ -225,3 +225,28 @@ def test_negatives_are_kept_as_indices_of_the_catalogue(lake: Run) -> None:
     assert kept["negative_CN"].shape == (23, 5)
     assert not np.any(kept["negative_CN"] == kept["target_C"][:, None])
     assert (kept["negative_CN"].min() >= 1) and (kept["negative_CN"].max() <= 20)
+
+
+def test_gates_get_every_held_out_event_and_the_fixed_reference_and_no_user(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.numpy import load_file
+
+    def kept(result: evaluate.Result) -> tuple[dict[str, Any], dict[str, Any]]:
+        folder = artifacts.find(lake.lake, "outcomes", result.outcomes_id)
+        return load_file(folder / "outcomes.safetensors"), json.loads((folder / "outcomes.json").read_text())
+
+    rows = sequence_rows()
+    held = rows.set_column(4, "valid_end", rows["train_end"])  # nothing validates: two events a user are to be foretold
+    partitions.write(lake.lake, SEQUENCES, f"ds={DS}", [held])
+    crown(monkeypatch, reference=other(lake))
+    result = judge(lake)
+    found, names = kept(result)
+    per_user = np.bincount(found["user_C"])
+    assert per_user.min() >= 1 and per_user.max() >= 2
+    assert result.rows["all_cases"] == len(found["user_C"]) > result.rows["cases"] == len(per_user)
+    assert names["models"] == ["popularity", "repeat_markov_popularity", "id_only", "llmemb", "reference"]
+    assert found["ndcg_KC"].shape == (5, len(found["user_C"])) and found["slices_SC"].shape == (len(SLICES), len(found["user_C"]))
+    assert result.reference_id == other(lake)
+    last, _ = kept(judge(lake, events_per_user=1))
+    assert np.bincount(last["user_C"]).max() == 1
+    values = judge(lake, events_per_user=1).values
+    assert last["ndcg_KC"].mean(1) == pytest.approx([values[name]["overall"]["ndcg@10"] for name in names["models"]], abs=1e-5)

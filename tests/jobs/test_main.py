@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,3 +192,14 @@ def test_a_shared_table_reaches_its_jobs_and_their_own_keys_go_before_it() -> No
 
 def test_recipes_that_name_the_backbone_twice_still_read() -> None:
     assert cli.values_of({"rat": {"backbone": {"dropout": 0.5}}}, "rat") == {"backbone": {"dropout": 0.5}}
+
+
+def test_what_is_busy_or_away_ends_with_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(config: object) -> None:
+        raise Unavailable("promotion is under way already: run again")
+
+    monkeypatch.setattr(importlib.import_module("jobs.recommend"), "run", busy)
+    assert cli.main(["recommend", "--recipe", str(recipe), "--ds", "2026-01-01", "--set", "recommend.user=x"]) == 4
+    assert "recommend: error: promotion is under way already" in capsys.readouterr().err

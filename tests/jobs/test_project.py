@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,9 @@ def test_a_recommender_that_is_not_there_is_refused(recommended: Run) -> None:
 def test_sizes_below_one_are_refused(small_lake: Run, key: str) -> None:
     with pytest.raises(InputError, match=key):
         project.Config(run=small_lake, **{key: 0})  # type: ignore[arg-type]
+
+
+def test_a_catalogue_of_another_date_does_not_get_this_one(recommended: Run) -> None:
+    later = dataclasses.replace(recommended, ds="2030-01-01")
+    with pytest.raises(InputError, match=f"is of {recommended.ds}, .* project with --ds {recommended.ds}"):
+        projected(later)

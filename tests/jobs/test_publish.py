@@ -22,7 +22,7 @@ from jobs.engines import online
 from jobs.lake import manifests, partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import ITEMS, item_embeddings
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 Catalogue = Callable[..., Path]
@@ -194,7 +194,7 @@ def test_of_two_publishers_the_second_is_told_who_is_at_work(catalogue: Catalogu
     lake = catalogue()
     with (
         lease(open_writer(settings(lake)), "publish"),
-        pytest.raises(Refused, match=r"another writer holds the lease.*publish on .* process"),
+        pytest.raises(Unavailable, match=r"another writer holds the lease.*publish on .* process"),
     ):
         publish.run(config(lake))
     assert publish.run(config(lake)).kind == "new space"

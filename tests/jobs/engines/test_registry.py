@@ -17,7 +17,7 @@ import torch
 from jobs.engines import recommender_pyfunc, registry
 from jobs.lake import manifests
 from jobs.lake.partitions import digest_folder, write_json
-from jobs.run import InputError, Run
+from jobs.run import InputError, Run, Unavailable
 from models.behaviour.artifact import load_recommender
 from tests.jobs.small_registry import fresh, kept
 
@@ -120,10 +120,12 @@ def test_without_an_address_nothing_is_logged_and_mlflow_is_not_loaded(tmp_path:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_a_server_that_is_down_is_an_input_error_that_names_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_down_is_worth_a_retry_and_its_error_names_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = Run(ds="2026-01-01", lake=tmp_path, tracking_uri="http://someone:hunter2@127.0.0.1:9")
-    with pytest.raises(InputError, match="is it running") as error:
+    with pytest.raises(Unavailable, match="is it running") as error:
         registry.champion(run)
     assert "hunter2" not in str(error.value)
     assert "127.0.0.1:9" in str(error.value)

@@ -17,7 +17,7 @@ from jobs.lake.items import bury, content_hash, tombstones
 from jobs.lake.locks import alone
 from jobs.lake.partitions import write_json
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, Table, item_embeddings, llm_embeddings
-from jobs.run import InputError, Refused
+from jobs.run import InputError, Unavailable
 
 
 def items(*ids: str) -> pa.Table:
@@ -203,7 +203,7 @@ def test_a_lock_names_its_holder_and_goes_with_it_however_it_ends(tmp_path: Path
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with (
-            pytest.raises(Refused, match=rf"promotion is under way already \(process {holder.pid} on "),
+            pytest.raises(Unavailable, match=rf"promotion is under way already \(process {holder.pid} on "),
             alone(tmp_path, "promotion", 0),
         ):
             pass

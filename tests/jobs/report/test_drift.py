@@ -9,6 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from jobs.lake import manifests
+from jobs.lake.nights import trained_on
+from jobs.lake.partitions import write_json
 from jobs.report import drift
 from jobs.report.drift import Bounds
 from jobs.run import as_json
@@ -73,3 +76,22 @@ def test_coverage_is_the_share_of_events_whose_item_has_a_vector(tmp_path: Path)
     ids = pa.array([f"i{number}" for number in range(20)])
     # events i0…i39, then i0…i9 again
     assert drift.coverage(tmp_path, f"ds={DS}", ids, 1000) == pytest.approx(30 / 50)
+
+
+def test_a_lasting_change_of_texts_makes_an_encoder_due_once_and_not_again_after_it_was_trained(tmp_path: Path) -> None:
+    """Twenty nights at 100 characters, then 140 for good: the median of all would say so on ten nights and more."""
+    before, trained, due = [{"text.characters": 100.0 + night % 3, "coverage": 0.9} for night in range(20)], 0, []
+    for night in range(20, 40):
+        tonight = {"text.characters": 140.0 + night % 3, "coverage": 0.9}
+        if drift.refresh_reason(drift.judge(tonight, before, drift.Bounds(), before[trained:])):
+            due.append(night)
+            trained = len(before)
+        before.append(tonight)
+    assert due == [20]
+
+
+def test_only_a_training_counts_and_not_a_night_on_which_none_was_due(tmp_path: Path) -> None:
+    for ds, due, status in (("2026-01-01", True, "done"), ("2026-01-05", False, "done"), ("2026-01-07", True, "failed")):
+        write_json(manifests.path_of(tmp_path, ds, "scft"), {"status": status, "result": {"due": due}})
+    assert trained_on(tmp_path, "2026-01-09") == "2026-01-01"
+    assert trained_on(tmp_path, "2025-12-31") == ""

@@ -10,10 +10,8 @@ import torch
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
 
 from models.judge.metrics import (
-    bootstrap,
     by_rank,
     draw_negatives,
-    estimate,
     full_ranks,
     popularity_leak,
     sampled_ranks,
@@ -170,68 +168,6 @@ def test_negatives_are_uniform() -> None:
     drawn_CN = draw_negatives(torch.tensor([1]), keys({0: [1]}, 5), torch.tensor([0]), 5, 40_000, seed=0)
     counts = torch.bincount(drawn_CN.flatten(), minlength=6)[2:]
     assert (counts / 40_000 - 0.25).abs().max() < 0.02
-
-
-# -------------------------------------------------------------------------------------------------------------- intervals
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values_CK = (torch.rand(200, 300, generator=generator) < 0.3).float()  # 300 experiments of 200 users, true mean 0.3
-    found = bootstrap(values_CK, torch.ones(1, 200, dtype=torch.bool), resamples=500)
-    inside = [(got := estimate(found, 0, column)).low <= 0.3 <= got.high for column in range(300)]
-    assert 0.91 < np.mean(inside) < 0.985
-
-
-def test_the_interval_agrees_with_resampling_by_hand() -> None:
-    values_C = torch.rand(400, generator=torch.Generator().manual_seed(3)).double()
-    rng = np.random.default_rng(0)
-    by_hand = np.quantile([rng.choice(values_C.numpy(), 400).mean() for _ in range(3000)], [0.025, 0.975])
-    found = bootstrap(values_C[:, None], torch.ones(1, 400, dtype=torch.bool), resamples=3000)
-    got = estimate(found, 0, 0)
-    assert [got.low, got.high] == pytest.approx(by_hand, abs=0.004)
-
-
-def test_differences_are_paired() -> None:
-    """Two models that differ by a constant on very different users: an unpaired interval would be wide."""
-    base_C = torch.rand(100, generator=torch.Generator().manual_seed(0))
-    found = bootstrap(torch.stack([base_C + 0.01, base_C], 1), torch.ones(1, 100, dtype=torch.bool))
-    paired, alone = estimate(found, 0, 0, minus=1), estimate(found, 0, 0)
-    assert (paired.low, paired.high) == pytest.approx((0.01, 0.01), abs=1e-5)
-    assert alone.high - alone.low > 0.05
-
-
-def test_the_detectable_difference_is_found_four_times_in_five() -> None:
-    generator = torch.Generator().manual_seed(0)
-    noise_CK = torch.randn(400, 300, generator=generator)
-    slice_1C = torch.ones(1, 400, dtype=torch.bool)
-    detectable = estimate(bootstrap(noise_CK[:, :1], slice_1C), 0, 0).detectable
-    found = bootstrap(noise_CK + detectable, slice_1C, resamples=400)
-    assert 0.7 < np.mean([estimate(found, 0, column).low > 0 for column in range(300)]) < 0.9
-
-
-def test_users_pass_by_in_chunks_and_slices_share_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    values_CK = torch.rand(90, 2, generator=torch.Generator().manual_seed(0))
-    slices_SC = torch.stack([torch.ones(90, dtype=torch.bool), torch.arange(90) < 40])
-    monkeypatch.setattr("models.judge.metrics.SCORES", 200 * 7)
-    found = bootstrap(values_CK, slices_SC, resamples=200)
-    assert found.mean_SK[1].tolist() == pytest.approx(values_CK[:40].mean(0).tolist())
-    assert found.mean_RSK.mean(0)[1].tolist() == pytest.approx(values_CK[:40].mean(0).tolist(), abs=0.02)
-    assert found.n_S.tolist() == [90, 40]
-
-
-def test_a_slice_of_too_few_users_gets_a_value_but_no_interval_and_an_empty_one_neither() -> None:
-    slices_SC = torch.stack([torch.arange(60) < 5, torch.zeros(60, dtype=torch.bool)])
-    found = bootstrap(torch.ones(60, 1), slices_SC)
-    few, none = estimate(found, 0, 0), estimate(found, 1, 0)
-    assert (few.value, few.n) == (1.0, 5)
-    assert all(math.isnan(value) for value in (few.low, few.high, few.detectable, none.value, none.low))
-
-
-def test_a_slice_in_which_no_user_differs_does_not_pretend_to_show_any_difference() -> None:
-    got = estimate(bootstrap(torch.zeros(60, 1), torch.ones(1, 60, dtype=torch.bool)), 0, 0)
-    assert (got.value, got.low, got.high) == (0.0, 0.0, 0.0)
-    assert math.isnan(got.detectable)
 
 
 # ------------------------------------------------------------------------------------------------------------------- leaks

@@ -1,0 +1,68 @@
+"""Every held-out event of a user as a case, and what each model makes of it: what `promote`'s gates judge.
+
+The table of `evaluate` has one case a user; gates need all there are. What is kept says whose cases belong together and which
+slice each is in, by number, never who the user is.
+
+Shapes: C cases, U users, K models, S slices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jobs.lake import artifacts
+from jobs.run import Run
+from models.behaviour.data import Histories, targets
+from models.judge.evaluation import SLICES, Cases, slices
+from models.judge.metrics import by_rank
+
+
+def every_case(events: Histories, part: Literal["valid", "test"], last: Cases, most: int, paper_tail: int) -> Cases:
+    """The newest `most` (0: all) events of each user's part that have one before them, short histories first.
+
+    Ranked like `last`, the cases of one event a user, and in the same catalogue.
+    """
+    start_U = (events.train_end_U if part == "valid" else events.valid_end_U).clamp_min(1)
+    end_U = events.valid_end_U if part == "valid" else events.length_U
+    if most:
+        start_U = torch.maximum(start_U, end_U - most)
+    count_U = (end_U - start_U).clamp_min(0)
+    users_C = torch.arange(len(count_U), device=count_U.device).repeat_interleave(count_U)
+    step_C = torch.arange(len(users_C), device=count_U.device) - (count_U.cumsum(0) - count_U)[users_C]
+    position_C = start_U[users_C] + step_C
+    order_C = position_C.argsort(stable=True)
+    users_C, position_C = users_C[order_C], position_C[order_C]
+    target_C = targets(events, users_C, position_C)
+    slices_SC = slices(events, users_C, position_C, target_C, paper_tail)
+    for name in ("short", "long"):  # who is one of the long fifth is counted in users, as in the table, and not in events
+        in_U = torch.zeros_like(count_U, dtype=torch.bool).index_put((last.users_C,), last.slices_SC[SLICES.index(name)])
+        slices_SC[SLICES.index(name)] = in_U[users_C]
+    return Cases(
+        events=events,
+        users_C=users_C,
+        position_C=position_C,
+        length_C=position_C.cpu(),
+        target_C=target_C,
+        negative_CN=target_C[:, None],  # the sampled ranking is for papers: nothing to rank among here
+        slices_SC=slices_SC,
+        chunk=last.chunk,
+        unseen=last.unseen,
+    )
+
+
+def keep_outcomes(run: Run, cases: Cases, ranks: Mapping[str, tuple[Tensor, ...]], k: int) -> str:
+    """Keeps every model's NDCG of every case as an artifact `outcomes`; equal ones are kept once. Gives its id."""
+    staged = artifacts.stage(run.lake, "outcomes")
+    number_C = torch.unique(cases.users_C, return_inverse=True)[1]
+    value_KC = torch.stack([by_rank(full_C2, k)["ndcg"] for full_C2, *_ in ranks.values()])
+    tensors = {"user_C": number_C.int(), "slices_SC": cases.slices_SC, "ndcg_KC": value_KC.float()}
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, staged / "outcomes.safetensors")
+    names = {"models": list(ranks), "slices": list(SLICES), "metric": f"ndcg@{k}"}
+    (staged / "outcomes.json").write_text(json.dumps(names, sort_keys=True))
+    return artifacts.keep(run.lake, "outcomes", staged)
