@@ -265,7 +265,9 @@ def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V
     teacher, teacher_VD = read_teacher(config, teacher_id, catalogue, counts_V.device)
     known_V = torch.tensor([False, *(item_id in teacher.row for item_id in catalogue.item_ids)], device=counts_V.device)
     weight_V = counts_V / (counts_V + config.popularity_prior).clamp_min(1e-9) * known_V
-    return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=config.alpha, temperature=config.temperature)
+    texts = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
+    text_V = torch.cat([torch.tensor([-1]), torch.from_numpy(texts.astype("int64"))]).to(counts_V.device)
+    return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=config.alpha, temperature=config.temperature, text_V=text_V)
 
 
 def fusion_of(config: Config) -> Fusion:

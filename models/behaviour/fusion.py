@@ -211,6 +211,12 @@ class Search:
             self.tried[point] = (1 - balance) * float(ndcg_C.mean()) + balance * sum(groups) / max(1, len(groups))
         return self.tried[point]
 
+    def noise(self, new: Point, old: Point) -> float:
+        """Standard error of the difference between two points: what a part must gain to come in at all."""
+        less_C = self.ndcg_C(new) - self.ndcg_C(old)
+        error: float = float(less_C.std()) / max(1, len(less_C)) ** 0.5
+        return error
+
     def by_group(self, point: Point) -> dict[str, float]:
         """NDCG@10 overall and by the target's group."""
         ndcg_C = self.ndcg_C(point)
@@ -276,12 +282,17 @@ def replaced(point: Point, what: str, number: int, value: float) -> Point:
 def better(run: Search, point: Point, options: Sequence[Point], name: str, curve: list[dict[str, Any]]) -> Point:
     """The best of the options if it gains, else the point."""
     best = max(options, key=run.value)
-    if run.value(best) <= run.value(point) + GAIN:
+    if run.value(best) <= run.value(point) + (run.noise(best, point) if adds(best, point) else GAIN):
         return point
     changed = next(new for what in ("weight", "gates", "centre")
                    for new, old in zip(getattr(best, what), getattr(point, what), strict=True) if new != old)  # fmt: skip
     curve.append({"part": name, "to": changed, "ndcg": run.value(best)})
     return best
+
+
+def adds(new: Point, old: Point) -> bool:
+    """Whether a part comes in that had no weight."""
+    return any(one and not other for one, other in zip(new.weight, old.weight, strict=True))
 
 
 def found_at(run: Search, point: Point, alone: dict[str, float], curve: list[dict[str, Any]], note: str) -> Found:

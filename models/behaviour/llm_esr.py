@@ -117,6 +117,10 @@ class Distiller:
         """Two more: nobody, whom nobody is like, and a place where other rows write."""
         self.known_U = torch.zeros(users + 2, device=device)
 
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers of users: part of a training's checkpoint."""
+        return {"distiller.last_UD": self.last_UD, "distiller.known_U": self.known_U}
+
     def __call__(self, users_B: Tensor, ends_B: Tensor, user_BD: Tensor) -> Tensor:
         """One number for a batch of training rows; only a user's newest row, which ends where train does, counts."""
         newest_B = (ends_B == self.train_end_U[users_B]) & (ends_B > 0)

@@ -44,15 +44,21 @@ def gbce(positive_P: Tensor, negative_PS: Tensor, candidates: int, calibration: 
     return -beta * F.logsigmoid(positive_P) - F.logsigmoid(-negative_PS).sum(1)
 
 
-def alignment(adapted_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor, temperature: float) -> Tensor:
+def alignment(
+    adapted_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor, temperature: float, text_N: Tensor | None = None
+) -> Tensor:
     """One number: symmetric cosine InfoNCE between an item's adapted text and its teacher vector, weighed by weight_N.
 
-    Rows are unique items. Those of weight 0 (padding, cold items) neither give a loss nor serve as negatives.
+    Rows are unique items. Those of weight 0 (padding, cold items) neither give a loss nor serve as negatives, and items of one
+    text, by text_N, are no negatives of each other: their adapted text is the same.
     """
     logits_NN = F.normalize(adapted_ND, dim=1) @ F.normalize(teacher_ND, dim=1).T / temperature
     absent_N = weight_N == 0
     # an absent row keeps itself, or its softmax would be over nothing
-    hidden_NN = (absent_N[:, None] | absent_N[None]) & ~torch.eye(len(weight_N), dtype=torch.bool, device=weight_N.device)
+    hidden_NN = absent_N[:, None] | absent_N[None]
+    if text_N is not None:
+        hidden_NN = hidden_NN | (text_N[:, None] == text_N[None])
+    hidden_NN = hidden_NN & ~torch.eye(len(weight_N), dtype=torch.bool, device=weight_N.device)
     logits_NN = logits_NN.masked_fill(hidden_NN, -torch.inf)
     own_N = logits_NN.diagonal()
     loss_N = (logits_NN.logsumexp(1) + logits_NN.logsumexp(0)) / 2 - own_N

@@ -20,7 +20,7 @@ AGREEMENT_RIDGE = 0.01
 PREDICTION_RIDGE = 0.3
 WINDOW = 3
 """Events apart that still count as together."""
-POWER_STEPS = 8
+POWER_STEPS = 12
 
 
 def text_items(white_NK: Tensor, events: Histories, width: int, directions: str = "agreement") -> DirectionItems:
@@ -79,6 +79,8 @@ def counting_items(events: Histories, width: int, seed: int = 0) -> TableItems:
     matrix_VV = torch.sparse_coo_tensor(place_2P, cosine_P, (rows, rows), check_invariants=False).coalesce()
     few = min(width, rows)
     basis_VD = torch.randn(rows, few + 8 if few + 8 <= rows else few, generator=torch.Generator().manual_seed(seed)).to(device)
+    # an item without neighbours starts at zero and so stays there
+    basis_VD *= (total_V > 0)[:, None]
     for _ in range(POWER_STEPS):
         # shifted by one, so that the largest eigenvalues, not the most negative ones, stand out
         basis_VD = torch.linalg.qr(torch.sparse.mm(matrix_VV, basis_VD) + basis_VD).Q

@@ -6,7 +6,7 @@ Shapes: C validation cases, B cases of a chunk, V items + 1 (row 0 is padding), 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,8 +124,12 @@ def validate(
 class Progress:
     """Where a training stands: weights, optimiser state, best weights and figures; kept as safetensors."""
 
-    def __init__(self, recommender: Recommender, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, recommender: Recommender, optimizer: torch.optim.Optimizer, memory: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.recommender, self.optimizer = recommender, optimizer
+        self.memory = dict(memory or {})
+        """What else a training remembers from step to step, by name; restored in place."""
         self.history: list[dict[str, float]] = []
         self.best_epoch = 0
         self.best = {name: value.clone() for name, value in recommender.state_dict().items()}
@@ -162,6 +166,7 @@ class Progress:
         """Replaces the checkpoint at once."""
         tensors = {f"model.{name}": value for name, value in self.recommender.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= {f"memory.{name}": value for name, value in self.memory.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,6 +184,8 @@ class Progress:
         self.recommender.load_state_dict({name: tensors[f"model.{name}"] for name in self.best})
         for name, value in self.best.items():
             value.copy_(tensors[f"best.{name}"])
+        for name, value in self.memory.items():
+            value.copy_(tensors[f"memory.{name}"])
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("adam."):

@@ -93,6 +93,8 @@ class Aligner:
     temperature: float
     items: int = 2048
     """Unique items of a batch that are aligned, at most; drawn at random where there are more."""
+    text_V: Tensor | None = None
+    """A number for each different text: items of the same text are not negatives of each other."""
 
 
 # ------------------------------------------------------------------------------------------------------- processes
@@ -123,7 +125,7 @@ def step_loss(task: Task, row_B: Tensor, width: int, capacity: int) -> Tensor:
     """Mean loss over a batch's labels; `width` bounds the rows' lengths and `capacity` the number of labels."""
     with task.autocast():
         events_BW = window(task.events, task.users_R[row_B], task.ends_R[row_B], width + 1)
-        look_up = vectors(task.recommender, events_BW.numel())
+        look_up = vectors(task, events_BW.numel())
         hidden_BLD, label_BL = cloze(task, events_BW, look_up) if cloze_share(task) else shifted(task, events_BW, look_up)
     # the labels first, in static shapes: most positions of a padded batch have none
     place_P = (label_BL.flatten() == 0).to(torch.uint8).argsort(stable=True)[:capacity]
@@ -137,18 +139,29 @@ def step_loss(task: Task, row_B: Tensor, width: int, capacity: int) -> Tensor:
         loss = (loss_P * weight_P).sum() / count.clamp_min(1)
         if task.aligner is not None:
             # a batch has at most as many different items as events: a label or a row's first each
-            loss = loss + align(task.aligner, events_BW, look_up, capacity + len(row_B)) / task.processes
+            most = (capacity + len(row_B)) * task.processes
+            loss = loss + align(task.aligner, events_BW, look_up, most) / task.processes
         if task.distiller is not None:
             user_BD = hidden_BLD[:, -1].float()
             loss = loss + task.distiller(task.users_R[row_B], task.ends_R[row_B], user_BD) / task.processes
     return loss
 
 
-def vectors(recommender: Recommender, lookups: int) -> Callable[[Tensor], Tensor]:
-    """Item indices -> vectors; made once for all items where a step looks up more than there are."""
-    if lookups < recommender.items.rows:
-        return recommender.items
-    table_VD = recommender.item_table()
+def vectors(task: Task, lookups: int) -> Callable[[Tensor], Tensor]:
+    """Item indices -> vectors in float32; made once for all items where a step looks up as many, or all are candidates.
+
+    Float32 whatever the batch, or a model would depend on how many items a step looked up.
+    """
+    recommender, kind = task.recommender, task.candidates_M.device.type
+    if task.config.loss != "full" and lookups < recommender.items.rows:
+
+        def look_up(items: Tensor) -> Tensor:
+            with torch.autocast(kind, enabled=False):
+                return recommender.items(items)
+
+        return look_up
+    with torch.autocast(kind, enabled=False):
+        table_VD = recommender.item_table()
     return lambda items: F.embedding(items, table_VD, padding_idx=0)
 
 
@@ -220,14 +233,25 @@ def full(hidden_PD: Tensor, table_MD: Tensor, label_P: Tensor) -> Tensor:
 
 def align(aligner: Aligner, events_BW: Tensor, look_up: Callable[[Tensor], Tensor], most: int) -> Tensor:
     """alpha times the alignment loss over a batch's unique items, `most` at most, found in static shapes."""
-    ordered_K = events_BW.flatten().sort().values
+    ordered_K = (met_by_all(events_BW, len(aligner.teacher_VD)) if dist.is_initialized() else events_BW.flatten()).sort().values
     first_K = torch.cat([ordered_K[:1] != 0, ordered_K[1:] != ordered_K[:-1]])
     draw_K = torch.rand(ordered_K.shape, device=ordered_K.device) * first_K
+    if dist.is_initialized():
+        dist.broadcast(draw_K, 0)
     chance_N, place_N = draw_K.topk(min(aligner.items, most, len(draw_K)))
     item_N = ordered_K[place_N] * (chance_N > 0)
     adapted_ND = look_up(item_N).float()
-    loss = losses.alignment(adapted_ND, aligner.teacher_VD[item_N], aligner.weight_V[item_N], aligner.temperature)
+    text_N = None if aligner.text_V is None else aligner.text_V[item_N]
+    loss = losses.alignment(adapted_ND, aligner.teacher_VD[item_N], aligner.weight_V[item_N], aligner.temperature, text_N)
     return aligner.alpha * loss
+
+
+def met_by_all(events_BW: Tensor, rows: int) -> Tensor:
+    """item_V: the items of all processes' batches, 0 for the others: one alignment over the whole batch, however it is split."""
+    met_V = torch.zeros(rows, device=events_BW.device)
+    met_V[events_BW.flatten()] = 1
+    dist.all_reduce(met_V, dist.ReduceOp.MAX)
+    return torch.arange(rows, device=events_BW.device) * (met_V > 0)
 
 
 class Stepper:
@@ -331,7 +355,7 @@ def train(
         fused=device.type == "cuda", capturable=graph,
     )  # fmt: skip
     stepper = Stepper(task, optimizer, graph)
-    progress = Progress(recommender, optimizer)
+    progress = Progress(recommender, optimizer, distiller.state() if distiller is not None else {})
     if checkpoint is not None and checkpoint.exists():
         progress.load(checkpoint)
     if processes > 1:

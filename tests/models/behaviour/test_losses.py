@@ -86,3 +86,18 @@ def test_a_batch_without_any_weight_has_no_alignment_loss_and_no_nan() -> None:
     assert loss.item() == 0
     assert adapted.grad is not None
     assert adapted.grad.isfinite().all()
+
+
+def test_items_of_one_text_are_no_negatives_of_each_other() -> None:
+    """Their adapted text is the same: no map can tell them apart, and asking for it pushes the pair away from both teachers."""
+    adapted, teacher, weight = torch.randn(4, 3), torch.randn(4, 3), torch.ones(4)
+    adapted[1] = adapted[0]
+    text = torch.tensor([7, 7, 8, 9])
+    found = alignment(adapted, teacher, weight, 0.2, text)
+    logits = torch.nn.functional.normalize(adapted, dim=1) @ torch.nn.functional.normalize(teacher, dim=1).T / 0.2
+    by_hand = []
+    for own in range(4):
+        others = [other for other in range(4) if other == own or text[other] != text[own]]
+        by_hand.append((logits[own, others].logsumexp(0) + logits[others, own].logsumexp(0)) / 2 - logits[own, own])
+    torch.testing.assert_close(found, torch.stack(by_hand).mean())
+    assert float(alignment(adapted, teacher, weight, 0.2)) > float(found)

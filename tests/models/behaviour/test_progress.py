@@ -51,7 +51,7 @@ def test_the_best_epoch_is_chosen_on_validation_events_and_no_test_event_is_look
 
 def test_validation_asks_for_the_validation_event_of_every_user() -> None:
     events = cyclic()
-    chunks = make_validation(events, torch.arange(1, ITEMS + 1), 99, 6)
+    chunks = make_validation(events, torch.arange(1, ITEMS + 1), 99, 6).chunks
     asked = sorted((int(user), int(place)) for users, position, _ in chunks for user, place in zip(users, position, strict=True))
     assert asked == [(user, int(events.valid_end_U[user]) - 1) for user in range(len(events.valid_end_U))]
     of_test = targets(events, *cases(events, "test"))

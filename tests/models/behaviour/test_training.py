@@ -17,6 +17,7 @@ from torch import Tensor
 from models.behaviour import training
 from models.behaviour.data import Histories, histories, leave_one_out, targets, train_counts
 from models.behaviour.items import IdItems, MlpAdapter, TextItems
+from models.behaviour.llm_esr import Distiller
 from models.behaviour.progress import Trained, make_validation, rounded, validate
 from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
 from models.behaviour.training import Aligner, Training, batches, step_loss, train
@@ -294,3 +295,84 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path: Path) -> None:
     assert first[3] == second[3] == "from 0"
     alone = trained(fresh(seed=0))
     assert [float(loss) for loss in first[:3]] == pytest.approx([figures["loss"] for figures in alone.history], rel=1e-4)
+
+
+def aligner() -> Aligner:
+    teacher_VD = torch.randn(ITEMS + 1, 16, generator=torch.Generator().manual_seed(3))
+    weight_V = torch.ones(ITEMS + 1)
+    weight_V[0] = 0
+    return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=1.0, temperature=0.2)
+
+
+def aligned_process(rank: int, processes: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    done = trained(fresh(seed=rank), aligner=aligner())
+    torch.distributed.destroy_process_group()
+    (Path(folder) / str(rank)).write_text("\n".join(str(figures["loss"]) for figures in done.history))
+
+
+def test_two_processes_align_the_items_that_one_aligns(tmp_path: Path) -> None:
+    """Each process's own items alone would be other, easier softmaxes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn.spawn(aligned_process, args=(2, port, str(tmp_path)), nprocs=2)
+    losses = [float(line) for line in (tmp_path / "0").read_text().split("\n")]
+    alone = trained(fresh(seed=0), aligner=aligner())
+    assert losses == pytest.approx([figures["loss"] for figures in alone.history], rel=1e-3)
+
+
+def test_a_killed_training_remembers_the_users_that_others_learn_from(tmp_path: Path) -> None:
+    """LLM-ESR's distiller holds each user's last vector; a resumed run without them learns from nobody for an epoch."""
+
+    def run(epochs: int, file: Path | None) -> list[float]:
+        events = cyclic()
+        like_US = torch.stack([torch.arange(24).roll(1), torch.arange(24).roll(2)], dim=1)
+        distiller = Distiller(events, like_US, 16, 5.0)
+        config = dataclasses.replace(QUICK, epochs=epochs, patience=99)
+        return [
+            figures["loss"] for figures in trained(fresh(), config, events=events, distiller=distiller, checkpoint=file).history
+        ]
+
+    whole = run(4, None)
+    run(2, tmp_path / "state.safetensors")
+    assert run(4, tmp_path / "state.safetensors") == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_validation_ranks_among_unseen_items_where_serving_does(unseen: bool) -> None:
+    """A model whose best guess is what users have had: among unseen items it is right, among all it never is."""
+    lists = [[1 + (user + step) % ITEMS for step in range(5)] for user in range(30)]
+    flat = torch.tensor([item for items in lists for item in items])
+    events = leave_one_out(histories(
+        offsets=torch.arange(0, 151, 5), items=flat, timestamps=torch.zeros_like(flat), train_end=torch.full((30,), 5),
+        valid_end=torch.full((30,), 5), catalogue=ITEMS,
+    ))  # fmt: skip
+
+    class Echo(torch.nn.Module):
+        """Scores all that was had highest, then what comes next."""
+
+        mask_share = 0.0
+
+        def forward(self, emb_BLD: torch.Tensor, valid_BL: torch.Tensor) -> torch.Tensor:
+            had_BD = (emb_BLD * valid_BL[..., None]).sum(1)
+            return (had_BD * 3 + emb_BLD[:, -1].roll(1, dims=1))[:, None]
+
+    items = IdItems(ITEMS + 1, ITEMS)
+    items.weight.data = torch.nn.functional.pad(torch.eye(ITEMS), (0, 0, 1, 0))
+    validation = make_validation(events, torch.arange(1, ITEMS + 1), 99, 6, unseen)
+    found = validate(Recommender(items, Echo()), validation, nullcontext)
+    assert (found["ndcg"] == pytest.approx(1.0)) is unseen
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled"])
+def test_a_cosine_softmax_learns_whatever_the_size_of_the_vectors(loss: str) -> None:
+    config = dataclasses.replace(QUICK, epochs=40, learning_rate=1e-2, loss=loss, cosine=0.1)
+    torch.manual_seed(0)
+    white_NK = torch.eye(ITEMS)
+    items = TextItems(white_NK, MlpAdapter(ITEMS, 32, 16), unit=True)
+    recommender = Recommender(items, build_sequence(Backbone(width=16, dropout=0.0, max_len=6)))
+    done = trained(recommender, config)
+    torch.testing.assert_close(recommender.item_table()[1:].norm(dim=1), torch.ones(ITEMS))
+    assert done.ndcg > 0.6
