@@ -81,6 +81,8 @@ def define(offline: str) -> Definitions:
             Field(name="items", dtype=Int64, description="how many items it has"),
             Field(name="sequence", dtype=Int64, description="how many times the pointer was written"),
             Field(name="previous", dtype=String, description="the same of the space before, as JSON, for rollback"),
+            Field(name="index", dtype=String, description="digest of the space's index"),
+            Field(name="withheld", dtype=String, description="ids forgotten since that index was built, as JSON"),
         ],
         source("serving_pointer"),
     )

@@ -50,7 +50,7 @@ def test_scores_of_both_are_dot_products(tmp_path: Path) -> None:
 def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("x", "y"):
         built(tmp_path / name, vectors(500), Graph())
-    for file in ("item_ids.json", "vectors.npy", "graph.bin"):
+    for file in ("items.arrow", "hashes.npy", "rows.npy", "vectors.npy", "graph.faiss", "index.json"):
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes()
 
 
