@@ -309,9 +309,7 @@ class Reader:
         if "space_id" not in values or moment is None:
             raise NothingServed("nothing was published into this store yet: run `python -m jobs publish`")
         previous, withheld = json.loads(values.pop("previous") or "null"), json.loads(values.pop("withheld", "") or "[]")
-        return Pointer(
-            **values, previous=Space(**previous) if previous else None, written=moment, withheld=tuple(withheld)
-        )
+        return Pointer(**values, previous=Space(**previous) if previous else None, written=moment, withheld=tuple(withheld))
 
     def vectors(self, item_ids: Sequence[str]) -> Answer:
         """Vectors of some items, all of the space that serves.

@@ -37,7 +37,9 @@ def main() -> int:
     try:
         settings = from_environment()
         if not settings.artifacts:
-            raise ValueError("LLMEMB_SERVING_ARTIFACTS is not set: give the lake's folder, or an address that holds its artifacts")
+            raise ValueError(
+                "LLMEMB_SERVING_ARTIFACTS is not set: give the lake's folder, or an address that holds its artifacts"
+            )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from feature_repo.serving.watch import Watch
 
 LOG = logging.getLogger("llmemb.serving")
 PAGE = Path(__file__).parent / "page.html"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 BEARER = [Depends(HTTPBearer(auto_error=False))]
 """For OpenAPI alone: the border checks the token before any endpoint."""
 
@@ -199,7 +200,7 @@ def make_app(settings: Settings, lake: Path | None = None) -> Any:
     add_endpoints(app, service)
     add_probes(app, service)
     if settings.page:
-        add_page(app)
+        add_page(app, service)
     bordered = Border(app, settings)
     bordered.service = service  # type: ignore[attr-defined]  # for tests
     return bordered
@@ -246,15 +247,27 @@ def add_probes(app: FastAPI, service: Service) -> None:
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
-def add_page(app: FastAPI) -> None:
-    """The page for people."""
+def add_page(app: FastAPI, service: Service) -> None:
+    """The page for people, and what it asks beside the endpoints."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return HTMLResponse(
-            PAGE.read_text(),
-            headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"},
-        )
+        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": POLICY})
+
+    @app.get("/page/users", include_in_schema=False)
+    async def users() -> Response:
+        return JSONResponse({"users": [user for user in service.settings.page_users.split(",") if user]})
+
+    @app.post("/page/history", include_in_schema=False)
+    async def history(body: schema.Recommend) -> Response:
+        made = service.generation()
+        known = (await service.histories.of(body.user_id or "")).item_ids
+        rows = [(item_id, int(row)) for item_id, row in zip(known, made.rows_of(known), strict=True)]
+        items = [
+            {"item_id": item_id, "attributes": made.index.attributes_of(row) if row >= 0 else {}}
+            for item_id, row in reversed(rows[-50:])
+        ]
+        return JSONResponse({"items": items})
 
 
 def add_errors(app: FastAPI) -> None:
@@ -272,8 +285,3 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(Unready)
     async def unready(request: Request, error: Unready) -> Response:
         return JSONResponse({"error": "nothing is served yet: has publish run?"}, 503, {"Retry-After": "1"})
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        LOG.error("an answer failed: %s", type(error).__name__)
-        return JSONResponse({"error": "the answer failed: the log of the service says where"}, 500)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
+import traceback
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from feature_repo.serving import metrics
 from feature_repo.serving.settings import Settings
 
+LOG = logging.getLogger("llmemb.serving")
 ENDPOINTS = ("/recommend", "/similar", "/vectors")
 OPEN = ("/healthz", "/readyz", "/metrics")
 
@@ -55,6 +58,11 @@ class Border:
             await refuse(refusal, told)
         except ConnectionResetError:
             pass
+        except Exception as error:
+            # the message may name what a caller asked for: the log tells the place alone
+            LOG.error("%s failed: %s at %s", path, type(error).__name__, traceback.format_tb(error.__traceback__)[-1].strip())
+            if outcome == 499:
+                await refuse(Refusal(500, "the answer failed: the service's log says where"), told)
         finally:
             metrics.REQUESTS.labels(path, str(outcome)).inc()
             if path in ENDPOINTS:

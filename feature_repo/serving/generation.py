@@ -106,7 +106,9 @@ class Generation:
                 try:
                     mask_N &= self.index.having(name, values)
                 except KeyError:
-                    raise Unfit(f"no item has an attribute {name[:100]!r}: take one that /vectors with `attributes` shows") from None
+                    raise Unfit(
+                        f"no item has an attribute {name[:100]!r}: take one that /vectors with `attributes` shows"
+                    ) from None
             return mask_N
 
         return made

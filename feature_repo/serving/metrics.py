@@ -11,10 +11,16 @@ BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.
 SECONDS = Histogram("llmemb_request_seconds", "From a request's last byte to its answer", ["endpoint"], buckets=BUCKETS)
 REQUESTS = Counter("llmemb_requests", "Requests by outcome, which is the HTTP status", ["endpoint", "outcome"])
 FALLBACKS = Counter("llmemb_fallbacks", "Answers that were not what was asked for, by cause", ["cause"])
-STORE_READS = Counter("llmemb_store_reads", "Reads of the online store: ok, failed, slow, refused (breaker open or queue full)", ["outcome"])
+STORE_READS = Counter(
+    "llmemb_store_reads", "Reads of the online store: ok, failed, slow, refused (breaker open or queue full)", ["outcome"]
+)
 STORE_UP = Gauge("llmemb_store_up", "Whether the pointer could be read at the last look", multiprocess_mode="livemin")
 SEQUENCE = Gauge("llmemb_pointer_sequence", "How many times the pointer that serves was written", multiprocess_mode="livemin")
-SEEN = Gauge("llmemb_pointer_sequence_seen", "The same of the pointer last read: more, while a generation is loaded", multiprocess_mode="livemax")
+SEEN = Gauge(
+    "llmemb_pointer_sequence_seen",
+    "The same of the pointer last read: more, while a generation is loaded",
+    multiprocess_mode="livemax",
+)
 AGE = Gauge("llmemb_pointer_age_seconds", "Since the end of the snapshot that serves", multiprocess_mode="livemax")
 ITEMS = Gauge("llmemb_generation_items", "Items that are served", multiprocess_mode="livemin")
 LOADS = Counter("llmemb_generation_loads", "Generations loaded: ok or failed", ["outcome"])

@@ -83,7 +83,11 @@ SPACE: dict[str, Any] = {
     "age_s": 3600.0,
     "fallback": None,
 }
-RECOMMENDED = {"items": [{"item_id": "181", "score": 3.21, "parts": {"collaborative": 2.2, "text": 1.01}}], "history_items": 118, **SPACE}
+RECOMMENDED = {
+    "items": [{"item_id": "181", "score": 3.21, "parts": {"collaborative": 2.2, "text": 1.01}}],
+    "history_items": 118,
+    **SPACE,
+}
 NEIGHBOURS = {"neighbours": {"50": [{"item_id": "181", "score": 5.1}]}, "missing": [], **SPACE}
 VECTORS = {"item_ids": ["50"], "vectors": ["AACAPwAAAAA="], "width": 2, "missing": ["999"], "deleted": [], **SPACE}
 REFUSALS: dict[int | str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PREFIX = "LLMEMB_SERVING_"
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -26,7 +26,7 @@ class Settings:
     port: int = 8100
     workers: int = 1
     """Processes; they share the mapped vectors."""
-    token: str = ""
+    token: str = field(default="", repr=False)
     """What callers must send as `Authorization: Bearer …`. Needed where the host is not this machine alone."""
     certificate: str = ""
     """TLS: file of the server's certificate chain."""
@@ -35,7 +35,9 @@ class Settings:
     client_ca: str = ""
     """mTLS: file of the authorities that sign callers' certificates; callers without one are turned away."""
     page: bool = False
-    """Serves the page for people at `/`; it needs no token only where the service needs none."""
+    """Serves the page for people at `/`; it needs the token too, where one is set."""
+    page_users: str = field(default="", repr=False)
+    """Users that the page offers, with commas between; for a demo."""
     poll_s: float = 0.5
     """Seconds between two looks at the pointer."""
     store_ms: float = 50.0
@@ -74,9 +76,7 @@ class Settings:
         if bool(self.certificate) != bool(self.key) or (self.client_ca and not self.certificate):
             raise ValueError(f"{PREFIX}CERTIFICATE and {PREFIX}KEY come together, and {PREFIX}CLIENT_CA needs both")
         if self.host not in LOCAL and not self.token and not self.client_ca:
-            raise ValueError(
-                f"{PREFIX}HOST is {self.host}, which others reach: set {PREFIX}TOKEN, or {PREFIX}CLIENT_CA for mTLS"
-            )
+            raise ValueError(f"{PREFIX}HOST is {self.host}, which others reach: set {PREFIX}TOKEN, or {PREFIX}CLIENT_CA for mTLS")
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:

@@ -68,7 +68,11 @@ def test_filters_leave_the_best_of_what_they_allow(client: Client, lake: Path) -
 
 
 def test_who_is_unknown_gets_what_is_popular_and_is_told_so(client: Client) -> None:
-    for body, cause in (({"user_id": "nobody"}, "unknown_user"), ({"history": []}, "no_known_items"), ({"history": ["?"]}, "no_known_items")):
+    for body, cause in (
+        ({"user_id": "nobody"}, "unknown_user"),
+        ({"history": []}, "no_known_items"),
+        ({"history": ["?"]}, "no_known_items"),
+    ):
         status, answer = client.post("/recommend", k=3, **body)
         assert (status, answer["fallback"], answer["history_items"]) == (200, cause, 0)
         assert [item["item_id"] for item in answer["items"]] == ["i0", "i1", "i2"], "most recent events first"
@@ -119,7 +123,12 @@ def test_probes_openapi_and_metrics(client: Client) -> None:
     assert client.get("/readyz")[1]["items"] == 200
     client.post("/recommend", user_id="nobody")
     _, text = client.get("/metrics")
-    for line in ("llmemb_pointer_sequence 1.0", 'llmemb_fallbacks_total{cause="unknown_user"}', 'llmemb_requests_total{endpoint="/recommend",outcome="200"}', "llmemb_request_seconds_bucket"):
+    for line in (
+        "llmemb_pointer_sequence 1.0",
+        'llmemb_fallbacks_total{cause="unknown_user"}',
+        'llmemb_requests_total{endpoint="/recommend",outcome="200"}',
+        "llmemb_request_seconds_bucket",
+    ):
         assert line in text, line
     _, api = client.get("/openapi.json")
     assert {"/recommend", "/similar", "/vectors", "/healthz", "/readyz", "/metrics"} <= api["paths"].keys()

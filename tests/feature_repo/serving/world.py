@@ -41,7 +41,10 @@ def vectors(seed: int, count: int, width: int = WIDTH) -> np.ndarray[Any, np.dty
 
 
 def described(ids: Sequence[str]) -> index.Described:
-    pairs = [[{"name": "title", "value": f"Film {item_id}"}, {"name": "genre", "value": "ABC"[int(item_id[1:]) % 3]}] for item_id in ids]
+    pairs = [
+        [{"name": "title", "value": f"Film {item_id}"}, {"name": "genre", "value": "ABC"[int(item_id[1:]) % 3]}]
+        for item_id in ids
+    ]
     return index.Described(
         item_ids=pa.array(ids), attributes=pa.array(pairs, index.PAIRS), recent=pa.array([len(ids) - n for n in range(len(ids))])
     )

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
-from tests.jobs.extract.test_extract import CATALOGUE, item_table
 
 from jobs import extract
 from jobs.__main__ import build
@@ -24,6 +23,7 @@ from jobs.lake.items import bury
 from jobs.lake.tables import INTERACTIONS, LEFT, QUARANTINE, SEQUENCES, Table
 from jobs.report import drift
 from jobs.run import InputError, as_json
+from tests.jobs.extract.test_extract import CATALOGUE, item_table
 from tests.jobs.small_lake import remember
 
 DAY = 86_400
