@@ -1,8 +1,8 @@
 """Nearest neighbours in a space by dot product: exact, and approximate by a graph; one folder, written once, never changed.
 
-A folder holds `items.arrow` (ids, attributes, recent events, in the order of the vectors), `hashes.npy` and `rows.npy` (from an id
-to its row), `vectors.npy`, `index.json` (what it belongs to) and, for the approximate one, `graph.faiss`. All but the last are
-mapped: several processes of one machine share the pages. Shapes: N items, D width, Q queries, K found.
+A folder holds `items.arrow` (ids, attributes, recent events, in the order of the vectors), `hashes.npy` and `rows.npy` (from an
+id to its row), `vectors.npy`, `index.json` (what it belongs to) and, for the approximate one, `graph.faiss`. All are mapped:
+several processes of one machine share the pages. Shapes: N items, D width, Q queries, K found.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ def settings(lake: Path | None = None, timeouts: str = TIMEOUTS) -> Any:
         offline_store={"type": "file"},
         entity_key_serialization_version=3,
         repo_path=Path(__file__).parent,
+        auth=json.loads(os.environ.get("LLMEMB_FEAST_AUTH") or '{"type": "no_auth"}'),
     )
 
 

@@ -201,7 +201,7 @@ def withhold(store: Store, reader: Reader, item_id: str) -> Pointer:
     now = reader.pointer()
     if item_id in now.withheld:
         return now
-    return point(store, reader, now.space, now.previous, now, {*now.withheld, item_id})
+    return point(store, reader, now.space, now.previous, now, [*now.withheld, item_id])
 
 
 def reindex(store: Store, reader: Reader, digests: Mapping[str, str]) -> Pointer:

@@ -85,7 +85,7 @@ def ask(url: str, path: str, **body: Any) -> dict[str, Any]:
 
 
 def ask_once(lake: Path, user: str, k: int = 5) -> dict[str, Any]:
-    """Starts the process, asks for one user over HTTP, stops it: the end of the demo. `seconds` is that of a second, warm request."""
+    """Starts the process, asks for one user over HTTP, stops it: the end of the demo. `seconds` is of a second, warm one."""
     push_histories(lake)
     with serving(lake) as (url, _):
         ask(url, "/recommend", user_id=user, k=k)
@@ -111,7 +111,10 @@ def main() -> int:
         print(f"{lake} has nothing to serve yet: run `make demo` first", file=sys.stderr)
         return 2
     users = push_histories(lake)
-    with serving(lake, int(os.environ.get("LLMEMB_SERVING_PORT", "8100")), PAGE="1", PAGE_USERS=",".join(users)) as (url, process):
+    with serving(lake, int(os.environ.get("LLMEMB_SERVING_PORT", "8100")), PAGE="1", PAGE_USERS=",".join(users)) as (
+        url,
+        process,
+    ):
         print(f"page: {url}/   API: {url}/docs   end: Ctrl-C", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             process.wait()

@@ -142,8 +142,8 @@ def parts_of(recommender: Any, width: int) -> tuple[tuple[str, int, int], ...]:
     """Name and columns of each part that a recommender tells of. Raises Foreign where they are not the width side by side."""
     found = []
     for part in getattr(recommender, "parts", None) or ():
-        read = part.get if isinstance(part, Mapping) else functools.partial(getattr, part)
-        found.append((str(read("name")), int(read("start")), int(read("stop"))))
+        known: Mapping[str, Any] = part if isinstance(part, Mapping) else {n: getattr(part, n) for n in ("name", "start", "stop")}
+        found.append((str(known["name"]), int(known["start"]), int(known["stop"])))
     if found and [stop for _, _, stop in found] != [start for _, start, _ in found[1:]] + [width]:
         raise Foreign(f"the recommender's parts {found} do not lie side by side in vectors of width {width}")
     return tuple(found)
@@ -151,7 +151,7 @@ def parts_of(recommender: Any, width: int) -> tuple[tuple[str, int, int], ...]:
 
 def warm(made: Generation, settings: Settings) -> None:
     """Maps what requests will touch, and runs a few, so that none waits for the disk. Slowly: what serves goes first."""
-    mapped = getattr(made.index.vector_ND, "_mmap", None)
+    mapped: Any = getattr(made.index.vector_ND, "_mmap", None)
     for start in range(0, len(mapped) if mapped is not None else 0, STEP):
         try:
             mapped.madvise(POPULATE_READ, start, min(STEP, len(mapped) - start))

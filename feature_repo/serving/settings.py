@@ -93,6 +93,7 @@ def parsed(name: str, text: str, kind: str) -> str | int | float | bool:
     try:
         if kind == "bool":
             return {"1": True, "true": True, "0": False, "false": False, "": False}[text.lower()]
-        return {"str": str, "int": int, "float": float}[kind](text)
+        made: str | int | float = {"str": str, "int": int, "float": float}[kind](text)
+        return made
     except (KeyError, ValueError):
         raise ValueError(f"{PREFIX}{name.upper()} is no {kind}: see docs/serving.md") from None

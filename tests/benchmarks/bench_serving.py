@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "infra")]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "infra"))
 
 from bench_publish import online_store  # beside this file
 from serve import ask, free_port, serving  # in infra/
@@ -39,6 +39,7 @@ from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
 from tests.feature_repo.serving.world import apply, build_index, keep_recommender
 
+ROOT = Path(__file__).resolve().parents[2]
 USERS, STAGED, LENGTH = 500, 5_000, 50
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -72,7 +73,9 @@ class Line:
         return int(told[9:12]), await self.reader.readexactly(length)
 
 
-async def open_loop(port: int, path: str, bodies: Sequence[bytes], rate: float, seconds: float, keep: list[Any]) -> dict[str, Any]:
+async def open_loop(
+    port: int, path: str, bodies: Sequence[bytes], rate: float, seconds: float, keep: list[Any]
+) -> dict[str, Any]:
     """Sends at fixed moments; percentiles from those moments."""
     draw = np.random.default_rng(7)
     due = np.cumsum(draw.exponential(1 / rate, int(rate * seconds)))
@@ -96,7 +99,14 @@ async def open_loop(port: int, path: str, bodies: Sequence[bytes], rate: float, 
         tasks.append(asyncio.create_task(one(float(at), number)))
     await asyncio.gather(*tasks)
     shares = {f"p{p}_ms": round(float(np.percentile(latencies, p)) * 1000, 2) for p in (50, 90, 99)}
-    return {"path": path, "rate": rate, "requests": len(due), **shares, "max_ms": round(max(latencies) * 1000, 1), "statuses": statuses}
+    return {
+        "path": path,
+        "rate": rate,
+        "requests": len(due),
+        **shares,
+        "max_ms": round(max(latencies) * 1000, 1),
+        "statuses": statuses,
+    }
 
 
 async def closed_loop(port: int, paths: Sequence[tuple[str, Sequence[bytes]]], clients: int, seconds: float) -> float:
@@ -241,7 +251,8 @@ def beside_feast(url: str, lake: Path, space: Space, histories: list[list[str]])
             wait_port(port)
             users = [{"features": ["user_history:item_ids"], "entities": {"user_id": [f"u{n}"]}} for n in range(USERS)]
             items = [
-                {"features": ["item_embedding:vector"], "entities": {"item_id": h, "space_id": [space.space_id] * LENGTH}} for h in histories
+                {"features": ["item_embedding:vector"], "entities": {"item_id": h, "space_id": [space.space_id] * LENGTH}}
+                for h in histories
             ]
             feast = [("/get-online-features", encoded(users)), ("/get-online-features", encoded(items))]
             mine = int(url.rsplit(":", 1)[1])

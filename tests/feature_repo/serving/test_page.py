@@ -17,7 +17,18 @@ from tests.feature_repo.serving.world import Client, publish, push_history, serv
 
 ROOT = Path(__file__).parents[3]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-EVIL = '<script>document.title = "evil"</script>'
+PROBE = """<script>
+const wait = isSo => new Promise(done => { const look = () => isSo() ? done() : setTimeout(look, 20); look(); });
+const errors = [];
+window.addEventListener("error", event => errors.push(event.message));
+window.addEventListener("load", async () => {
+  const seen = await (async () => { PROBE })();
+  const pre = document.createElement("pre");
+  pre.id = "probe";
+  pre.textContent = JSON.stringify({...seen, errors});
+  document.body.append(pre);
+});
+</script>"""
 
 
 @pytest.fixture
@@ -41,10 +52,7 @@ def client(lake: Path) -> Iterator[Client]:
 def browse(client: Client, probe: str, folder: Path, width: int = 1280) -> dict[str, object]:
     """What a script sees that runs in the page once it has loaded."""
     page = (ROOT / "feature_repo" / "serving" / "page.html").read_text()
-    script = f"""<script>const wait = true_ => new Promise(done => {{ const look = () => true_() ? done() : setTimeout(look, 20); look(); }});
-    const errors = []; window.addEventListener("error", event => errors.push(event.message));
-    window.addEventListener("load", async () => {{ const seen = await (async () => {{ {probe} }})();
-    const pre = document.createElement("pre"); pre.id = "probe"; pre.textContent = JSON.stringify({{...seen, errors}}); document.body.append(pre); }});</script>"""
+    script = PROBE.replace("PROBE", probe)
     import feature_repo.serving.app as app
 
     probed = folder / "page.html"
@@ -52,7 +60,13 @@ def browse(client: Client, probe: str, folder: Path, width: int = 1280) -> dict[
     kept, app.PAGE = app.PAGE, probed
     command = [
         *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--no-first-run"),
-        *(f"--user-data-dir={folder / 'profile'}", "--timeout=30000", "--virtual-time-budget=15000", "--dump-dom", client.url + "/"),
+        *(
+            f"--user-data-dir={folder / 'profile'}",
+            "--timeout=30000",
+            "--virtual-time-budget=15000",
+            "--dump-dom",
+            client.url + "/",
+        ),
     ]
     try:
         dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
@@ -97,10 +111,12 @@ def test_axe_finds_nothing_serious(client: Client, tmp_path: Path) -> None:
     axe = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text().replace("</script>", "<\\/script>")
     seen = browse(
         client,
-        axe + """;
+        axe
+        + """;
         await wait(() => document.querySelectorAll("#history li").length);
         const found = await axe.run();
-        return {passes: found.passes.length, serious: found.violations.filter(v => ["serious", "critical"].includes(v.impact)).map(v => v.id)};
+        const serious = found.violations.filter(one => ["serious", "critical"].includes(one.impact)).map(one => one.id);
+        return {passes: found.passes.length, serious};
         """,
         tmp_path,
     )
@@ -140,5 +156,7 @@ def test_what_is_wrong_is_told_before_anything_starts() -> None:
     import sys
 
     environment = os.environ | {"LLMEMB_SERVING_ARTIFACTS": ""}
-    done = subprocess.run([sys.executable, "-m", "feature_repo.serving"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "feature_repo.serving"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and "LLMEMB_SERVING_ARTIFACTS is not set" in done.stderr
