@@ -183,7 +183,8 @@ class Transport(Protocol):
 class Sdk:
     """Feast's online store, in-process."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, tries: int | None = None) -> None:
+        """With `tries`, a failed read of Redis is tried so often again, at once; else as redis-py does, over seconds."""
         from feast.infra.online_stores.helpers import get_online_store_from_config
 
         from feature_repo import feature_definitions
@@ -191,6 +192,11 @@ class Sdk:
         self.config = config
         self.views = feature_definitions
         self.store = get_online_store_from_config(config.online_store)
+        if tries is not None and config.online_store.type == "redis":
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+
+            self.store._get_client(config.online_store).set_retry(Retry(NoBackoff(), tries))
 
     def read(self, view: str, keys: Mapping[str, Sequence[str]], fields: Sequence[str]) -> list[Row]:
         """See `Transport`. Straight from the online store: `get_online_features` builds the same answer three times over."""
@@ -289,12 +295,12 @@ class Reader:
         self.transport = transport
 
     @classmethod
-    def open(cls, lake: Path | None = None, timeouts: str = TIMEOUTS) -> Reader:
-        """In-process, over `settings(lake)`; who answers users gives ONLINE_TIMEOUTS.
+    def open(cls, lake: Path | None = None, online: bool = False) -> Reader:
+        """In-process, over `settings(lake)`; `online` is for who answers users: it gives up after 100 ms, not 30 s.
 
         Raises ValueError where nothing says where the stores are.
         """
-        return cls(Sdk(settings(lake, timeouts)))
+        return cls(Sdk(settings(lake, ONLINE_TIMEOUTS), tries=0) if online else Sdk(settings(lake)))
 
     @classmethod
     def over_http(cls, url: str) -> Reader:

@@ -118,7 +118,7 @@ def filtered(made: Generation, query_D: Matrix, ask: Ask, settings: Settings) ->
 
 def allowed(made: Generation, ask: Ask) -> BIT:
     """mask_N of the items that may be answered."""
-    mask_N = made.mask(ask.filters).copy()
+    mask_N: BIT = made.mask(ask.filters).copy()
     mask_N[list(ask.hidden)] = False
     return mask_N
 

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-
 from feature_repo.reader import NothingServed, Reader, Sdk
 from feature_repo.reader import settings as feast_settings
 from feature_repo.serving import metrics
@@ -31,11 +28,7 @@ class Unavailable(ConnectionError):
 def open_reader(settings: Settings, lake: Path | None = None) -> Reader:
     """A reader whose connection gives up after `store_ms`, and tries nothing again by itself."""
     limit = settings.store_ms / 1000
-    sdk = Sdk(feast_settings(lake, f"socket_timeout={limit},socket_connect_timeout={limit}"))
-    if sdk.config.online_store.type == "redis":
-        # redis-py waits seconds between its own tries
-        sdk.store._get_client(sdk.config.online_store).set_retry(Retry(NoBackoff(), 0))
-    return Reader(sdk)
+    return Reader(Sdk(feast_settings(lake, f"socket_timeout={limit},socket_connect_timeout={limit}"), tries=0))
 
 
 class Guard:
