@@ -28,13 +28,14 @@ def push_histories(lake: Path) -> list[str]:
     """Pushes the newest histories of the lake to Feast's `user_history`; gives the ids of some users."""
     sys.path.insert(0, str(ROOT))
     import pandas as pd
-    import pyarrow.parquet as pq
 
     from feature_repo.reader import open_store
+    from jobs.lake import partitions
+    from jobs.lake.tables import SEQUENCES
 
-    newest = max((lake / "sequences").glob("ds=*"))
-    files = [newest / entry["name"] for entry in json.loads((newest / "_commit.json").read_text())["files"]]
-    rows = pd.concat(pq.read_table(file, columns=["user_id", "item_ids", "timestamps"]).to_pandas() for file in files)
+    columns = ("user_id", "item_ids", "timestamps")
+    newest = partitions.latest(lake, SEQUENCES.name, "9999-12-31")
+    rows = pd.concat(batch.to_pandas() for batch in partitions.scan(lake, SEQUENCES, newest, columns))
     rows["event_timestamp"] = pd.Timestamp.now("UTC")
     open_store(lake).push("user_history_push", rows)
     return [str(user) for user in rows["user_id"].head(USERS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import ssl
 import sys
 import tempfile
@@ -46,6 +47,8 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if settings.workers > 1:
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="llmemb-metrics-"))
+    # uvicorn ends well and then raises the signal again: told to end, ending is no failure
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     import uvicorn
 
     uvicorn.run(

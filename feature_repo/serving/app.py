@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import logging
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -91,14 +93,14 @@ class Service:
         """The answer of /similar."""
         made = self.generation()
         check_k(body.k, self.settings.most)
-        row_N = made.rows_of(body.item_ids)
-        neighbours: dict[str, Any] = {}
-        for item_id, row in zip(body.item_ids, row_N, strict=True):
-            if row >= 0:
-                hidden = made.withheld_rows | {int(row)}
-                filters = frozen(body.filters)
-                ask = Ask(generation=made, row_L=row_N[row_N == row][:1], user=False, k=body.k, hidden=hidden, filters=filters)
-                neighbours[item_id] = written(made, await self.batcher.ask(ask), body.attributes)
+        row_N, filters = made.rows_of(body.item_ids), frozen(body.filters)
+        known = {item_id: int(row) for item_id, row in zip(body.item_ids, row_N, strict=True) if row >= 0}
+        asks = [
+            Ask(generation=made, row_L=np.array([row]), user=False, k=body.k, hidden=made.withheld_rows | {row}, filters=filters)
+            for row in known.values()
+        ]
+        answers = await asyncio.gather(*(self.batcher.ask(ask) for ask in asks))
+        neighbours = {item_id: written(made, found, body.attributes) for item_id, found in zip(known, answers, strict=True)}
         missing = [item_id for item_id, row in zip(body.item_ids, row_N, strict=True) if row < 0]
         return {"neighbours": neighbours, "missing": missing, **said(made, None)}
 
