@@ -16,6 +16,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
 
 from feature_repo.serving import metrics, schema, search
 from feature_repo.serving.batches import Batcher
@@ -279,6 +280,12 @@ def add_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         said_of = [f"{'.'.join(str(part) for part in one['loc'][:3]) or 'body'}: {one['msg']}" for one in error.errors()[:5]]
         return JSONResponse({"error": "; ".join(said_of) + " (see /docs)"}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def told(request: Request, error: HTTPException) -> Response:
+        # a body that is no text at all, a path that is not there, another method
+        known = {400: "the body is no JSON in UTF-8", 404: "no such path", 405: "another method"}
+        return JSONResponse({"error": f"{known.get(error.status_code, error.detail)} (see /docs)"}, error.status_code)
 
     @app.exception_handler(Unfit)
     async def unfit(request: Request, error: Unfit) -> Response:

@@ -75,6 +75,7 @@ def local(settings: Settings, name: str) -> Path:
             raise Absent(f"{settings.artifacts} has no {name}: has publish run?")
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        staged.mkdir()
         fs.copy_files(f"{root}/{name}", str(staged), source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
         try:
             staged.rename(target)
