@@ -5,7 +5,7 @@
 set -eu
 users="${REDIS_USERS:-/tmp/users.acl}"
 hash() { printf %s "$1" | sha256sum | cut -d" " -f1; }
-connects="+ping +hello +auth +select +client|setinfo +client|setname"
+connects="+ping +hello +auth +select +client|setname"
 reads="+hget +hmget +hgetall +hexists +exists"
 umask 077
 cat > "$users" <<END

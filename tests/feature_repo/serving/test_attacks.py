@@ -20,7 +20,10 @@ import uvicorn
 from feast.feature_server import get_app
 from feast.permissions.action import AuthzedAction
 from feast.permissions.enforcer import enforce_policy
+from feast.permissions.security_manager import no_security_manager
+from feast.permissions.server.utils import ServerType, init_auth_manager, init_security_manager, str_to_auth_manager_type
 from feast.permissions.user import User
+from feast.repo_config import load_repo_config
 
 from feature_repo import feature_definitions, spaces
 from feature_repo.reader import Reader, open_store, settings
@@ -64,13 +67,12 @@ def become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[As]:
             where = f"127.0.0.1:{port},username={name},password={PASSWORDS[name]}"
             monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps({"type": "redis", "connection_string": where}))
 
-        client = redis.Redis(port=port, username="publisher", password=PASSWORDS["publisher"])
         for _ in range(100):
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.05)
+            assert server.poll() is None, "Redis refuses its users: run infra/redis.sh by hand"
+            with socket.socket() as line:
+                if line.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
         yield user
         server.kill()
 
@@ -149,7 +151,12 @@ def test_feast_s_server_with_authentication_turns_the_attack_away(
     if secured:
         auth = {"type": "oidc", "auth_discovery_url": "http://127.0.0.1:9/.well-known/openid-configuration", "client_id": "feast"}
         monkeypatch.setenv("LLMEMB_FEAST_AUTH", json.dumps(auth))
-    server = uvicorn.Server(uvicorn.Config(get_app(open_store(lake)), host="127.0.0.1", port=0, log_level="critical"))
+    store = open_store(lake)
+    # as `feast serve` does before it listens
+    kind = str_to_auth_manager_type(store.config.auth_config.type)
+    init_security_manager(auth_type=kind, fs=store)
+    init_auth_manager(auth_type=kind, server_type=ServerType.REST, auth_config=store.config.auth_config)
+    server = uvicorn.Server(uvicorn.Config(get_app(store), host="127.0.0.1", port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -166,11 +173,24 @@ def test_feast_s_server_with_authentication_turns_the_attack_away(
     finally:
         server.should_exit = True
         thread.join()
+        no_security_manager()
     moved = Reader.open(lake).pointer().space_id == "e" * 16
     if secured:
         assert not moved and all(status >= 400 for status in statuses)
     else:
         assert moved, "without authentication it does: this is why"
+
+
+def test_the_settings_that_are_shipped_for_feast_s_server_ask_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMEMB_REGISTRY", "sqlite:////nowhere/registry.db")
+    monkeypatch.setenv(
+        "LLMEMB_ONLINE_STORE", '{"type": "redis", "connection_string": "redis:6379,username=srs,socket_timeout=0.1"}'
+    )
+    monkeypatch.setenv(
+        "LLMEMB_FEAST_AUTH", '{"type": "oidc", "auth_discovery_url": "https://id.example/x", "client_id": "feast"}'
+    )
+    config = load_repo_config(ROOT / "feature_repo", ROOT / "infra" / "feature_store.yaml")
+    assert config.auth_config.type == "oidc" and "username=srs" in config.online_store.connection_string
 
 
 def test_roles_of_feast_let_an_srs_push_histories_and_nothing_else() -> None:
