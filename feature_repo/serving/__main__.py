@@ -45,8 +45,12 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # a folder that was inherited holds another process's counts; Feast makes one for every process that imports it
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR"):
+        os.environ.pop(name, None)
     if settings.workers > 1:
-        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="llmemb-metrics-"))
+        folder = tempfile.mkdtemp(prefix="llmemb-metrics-")
+        os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "PROMETHEUS_MULTIPROCESS_DIR": folder}
     # uvicorn ends well and then raises the signal again: told to end, ending is no failure
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     import uvicorn

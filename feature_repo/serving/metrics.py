@@ -7,6 +7,8 @@ import os
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+SHARED = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+"""Whether workers count together: prometheus_client decides when it is first imported, and Feast sets the variable later."""
 BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 SECONDS = Histogram("llmemb_request_seconds", "From a request's last byte to its answer", ["endpoint"], buckets=BUCKETS)
 REQUESTS = Counter("llmemb_requests", "Requests by outcome, which is the HTTP status", ["endpoint", "outcome"])
@@ -31,7 +33,7 @@ BATCH = Histogram("llmemb_batch_size", "Requests that were answered together", b
 
 def exposition() -> bytes:
     """All metrics, of all workers."""
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    if SHARED:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)

@@ -140,15 +140,17 @@ def test_the_command_starts_answers_and_ends_well(lake: Path) -> None:
     assert process.wait() == 0
 
 
-def test_two_workers_count_together(lake: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_workers_count_together_and_apart_from_others(lake: Path, workers: str) -> None:
     serve = script()
-    with serve.serving(lake, WORKERS="2") as (url, _):
+    with serve.serving(lake, WORKERS=workers) as (url, _):
         for _ in range(20):
             serve.ask(url, "/recommend", history=["i1"], k=3)
         import urllib.request
 
         text = urllib.request.urlopen(f"{url}/metrics").read().decode()
     assert 'llmemb_requests_total{endpoint="/recommend",outcome="200"} 20.0' in text
+    assert "llmemb_pointer_sequence 1.0" in text and "llmemb_store_up 1.0" in text
 
 
 def test_what_is_wrong_is_told_before_anything_starts() -> None:
