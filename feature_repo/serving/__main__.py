@@ -44,7 +44,8 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # a worker is one numeric thread; more of them would only wait for each other
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     # a folder that was inherited holds another process's counts; Feast makes one for every process that imports it
     for name in ("PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR"):
         os.environ.pop(name, None)
