@@ -170,3 +170,27 @@ def test_the_digest_is_the_lake_s(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert digest_of(tmp_path) == digest_folder(tmp_path)
+
+
+def test_a_forgotten_item_is_gone_also_while_another_index_is_being_read(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from feature_repo.serving import watch
+
+    publish(lake, seed=1)
+    read_on, real = threading.Event(), watch.load
+
+    def slow(*arguments: Any) -> Any:
+        assert read_on.wait(30)
+        return real(*arguments)
+
+    with serving(lake) as client:
+        monkeypatch.setattr(watch, "load", slow)
+        publish(lake, seed=2)
+        _, first = top(client)
+        store = open_writer(settings(lake))
+        with lease(store, "test"):
+            spaces.withhold(store, Reader.open(lake), first[0])
+        client.until(lambda: first[0] not in top(client)[1], seconds=5)
+        assert top(client)[0] == 1, "the old space still"
+        read_on.set()
+        client.until(lambda: top(client)[0] > 1)
+        assert client.post("/similar", item_ids=[first[0]])[1]["missing"] == [first[0]], "nor in the new one"
