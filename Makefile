@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo test test-gpu lint night airflow clean
+.PHONY: help install demo serve test test-gpu lint night airflow clean
 
 help: ## says what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -26,6 +26,9 @@ $(STAMP): pyproject.toml infra/constraints.txt
 
 demo: $(STAMP) ## runs the whole nightly path on MovieLens-100k and shows the result
 	$(BIN)/python infra/demo.py
+
+serve: $(STAMP) ## keeps the serving process up on the demo's stores, with a page for people
+	$(BIN)/python infra/serve.py
 
 test: $(STAMP) ## runs all tests
 	$(BIN)/python -m pytest

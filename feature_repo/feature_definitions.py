@@ -17,11 +17,16 @@ import os
 from typing import NamedTuple
 
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
+from feast.permissions.action import AuthzedAction
+from feast.permissions.permission import Permission
+from feast.permissions.policy import RoleBasedPolicy
 from feast.types import Array, Bytes, Float32, Int64, String, UnixTimestamp
 
 PROJECT = "llmemb"
 CATALOGUE = "items"
 """The pointer's only key: one catalogue is served."""
+READS, PUSHES = "llmemb-reader", "llmemb-srs"
+"""Roles that a feature server with authentication asks of its callers: see LLMEMB_FEAST_AUTH. None of them moves the pointer."""
 
 
 class Definitions(NamedTuple):
@@ -39,6 +44,8 @@ class Definitions(NamedTuple):
     user_history_push: PushSource
     srs_serving: FeatureService
     srs_user: FeatureService
+    may_read: Permission
+    may_push: Permission
 
 
 def define(offline: str) -> Definitions:
@@ -81,6 +88,8 @@ def define(offline: str) -> Definitions:
             Field(name="items", dtype=Int64, description="how many items it has"),
             Field(name="sequence", dtype=Int64, description="how many times the pointer was written"),
             Field(name="previous", dtype=String, description="the same of the space before, as JSON, for rollback"),
+            Field(name="index", dtype=String, description="digest of the space's index"),
+            Field(name="withheld", dtype=String, description="ids forgotten since that index was built, as JSON"),
         ],
         source("serving_pointer"),
     )
@@ -118,6 +127,19 @@ def define(offline: str) -> Definitions:
         user_history_push=history_push,
         srs_serving=FeatureService(name="srs_serving", features=[embedding, attributes]),
         srs_user=FeatureService(name="srs_user", features=[history]),
+        may_read=Permission(
+            name="may_read",
+            types=[FeatureView, FeatureService],
+            policy=RoleBasedPolicy(roles=[READS, PUSHES]),
+            actions=[AuthzedAction.DESCRIBE, AuthzedAction.READ_ONLINE, AuthzedAction.READ_OFFLINE],
+        ),
+        may_push=Permission(
+            name="may_push",
+            types=[FeatureView],
+            name_patterns=["^user_history$"],
+            policy=RoleBasedPolicy(roles=[PUSHES]),
+            actions=[AuthzedAction.WRITE_ONLINE],
+        ),
     )
 
 
@@ -134,4 +156,6 @@ def define(offline: str) -> Definitions:
     user_history_push,
     srs_serving,
     srs_user,
+    may_read,
+    may_push,
 ) = define(os.environ.get("LLMEMB_OFFLINE", "offline"))

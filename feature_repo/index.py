@@ -1,23 +1,41 @@
-"""Nearest neighbours in a space by dot product: exact, and approximate with hnswlib; written once, swapped with the space.
+"""Nearest neighbours in a space by dot product: exact, and approximate by a graph; one folder, written once, never changed.
 
-A folder holds item_ids.json, vectors.npy and, for the approximate one, graph.bin. Shapes: N items, D width, Q queries, K found.
+A folder holds `items.arrow` (ids, attributes, recent events, in the order of the vectors), `hashes.npy` and `rows.npy` (from an
+id to its row), `vectors.npy`, `index.json` (what it belongs to) and, for the approximate one, `graph.faiss`. All are mapped:
+several processes of one machine share the pages. Shapes: N items, D width, Q queries, K found.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import hnswlib
+import faiss
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-IDS, VECTORS, GRAPH = "item_ids.json", "vectors.npy", "graph.bin"
+ITEMS, HASHES, ROWS, VECTORS, GRAPH, ABOUT = (
+    *("items.arrow", "hashes.npy", "rows.npy"),
+    *("vectors.npy", "graph.faiss", "index.json"),
+)
+FORMAT = 2
 BLOCK = 262_144
 """Items scored at once by the exact index: bounds its memory."""
+PAIRS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
+SCHEMA = pa.schema([("item_id", pa.string()), ("attributes", PAIRS), ("recent", pa.int64())])
 Matrix = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+
+class Foreign(ValueError):
+    """An index that is damaged, or that belongs to other vectors than those asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,66 +48,239 @@ class Graph:
     """Candidates while building (ef_construction)."""
     breadth_search: int = 200
     """Candidates while searching (ef): more is slower and finds more."""
+    precision: Literal["float16", "int8"] = "float16"
+    """Of the vectors inside the graph, by which candidates are found; they are scored in full. int8 is half as large, and
+    finds about a hundredth less."""
     threads: int = 1
     """One thread builds the same graph every time; more are faster, and find as well, but leave other bytes."""
 
 
-def build(folder: Path, chunks: Iterable[tuple[list[str], Matrix]], items: int, width: int, graph: Graph | None) -> None:
-    """Writes the index of a space into an empty folder; the exact one holds one chunk in memory, the graph all vectors."""
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What an index holds of its items beside their vectors: attributes and recent events, by id."""
+
+    item_ids: pa.Array
+    attributes: pa.Array
+    """Of type `PAIRS`, in the order of `item_ids`."""
+    recent: pa.Array
+    """Events of late, int64, in the order of `item_ids`: what is popular."""
+
+
+NOTHING = Described(item_ids=pa.array([], pa.string()), attributes=pa.array([], PAIRS), recent=pa.array([], pa.int64()))
+
+# -------------------------------------------------------------------------------------------------------------- building
+
+
+def build(
+    folder: Path,
+    chunks: Iterable[tuple[list[str], Matrix]],
+    items: int,
+    width: int,
+    graph: Graph | None,
+    described: Described = NOTHING,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the index of a space into an empty folder; the exact one holds one chunk in memory, the graph all vectors.
+
+    `about` says what it belongs to: `space_id`, `recommender_id`, `ds`.
+    """
     vector_ND = np.lib.format.open_memmap(folder / VECTORS, mode="w+", dtype=np.float32, shape=(items, width))
-    item_ids: list[str] = []
-    for ids, chunk_ND in chunks:
-        vector_ND[len(item_ids) : len(item_ids) + len(ids)] = chunk_ND
-        item_ids += ids
+    hash_N = np.empty(items, np.uint64)
+    at = 0
+    with pa.OSFile(str(folder / ITEMS), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for ids, chunk_ND in chunks:
+            vector_ND[at : at + len(ids)] = chunk_ND
+            hash_N[at : at + len(ids)] = hashed(ids)
+            writer.write_batch(batch_of(ids, described))
+            at += len(ids)
     vector_ND.flush()
-    (folder / IDS).write_text(json.dumps(item_ids))
+    order_N = np.argsort(hash_N, kind="stable")
+    np.save(folder / HASHES, hash_N[order_N])
+    np.save(folder / ROWS, order_N.astype(np.uint32))
     if graph is not None:
-        # measured on vectors of uneven lengths, 20,000 x 64: dot products 1.00 recall, the reduction to distances below 0.2
-        tree = hnswlib.Index(space="ip", dim=width)
-        tree.init_index(max_elements=items, M=graph.neighbours, ef_construction=graph.breadth_build, random_seed=42)
-        for start in range(0, items, BLOCK):
-            tree.add_items(vector_ND[start : start + BLOCK], num_threads=graph.threads)
-        tree.save_index(str(folder / GRAPH))
+        faiss.write_index(grown(vector_ND, graph), str(folder / GRAPH))
+    known = {"format": FORMAT, "items": items, "width": width, "approximate": graph is not None, **(about or {})}
+    (folder / ABOUT).write_text(json.dumps(known, indent=1, sort_keys=True))
+
+
+def batch_of(ids: Sequence[str], described: Described) -> pa.RecordBatch:
+    """Ids with what is known of them; without attributes and with no recent event where nothing is."""
+    item_ids = pa.array(ids, pa.string())
+    if len(described.item_ids):
+        at = pc.index_in(item_ids, value_set=described.item_ids)
+        attributes, recent = described.attributes.take(at), pc.fill_null(described.recent.take(at), 0)
+    else:
+        attributes, recent = pa.nulls(len(ids), PAIRS), pa.array(np.zeros(len(ids), np.int64))
+    return pa.record_batch([item_ids, attributes, recent], schema=SCHEMA)
+
+
+def hashed(ids: Sequence[str]) -> npt.NDArray[np.uint64]:
+    """A hash of each id, the same in every process."""
+    digests = b"".join(hashlib.blake2b(item_id.encode(), digest_size=8).digest() for item_id in ids)
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def grown(vector_ND: Matrix, graph: Graph) -> Any:
+    """The graph over all vectors."""
+    kind = faiss.ScalarQuantizer.QT_fp16 if graph.precision == "float16" else faiss.ScalarQuantizer.QT_8bit
+    tree = faiss.IndexHNSWSQ(vector_ND.shape[1], kind, graph.neighbours, faiss.METRIC_INNER_PRODUCT)
+    tree.hnsw.efConstruction = graph.breadth_build
+    faiss.omp_set_num_threads(graph.threads)
+    tree.train(np.asarray(vector_ND[:BLOCK]))
+    for start in range(0, len(vector_ND), BLOCK):
+        tree.add(np.asarray(vector_ND[start : start + BLOCK]))
+    return tree
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 over the names and digests of all files below a folder: the identity of an artifact. Holds no lock meanwhile."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {path.relative_to(folder).as_posix()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
 
 
 class Index:
-    """An index read from a folder; vectors stay on disk until they are touched."""
+    """An index read from a folder; everything stays on disk until it is touched. Nothing changes it: threads may share it."""
 
     def __init__(self, folder: Path) -> None:
-        self.item_ids: list[str] = json.loads((folder / IDS).read_text())
-        self.vector_ND: Matrix = np.load(folder / VECTORS, mmap_mode="r")
         self.folder = folder
-        self.tree: hnswlib.Index | None = None
+        self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
+        if self.about.get("format") != FORMAT:
+            raise Foreign(f"{folder} has format {self.about.get('format')}, not {FORMAT}: publish the space again")
+        self.vector_ND: Matrix = np.load(folder / VECTORS, mmap_mode="r")
+        self.hash_N = np.load(folder / HASHES, mmap_mode="r")
+        self.row_N = np.load(folder / ROWS, mmap_mode="r")
+        self.items: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / ITEMS))).read_all()
+        self.ids: pa.ChunkedArray = self.items["item_id"]
 
-    def exact(self, query_QD: Matrix, count: int) -> tuple[npt.NDArray[np.int64], Matrix]:
+    def __len__(self) -> int:
+        return len(self.vector_ND)
+
+    @functools.cached_property
+    def item_ids(self) -> list[str]:
+        """All ids in the order of the rows, as texts in memory; a process that serves asks for single ones instead."""
+        return list(self.ids.to_pylist())
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        """The graph, mapped. Raises ValueError where none was built."""
+        if not (self.folder / GRAPH).exists():
+            raise ValueError(f"{self.folder} has no approximate index: publish with publish.approximate = true")
+        return faiss.read_index(str(self.folder / GRAPH), faiss.IO_FLAG_MMAP_IFC)
+
+    def check(self, **belongs: object) -> None:
+        """Raises Foreign where parts do not fit each other, or `index.json` names something else than `belongs`."""
+        other = {name: self.about.get(name) for name, value in belongs.items() if self.about.get(name) != value}
+        if other:
+            raise Foreign(f"the index in {self.folder} belongs to {other}, not to {belongs}: publish the space again")
+        sizes = {len(self.vector_ND), len(self.hash_N), len(self.row_N), len(self.ids), self.about["items"]}
+        if self.about["approximate"]:
+            sizes.add(self.tree.ntotal)
+        if len(sizes) != 1 or self.vector_ND.shape[1] != self.about["width"]:
+            raise Foreign(f"the index in {self.folder} has parts of {sorted(sizes)} items: publish the space again")
+        sample = np.unique(np.linspace(0, len(self) - 1, min(64, len(self))).astype(np.int64))
+        if self.about["approximate"]:
+            kept_SD = np.stack([self.tree.storage.reconstruct(int(row)) for row in sample])
+            if kept_SD.shape[1] != self.vector_ND.shape[1] or apart(kept_SD, self.vector_ND[sample]) > 0.05:
+                raise Foreign(f"the graph in {self.folder} was not built of these vectors: publish the space again")
+        if not np.array_equal(self.rows_of([self.id_of(int(row)) for row in sample]), sample):
+            raise Foreign(f"ids in {self.folder} do not lead back to their rows: publish the space again")
+
+    def id_of(self, row: int) -> str:
+        """The id of a row."""
+        return str(self.ids[row].as_py())
+
+    def rows_of(self, ids: Sequence[str]) -> Rows:
+        """The row of each id, -1 where the space lacks it."""
+        found = np.full(len(ids), -1, np.int64)
+        if not ids:
+            return found
+        wanted_N = hashed(ids)
+        for number, (item_id, at) in enumerate(zip(ids, np.searchsorted(self.hash_N, wanted_N), strict=True)):
+            # two ids may share a hash: the text decides
+            while at < len(self.hash_N) and self.hash_N[at] == wanted_N[number]:
+                if self.id_of(row := int(self.row_N[at])) == item_id:
+                    found[number] = row
+                    break
+                at += 1
+        return found
+
+    def attributes_of(self, row: int) -> dict[str, str]:
+        """Names and values of a row's item."""
+        pairs = self.items["attributes"][row].as_py() or []
+        return {pair["name"]: pair["value"] for pair in pairs}
+
+    def having(self, name: str, values: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """mask_N of the items whose attribute has one of some values. Raises KeyError for an attribute that no item has."""
+        mask_N, known, start = np.zeros(len(self), np.bool_), False, 0
+        for chunk in self.items["attributes"].chunks:
+            flat = chunk.flatten()
+            named = pc.equal(flat.field("name"), name)
+            known = known or bool(pc.any(named).as_py())
+            hit = pc.and_(named, pc.is_in(flat.field("value"), value_set=pa.array(values, pa.string())))
+            mask_N[start + pc.list_parent_indices(chunk).filter(hit).to_numpy()] = True
+            start += len(chunk)
+        if not known:
+            raise KeyError(name)
+        return mask_N
+
+    def exact(self, query_QD: Matrix, count: int) -> tuple[Rows, Matrix]:
         """(row_QK, score_QK) of the items with the largest dot products, best first; K is `count` or all items there are."""
-        count = min(count, len(self.item_ids))
+        count = min(count, len(self))
         row_QK = np.empty((len(query_QD), 0), np.int64)
         score_QK = np.empty((len(query_QD), 0), np.float32)
-        for start in range(0, len(self.item_ids), BLOCK):
+        for start in range(0, len(self), BLOCK):
             block_QN = query_QD.astype(np.float32) @ np.asarray(self.vector_ND[start : start + BLOCK]).T
             rows_QN = np.broadcast_to(np.arange(start, start + block_QN.shape[1]), block_QN.shape)
             score_QK, row_QK = best(np.hstack([score_QK, block_QN]), np.hstack([row_QK, rows_QN]), count)
         return row_QK, score_QK
 
-    def approximate(self, query_QD: Matrix, count: int, breadth: int = 200) -> tuple[npt.NDArray[np.int64], Matrix]:
-        """As `exact`, from the graph; some of the best may be missed. Raises ValueError where no graph was built."""
-        count = min(count, len(self.item_ids))
-        if self.tree is None:
-            if not (self.folder / GRAPH).exists():
-                raise ValueError(f"{self.folder} has no approximate index: publish with publish.approximate = true")
-            self.tree = hnswlib.Index(space="ip", dim=self.vector_ND.shape[1])
-            self.tree.load_index(str(self.folder / GRAPH))
-        self.tree.set_ef(max(breadth, count))
-        query_QD = query_QD.astype(np.float32)
-        found_QK, _ = self.tree.knn_query(query_QD, k=count, num_threads=1)
-        row_QK = found_QK.astype(np.int64)
-        score_QK = np.einsum("qd,qkd->qk", query_QD, np.asarray(self.vector_ND[row_QK]))
-        score_QK, row_QK = best(score_QK, row_QK, count)
+    def among(self, query_QD: Matrix, row_N: Rows, count: int) -> tuple[Rows, Matrix]:
+        """As `exact`, of some rows alone."""
+        count = min(count, len(row_N))
+        row_QK = np.empty((len(query_QD), 0), np.int64)
+        score_QK = np.empty((len(query_QD), 0), np.float32)
+        for start in range(0, len(row_N), BLOCK):
+            some_N = row_N[start : start + BLOCK]
+            block_QN = query_QD.astype(np.float32) @ np.asarray(self.vector_ND[some_N]).T
+            rows_QN = np.broadcast_to(some_N, block_QN.shape)
+            score_QK, row_QK = best(np.hstack([score_QK, block_QN]), np.hstack([row_QK, rows_QN]), count)
         return row_QK, score_QK
 
+    def approximate(
+        self, query_QD: Matrix, count: int, breadth: int = 200, mask_N: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[Rows, Matrix]:
+        """As `exact`, from the graph, among the items of a mask; some of the best may be missed, and fewer than `count` found.
 
-def best(score_QN: Matrix, row_QN: npt.NDArray[np.int64], count: int) -> tuple[Matrix, npt.NDArray[np.int64]]:
+        Raises ValueError where no graph was built.
+        """
+        count, query_QD = min(count, len(self)), np.ascontiguousarray(query_QD, np.float32)
+        candidates = min(len(self), 2 * count + 10)
+        search = faiss.SearchParametersHNSW(efSearch=max(breadth, candidates))
+        if mask_N is not None:
+            search.sel = selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
+            assert selector is not None  # it has to live as long as the search
+        faiss.omp_set_num_threads(1)
+        _, row_QC = self.tree.search(query_QD, candidates, params=search)
+        score_QC = np.einsum("qd,qcd->qc", query_QD, np.asarray(self.vector_ND[row_QC]))
+        score_QC[row_QC < 0] = -np.inf
+        score_QK, row_QK = best(score_QC, row_QC, count)
+        found = int(np.isfinite(score_QK).sum(axis=1).min(initial=count))
+        return row_QK[:, :found], score_QK[:, :found]
+
+
+def apart(one_ND: Matrix, other_ND: Matrix) -> float:
+    """|one - other| / |other|."""
+    return float(np.linalg.norm(one_ND - other_ND) / max(float(np.linalg.norm(other_ND)), 1e-30))
+
+
+def best(score_QN: Matrix, row_QN: Rows, count: int) -> tuple[Matrix, Rows]:
     """The `count` largest scores of each query with their rows, best first; ties in the order of the rows."""
     if score_QN.shape[1] > count:
         at_QK = np.argpartition(-score_QN, count - 1, axis=1)[:, :count]

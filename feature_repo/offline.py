@@ -32,7 +32,7 @@ TABLES = {
     "serving_pointer": pa.schema(
         [
             ("catalogue", pa.string()),
-            *[(name, pa.string()) for name in ("space_id", "recommender_id", "ds", "codec", "previous")],
+            *[(name, pa.string()) for name in ("space_id", "recommender_id", "ds", "codec", "previous", "index", "withheld")],
             *[(name, pa.int64()) for name in ("width", "items", "sequence")],
             MOMENT,
         ]
@@ -117,6 +117,7 @@ def write_pointer(home: Path, pointer: Pointer) -> None:
     """One write of the pointer: what served when."""
     values = dataclasses.asdict(pointer.space) | {"catalogue": CATALOGUE, "sequence": pointer.sequence}
     values["previous"] = json.dumps(dataclasses.asdict(pointer.previous), sort_keys=True) if pointer.previous else ""
+    values["withheld"] = "[]"  # history keeps no id that was forgotten
     values[MOMENT.name] = pointer.written
     write(home, "serving_pointer", f"{pointer.sequence:08d}", [pa.Table.from_pylist([values], TABLES["serving_pointer"])])
 

@@ -29,6 +29,9 @@ CODECS: Mapping[str, tuple[str, str]] = {"float32": ("vector", "<f4"), "float16"
 BATCH = 500
 """Ids a read: bounds one answer of the store."""
 TIMEOUTS = "socket_timeout=30,socket_connect_timeout=5"
+"""Time limits of the batch writer and of checks, where Redis may have much to do."""
+ONLINE_TIMEOUTS = "socket_timeout=0.1,socket_connect_timeout=0.1"
+"""Time limits of a reader that answers users."""
 
 
 class NothingServed(LookupError):
@@ -38,7 +41,7 @@ class NothingServed(LookupError):
 # --------------------------------------------------------------------------------------------------------------- settings
 
 
-def settings(lake: Path | None = None) -> Any:
+def settings(lake: Path | None = None, timeouts: str = TIMEOUTS) -> Any:
     """Feast's `RepoConfig`: LLMEMB_ONLINE_STORE (JSON, Feast's own keys) and LLMEMB_REGISTRY (SQLAlchemy URL) where they are
     set, else SQLite files under `lake/feast`. Connections with their passwords stay out of recipes and manifests so.
 
@@ -60,14 +63,15 @@ def settings(lake: Path | None = None) -> Any:
         project=PROJECT,
         provider="local",
         registry={"registry_type": "sql", "path": registry or f"sqlite:///{home}/registry.db"},
-        online_store=online_settings(online) if online else {"type": "sqlite", "path": str(home / "online.db")},
+        online_store=online_settings(online, timeouts) if online else {"type": "sqlite", "path": str(home / "online.db")},
         offline_store={"type": "file"},
         entity_key_serialization_version=3,
         repo_path=Path(__file__).parent,
+        auth=json.loads(os.environ.get("LLMEMB_FEAST_AUTH") or '{"type": "no_auth"}'),
     )
 
 
-def online_settings(text: str) -> dict[str, Any]:
+def online_settings(text: str, timeouts: str = TIMEOUTS) -> dict[str, Any]:
     """LLMEMB_ONLINE_STORE, with time limits for Redis: without them a store that hangs would hang its readers.
 
     Raises ValueError for text that is no JSON object with a `type`.
@@ -78,7 +82,7 @@ def online_settings(text: str) -> dict[str, Any]:
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError('LLMEMB_ONLINE_STORE is not a JSON object with a "type": see feature_repo/feature_store.yaml') from None
     if kind == "redis" and "socket_timeout" not in (where := online.get("connection_string", "localhost:6379")):
-        online["connection_string"] = f"{where},{TIMEOUTS}"
+        online["connection_string"] = f"{where},{timeouts}"
     return dict(online)
 
 
@@ -109,6 +113,8 @@ class Space:
     width: int
     codec: str
     items: int
+    index: str = ""
+    """Digest of the space's index; empty where a publisher before 0.2 wrote the pointer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +122,10 @@ class Pointer(Space):
     """What serves now."""
 
     sequence: int
-    """How many times the pointer was written."""
+    """How many times the pointer was written: by publish, rollback, and forget."""
     previous: Space | None
+    withheld: tuple[str, ...] = ()
+    """Ids that were forgotten and still stand in the index: it is being built without them."""
     written: dt.datetime
     """The pointer's event timestamp: later than that of any pointer before."""
 
@@ -175,7 +183,8 @@ class Transport(Protocol):
 class Sdk:
     """Feast's online store, in-process."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, tries: int | None = None) -> None:
+        """With `tries`, a failed read of Redis is tried so often again, at once; else as redis-py does, over seconds."""
         from feast.infra.online_stores.helpers import get_online_store_from_config
 
         from feature_repo import feature_definitions
@@ -183,6 +192,11 @@ class Sdk:
         self.config = config
         self.views = feature_definitions
         self.store = get_online_store_from_config(config.online_store)
+        if tries is not None and config.online_store.type == "redis":
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+
+            self.store._get_client(config.online_store).set_retry(Retry(NoBackoff(), tries))
 
     def read(self, view: str, keys: Mapping[str, Sequence[str]], fields: Sequence[str]) -> list[Row]:
         """See `Transport`. Straight from the online store: `get_online_features` builds the same answer three times over."""
@@ -281,9 +295,12 @@ class Reader:
         self.transport = transport
 
     @classmethod
-    def open(cls, lake: Path | None = None) -> Reader:
-        """In-process, over `settings(lake)`. Raises ValueError where nothing says where the stores are."""
-        return cls(Sdk(settings(lake)))
+    def open(cls, lake: Path | None = None, online: bool = False) -> Reader:
+        """In-process, over `settings(lake)`; `online` is for who answers users: it gives up after 100 ms, not 30 s.
+
+        Raises ValueError where nothing says where the stores are.
+        """
+        return cls(Sdk(settings(lake, ONLINE_TIMEOUTS), tries=0) if online else Sdk(settings(lake)))
 
     @classmethod
     def over_http(cls, url: str) -> Reader:
@@ -294,12 +311,12 @@ class Reader:
         """What serves now. Raises NothingServed before the first publish."""
         from feature_repo.feature_definitions import CATALOGUE
 
-        fields = ["space_id", "recommender_id", "ds", "width", "codec", "items", "sequence", "previous"]
+        fields = ["space_id", "recommender_id", "ds", "width", "codec", "items", "sequence", "previous", "index", "withheld"]
         moment, values = self.transport.read("serving_pointer", {"catalogue": [CATALOGUE]}, fields)[0]
         if "space_id" not in values or moment is None:
             raise NothingServed("nothing was published into this store yet: run `python -m jobs publish`")
-        previous = values.pop("previous")
-        return Pointer(**values, previous=Space(**json.loads(previous)) if previous else None, written=moment)
+        previous, withheld = json.loads(values.pop("previous") or "null"), json.loads(values.pop("withheld", "") or "[]")
+        return Pointer(**values, previous=Space(**previous) if previous else None, written=moment, withheld=tuple(withheld))
 
     def vectors(self, item_ids: Sequence[str]) -> Answer:
         """Vectors of some items, all of the space that serves.

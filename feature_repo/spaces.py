@@ -155,7 +155,9 @@ def flip(store: Store, reader: Reader, space: Space) -> Pointer:
     return point(store, reader, space, previous, now)
 
 
-def point(store: Store, reader: Reader, space: Space, previous: Space | None, now: Pointer | None) -> Pointer:
+def point(
+    store: Store, reader: Reader, space: Space, previous: Space | None, now: Pointer | None, withheld: Sequence[str] = ()
+) -> Pointer:
     """Writes the pointer and reads it back. Its timestamp always moves on, also when the snapshot's date does not."""
     moment = end_of(space.ds)
     if now is not None:
@@ -169,6 +171,8 @@ def point(store: Store, reader: Reader, space: Space, previous: Space | None, no
         "items": Value(int64_val=space.items),
         "sequence": Value(int64_val=now.sequence + 1 if now else 1),
         "previous": Value(string_val=json.dumps(dataclasses.asdict(previous), sort_keys=True) if previous else ""),
+        "index": Value(string_val=space.index),
+        "withheld": Value(string_val=json.dumps(sorted(withheld))),
     }
     store.write(views.serving_pointer, [(entity_keys({"catalogue": [views.CATALOGUE]})[0], values, moment, None)])
     after = reader.pointer()
@@ -190,6 +194,26 @@ def rollback(store: Store, reader: Reader, sample: Sequence[str] = ()) -> Pointe
     if sample and all(raw is None for _, raw in reader.rows(now.previous, sample)):
         raise NotPublished(f"space {now.previous.space_id} is no longer in the store: publish it again")
     return point(store, reader, now.previous, now.space, now)
+
+
+def withhold(store: Store, reader: Reader, item_id: str) -> Pointer:
+    """Tells every process that serves from an index to leave an item out, before that index is built anew: one write."""
+    now = reader.pointer()
+    if item_id in now.withheld:
+        return now
+    return point(store, reader, now.space, now.previous, now, [*now.withheld, item_id])
+
+
+def reindex(store: Store, reader: Reader, digests: Mapping[str, str]) -> Pointer:
+    """Names the indexes (space_id -> digest) that were built anew of the live spaces, and withholds nothing more: one write."""
+    now = reader.pointer()
+    space, previous = (
+        dataclasses.replace(one, index=digests.get(one.space_id, one.index)) if one else None for one in (now.space, now.previous)
+    )
+    assert space is not None
+    if (space, previous, now.withheld) == (now.space, now.previous, ()):
+        return now
+    return point(store, reader, space, previous, now)
 
 
 # ------------------------------------------------------------------------------------------------------------- attributes

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import serve  # beside this file
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path(os.environ.get("LLMEMB_DEMO") or ROOT / ".demo").absolute()
 RECIPE = os.environ.get("LLMEMB_RECIPE", str(ROOT / "jobs" / "recipes" / "smoke.toml"))
@@ -130,6 +132,8 @@ def show(stages: list[tuple[str, str, float]]) -> None:
           f"each read back and equal to the lake's; a read takes {served['read_ms_p50']:.1f} ms")  # fmt: skip
     print(f"  item {item}: [{', '.join(f'{value:+.4f}' for value in served['vector'])}, …]")
     print(f"  report: {manifest('report')['path']}")
+    say("━━━ the serving process: started, asked for the same user over HTTP, stopped ━━━")
+    serve.tell(serve.ask_once(DEMO / "lake", USER))
     say("━━━ time ━━━")
     for dag, task, seconds in stages:
         print(f"  {dag:<20} {task:<12} {seconds:7.1f} s")

@@ -82,4 +82,6 @@ def remove_indexes(lake: Path, kept: dict[str, Space], waiting: set[str], grace:
         if home not in live and space_id not in waiting and old:
             online.drop_index(home)
             removed += 1
+        elif home in live:
+            online.prune_index(home, grace.total_seconds())
     return removed

@@ -134,6 +134,8 @@ def forget_online(config: Config, item: str) -> int:
         return 0
     store = open_writer(settings(lake))
     with lease(store, "forget", config.lease_wait_s):
+        # first the processes that serve from memory: they leave it out within a second
+        spaces.withhold(store, Reader.open(lake), item)
         return spaces.forget(store, item, config.run.ds)
 
 
@@ -147,15 +149,29 @@ def forget_indexes(config: Config) -> int:
     """Builds the indexes of live spaces without the item, and removes those of other snapshots; returns how many were built."""
     lake, built = config.run.lake, 0
     pointer = spaces.current(Reader.open(lake))
+    digests = {}
     for space in spaces.live(pointer).values() if pointer else ():
         if online.index_home(lake, space).is_dir():
-            online.build_index(lake, space, config.graph if config.approximate else None, 4_096)
+            digests[space.space_id] = online.build_index(lake, space, config.graph if config.approximate else None, 4_096)
             built += 1
+    if pointer:
+        with online.refusals():
+            repoint(config, digests)
+    for space in spaces.live(pointer).values() if pointer else ():
+        online.prune_index(online.index_home(lake, space))
     live = {online.index_home(lake, space) for space in spaces.live(pointer).values()} if pointer else set()
     for home in (lake / "indexes").glob("space=*/ds=*"):
         if home not in live:
             online.drop_index(home)
     return built
+
+
+def repoint(config: Config, digests: dict[str, str]) -> None:
+    """Lets the pointer name the new indexes; only then may the old ones go."""
+    lake = config.run.lake
+    store = open_writer(settings(lake))
+    with lease(store, "forget", config.lease_wait_s):
+        spaces.reindex(store, Reader.open(lake), digests)
 
 
 # ------------------------------------------------------------------------------------------------------------------ lake
@@ -278,6 +294,8 @@ def mentions(lake: Path, item: str) -> Iterator[str]:
         if name.startswith(("tombstones/", "manifests/", "feast/offline/item_tombstone/")) or not path.is_file():
             continue
         if path.suffix == ".parquet" and any(pc.any(named(batch, item)).as_py() for batch in batches(path)):
+            yield name
+        if path.suffix == ".arrow" and item in pa.ipc.open_file(path).read_all()["item_id"].to_pylist():
             yield name
         if path.suffix == ".html" and item in shown(path.read_text()):
             yield name

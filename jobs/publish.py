@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -134,6 +135,7 @@ def run(config: Config) -> Result:
         "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"
     )
     index_digest = online.build_index(lake, space, config.graph if config.approximate else None, config.chunk_rows)
+    space = dataclasses.replace(space, index=index_digest)
     found = recall(config, space)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
     if config.offline:

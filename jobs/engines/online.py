@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 
 from feature_repo import index
 from feature_repo.compatibility import Matrix
-from feature_repo.index import Graph, Index
+from feature_repo.index import Described, Graph, Index
 from feature_repo.reader import NothingServed, Pointer, Reader, Space
 from feature_repo.spaces import Chunk
 from feature_repo.stores import BROKEN, Fenced, Held, NotPublished
@@ -27,10 +29,12 @@ from jobs.lake import partitions, tables
 from jobs.lake.items import titles as titles
 from jobs.lake.items import without_forgotten
 from jobs.lake.partitions import digest_folder, write_json
-from jobs.lake.tables import Table, item_embeddings, space_of
+from jobs.lake.tables import ITEMS, SEQUENCES, Table, item_embeddings, space_of
 from jobs.run import InputError, Refused, Unavailable
 
 INDEX = "_index.json"
+RECENT_DAYS = 30
+"""Days before the last event whose events count towards what is popular."""
 
 
 @contextlib.contextmanager
@@ -137,19 +141,29 @@ def index_home(lake: Path, space: Space) -> Path:
 def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str:
     """Builds the index of a space from the lake and swaps it in at once; returns the digest of its files.
 
-    An index of the same rows, vectors and parameters that is there already is kept.
+    An index of the same rows, vectors, attributes, counts and parameters that is there already is kept. The one before stays
+    for hosts that serve from it: `prune_index` or `collect` removes it.
     """
     home, partition = index_home(lake, space), partition_of(space.space_id, space.ds)
     source = partitions.read_commit(lake, "item_embeddings", partition).digest
     # counted, not taken from the pointer: that knows nothing of items forgotten since
     items = sum(len(ids) for ids, _ in chunks(lake, partition, rows))
-    made_of = {"item_embeddings": source, "items": items, "graph": dataclasses.asdict(graph) if graph else None}
+    snapshot = partitions.latest(lake, ITEMS.name, space.ds)
+    made_of = {
+        "format": index.FORMAT,
+        "item_embeddings": source,
+        "items": items,
+        "graph": dataclasses.asdict(graph) if graph else None,
+        "attributes": partitions.read_commit(lake, ITEMS.name, snapshot).digest,
+        "recent": events_digest(lake, space.ds),
+    }
     now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
     if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
         staged = home / f".staged-{uuid.uuid4().hex[:8]}"
         staged.mkdir(parents=True)
         vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows))
-        index.build(staged, vectors, items, space.width, graph)
+        about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
+        index.build(staged, vectors, items, space.width, graph, described(lake, snapshot, space.ds), about)
         digest = digest_folder(staged)
         target = home / digest[:16]
         if target.exists():
@@ -158,10 +172,56 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str
             staged.rename(target)
         now = {"made_of": made_of, "folder": target.name, "digest": digest}
         write_json(home / INDEX, now)
-    for other in home.iterdir():
-        if other.is_dir() and other.name != now["folder"]:
-            shutil.rmtree(other)
     return str(now["digest"])
+
+
+def prune_index(home: Path, older_s: float = 0.0) -> None:
+    """Removes indexes of a snapshot that another one took the place of, at least so many seconds ago."""
+    if not (home / INDEX).exists() or time.time() - (home / INDEX).stat().st_mtime < older_s:
+        return
+    folder = json.loads((home / INDEX).read_text())["folder"]
+    for other in home.iterdir():
+        if other.is_dir() and other.name != folder:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def events_digest(lake: Path, ds: str) -> str:
+    """What the counts of recent events are made of; empty where the lake has no sequences up to then."""
+    try:
+        return partitions.read_commit(lake, SEQUENCES.name, partitions.latest(lake, SEQUENCES.name, ds)).digest
+    except InputError:
+        return ""
+
+
+def described(lake: Path, snapshot: str, ds: str) -> Described:
+    """Attributes of a snapshot's items, and how often each stands among the last events of the lake's users."""
+    parts = [
+        batch.select(["item_id", "attributes"]) for batch in partitions.scan(lake, ITEMS, snapshot, ("item_id", "attributes"))
+    ]
+    items = pa.Table.from_batches(parts).combine_chunks() if parts else pa.table({"item_id": [], "attributes": []})
+    item_ids = pa.array([], pa.string()) if not parts else items["item_id"].chunk(0)
+    counts = recent_events(lake, ds)
+    recent = pa.array([counts.get(item_id, 0) for item_id in item_ids.to_pylist()], pa.int64())
+    attributes = items["attributes"].chunk(0).cast(index.PAIRS) if parts else pa.array([], index.PAIRS)
+    return Described(item_ids=item_ids, attributes=attributes, recent=recent)
+
+
+def recent_events(lake: Path, ds: str) -> Counter[str]:
+    """Events an item in the last days of the lake's histories: what people take of late. Empty where there are none."""
+    counts: Counter[str] = Counter()
+    with contextlib.suppress(InputError):
+        partition = partitions.latest(lake, SEQUENCES.name, ds)
+        last = max((pc.max(batch["timestamps"].flatten()).as_py() or 0 for batch in events(lake, partition)), default=0)
+        for batch in events(lake, partition):
+            late = pc.greater(batch["timestamps"].flatten(), last - RECENT_DAYS * 86_400)
+            for pair in pc.value_counts(batch["item_ids"].flatten().filter(late)).to_pylist():
+                counts[pair["values"]] += pair["counts"]
+    return counts
+
+
+def events(lake: Path, partition: str) -> Iterator[pa.RecordBatch]:
+    """Items and times of all histories, without their users."""
+    yield from partitions.scan(lake, SEQUENCES, partition, ("item_ids", "timestamps"))
 
 
 def drop_index(home: Path) -> None:

@@ -50,7 +50,7 @@ def test_scores_of_both_are_dot_products(tmp_path: Path) -> None:
 def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("x", "y"):
         built(tmp_path / name, vectors(500), Graph())
-    for file in ("item_ids.json", "vectors.npy", "graph.bin"):
+    for file in ("items.arrow", "hashes.npy", "rows.npy", "vectors.npy", "graph.faiss", "index.json"):
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes()
 
 
@@ -62,3 +62,51 @@ def test_more_than_there_are_gives_all(tmp_path: Path) -> None:
 def test_without_a_graph_the_remedy_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"publish\.approximate = true"):
         built(tmp_path / "x", vectors(5)).approximate(vectors(1), 1)
+
+
+def test_an_id_leads_to_its_row_also_where_hashes_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feature_repo.index.hashed", lambda ids: np.array([len(text) for text in ids], np.uint64))
+    index = built(tmp_path / "x", vectors(120))
+    assert index.rows_of(["i119", "i0", "i77", "nothing", "i12345678", ""]).tolist() == [119, 0, 77, -1, -1, -1]
+    assert index.rows_of([]).tolist() == []
+
+
+def test_a_mask_bounds_the_graph_s_answers(tmp_path: Path) -> None:
+    index = built(tmp_path / "x", vectors(2000), Graph(neighbours=16, breadth_build=100))
+    mask_N = np.zeros(2000, np.bool_)
+    mask_N[::3] = True
+    row_QK, score_QK = index.approximate(vectors(20, seed=1), 10, 200, mask_N)
+    exact_QK, _ = index.among(vectors(20, seed=1), np.flatnonzero(mask_N), 10)
+    assert (row_QK % 3 == 0).all() and (np.diff(score_QK, axis=1) <= 0).all()
+    assert np.mean([np.isin(wanted, found).mean() for wanted, found in zip(exact_QK, row_QK, strict=True)]) > 0.95
+    few_N = np.zeros(2000, np.bool_)
+    few_N[[5, 9]] = True
+    assert index.approximate(vectors(1, seed=1), 10, 200, few_N)[0].shape[1] <= 2, "no row that is none"
+
+
+def test_int8_takes_less_and_finds_nearly_as_much(tmp_path: Path) -> None:
+    half = built(tmp_path / "half", vectors(3000), Graph(neighbours=16, breadth_build=100))
+    byte = built(tmp_path / "byte", vectors(3000), Graph(neighbours=16, breadth_build=100, precision="int8"))
+    byte.check()
+    assert recall(byte, vectors(50, seed=1)) > 0.95
+    sizes = [(index.folder / "graph.faiss").stat().st_size for index in (half, byte)]
+    assert sizes[0] - sizes[1] > 3000 * 15
+
+
+def test_attributes_and_recent_events_come_with_the_items_in_any_order(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    from feature_repo.index import NOTHING, PAIRS, Described
+
+    pairs = [[{"name": "genre", "value": "x"}, {"name": "genre", "value": "y"}], [{"name": "title", "value": "t"}]]
+    known = Described(item_ids=pa.array(["b", "a"]), attributes=pa.array(pairs, PAIRS), recent=pa.array([3, 4], pa.int64()))
+    (tmp_path / "x").mkdir()
+    build(tmp_path / "x", [(["a"], vectors(1)), (["b", "c"], vectors(2))], 3, 16, None, known)
+    index = Index(tmp_path / "x")
+    assert index.items["recent"].to_pylist() == [4, 3, 0]
+    assert index.having("genre", ["y"]).tolist() == [False, True, False]
+    assert index.having("title", ["nothing"]).tolist() == [False] * 3
+    assert (index.attributes_of(0), index.attributes_of(2)) == ({"title": "t"}, {})
+    with pytest.raises(KeyError):
+        index.having("colour", ["red"])
+    assert len(NOTHING.item_ids) == 0

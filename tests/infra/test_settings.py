@@ -120,7 +120,7 @@ def test_a_pod_has_no_right_that_it_does_not_need(name: str) -> None:
 
 def test_rules_cover_every_pod_that_runs_on_the_cluster() -> None:
     assert {name.split(":")[0] for name in PODS} == {
-        *("airflow.yaml", "mlflow.yaml"),
+        *("airflow.yaml", "mlflow.yaml", "serving.yaml"),
         *("pod-cpu.yaml", "pod-gpu.yaml", "pod-spark.yaml", "pod-spark-executor.yaml"),
     }
 
@@ -140,6 +140,7 @@ def test_the_parts_that_people_and_jobs_call_stand_behind_a_service() -> None:
     assert {name for name in RESOURCES if ":Service/" in name} == {
         "airflow.yaml:Service/airflow-api-server",
         "mlflow.yaml:Service/mlflow",
+        "serving.yaml:Service/serving",
     }
 
 
@@ -147,7 +148,7 @@ def test_every_name_that_a_pod_uses_is_made_here_or_asked_of_the_platform() -> N
     made = {(document["kind"], document["metadata"]["name"]) for document in RESOURCES.values()}
     made |= {("ConfigMap", generated["name"]) for generated in KUSTOMIZATION["configMapGenerator"]}
     asked = set(re.findall(r"^#   (llmemb-\w+)  ", (KUBERNETES / "kustomization.yaml").read_text(), re.M))
-    assert asked == {"llmemb-airflow", "llmemb-mlflow", "llmemb-stores"}
+    assert asked == {"llmemb-airflow", "llmemb-mlflow", "llmemb-stores", "llmemb-serving"}
     made |= {("Secret", name) for name in asked}
     for spec in PODS.values():
         used = {("ServiceAccount", spec["serviceAccountName"])}
@@ -326,7 +327,7 @@ def test_hadolint_finds_nothing_and_little_is_excused() -> None:
     assert set(re.findall(r"hadolint ignore=(\S+)", DOCKERFILE)) == {"DL3008"}
 
 
-@pytest.mark.parametrize("target", ["scheduler", "spark", "gpu", "laptop"])
+@pytest.mark.parametrize("target", ["scheduler", "spark", "gpu", "serving", "laptop"])
 def test_an_image_runs_as_nobody_in_particular(target: str) -> None:
     assert last(target, "USER") == "10001:10001"
     assert last(target, "HEALTHCHECK")
@@ -378,7 +379,9 @@ def test_compose_is_what_the_compose_specification_says() -> None:
 
 def test_compose_has_every_part_that_a_cluster_has() -> None:
     airflow = {f"airflow-{part}" for part in ("init", "api-server", "scheduler", "dag-processor", "triggerer")}
-    assert airflow | {"mlflow", "redis", "postgres", "object-storage", "spark-master", "spark-worker"} <= SERVICES.keys()
+    assert (
+        airflow | {"serving", "mlflow", "redis", "postgres", "object-storage", "spark-master", "spark-worker"} <= SERVICES.keys()
+    )
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -137,3 +137,16 @@ def test_before_anything_was_published_the_lake_is_cleaned(catalogue: Callable[.
 def test_an_empty_id_is_refused(catalogue: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"forget.item is empty"):
         gone(catalogue(), "")
+
+
+def test_the_pointer_names_the_new_indexes_and_the_old_ones_are_gone(lake: Path) -> None:
+    before = Reader.open(lake).pointer()
+    assert gone(lake).left_in_lake == []
+    after = Reader.open(lake).pointer()
+    assert after.withheld == () and after.previous is not None and before.previous is not None
+    for old, new in ((before.space, after.space), (before.previous, after.previous)):
+        assert new.index not in ("", old.index)
+        home = online.index_home(lake, new)
+        assert [folder.name for folder in home.iterdir() if folder.is_dir()] == [new.index[:16]]
+    again = gone(lake)
+    assert again.left_in_lake == [] and Reader.open(lake).pointer().index == after.index

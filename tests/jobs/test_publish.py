@@ -333,3 +333,39 @@ def test_the_command_line_runs_it(catalogue: Catalogue, tmp_path: Path, capsys: 
     assert main(["publish", "--recipe", str(recipe), "--ds", "2026-01-01"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["verified"] == 40
     assert manifests.read(lake, "2026-01-01", "publish")["result"]["space_id"] == A
+
+
+def test_the_pointer_names_the_index_and_rollback_names_the_one_before(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    first = publish.run(config(lake)).outputs["index"]
+    second = publish.run(config(catalogue(space=B), space=B)).outputs["index"]
+    pointer = Reader.open(lake).pointer()
+    assert pointer.previous is not None and (pointer.index, pointer.previous.index) == (second, first)
+    rollback.run(rollback.Config(run=Run(ds="2026-01-01", lake=lake), lease_wait_s=0))
+    assert Reader.open(lake).pointer().index == first
+
+
+def test_the_index_holds_attributes_and_what_was_taken_of_late(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    publish.run(config(lake))
+    index = online.open_index(lake, Reader.open(lake).pointer().space)
+    index.check(space_id=A, ds="2026-01-01", width=16)
+    counts = dict(zip(index.item_ids, index.items["recent"].to_pylist(), strict=True))
+    assert (counts["m0"], counts["m3"], counts["m8"], counts["m9"]) == (1, 2, 1, 0)
+    assert index.attributes_of(3) == {"title": "Film m3, cut 0"}
+
+
+def test_an_index_in_use_stays_when_another_takes_its_place(catalogue: Catalogue) -> None:
+    from feature_repo.index import Graph
+
+    lake = catalogue()
+    publish.run(config(lake))
+    before = Reader.open(lake).pointer()
+    publish.run(config(lake, graph=Graph(neighbours=8)))
+    after = Reader.open(lake).pointer()
+    home = online.index_home(lake, after.space)
+    assert {folder.name for folder in home.iterdir() if folder.is_dir()} == {before.index[:16], after.index[:16]}
+    online.prune_index(home, older_s=60)
+    assert (home / before.index[:16]).is_dir()
+    online.prune_index(home)
+    assert not (home / before.index[:16]).exists()

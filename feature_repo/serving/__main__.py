@@ -1,0 +1,82 @@
+"""`python -m feature_repo.serving`: the process that an SRS calls. What it is told stands in its environment, see settings.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import ssl
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+GRACE_S = 20
+"""Seconds that requests under way have when the process is told to end."""
+
+
+def application() -> Any:
+    """What each worker runs."""
+    from feature_repo.serving.app import make_app
+    from feature_repo.serving.settings import from_environment
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    settings = from_environment()
+    return make_app(settings, lake_of(settings.artifacts))
+
+
+def lake_of(artifacts: str) -> Path | None:
+    """The lake whose SQLite store is read where no variable names a store."""
+    both = os.environ.get("LLMEMB_ONLINE_STORE") and os.environ.get("LLMEMB_REGISTRY")
+    return None if both or "://" in artifacts else Path(artifacts)
+
+
+def main() -> int:
+    """Runs until it is told to end; 2 where the settings are wrong."""
+    from feature_repo.serving.settings import from_environment
+
+    try:
+        settings = from_environment()
+        if not settings.artifacts:
+            raise ValueError(
+                "LLMEMB_SERVING_ARTIFACTS is not set: give the lake's folder, or an address that holds its artifacts"
+            )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    # a worker is one numeric thread; more of them would only wait for each other
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # a folder that was inherited holds another process's counts; Feast makes one for every process that imports it
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR"):
+        os.environ.pop(name, None)
+    if settings.workers > 1:
+        folder = tempfile.mkdtemp(prefix="llmemb-metrics-")
+        os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "PROMETHEUS_MULTIPROCESS_DIR": folder}
+    # uvicorn ends well and then raises the signal again: told to end, ending is no failure
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    import uvicorn
+
+    uvicorn.run(
+        "feature_repo.serving.__main__:application",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers if settings.workers > 1 else None,
+        access_log=False,  # it would name what callers ask
+        log_level="warning",
+        http="feature_repo.serving.http:Patient",
+        server_header=False,
+        backlog=256,
+        limit_concurrency=4 * settings.waiting,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=GRACE_S,
+        ssl_certfile=settings.certificate or None,
+        ssl_keyfile=settings.key or None,
+        ssl_ca_certs=settings.client_ca or None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.client_ca else ssl.CERT_NONE,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What Prometheus reads of the serving process. No label ever holds an id."""
+
+from __future__ import annotations
+
+import os
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+SHARED = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+"""Whether workers count together: prometheus_client decides when it is first imported, and Feast sets the variable later."""
+BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
+SECONDS = Histogram("llmemb_request_seconds", "From a request's last byte to its answer", ["endpoint"], buckets=BUCKETS)
+REQUESTS = Counter("llmemb_requests", "Requests by outcome, which is the HTTP status", ["endpoint", "outcome"])
+FALLBACKS = Counter("llmemb_fallbacks", "Answers that were not what was asked for, by cause", ["cause"])
+STORE_READS = Counter(
+    "llmemb_store_reads", "Reads of the online store: ok, failed, slow, refused (breaker open or queue full)", ["outcome"]
+)
+STORE_UP = Gauge("llmemb_store_up", "Whether the pointer could be read at the last look", multiprocess_mode="livemin")
+SEQUENCE = Gauge("llmemb_pointer_sequence", "How many times the pointer that serves was written", multiprocess_mode="livemin")
+SEEN = Gauge(
+    "llmemb_pointer_sequence_seen",
+    "The same of the pointer last read: more, while a generation is loaded",
+    multiprocess_mode="livemax",
+)
+AGE = Gauge("llmemb_pointer_age_seconds", "Since the end of the snapshot that serves", multiprocess_mode="livemax")
+ITEMS = Gauge("llmemb_generation_items", "Items that are served", multiprocess_mode="livemin")
+LOADS = Counter("llmemb_generation_loads", "Generations loaded: ok or failed", ["outcome"])
+LOAD_SECONDS = Gauge("llmemb_generation_load_seconds", "How long the last one took to load", multiprocess_mode="livemax")
+IN_WORK = Gauge("llmemb_requests_in_work", "Requests in work", multiprocess_mode="livesum")
+BATCH = Histogram("llmemb_batch_size", "Requests that were answered together", buckets=(1, 2, 4, 8, 16, 32))
+
+
+def exposition() -> bytes:
+    """All metrics, of all workers."""
+    if SHARED:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+    return generate_latest(REGISTRY)

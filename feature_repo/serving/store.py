@@ -1,0 +1,151 @@
+"""Reads of the online store that may not hold up an answer: a time limit, one more try, a circuit breaker, a bounded queue."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from feature_repo.reader import NothingServed, Reader, Sdk
+from feature_repo.reader import settings as feast_settings
+from feature_repo.serving import metrics
+from feature_repo.serving.settings import Settings
+
+T = TypeVar("T")
+QUEUE = 32
+"""Reads that may wait for a thread; where so many do, the store can't keep up."""
+
+
+class Unavailable(ConnectionError):
+    """The store did not answer in time, or is left alone for now."""
+
+
+def open_reader(settings: Settings, lake: Path | None = None) -> Reader:
+    """A reader whose connection gives up after `store_ms`, and tries nothing again by itself."""
+    limit = settings.store_ms / 1000
+    return Reader(Sdk(feast_settings(lake, f"socket_timeout={limit},socket_connect_timeout={limit}"), tries=0))
+
+
+class Guard:
+    """Runs reads on threads of its own. Lives in one event loop."""
+
+    def __init__(self, settings: Settings, threads: int) -> None:
+        self.settings = settings
+        self.threads = ThreadPoolExecutor(threads, "store")
+        self.most = threads + QUEUE
+        self.in_work = 0
+        self.failures = 0
+        self.closed_until = 0.0
+        self.trying = False
+
+    async def read(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What `work` returns. Raises Unavailable where it fails or is slow twice, or need not be tried."""
+        if not self.admits():
+            metrics.STORE_READS.labels("refused").inc()
+            raise Unavailable("the online store is left alone for a moment")
+        probe, self.trying = self.failures >= self.settings.breaker_failures, True
+        try:
+            for last in (probe, True):  # while the store is thought down, one try is enough
+                try:
+                    found = await self.once(work, *arguments)
+                except Unavailable:
+                    if last:
+                        raise
+                else:
+                    self.failures = 0
+                    return found
+        finally:
+            self.trying = False
+        raise AssertionError("a last try returns or raises")
+
+    def admits(self) -> bool:
+        """Whether the store may be asked: it is well, or it is time for one read to try it."""
+        if self.in_work >= self.most:
+            return False
+        if self.failures < self.settings.breaker_failures:
+            return True
+        return time.monotonic() >= self.closed_until and not self.trying
+
+    async def once(self, work: Callable[..., T], *arguments: Any) -> T:
+        """One try."""
+        future = asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
+        self.in_work += 1
+        future.add_done_callback(self.done)
+        try:
+            found = await asyncio.wait_for(asyncio.shield(future), self.settings.store_ms / 1000 * 1.2)
+        except TimeoutError as error:
+            self.failed("slow")
+            raise Unavailable("the online store is slow") from error
+        except NothingServed:
+            raise
+        except Exception as error:
+            self.failed("failed")
+            raise Unavailable(f"the online store failed ({type(error).__name__})") from error
+        metrics.STORE_READS.labels("ok").inc()
+        return found
+
+    def done(self, future: asyncio.Future[Any]) -> None:
+        """A thread is free again; what a read that nobody waits for raised is known already."""
+        self.in_work -= 1
+        if not future.cancelled():
+            future.exception()
+
+    def failed(self, how: str) -> None:
+        """Counts a failure; enough in a row, and the store is left alone."""
+        metrics.STORE_READS.labels(how).inc()
+        self.failures += 1
+        if self.failures >= self.settings.breaker_failures:
+            self.closed_until = time.monotonic() + self.settings.breaker_s
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A user's items, oldest first, and what is to be said of them."""
+
+    item_ids: Sequence[str]
+    fallback: str | None = None
+
+
+class Histories:
+    """Histories of users: from the store, or where it is down the last ones that were read."""
+
+    def __init__(self, settings: Settings, reader: Reader, guard: Guard) -> None:
+        self.settings, self.reader, self.guard = settings, reader, guard
+        self.known: OrderedDict[str, tuple[float, list[str]]] = OrderedDict()
+
+    async def of(self, user_id: str) -> History:
+        """The user's history; without items, and with the cause, where it is not known."""
+        try:
+            item_ids = await self.guard.read(self.pushed, user_id)
+        except Unavailable:
+            read_at, remembered = self.known.get(user_id, (0.0, []))
+            if remembered and time.monotonic() - read_at < self.settings.remembered_s:
+                return History(item_ids=remembered, fallback="remembered_history")
+            return History(item_ids=[], fallback="store_down")
+        if not item_ids:
+            self.known.pop(user_id, None)
+            return History(item_ids=[], fallback="unknown_user")
+        self.remember(user_id, item_ids)
+        return History(item_ids=item_ids)
+
+    def pushed(self, user_id: str) -> list[str]:
+        """What the SRS pushed of a user."""
+        _, values = self.reader.transport.read("user_history", {"user_id": [user_id]}, ["item_ids"])[0]
+        return list(values.get("item_ids") or [])
+
+    def remember(self, user_id: str, item_ids: list[str]) -> None:
+        """Keeps a history in memory; the one that was read longest ago makes room."""
+        if self.settings.remembered:
+            self.known[user_id] = (time.monotonic(), item_ids)
+            self.known.move_to_end(user_id)
+            while len(self.known) > self.settings.remembered:
+                self.known.popitem(last=False)

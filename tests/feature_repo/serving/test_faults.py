@@ -1,0 +1,230 @@
+"""Under faults the process answers from memory and says so; bad input gets a status and a message; nothing of users is logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from feature_repo.serving import settings as serving_settings
+from tests.feature_repo.serving import world
+from tests.feature_repo.serving.world import publish, push_history, serving
+
+SECRET = "user-4711-secret"
+HISTORY = ["i3", "i5", "i8"]
+
+
+@contextmanager
+def own_redis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A Redis server of one test, which may be stopped and killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        client = redis.Redis(port=port)
+        for _ in range(100):
+            try:
+                client.ping()
+                break
+            except redis.ConnectionError:
+                time.sleep(0.05)
+        monkeypatch.delenv("LLMEMB_REGISTRY", raising=False)
+        monkeypatch.setenv("LLMEMB_REGISTRY", f"sqlite:///{folder}/registry.db")
+        monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{port}"}))
+        world.apply(folder)
+        try:
+            yield server
+        finally:
+            server.send_signal(signal.SIGCONT)
+            server.kill()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_with_the_store_gone_answers_go_on_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    with own_redis(tmp_path, monkeypatch) as server:
+        publish(tmp_path, seed=1)
+        push_history(tmp_path, "u1", HISTORY)
+        push_history(tmp_path, "u2", HISTORY)
+        with serving(tmp_path) as client:
+            _, before = client.post("/recommend", user_id="u1", k=5)
+            server.send_signal(how)
+            _, after = client.post("/recommend", user_id="u1", k=5)
+            assert after["items"] == before["items"] and after["fallback"] == "remembered_history"
+            status, other = client.post("/recommend", user_id="u2", k=2)
+            assert (status, other["fallback"], other["items"][0]["item_id"]) == (200, "store_down", "i0")
+            assert client.post("/recommend", history=HISTORY, k=5)[1]["items"] == before["items"]
+            assert client.post("/vectors", item_ids=["i1", "gone"])[1]["missing"] == ["gone"]
+            for _ in range(6):
+                client.post("/recommend", user_id="u2", k=2)
+            assert client.service.guard.failures >= 5
+            assert 'llmemb_store_reads_total{outcome="refused"}' in client.get("/metrics")[1], "the breaker is open"
+            assert client.get("/readyz")[0] == 200, "a store that is down takes no process out of service"
+            if how == signal.SIGSTOP:
+                server.send_signal(signal.SIGCONT)
+                client.until(lambda: client.post("/recommend", user_id="u2", k=2)[1]["fallback"] is None)
+
+
+def test_a_store_that_was_flushed_keeps_what_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with own_redis(tmp_path, monkeypatch):
+        publish(tmp_path, seed=1)
+        push_history(tmp_path, "u1", HISTORY)
+        with serving(tmp_path) as client:
+            client.post("/recommend", user_id="u1")
+            connection = client.service.reader.transport.config.online_store.connection_string
+            redis.Redis(port=int(connection.split(",")[0].split(":")[1])).flushall()
+            time.sleep(0.2)
+            status, answer = client.post("/recommend", user_id="u1")
+            assert (status, answer["fallback"], answer["sequence"]) == (200, "unknown_user", 1)
+
+
+BAD: list[tuple[str, Any, int, str]] = [
+    ("/recommend", {}, 422, "give either user_id or history"),
+    ("/recommend", {"user_id": "u", "history": ["i1"]}, 422, "give either user_id or history"),
+    ("/recommend", {"user_id": ""}, 422, "at least 1 character"),
+    ("/recommend", {"user_id": 5}, 422, "valid string"),
+    ("/recommend", {"user_id": "u", "k": 0}, 422, "greater than or equal to 1"),
+    ("/recommend", {"user_id": "u", "k": 1_000_000}, 422, "at most 1000"),
+    ("/recommend", {"user_id": "u", "k": "ten"}, 422, "valid integer"),
+    ("/recommend", {"user_id": "u", "colour": 1}, 422, "Extra inputs"),
+    ("/recommend", {"history": ["i1"] * 10_001}, 422, "at most 10000"),
+    ("/recommend", {"history": ["i1"], "filters": {"genre": []}}, 422, "at least 1 item"),
+    ("/recommend", {"history": ["i1"], "filters": {"": ["x"]}}, 422, "no item has an attribute ''"),
+    ("/similar", {"item_ids": []}, 422, "at least 1 item"),
+    ("/similar", {"item_ids": ["i1"], "k": -1}, 422, "greater than or equal to 1"),
+    ("/vectors", {"item_ids": [f"i{n}" for n in range(21)], "encoding": "list"}, 422, "at most 20"),
+    ("/vectors", {"item_ids": ["x" * 600]}, 422, "at most 512"),
+    ("/vectors", [1], 422, "valid dictionary"),
+]
+
+
+def test_bad_input_is_told_what_is_wrong(lake: Path) -> None:
+    publish(lake, seed=1)
+    with serving(lake, body_bytes=200_000) as client:
+        for path, body, status, part in BAD:
+            found, answer = client.ask(path, body)[:2]
+            assert (found, part in answer["error"]) == (status, True), (path, str(body)[:80], answer)
+        no_text = b'{"user_id": "\xc3\x28"}'
+        for raw, status in ((b"{", 422), (b"", 422), (b"\xff\xfe", 422), (no_text, 400), (b"x" * 300_000, 413)):
+            found, answer = client.ask("/recommend", raw=raw)[:2]
+            assert found == status and "error" in answer, raw[:10]
+        assert client.ask("/recommend", raw=b"[" * 50_000)[0] in (400, 422), "nested without end"
+        assert client.get("/recommend")[0] == 405 and client.get("/nothing")[0] == 404
+        status, answer = client.post("/recommend", user_id="用户-Ωμέγα-\u0000-😀", k=2)
+        assert (status, answer["fallback"]) == (200, "unknown_user")
+        status, answer = client.post("/recommend", history=["товар", "i1"] * 4_000, k=2)
+        assert (status, answer["fallback"]) == (200, None)
+        assert client.post("/recommend", history=[f"i{n}" for n in range(200)], k=5)[1]["items"] == [], "all were seen"
+        assert client.ask("/recommend", {"user_id": "\ud800"})[0] in (200, 422), "half a character"
+
+
+def test_slow_and_endless_callers_are_hung_up_on(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feature_repo.serving.http.HEAD_S", 0.3)
+    publish(lake, seed=1)
+    with serving(lake, body_s=0.3, body_bytes=100_000) as client:
+        host, port = client.url.removeprefix("http://").split(":")
+
+        def said(*sent: bytes) -> bytes:
+            with socket.create_connection((host, int(port)), timeout=10) as line:
+                for part in sent:
+                    line.sendall(part)
+                return line.recv(4096)
+
+        head = b"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        assert b"408" in said(head + b"Content-Length: 100\r\n\r\n", b"{"), "a body that does not come"
+        assert said(b"POST /recommend HT") == b"", "a head that does not come"
+        assert b"413" in said(head + b"Content-Length: 100000000\r\n\r\n"), "told before it is sent"
+        chunk = b"8000\r\n" + b"x" * 0x8000 + b"\r\n"
+        assert b"413" in said(head + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 4), "no length, no end"
+        assert client.get("/healthz")[0] == 200
+
+
+def test_who_can_t_be_kept_up_with_is_told_to_come_again(lake: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    publish(lake, seed=1)
+    with serving(lake, waiting=2, window_ms=50.0) as client, ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: client.ask("/recommend", {"history": HISTORY}), range(24)))
+        assert {status for status, _, _ in answers} == {200, 503}
+        assert all(
+            headers["retry-after"] == "1" and "again" in body["error"] for status, body, headers in answers if status == 503
+        )
+        assert client.post("/recommend", history=HISTORY)[0] == 200, "and well after it"
+
+
+def test_a_token_is_asked_of_everyone_and_never_repeated(lake: Path, caplog: pytest.LogCaptureFixture) -> None:
+    publish(lake, seed=1)
+    with serving(lake, token="s3cret", page=True, ready=False) as client:
+        client.until(lambda: client.get("/readyz")[0] == 200)
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic s3cret"},
+            {"Authorization": "Bearer s3cret "[:-2]},
+        ):
+            for path, body in (
+                ("/recommend", {"user_id": "u"}),
+                ("/similar", {"item_ids": ["i1"]}),
+                ("/vectors", {"item_ids": ["i1"]}),
+            ):
+                status, answer, _ = client.ask(path, body, **headers)
+                assert status == 401 and "s3cret" not in json.dumps(answer)
+        assert client.ask("/openapi.json")[0] == client.ask("/")[0] == 401
+        assert client.ask("/recommend", {"user_id": "u"}, Authorization="Bearer s3cret")[0] == 200
+    assert "s3cret" not in repr(client.service.settings) and "s3cret" not in caplog.text
+
+
+def test_nothing_of_users_is_logged(
+    lake: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    publish(lake, seed=1)
+    push_history(lake, SECRET, HISTORY)
+    caplog.clear()
+    with serving(lake) as client:
+        for body in (
+            {"user_id": SECRET},
+            {"user_id": SECRET, "k": 0},
+            {"history": [SECRET]},
+            {"user_id": SECRET, "filters": {SECRET: ["x"]}},
+        ):
+            client.ask("/recommend", body)
+
+        def broken(*_: Any) -> Any:
+            raise RuntimeError(SECRET)
+
+        monkeypatch.setattr(client.service.batcher, "work", broken)
+        status, answer = client.post("/recommend", user_id=SECRET)
+        assert status == 500 and SECRET not in json.dumps(answer)
+        assert SECRET not in client.get("/metrics")[1]
+    shown = capfd.readouterr()
+    assert SECRET not in caplog.text and SECRET not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({"HOST": "0.0.0.0"}, "set LLMEMB_SERVING_TOKEN"),
+        ({"PORT": "many"}, "LLMEMB_SERVING_PORT is no int"),
+        ({"POORT": "1"}, "LLMEMB_SERVING_POORT is no setting"),
+        ({"BATCH": "0"}, "LLMEMB_SERVING_BATCH is 0"),
+        ({"CLIENT_CA": "ca.pem"}, "needs both"),
+        ({"PAGE": "maybe"}, "LLMEMB_SERVING_PAGE is no bool"),
+    ],
+)
+def test_settings_that_are_wrong_are_told(variables: dict[str, str], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        serving_settings.from_environment({f"LLMEMB_SERVING_{name}": value for name, value in variables.items()})
+    assert serving_settings.from_environment({"LLMEMB_SERVING_HOST": "0.0.0.0", "LLMEMB_SERVING_TOKEN": "t"}).port == 8100
