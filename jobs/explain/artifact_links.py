@@ -25,7 +25,10 @@ def recommender_link(lake: Path, identity: str, pointer: Pointer) -> Link:
     if identity and path.exists():
         known = json.loads(path.read_text())
         backbone = known.get("backbone", {})
-        text = f"{backbone.get('name', 'SRS')} of width {backbone.get('width', pointer.width)}; the encoder and it make the space"
+        made = f"{backbone.get('name', 'SRS')} of width {backbone.get('width', pointer.width)}"
+        if parts := known.get("parts"):
+            made = "parts " + ", ".join(f"{part['name']} ({part['backbone']['width']} wide)" for part in parts)
+        text = f"{made}; the encoder and it make the space"
         if turned := known.get("rotation"):
             text += f"; turned towards that of {turned['to']}, residual {turned['residual']}"
     return artifact_link(lake, "recommender", identity, ("rat",), text, 2)

@@ -22,6 +22,7 @@ def section(facts: Facts) -> dict[str, Any]:
         "scft": {key: scft.get(key) for key in ("encoder_id", "due", "trained_ds", "reason")} if scft else None,
         "curves": scft_curves(scft) if scft else None,
         "base": against_base(scft),
+        "parts": parts_table(results["rat"]),
         "epochs": [epoch_curves(job, result) for job, result in results.items() if result.get("history")],
     }
 
@@ -49,6 +50,26 @@ def against_base(scft: Mapping[str, Any]) -> Table:
     base, own = scft.get("base_figures", {}), scft.get("figures", {})
     rows = [[name, number(base.get(name)), number(own.get(name))] for name in own if name != "step"]
     return Table(caption="The encoder against its base model", head=["Figure", "Base", "After SCFT"], rows=rows)
+
+
+def parts_table(rat: Mapping[str, Any]) -> Table | None:
+    """The parts of the recommender: columns, weight, and the goal of the search for each alone; None where it is one part."""
+    fused = rat.get("fused")
+    weights, widths, alone, gains = (table_of(fused, name) for name in ("weights", "widths", "alone", "gains"))
+    if len(weights) < 2:
+        return None
+    rows = [[str(name), number(widths.get(name, 0)), number(weight), number(alone.get(name))] for name, weight in weights.items()]
+    told = (
+        "; NDCG@10 added on validation: " + ", ".join(f"{name} {number(gain)}" for name, gain in gains.items()) if gains else ""
+    )
+    caption = f"The parts of the recommender, weights in standard deviations of their scores{told}"
+    return Table(caption=caption, head=["Part", "Columns", "Weight", "Alone, on validation"], rows=rows)
+
+
+def table_of(found: object, name: str) -> Mapping[str, Any]:
+    """A mapping inside a mapping; empty where a manifest of another version has something else there."""
+    inner = found.get(name) if isinstance(found, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}
 
 
 def epoch_curves(job: str, result: Mapping[str, Any]) -> Figure:

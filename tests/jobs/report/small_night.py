@@ -112,7 +112,11 @@ def results(count: int = 40, space: str = SPACE) -> dict[str, dict[str, Any]]:
             "encoder_id": ENCODER, "embedded": count, "tokens": count * 20, "tokens_per_second": 9.0, "device": "cuda",
         },
         "pretrain": {"history": history, "best_epoch": 3, "validation_ndcg": 0.2, "device": "cuda"},
-        "rat": {"history": history, "best_epoch": 2, "validation_ndcg": 0.2, "device": "cuda"},
+        "rat": {
+            "history": history, "best_epoch": 2, "validation_ndcg": 0.2, "device": "cuda",
+            "fused": {"weights": {"llmemb": 1.0, "text": 0.35}, "widths": {"llmemb": 64, "text": 128}, "alone": {"llmemb": 0.041},
+                      "gains": {"text": 0.0125, "shuffled": 0.0}},
+        },
         "evaluate": {
             "values": {"popularity": slices, "llmemb": slices, "champion": slices},
             "users": {"overall": 90, "tail": 40, "cold": 12},

@@ -214,3 +214,11 @@ def test_a_report_written_again_has_the_same_bytes(tmp_path: Path) -> None:
 def test_a_date_without_any_run_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"run `python -m jobs extract` first"):
         tell(tmp_path)
+
+
+def test_the_parts_of_the_recommender_and_what_text_adds_are_told(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    _, html = tell(tmp_path)
+    assert "The parts of the recommender" in html
+    assert "text 0.0125, shuffled 0.0000" in html
+    assert "0.3500" in html and "128" in html
