@@ -220,5 +220,5 @@ def test_the_parts_of_the_recommender_and_what_text_adds_are_told(tmp_path: Path
     whole_night(tmp_path)
     _, html = tell(tmp_path)
     assert "The parts of the recommender" in html
-    assert "text 0.0125, shuffled 0.0000" in html
+    assert "shuffled 0.0000, text 0.0125" in html
     assert "0.3500" in html and "128" in html
