@@ -172,7 +172,8 @@ def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalon
         "champion_id": "c1",
         "reasons": [{"gate": "not worse on tail", "verdict": "undecided", "text": "NDCG -0.0015 (95 % -0.0025 to -0.0005)"}],
     }
-    standalone.stub.plan(results={"promote": [asked, {**asked, "decision": "promoted"}]})
+    trained = {"job": "scft", "due": True}
+    standalone.stub.plan(results={"scft": trained, "promote": [asked, {**asked, "decision": "promoted"}]})
     for dag in ("scft_refresh", "rat_training", "nightly_embeddings"):
         standalone.call("PATCH", f"/api/v2/dags/{dag}", {"is_paused": False})
     body = {"logical_date": None, "conf": {"ds": "2026-01-05"}}
@@ -196,11 +197,11 @@ def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalon
 
     assert standalone.ended("nightly_embeddings", "asset_triggered")[0]["state"] == "success"
     calls = [call for call in standalone.stub.calls() if call["ds"] == "2026-01-05"]
-    chain = ["extract", "scft", "embed", "pretrain", "rat", "embed", "evaluate", "promote", "promote"]
+    chain = ["extract", "scft", "embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote", "promote"]
     assert [call["job"] for call in calls] == [*chain, "extract", "embed", "project", "publish", "lookup", "report"]
     assert [call["set"] for call in calls if call["job"] == "promote"] == [
         {},
-        {"promote.approved_by": '"Anonymous"', "promote.rejected_by": '""'},
+        {"promote.approved_by": '"Anonymous"', "promote.overruled_by": '"Anonymous"', "promote.rejected_by": '""'},
     ]
 
 

@@ -14,6 +14,7 @@ import torch
 from feature_repo.index import Graph
 from feature_repo.reader import Reader
 from models.behaviour.artifact import load_recommender
+from models.behaviour.recommender import Span
 from tests.feature_repo.serving.world import Client, item_ids, publish, push_history, serving, vectors
 
 HISTORY = ["i3", "i5", "i8", "i13"]
@@ -149,7 +150,8 @@ def test_parts_tell_what_each_brought(lake: Path, monkeypatch: pytest.MonkeyPatc
 
     def in_parts(path: Path) -> Any:
         loaded = load_recommender(path)
-        loaded.parts = [{"name": "collaborative", "start": 0, "stop": 10}, {"name": "text", "start": 10, "stop": 16}]  # type: ignore[attr-defined]
+        two = (Span(name="collaborative", start=0, stop=10), Span(name="text", start=10, stop=16))
+        monkeypatch.setattr(type(loaded), "parts", two)
         return loaded
 
     monkeypatch.setattr(generation, "load_recommender", in_parts)
