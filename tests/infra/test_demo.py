@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jobs import recommend
+from jobs import logs, recommend
 
 ROOT = Path(__file__).parents[2]
 FIGURE = r"(\d\.\d{4}|–)"
@@ -26,6 +26,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("LLMEMB_DEMO", str(tmp_path))
     spec = importlib.util.spec_from_file_location("demo", ROOT / "infra" / "demo.py")
     assert spec is not None and spec.loader is not None
+    monkeypatch.syspath_prepend(str(ROOT / "infra"))  # as for a script: demo.py reads the file beside it
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ENVIRONMENT", {})
@@ -77,11 +78,17 @@ def printed(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         demo.say(f"$ python -m jobs {name} … {' '.join(settings)}")
         more = [f"film {number}" for number in range(10 - len(titles))]
         if name == "recommend":
+            carried = [{"llmemb": 0.3, "text": 0.2}] * 10
             with contextlib.redirect_stderr(sys.stdout):
-                recommend.tell(SimpleNamespace(recent=recent, titles=[*titles, *more], scores=[0.5] * 10))  # type: ignore[arg-type]
+                logs.start("recommend", demo.DS)
+                recommend.tell(SimpleNamespace(recent=recent, titles=[*titles, *more], scores=[0.5] * 10, carried=carried))  # type: ignore[arg-type]
         return {}, 1.0
 
     monkeypatch.setattr(demo, "job", job)
+    monkeypatch.setattr(demo.serve, "ask_once", lambda lake, user: {
+        "space_id": "6c0f516736e11b58", "ds": demo.DS, "history_items": 118, "seconds": 0.0123,
+        "items": [{"item_id": "7", "score": 0.5, "attributes": {"title": titles[0]}, "parts": {"llmemb": 0.3, "text": 0.2}}],
+    })  # fmt: skip
     capsys.readouterr()
     demo.show([("", "movielens", 12.34), ("rat_training", "rat", 56.78)])
     return capsys.readouterr().out
@@ -105,7 +112,7 @@ def test_the_end_of_the_demo_tells_item_users_figures_times_and_the_report(
     told = printed(demo, monkeypatch, capsys, readme_block()).splitlines()
     heads = [line.strip("━ ") for line in told if line.startswith("━━━")]
     assert [head.split(",")[0].split(":")[0] for head in heads] == [
-        "one item's vector", "one user", "NDCG@10 on held-out events", "what serves", "time",
+        "one item's vector", "one user", "NDCG@10 on held-out events", "what serves", "the serving process", "time",
     ]  # fmt: skip
     assert "$ python -m jobs explain … explain.item=50" in told
     assert "$ python -m jobs recommend … recommend.user=459" in told

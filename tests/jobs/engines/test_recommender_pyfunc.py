@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from jobs import rat
 from jobs.engines import recommender_pyfunc
 from jobs.lake import artifacts
+from jobs.rat.rotation import spans_of
 from models.behaviour.artifact import load_recommender
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
@@ -66,14 +68,18 @@ def test_a_turned_recommender_ranks_as_before(kept: Path, tmp_path: Path) -> Non
     turned = tmp_path / "turned"
     shutil.copytree(kept, turned)
     turn_DD = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0].contiguous()
-    save_file({**load_file(kept / "recommender.safetensors"), "turn_DD": turn_DD}, turned / "recommender.safetensors")
+    tensors = load_file(kept / "recommender.safetensors") | {"llmemb.turn_DD": turn_DD}
+    save_file(tensors, turned / "recommender.safetensors")
     before, after = (direct(path).predict(None, ASKED) for path in (kept, turned))
     assert after["item_ids"] == before["item_ids"]
     assert np.allclose(after["scores"], before["scores"], atol=1e-5)
     vectors, moved = (
         direct(path).predict(None, {"item_ids": IDS, "embeddings": EMBEDDINGS})["vectors"] for path in (kept, turned)
     )
-    assert np.allclose(moved, vectors @ turn_DD.numpy(), atol=1e-5)
+    start, stop = spans_of(json.loads((kept / "recommender.json").read_text()))["llmemb"]
+    expected = vectors.copy()
+    expected[:, start:stop] = vectors[:, start:stop] @ turn_DD.numpy()
+    assert np.allclose(moved, expected, atol=1e-5) and not np.allclose(moved, vectors, atol=1e-2)
 
 
 def test_a_history_of_items_without_an_embedding_is_refused(kept: Path) -> None:
