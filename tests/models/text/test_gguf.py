@@ -14,10 +14,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
-from models.text import encoder as encoders
-from models.text.base_model import EMBEDDED, base_folder, base_sha256, embedded_folder
+from models.text import base_model
+from models.text.base_model import EMBEDDED, base_folder, base_sha256, convert_gguf, embedded_folder
 from models.text.embedding import embed_items
-from models.text.fp8 import convert
 from tests.models import tiny
 
 LAYERS, WIDTH, HEADS, GROUPS, INNER = 2, 32, 4, 2, 48
@@ -97,7 +96,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_converted_model_computes_what_its_gguf_file_holds(tmp_path: Path) -> None:
     wanted = written(tmp_path / "tiny.gguf")
-    convert(tmp_path / "tiny.gguf", tmp_path / "folder")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "folder")
     assert {file.suffix for file in (tmp_path / "folder").iterdir()} <= {".safetensors", ".json", ".jinja", ".txt"}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
     tokens = tokenizer("film: fire", add_special_tokens=False)["input_ids"]
@@ -120,7 +119,7 @@ def test_the_embedded_model_is_converted_once_and_embeds_items(
     emb_NE = embed_items(encoder, tiny.items(3))
     assert emb_NE.shape == (3, WIDTH) and np.isfinite(emb_NE).all() and emb_NE.std(axis=0).min() > 0
     assert [file.name for file in folder.parent.iterdir() if file.name.startswith(".smollm2")] == []
-    monkeypatch.setattr(encoders, "convert", None)
+    monkeypatch.setattr(base_model, "convert_gguf", None)
     assert embedded_folder() == folder
 
 
@@ -133,7 +132,7 @@ def test_of_two_processes_that_convert_at_once_the_second_takes_what_the_first_l
             folder.mkdir(parents=True)
             (folder / "config.json").write_text(folder.name)
 
-    monkeypatch.setattr(encoders, "convert", beaten)
+    monkeypatch.setattr(base_model, "convert_gguf", beaten)
     assert (embedded_folder() / "config.json").read_text() == "smollm2-135m-instruct-0.0.1"
 
 
