@@ -39,6 +39,8 @@ from models.text.encoder import read_spec
 log = logging.getLogger(__name__)
 
 MODEL = "llmemb-recommender"
+LEAST_WHITE = 32
+"""Directions that whitening may keep of a catalogue however small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +137,12 @@ def run(config: Config) -> Result:
         raise InputError(f"encoder {encoder_id} learned from users' histories, also of items that rat.cold_share "
                          f"{config.cold_share} holds out: train one with training.pair_share and cluster_weight 0")  # fmt: skip
     catalogue = read_catalogue(config.run)
-    goal = rotation.find(config.run, config.rotate_to, catalogue)
+    goal = rotation.find(config.run, config.rotate_to, catalogue, config.backbone.width)
     events, digest = read_histories(config.run, catalogue.item_ids)
     events = without_items(events, held_out(catalogue.item_ids, config.cold_share, config.run.seed)).to(device)
     counts_V = train_counts(events)
     llm_NE = read_embeddings(config.run, encoder_id, catalogue.content_hashes).to(device)
-    whitening = fit_whitening(llm_NE, min(config.whitened_width, max(2, len(llm_NE) // 8)))
+    whitening = fit_whitening(llm_NE, min(config.whitened_width, max(LEAST_WHITE, len(llm_NE) // 8)))
     torch.manual_seed(config.run.seed)
     recommender = Recommender(make_items(config, whitening, llm_NE), build_sequence(config.backbone, config.adapter))
     inputs = {

@@ -64,8 +64,10 @@ class Goal:
     """Columns of each part in the old vectors."""
 
 
-def find(run: Run, which: str, catalogue: Catalogue) -> Goal | Rotation:
+def find(run: Run, which: str, catalogue: Catalogue, part_width: int) -> Goal | Rotation:
     """The goal that `which` names: `champion` or a recommender's id; where there is none, the Rotation that says why.
+
+    The goal's llmemb part must be `part_width` wide.
 
     What is of the same date or later is left out, so that a night that is run again after its promotion comes to the same goal.
     """
@@ -78,7 +80,12 @@ def find(run: Run, which: str, catalogue: Catalogue) -> Goal | Rotation:
     if not to:
         return Rotation(note=f"no champion of a date before {run.ds}: nothing serves whose basis could be kept")
     known = json.loads((registry.fetch(run, "recommender", to) / "recommender.json").read_text())
-    width = known["width"]
+    width, spans = known["width"], spans_of(known)
+    start, stop = spans.get("llmemb", (0, 0))
+    if stop - start != part_width:
+        return Rotation(
+            note=f"recommender {to} is {stop - start} wide, this one {part_width}: a breaking refresh, no rotation joins them"
+        )
     space = f"space={space_of(known['encoder_id'], to)}"
     dates = [name for name in partitions.committed(run.lake, "item_embeddings", space) if name < f"{space}/ds={run.ds}"]
     if not dates:
@@ -91,7 +98,7 @@ def find(run: Run, which: str, catalogue: Catalogue) -> Goal | Rotation:
             note=f"{len(row_N)} items have the same text in item_embeddings/{dates[-1]}: too few for a rotation of {width}"
         )
     digest = partitions.read_commit(run.lake, "item_embeddings", dates[-1]).digest
-    return Goal(to=to, partition=dates[-1], digest=digest, row_N=row_N, old_ND=old_ND, spans=spans_of(known))
+    return Goal(to=to, partition=dates[-1], digest=digest, row_N=row_N, old_ND=old_ND, spans=spans)
 
 
 def spans_of(known: dict[str, Any]) -> dict[str, tuple[int, int]]:

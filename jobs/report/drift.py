@@ -77,7 +77,7 @@ def judge(
     """
     since = before if trained is None else trained
     return tuple(
-        judged(name, value, [night[name] for night in (since if name.startswith(TEXT) else before) if name in night], bounds)
+        judged(name, value, [night[name] for night in (since if name.startswith(TEXTS) else before) if name in night], bounds)
         for name, value in tonight.items()
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.lake.nights import Night
-from jobs.run import InputError, Run
+from jobs.run import InputError, Run, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def track(run: Run, night: Night, state: str, measures: Mapping[str, float], hom
                 registry.log_inputs(written(night))
                 for name in ("report.html", "openlineage.jsonl"):
                     mlflow.log_artifact(str(home / name))
-    except InputError as error:
+    except (InputError, Unavailable) as error:
         log.warning("the page is written, but not logged: %s", error)
 
 

@@ -70,14 +70,14 @@ def counting_items(events: Histories, width: int, seed: int = 0) -> TableItems:
     So what counting floors know is a part too. Found by a subspace iteration on the sparse matrix: memory grows with the pairs.
     """
     rows, device = events.catalogue + 1, events.items_N.device
-    made = TableItems(rows, width).to(device)
+    made = TableItems(rows, min(width, rows - 1)).to(device)
     place_2P, times_P = cooccurrence(events)
     if not len(times_P):
         return made
     total_V = torch.zeros(rows, device=device).index_add_(0, place_2P[0], times_P)
     cosine_P = times_P / (total_V[place_2P[0]] * total_V[place_2P[1]]).sqrt()
     matrix_VV = torch.sparse_coo_tensor(place_2P, cosine_P, (rows, rows), check_invariants=False).coalesce()
-    few = min(width, rows)
+    few = made.weight.shape[1]
     basis_VD = torch.randn(rows, few + 8 if few + 8 <= rows else few, generator=torch.Generator().manual_seed(seed)).to(device)
     # an item without neighbours starts at zero and so stays there
     basis_VD *= (total_V > 0)[:, None]

@@ -181,7 +181,7 @@ def test_finished_parts_of_another_number_type_are_not_taken_up(config: embed.Co
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "publish", dies)
+        patch.setattr(embed, "commit_parts", dies)
         with pytest.raises(Killed):
             embed.run(config)
     assert len(list(config.run.lake.glob("llm_embeddings/**/.parts/*.parquet"))) == 4

@@ -73,13 +73,17 @@ def crown(monkeypatch: pytest.MonkeyPatch, **aliases: str) -> None:
 def test_every_model_is_in_the_table_on_every_slice_with_its_interval(lake: Run) -> None:
     result = judge(lake, baselines={"another": other(lake)})
     models = ["popularity", "repeat_markov_popularity", "id_only", "another", "llmemb"]
-    assert list(result.values) == models
+    parts = [name for name in result.values if name.startswith(("only_", "up_to_"))]
+    assert [name for name in result.values if name not in parts] == models
+    assert {"only_collaborative", "only_llmemb", "only_text", "up_to_llmemb"} <= set(parts)
     rows = partitions.read(lake.lake, METRICS, f"ds={DS}").to_pylist()
-    assert len(rows) == len(models) * len(SLICES) * 6 == result.rows["metrics"]
+    # as serving ranks, among negatives, and among all items
+    assert len(rows) == len(result.values) * len(SLICES) * 9 == result.rows["metrics"]
+    assert {"ndcg@10", "sampled_ndcg@10", "all_ndcg@10"} <= {row["metric"] for row in rows}
     overall = next(row for row in rows if (row["model"], row["slice"], row["metric"]) == ("llmemb", "overall", "ndcg@10"))
     assert overall["low"] <= overall["value"] <= overall["high"]
     assert overall["n"] == 23
-    assert {row.against for row in result.differences} == set(models) - {"llmemb"}
+    assert {row.against for row in result.differences} == set(result.values) - {"llmemb"}
     assert result.encoder_id == ENCODER
     assert set(result.inputs) == {"items", "sequences", "encoder", "llm_embeddings", "recommender", "champion", "reference"}
 
@@ -243,8 +247,12 @@ def test_gates_get_every_held_out_event_and_the_fixed_reference_and_no_user(lake
     per_user = np.bincount(found["user_C"])
     assert per_user.min() >= 1 and per_user.max() >= 2
     assert result.rows["all_cases"] == len(found["user_C"]) > result.rows["cases"] == len(per_user)
-    assert names["models"] == ["popularity", "repeat_markov_popularity", "id_only", "llmemb", "reference"]
-    assert found["ndcg_KC"].shape == (5, len(found["user_C"])) and found["slices_SC"].shape == (len(SLICES), len(found["user_C"]))
+    whole = [name for name in names["models"] if not name.startswith(("only_", "up_to_"))]
+    assert whole == ["popularity", "repeat_markov_popularity", "id_only", "llmemb", "reference"]
+    assert found["ndcg_KC"].shape == (len(names["models"]), len(found["user_C"])) and found["slices_SC"].shape == (
+        len(SLICES),
+        len(found["user_C"]),
+    )
     assert result.reference_id == other(lake)
     last, _ = kept(judge(lake, events_per_user=1))
     assert np.bincount(last["user_C"]).max() == 1

@@ -92,7 +92,7 @@ def test_validation_and_test_events_do_not_change_the_teachers_losses(small_lake
     rows = partitions.read(small_lake.lake, SEQUENCES, f"ds={small_lake.ds}")
     before = pretrain.run(config(small_lake))
     lists = [
-        [*events[:end], *["i19"] * (len(events) - end)]
+        [*events[:end], *[events[0]] * (len(events) - end)]
         for events, end in zip(rows["item_ids"].to_pylist(), rows["train_end"].to_pylist(), strict=True)
     ]
     changed = rows.set_column(1, "item_ids", pa.array(lists, pa.list_(pa.string())))

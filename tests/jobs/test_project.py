@@ -17,9 +17,10 @@ from jobs.lake.items import bury
 from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
 from jobs.run import InputError, Run
 from models.behaviour.artifact import load_recommender
+from models.behaviour.assembly import Fusion
 from models.behaviour.recommender import Backbone, LoadedRecommender
 from models.behaviour.training import Training
-from tests.jobs.small_lake import ENCODER, make, remember, sequence_rows
+from tests.jobs.small_lake import ENCODER, LATER, make, remember, sequence_rows
 
 
 @pytest.fixture
@@ -33,7 +34,12 @@ def recommended(small_lake: Run) -> Run:
     """The small lake after `rat`."""
     result = rat.run(
         rat.Config(
-            run=small_lake, teacher="none", hidden=16, backbone=Backbone(width=8, max_len=6), training=Training(epochs=1, batch=8)
+            run=small_lake,
+            teacher="none",
+            hidden=16,
+            backbone=Backbone(width=8, max_len=6),
+            fusion=Fusion(parts=("llmemb",)),
+            training=Training(epochs=1, batch=8),
         )
     )
     remember(small_lake, "rat", result)
@@ -160,5 +166,5 @@ def test_sizes_below_one_are_refused(small_lake: Run, key: str) -> None:
 
 def test_a_catalogue_of_another_date_does_not_get_this_one(recommended: Run) -> None:
     later = dataclasses.replace(recommended, ds="2030-01-01")
-    with pytest.raises(InputError, match=f"is of {recommended.ds}, .* project with --ds {recommended.ds}"):
+    with pytest.raises(InputError, match=f"is of {LATER}, .* project with --ds {LATER}"):
         projected(later)

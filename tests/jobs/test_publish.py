@@ -183,7 +183,7 @@ def test_a_pointer_that_moved_between_comparing_and_the_lease_stays_where_it_is(
             yield token
 
     monkeypatch.setattr(publish, "lease", late)
-    with pytest.raises(Refused, match="another writer moved the pointer since this publish began"):
+    with pytest.raises(Unavailable, match="another writer moved the pointer since this publish began"):
         publish.run(config(lake, space=C))
     pointer = Reader.open(lake).pointer()
     assert (pointer.space_id, pointer.sequence) == (B, 2)

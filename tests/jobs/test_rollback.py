@@ -16,7 +16,7 @@ from feature_repo.stores import key_text, lease, open_writer
 from jobs import lookup, publish, rollback
 from jobs.engines import registry
 from jobs.lake.tables import space_of
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 from tests.jobs.small_registry import fresh, kept
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
@@ -114,7 +114,7 @@ def test_a_pointer_that_moved_before_the_lease_was_held_is_not_turned_back(
             yield token
 
     monkeypatch.setattr(rollback, "lease", late)
-    with pytest.raises(Refused, match="the pointer moved while rollback waited for its lease"):
+    with pytest.raises(Unavailable, match="the pointer moved while rollback waited for its lease"):
         back(lake)
     pointer = Reader.open(lake).pointer()
     assert (pointer.space_id, pointer.sequence) == (C, 3)

@@ -260,7 +260,7 @@ def test_sigterm_saves_and_the_next_run_ends_with_the_bytes_of_an_uninterrupted_
 
 def test_a_checkpoint_is_not_taken_up_once_its_items_have_changed(config: scft.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(scft, "progress", lambda _: lambda metrics, step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(tuning, "progress", lambda _: lambda metrics, step: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             scft.run(config)
     write_items(config.run.lake, DS, tiny.items(60)[10:])

@@ -19,6 +19,7 @@ from jobs.lake.items import bury
 from jobs.lake.tables import SEQUENCES, llm_embeddings
 from jobs.run import InputError, Run
 from models.behaviour.artifact import load_recommender
+from models.behaviour.assembly import Fusion
 from models.behaviour.data import held_out
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
@@ -40,7 +41,22 @@ def taught(run: Run, **more: Any) -> str:
 
 
 def config(run: Run, **more: Any) -> rat.Config:
-    return rat.Config(run=run, **{**SMALL, "hidden": 16, "whitened_width": 8, **more})
+    return rat.Config(run=run, **{**SMALL, "hidden": 16, "whitened_width": 8, "fusion": Fusion(parts=("llmemb",)), **more})
+
+
+@pytest.mark.parametrize("teacher", ["latest", "none"])
+def test_by_default_the_recommender_is_of_parts_side_by_side(small_lake: Run, teacher: str) -> None:
+    taught(small_lake)
+    result = rat.run(config(small_lake, teacher=teacher, fusion=Fusion(text_width=5, counting_width=4)))
+    loaded = load_recommender(artifacts.find(small_lake.lake, "recommender", result.recommender_id))
+    assert {"llmemb", "text", "counting"} <= set(result.fused.weights)
+    assert ("collaborative" in result.fused.weights) is (teacher == "latest")
+    # so few validation cases choose nothing, and that is said
+    assert "too few to choose weights" in result.fused.note
+    assert [part.name for part in loaded.parts] == list(result.fused.widths)
+    assert loaded.width == sum(result.fused.widths.values())
+    vectors = loaded.project(torch.randn(2, 12), ["i00", "never seen"])
+    assert vectors.shape == (2, loaded.width) and vectors.isfinite().all()
 
 
 @pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "llm_esr"])

@@ -16,12 +16,13 @@ from feature_repo.compatibility import apart
 from jobs import project, rat
 from jobs.engines import registry
 from jobs.lake import artifacts, partitions
-from jobs.lake.tables import ITEMS, item_embeddings, space_of
+from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
 from jobs.lake.tensors import read_catalogue, read_embeddings
 from jobs.rat import rotation
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import Run, as_json
 from models.behaviour.artifact import load_recommender
+from models.behaviour.assembly import Fusion
 from models.behaviour.items import IdItems
 from models.behaviour.recommender import Backbone, score
 from models.behaviour.training import Training
@@ -29,7 +30,7 @@ from tests.jobs.small_lake import ENCODER, make
 
 SMALL: dict[str, Any] = {
     "backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4), "hidden": 16,
-    "whitened_width": 8, "text_width": 4, "encoder": ENCODER, "teacher": "none",
+    "whitened_width": 8, "text_width": 4, "encoder": ENCODER, "teacher": "none", "fusion": Fusion(parts=("llmemb",)),
 }  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -40,6 +41,9 @@ def served(tmp_path: Path) -> tuple[Run, str]:
     run = make(tmp_path)
     first = trained(run)
     project.run(project.Config(run=run, recommender=first.recommender_id))
+    for table in (ITEMS, SEQUENCES):  # the catalogue of a week later is the same
+        rows = partitions.read(run.lake, table, f"ds={run.ds}")
+        partitions.write(run.lake, table, "ds=2026-03-17", [rows])
     return dataclasses.replace(run, ds="2026-03-17", seed=7), first.recommender_id
 
 
@@ -176,8 +180,8 @@ def test_of_a_space_that_was_turned_and_shaken_only_the_shaking_is_left() -> Non
     turn_DD = np.linalg.qr(generator.normal(size=(8, 8)))[0].astype(np.float32)
     items = IdItems(201, 8)
     items.weight.data[1:] = torch.from_numpy(old_ND @ turn_DD + 0.05 * generator.normal(size=(200, 8)).astype(np.float32))
-    goal = Goal(to="r", partition="p", digest="d", row_N=np.arange(1, 201), old_ND=old_ND)
-    found_DD, done = rotation.turn(goal, items, CPU)
+    goal = Goal(to="r", partition="p", digest="d", row_N=np.arange(1, 201), old_ND=old_ND, spans={"llmemb": (0, old_ND.shape[1])})
+    found_DD, done = rotation.turn(goal, "llmemb", items(torch.arange(1, 201)).detach())
     assert found_DD is not None
     assert np.allclose(found_DD.numpy(), turn_DD.T, atol=0.02)
     assert done.residual == pytest.approx(0.05, abs=0.01)
