@@ -232,7 +232,7 @@ def make_items(config: Config, whitening: Whitening, llm_NE: Tensor) -> Items:
     adapter = MlpAdapter(white_NK.shape[1], config.hidden, config.backbone.width)
     if config.adapter == "residual":
         return ResidualItems(white_NK, adapter, config.backbone.width, config.drop_ids)
-    return TextItems(white_NK, adapter)
+    return TextItems(white_NK, adapter, unit=config.training.cosine > 0)
 
 
 def make_distiller(config: Config, items: Items, events: Histories) -> Distiller | None:

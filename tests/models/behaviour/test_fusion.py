@@ -11,7 +11,7 @@ from models.behaviour import fusion
 from models.behaviour.data import train_counts
 from models.behaviour.fusion import OPEN, Point, Sample, Scores, Search
 from models.judge.metrics import by_rank, full_ranks
-from tests.models.behaviour.small_world import EACH, ITEMS, KINDS, events
+from tests.models.behaviour.small_world import EACH, ITEMS, events
 
 
 def sample(seed: int = 0, *, unseen: bool = True) -> Sample:
@@ -122,4 +122,3 @@ def test_gates_raise_text_where_it_knows_more() -> None:
     assert plain.weights.gates == OPEN
     assert gated.weights.gates[0] >= 1.0
     assert gated.ndcg["cold"] >= plain.ndcg["cold"]
-    assert KINDS > 1
