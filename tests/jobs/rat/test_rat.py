@@ -255,3 +255,10 @@ def test_the_artifact_is_safetensors_and_json(small_lake: Run) -> None:
 def test_values_out_of_range_are_refused_by_name(small_lake: Run, key: str, value: float) -> None:
     with pytest.raises(InputError, match=f"rat.{key}"):
         config(small_lake, **{key: value})
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.07])
+def test_the_vectors_that_train_are_those_that_the_artifact_serves(small_lake: Run, cosine: float) -> None:
+    some = config(small_lake, training=Training(epochs=1, batch=8, negatives=4, cosine=cosine))
+    llm_NE = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    assert rat.make_items(some, rat.fit_whitening(llm_NE, 8), llm_NE).unit is (cosine > 0)  # type: ignore[attr-defined]
