@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -142,11 +143,11 @@ def part_options(config: Fusion, given: Material, name: str, white_NK: Tensor) -
         items = counting_items(given.events, config.counting_width, config.counting, given.white_NK)
         width, known = items.weight.shape[1], {"kind": "sides" if config.counting in DIRECTED else "table"}
     backbone = Backbone(width=width, max_len=config.newest)
+    reads = partial(build_sequence, backbone, known["kind"])
     return {
-        fade: Part(name=name, items=items, sequence=build_sequence(backbone, known["kind"], fade), backbone=backbone, config=known,
-                   fading=fade)
+        fade: Part(name=name, items=items, sequence=reads(fade), backbone=backbone, config=known, fading=fade)
         for fade in config.fades
-    }  # fmt: skip
+    }
 
 
 def scored(given: Material, sample: Sample, part: Part, white_NK: Tensor) -> Scores:

@@ -4,7 +4,8 @@ A symmetric table (co-occurrence, EASE's partial correlations) is cut to its lea
 One with a direction (transitions, L3AE) is cut by its singular vectors: an item carries two sides, the vector that it is found
 by and the one that a history is read from. What each is worth, alone and fused: BENCHMARKS.md.
 
-Shapes: V items + 1 (row 0 is padding), N items, K whitened width, D width of the part, R rank, P pairs of items, U users of a chunk.
+Shapes: V items + 1 (row 0 is padding), N items, K whitened width, D width of the part, R rank, P pairs of items,
+U users of a chunk.
 """
 
 from __future__ import annotations

@@ -238,10 +238,12 @@ def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whiten
         adapter = MlpAdapter(width, config["hidden"], backbone.width)
         return TextItems(torch.zeros(0, width), adapter, unit=config.get("unit", False))
     if config["kind"] == "residual":
-        return ResidualItems(torch.zeros(catalogue, width), MlpAdapter(width, config["hidden"], backbone.width), backbone.width)
+        adapter = MlpAdapter(width, config["hidden"], backbone.width)
+        return ResidualItems(torch.zeros(catalogue, width), adapter, backbone.width, unit=config.get("unit", False))
     if config["kind"] == "llm_esr":
         return DualItems(torch.zeros(catalogue, width), config["hidden"], backbone.width)
-    return NullSpaceItems(torch.zeros(catalogue, width), backbone.width, config["text_width"])
+    known = {name: config.get(name, False) for name in ("added", "unit")}
+    return NullSpaceItems(torch.zeros(catalogue, width), backbone.width, config["text_width"], **known)
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

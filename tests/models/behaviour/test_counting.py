@@ -69,9 +69,7 @@ def test_partial_correlations_hold_eases_weights() -> None:
     ridge = counting.RIDGE * counting.mean_count(gram_VV)
     item, others = 5, torch.tensor([column for column in range(ITEMS + 1) if column != 5])
     # EASE's column by its definition: the ridge regression of an item on all others
-    ease_M = torch.linalg.solve(
-        gram_VV[others][:, others] + ridge * torch.eye(ITEMS, dtype=torch.float64), gram_VV[others, item]
-    )
+    ease_M = torch.linalg.solve(gram_VV[others][:, others] + ridge * torch.eye(ITEMS, dtype=torch.float64), gram_VV[others, item])
     inverse_V = torch.linalg.inv(gram_VV + ridge * torch.eye(ITEMS + 1, dtype=torch.float64)).diagonal()
     found_M = counting.partial_correlations(logs)[others, item].double() * (inverse_V[others] / inverse_V[item]).sqrt()
     torch.testing.assert_close(found_M, ease_M, atol=1e-6, rtol=1e-4)
