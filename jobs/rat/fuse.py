@@ -34,6 +34,8 @@ class Fused:
     """Share of the mean user vector that was taken from a part's users."""
     chosen: dict[str, float] = field(default_factory=dict)
     """Chosen for single parts: events of shrinking, fades."""
+    counted: str = ""
+    """The table of the counting part that did best on validation."""
     ndcg: dict[str, float] = field(default_factory=dict)
     """NDCG@10 on validation cases, overall and by the target's group."""
     alone: dict[str, float] = field(default_factory=dict)
@@ -64,7 +66,7 @@ def keep(staged: Path, fusion: Fusion, given: Material, goal: Goal | Rotation, m
     fused = Fused(
         weights=found.relative, widths={part.name: part.backbone.width for part in assembled.parts}, gates=found.weights.gates,
         centre=dict(found.weights.centre), chosen=assembled.chosen, ndcg=found.ndcg, alone=found.alone, gains=assembled.gains,
-        curve=found.curve, cases=found.cases, note=found.note,
+        counted=assembled.counted, curve=found.curve, cases=found.cases, note=found.note,
     )  # fmt: skip
     return told, fused
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from models.behaviour import fusion, parts
-from models.behaviour.counting import DIRECTED, Counting, counting_items
+from models.behaviour.counting import DIRECTED, Counting, affordable, counting_items
 from models.behaviour.data import Histories
 from models.behaviour.fused import Part
 from models.behaviour.fusion import Found, Sample, Scores, Search
@@ -22,6 +21,8 @@ from models.behaviour.recommender import Backbone, LoadedRecommender, build_sequ
 from models.behaviour.whitening import Whitening
 
 Name = Literal["collaborative", "llmemb", "text", "counting"]
+Option = tuple[float, str]
+"""What is varied of a part: a fade or events of shrinking, and the counting part's table."""
 CONTROLS = ("shuffled", "gaussian")
 
 
@@ -36,9 +37,10 @@ class Fusion:
     """Directions of the text part."""
     text_directions: Literal["agreement", "random", "strongest"] = "agreement"
     """`agreement`: those in which texts of items that users took one after the other agree most; `random`: a fixed map of all."""
-    counting: Counting = "cooccurrence"
-    """`cooccurrence`: who stood beside whom; `transitions`: who came next; `ease`: partial correlations; `l3ae`: those, pulled to
-    text. The last two invert a matrix of items by items: up to 20,000."""
+    counting: tuple[Counting, ...] = ("cooccurrence", "ease")
+    """Tables that are tried for the counting part; the best on validation is taken. `cooccurrence`: who stood beside whom;
+    `transitions`: who came next; `ease`: partial correlations; `l3ae`: those, pulled to text. The last two invert a matrix of
+    items by items: past 20,000 items (6,000 on a CPU) they are passed over."""
     counting_width: int = 128
     """Columns of the counting part; of `transitions` and `l3ae` half of them find an item and half read it."""
     shrink: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
@@ -59,6 +61,8 @@ class Fusion:
             raise ValueError(f"fusion.parts {list(self.parts)} must name at least one part, and each once")
         if min(self.text_width, self.counting_width, self.newest) < 1:
             raise ValueError("fusion.text_width, counting_width and newest must be at least 1")
+        if not self.counting or set(self.counting) - set(get_args(Counting)):
+            raise ValueError(f"fusion.counting {list(self.counting)} must name at least one of {', '.join(get_args(Counting))}")
         if not self.shrink or not self.fades or min(self.shrink) < 0 or not all(0 < fade <= 1 for fade in self.fades):
             raise ValueError("fusion.shrink must hold numbers of 0 or more, and fusion.fades numbers in (0, 1]")
 
@@ -92,6 +96,8 @@ class Assembled:
     """NDCG@10 on validation that text, and each control in its place, added to the other parts."""
     chosen: dict[str, float] = field(default_factory=dict)
     """What was chosen for single parts: events of shrinking, fades."""
+    counted: str = ""
+    """The table of the counting part."""
     mean_users: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -104,12 +110,14 @@ def assemble(config: Fusion, given: Material) -> Assembled:
     made: dict[str, Part] = {}
     scores: dict[str, Scores] = {}
     chosen: dict[str, float] = {}
+    counted = ""
     for name in names:
         read_NK = given.white_NK if name != "text" or given.other_text_NK is None else given.other_text_NK
         options = part_options(config, given, name, read_NK)
         value, made[name], scores[name] = best_alone(given, sample, options, read_NK)
         if len(options) > 1:
-            chosen[name] = value
+            chosen[name] = value[0]
+        counted = value[1] or counted
     centred = [name for name in ("collaborative", "llmemb") if config.centre]
     found = fusion.search(sample, scores, centred=centred, gated=config.gates)
     gains: dict[str, float] = {}
@@ -120,34 +128,43 @@ def assemble(config: Fusion, given: Material) -> Assembled:
             del made["text"], scores["text"]
     kept = [name for name in made if found.relative[name] > 0]
     means = {name: scores[name].user_CD.mean(0) for name in kept}
-    return Assembled(parts=tuple(made[name] for name in kept), found=found, gains=gains, chosen=chosen, mean_users=means)
+    return Assembled(
+        parts=tuple(made[name] for name in kept), found=found, gains=gains, chosen=chosen, counted=counted, mean_users=means
+    )
 
 
-def part_options(config: Fusion, given: Material, name: str, white_NK: Tensor) -> dict[float, Part]:
+def part_options(config: Fusion, given: Material, name: str, white_NK: Tensor) -> dict[Option, Part]:
     """A part in each of the ways that are tried, by what is varied."""
     if name == "llmemb":
-        return {0.0: given.llmemb}
+        return {(0.0, ""): given.llmemb}
     if name == "collaborative":
         assert given.teacher is not None and given.teacher_VD is not None
         teacher, table_VD = given.teacher, given.teacher_VD
         return {
-            k: Part(name=name, items=parts.shrunk_items(table_VD, given.counts_V, white_NK, k), sequence=teacher.sequence,
-                    backbone=teacher.backbone, config={"kind": "shrunk"})
+            (k, ""): Part(name=name, items=parts.shrunk_items(table_VD, given.counts_V, white_NK, k), sequence=teacher.sequence,
+                          backbone=teacher.backbone, config={"kind": "shrunk"})
             for k in config.shrink
         }  # fmt: skip
-    items: torch.nn.Module
     if name == "text":
         items = parts.text_items(white_NK, given.events, config.text_width, config.text_directions)
-        width, known = items.map_KD.shape[1], {"kind": "directions"}
-    else:
-        items = counting_items(given.events, config.counting_width, config.counting, given.white_NK)
-        width, known = items.weight.shape[1], {"kind": "sides" if config.counting in DIRECTED else "table"}
+        return read_fading(config, name, items, items.map_KD.shape[1], "directions")
+    kinds = [kind for kind in config.counting if affordable(kind, given.events)] or config.counting[:1]
+    made: dict[Option, Part] = {}
+    for kind in kinds:
+        table = counting_items(given.events, config.counting_width, kind, given.white_NK)
+        read = read_fading(config, name, table, table.weight.shape[1], "sides" if kind in DIRECTED else "table")
+        made |= {(fade, kind): part for (fade, _), part in read.items()}
+    return made
+
+
+def read_fading(config: Fusion, name: str, items: torch.nn.Module, width: int, kind: str) -> dict[Option, Part]:
+    """Items read by a mean that fades in each of the ways that are tried."""
     backbone = Backbone(width=width, max_len=config.newest)
-    reads = partial(build_sequence, backbone, known["kind"])
     return {
-        fade: Part(name=name, items=items, sequence=reads(fade), backbone=backbone, config=known, fading=fade)
+        (fade, ""): Part(name=name, items=items, sequence=build_sequence(backbone, kind, fade), backbone=backbone,
+                         config={"kind": kind}, fading=fade)
         for fade in config.fades
-    }
+    }  # fmt: skip
 
 
 def scored(given: Material, sample: Sample, part: Part, white_NK: Tensor) -> Scores:
@@ -159,9 +176,9 @@ def scored(given: Material, sample: Sample, part: Part, white_NK: Tensor) -> Sco
     return fusion.scored(sample, table_VD, alone.encode)
 
 
-def best_alone(given: Material, sample: Sample, options: Mapping[float, Part], white_NK: Tensor) -> tuple[float, Part, Scores]:
+def best_alone(given: Material, sample: Sample, options: Mapping[Option, Part], white_NK: Tensor) -> tuple[Option, Part, Scores]:
     """The option with the best NDCG@10 by itself, with its scores; of too few cases the first."""
-    best: tuple[float, Part, Scores] | None = None
+    best: tuple[Option, Part, Scores] | None = None
     most = -1.0
     for value, part in options.items():
         scores = scored(given, sample, part, white_NK)
@@ -189,7 +206,7 @@ def text_gains(
             white_NK = given.white_NK[torch.randperm(len(given.white_NK), generator=generator).to(given.white_NK.device)]
         else:
             white_NK = torch.randn(given.white_NK.shape, generator=generator).to(given.white_NK.device)
-        part = part_options(config, given, "text", white_NK)[fade]
+        part = part_options(config, given, "text", white_NK)[fade, ""]
         instead = {name: scored(given, sample, part, white_NK) if name == "text" else other for name, other in scores.items()}
         ndcg = fusion.search(sample, instead, centred=centred, gated=config.gates).ndcg["overall"]
         gains[control] = ndcg - without.ndcg["overall"]

@@ -25,8 +25,9 @@ DIRECTED = frozenset({"transitions", "l3ae"})
 WINDOW = 3
 """Events apart that still count as together."""
 POWER_STEPS = 12
-DENSE = 20_000
-"""Items up to which a matrix of items by items is inverted."""
+DENSE = {"cuda": 20_000, "cpu": 6_000}
+"""Items up to which a matrix of items by items is inverted, by device: seconds on each."""
+INVERTED = frozenset({"ease", "l3ae"})
 RIDGE = 20.0
 """EASE's ridge, in mean train events of an item."""
 TEXT_RIDGE = 0.3
@@ -51,10 +52,10 @@ def counting_items(
         fill_symmetric(made.weight, cosines(events), seed)
     elif kind == "transitions":
         fill_directed(made.weight, following(events), seed)
-    elif kind in ("ease", "l3ae"):
-        if rows - 1 > DENSE:
-            raise ValueError(f"counting {kind!r} inverts a matrix of items by items: {rows - 1:,} items are more than {DENSE:,}; "
-                             "take fusion.counting cooccurrence or transitions")  # fmt: skip
+    elif kind in INVERTED:
+        if not affordable(kind, events):
+            raise ValueError(f"counting {kind!r} inverts a matrix of items by items: {rows - 1:,} items are more than "
+                             f"{most(events):,}; take fusion.counting cooccurrence or transitions")  # fmt: skip
         if kind == "ease":
             fill_symmetric(made.weight, partial_correlations(events), seed)
         elif white_NK is None:
@@ -65,6 +66,16 @@ def counting_items(
         raise ValueError(f"counting {kind!r} is none of cooccurrence, transitions, ease, l3ae")
     made.weight[0] = 0
     return made
+
+
+def affordable(kind: Counting, events: Histories) -> bool:
+    """Whether a kind can be counted for a catalogue of this size."""
+    return kind not in INVERTED or events.catalogue <= most(events)
+
+
+def most(events: Histories) -> int:
+    """Items up to which a matrix of items by items is inverted on the device of the events."""
+    return DENSE.get(events.items_N.device.type, DENSE["cpu"])
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables

@@ -250,7 +250,9 @@ def search(sample: Sample, scores: Mapping[str, Scores], *, centred: Sequence[st
         before = point
         for number in order[1:] if turn == 0 else order:
             factors = GRID if not point.weight[number] else (0.0, *(factor * point.weight[number] for factor in FACTORS))
-            options = [replaced(point, "weight", number, value) for value in factors]
+            options = [
+                replaced(point, "weight", number, value) for value in factors if value or sum(point.weight) > point.weight[number]
+            ]
             point = better(run, point, options, names[number], curve)
         if gated and GATED in names and point.weight[names.index(GATED)]:
             for band in bands_to_try(sample):

@@ -177,12 +177,12 @@ def variants(arguments: argparse.Namespace) -> dict[str, Fusion]:
         "fused_64_64": Fusion(text_width=64, counting_width=64),
         "fused_16_16": Fusion(text_width=16, counting_width=16),
         "llmemb_text_counting": Fusion(parts=("llmemb", "text", "counting")),
-        "fused_transitions": Fusion(counting="transitions"),
-        "fused_ease": Fusion(counting="ease"),
-        "fused_l3ae": Fusion(counting="l3ae"),
-        "transitions": Fusion(parts=("counting",), counting="transitions"),
-        "ease": Fusion(parts=("counting",), counting="ease"),
-        "l3ae": Fusion(parts=("counting",), counting="l3ae"),
+        "fused_transitions": Fusion(counting=("transitions",)),
+        "fused_ease": Fusion(counting=("ease",)),
+        "fused_l3ae": Fusion(counting=("l3ae",)),
+        "transitions": Fusion(parts=("counting",), counting=("transitions",)),
+        "ease": Fusion(parts=("counting",), counting=("ease",)),
+        "l3ae": Fusion(parts=("counting",), counting=("l3ae",)),
         "fused_no_gates": Fusion(gates=False),
         "fused_no_centre": Fusion(centre=False),
     }
@@ -246,6 +246,7 @@ def measured(
     told[label] = {
         "weights": {name: round(value, 3) for name, value in assembled.found.relative.items()},
         "gates": assembled.found.weights.gates, "centre": dict(assembled.found.weights.centre), "chosen": assembled.chosen,
+        "counted": assembled.counted,
         "gains": {name: round(value, 5) for name, value in assembled.gains.items()}, "width": table_VD.shape[1],
         "cases": assembled.found.cases, "seconds": round(seconds, 1),
         "valid": {name: round(value, 4) for name, value in assembled.found.ndcg.items()},
@@ -315,42 +316,48 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     for setting in sorted({file.name.partition("-")[0] for file in arguments.ranks}):
         files = [load_file(file) for file in sorted(arguments.ranks) if file.name.startswith(f"{setting}-")]
         shared = set.intersection(*(set(file) for file in files)) - {"slices"}
-        slices = dict(zip(SLICES, files[0]["slices"].bool(), strict=True))
-        metrics = {name: [by_rank(file[name]) for file in files] for name in shared}
-        told: dict[str, Any] = {"seeds": len(files), "users": {name: int(slices[name].sum()) for name in SHOWN}}
+        slices = {
+            name: mine for name, mine in zip(SLICES, files[0]["slices"].bool(), strict=True) if name in SHOWN and bool(mine.any())
+        }
+        told: dict[str, Any] = {"seeds": len(files), "users": {name: int(mine.sum()) for name, mine in slices.items()}}
         for kind in ("unseen", "all"):
             names = sorted(name.removesuffix(f"/{kind}") for name in shared if name.endswith(f"/{kind}"))
-            ndcg = {name: torch.stack([one["ndcg"] for one in metrics[f"{name}/{kind}"]]) for name in names}
+            found = [[by_rank(file[f"{name}/{kind}"]) for file in files] for name in names]
+            ndcg_MSC = torch.stack([torch.stack([one["ndcg"] for one in seeds]) for seeds in found]).float()
             told[kind] = {
-                name: {
-                    slice_: round(float(value_SC[:, slices[slice_]].mean()), 4) for slice_ in SHOWN if bool(slices[slice_].any())
-                }
-                | {"hr": round(float(torch.stack([one["hr"] for one in metrics[f"{name}/{kind}"]]).mean()), 4)}
-                for name, value_SC in ndcg.items()
+                name: {slice_: round(float(ndcg_MSC[m][:, mine].mean()), 4) for slice_, mine in slices.items()}
+                | {"hr": round(float(torch.stack([one["hr"] for one in found[m]]).mean()), 4)}
+                for m, name in enumerate(names)
             }
+            drawn = {slice_: resampled(ndcg_MSC[:, :, mine]) for slice_, mine in slices.items() if int(mine.sum()) >= LEAST}
             told[f"{kind}_differences"] = {
                 f"{name} - {other}": {
-                    slice_: interval(ndcg[name] - ndcg[other], slices[slice_])
-                    for slice_ in SHOWN if int(slices[slice_].sum()) >= LEAST
+                    slice_: interval(ndcg_MSC[m] - ndcg_MSC[o], slices[slice_], mean_RM[:, m] - mean_RM[:, o])
+                    for slice_, mean_RM in drawn.items()
                 }
-                for name in names if name.startswith("fused") for other in REFERENCES if other in names and other != name
+                for m, name in enumerate(names) if name.startswith("fused")
+                for o, other in enumerate(names) if other in REFERENCES and other != name
             }  # fmt: skip
         result[setting] = told
     return result
 
 
-def interval(less_SC: Tensor, in_C: Tensor, resamples: int = 1000) -> list[float]:
-    """Mean difference and its 95 % interval; seeds and users are drawn anew in each resample."""
-    less_SC = less_SC[:, in_C].double()
+def resampled(ndcg_MSC: Tensor, resamples: int = 1000) -> Tensor:
+    """mean_RM of each model in each resample; seeds and users are drawn anew, the same for all models."""
+    models, seeds, users = ndcg_MSC.shape
     generator = torch.Generator().manual_seed(COLD_SEED)
-    seeds, users = less_SC.shape
-    weight_RC = torch.poisson(torch.ones(resamples, users, dtype=torch.float64), generator=generator)
-    share_RS = torch.zeros(resamples, seeds, dtype=torch.float64)
+    weight_RC = torch.poisson(torch.ones(resamples, users), generator=generator)
+    share_RS = torch.zeros(resamples, seeds)
     drawn_RS = torch.randint(seeds, (resamples, seeds), generator=generator)
-    share_RS.scatter_add_(1, drawn_RS, torch.full((resamples, seeds), 1 / seeds, dtype=torch.float64))
-    mean_RS = weight_RC @ less_SC.T / weight_RC.sum(1, keepdim=True)
-    low, high = (mean_RS * share_RS).sum(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return [round(value, 4) for value in (float(less_SC.mean()), low, high)]
+    share_RS.scatter_add_(1, drawn_RS, torch.full((resamples, seeds), 1 / seeds))
+    mean_RMS = (weight_RC @ ndcg_MSC.reshape(models * seeds, users).T / weight_RC.sum(1, keepdim=True)).view(-1, models, seeds)
+    return (mean_RMS * share_RS[:, None]).sum(2)
+
+
+def interval(less_SC: Tensor, in_C: Tensor, less_R: Tensor) -> list[float]:
+    """Mean difference and its 95 % interval."""
+    low, high = less_R.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [round(value, 4) for value in (float(less_SC[:, in_C].mean()), low, high)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- encode

@@ -142,6 +142,6 @@ def test_what_cannot_be_counted_is_refused_by_name(monkeypatch: pytest.MonkeyPat
         counting_items(events(), 8, "svd")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reads whitened text"):
         counting_items(events(), 8, "l3ae")
-    monkeypatch.setattr(counting, "DENSE", ITEMS - 1)
+    monkeypatch.setattr(counting, "DENSE", {"cpu": ITEMS - 1})
     with pytest.raises(ValueError, match="120 items are more than 119"):
         counting_items(events(), 8, "ease")

@@ -40,6 +40,13 @@ def test_a_part_of_noise_gets_no_weight_and_two_that_know_different_cases_share_
     assert found.curve[-1]["ndcg"] >= found.curve[0]["ndcg"]
 
 
+def test_a_part_that_is_alone_keeps_its_weight_even_where_it_does_worse_than_a_tie_of_all() -> None:
+    cases = sample()
+    worse = knows(cases, 1.0)
+    found = fusion.search(cases, {"text": dataclasses.replace(worse, user_CD=-worse.user_CD)})
+    assert found.relative["text"] > 0
+
+
 def test_the_search_is_the_same_every_time() -> None:
     cases = sample()
     parts = {"collaborative": knows(cases, 0.5, 1), "text": knows(cases, 0.4, 2)}
