@@ -208,7 +208,9 @@ def register(config: Config, result: Result) -> str | None:
     params = {"recommender_id": result.recommender_id, "encoder_id": result.encoder_id, "config": as_json(config)}
     metrics = {name: value for name, value in known.items() if isinstance(value, float)}
     artifact = artifacts.find(config.run.lake, "recommender", result.recommender_id)
-    return registry.log_run(config.run, "rat", params, metrics, artifact, MODEL, registry.RECOMMENDER_CODE, inputs=result.inputs)
+    return registry.log_run(
+        config.run, "rat", params, metrics, artifact, MODEL, registry.RECOMMENDER_CODE, inputs=result.inputs, curve=result.history
+    )
 
 
 def chosen(config: Config) -> tuple[str, str]:
