@@ -124,6 +124,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with status 2 and a usage line when it is off."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs",
+        usage="python -m jobs NAME --recipe FILE --ds DATE [--set JOB.KEY=VALUE]\n"
+        f"       python -m jobs {'|'.join(COMMANDS)} --help\n       python -m jobs --help      (all jobs)",
         description="Runs one job of the nightly path. Jobs, in the order of the data:\n\n"
         + "\n".join(f"  {name:<10} {purpose}" for name, purpose in JOBS.items())
         + "\n\nCommands for people:\n\n"

@@ -113,7 +113,7 @@ def build(cls: type[C], values: Mapping[str, Any], table: str) -> C:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([table, *(str(part) for part in first["loc"])])
-        raise InputError(f"recipe: {key}: {first['msg']}") from error
+        raise InputError(f"recipe: {key}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def refuse_unknown(cls: Any, values: Mapping[str, Any], table: str) -> None:

@@ -140,7 +140,8 @@ def test_a_fault_in_the_recipe_is_one_line_that_names_it(
 
 def test_a_date_must_be_a_date(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recommend", "--recipe", str(recipe), "--ds", "22.4.1998"]) == 2
-    assert "write it as YYYY-MM-DD" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "write it as YYYY-MM-DD" in said and "Value error" not in said, "the checking library's words say nothing"
 
 
 def test_a_date_that_has_not_begun_is_refused_and_leaves_no_manifest(
@@ -159,6 +160,12 @@ def test_the_result_comes_after_all_that_is_logged(recipe: Path, monkeypatch: py
     monkeypatch.setattr(sys, "stderr", both)
     assert call(monkeypatch, recipe) == 0
     assert "seen" in json.loads(both.getvalue().splitlines()[-1])
+
+
+def test_a_wrong_call_is_shown_the_commands_for_people_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["nights"])
+    assert all(name in capsys.readouterr().err for name in cli.COMMANDS)
 
 
 def test_a_missing_recipe_names_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
