@@ -165,7 +165,8 @@ def test_the_result_comes_after_all_that_is_logged(recipe: Path, monkeypatch: py
 def test_a_wrong_call_is_shown_the_commands_for_people_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["nights"])
-    assert all(name in capsys.readouterr().err for name in cli.COMMANDS)
+    said = capsys.readouterr().err
+    assert all(name in said for name in cli.COMMANDS)
 
 
 def test_a_missing_recipe_names_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
