@@ -57,3 +57,13 @@ def test_a_long_file_is_found(lines: int, over: list[str]) -> None:
 def test_a_long_function_is_found_wherever_it_stands(lines: int, over: list[str]) -> None:
     body = "        x = 1\n" * lines
     assert list(too_long(f"class House:\n    async def named(self):\n{body}", "f.py")) == over
+
+
+def test_tests_stand_where_the_code_stands() -> None:
+    """A package's tests lie in the folder of its name: tests/jobs/scft/ for jobs/scft/."""
+    folders = {path.parent.relative_to(ROOT) for path in sources()}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        room = path.parent.relative_to(ROOT / "tests")
+        if room.parts and room.parts[0] in ROOMS:
+            assert room in folders or room == Path("models"), f"{path}: there is no folder {room}"
+            assert room / path.stem.removeprefix("test_") not in folders, f"{path}: its place is {room}/{path.stem[5:]}/"
