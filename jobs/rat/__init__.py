@@ -61,8 +61,8 @@ class Config:
     """Directions kept by whitening, at most; the items' own rank bounds it too, and so does an eighth of their number: whitened
     to as many directions as there are items, all texts lie equally far apart."""
     adapter: Literal["mlp", "residual", "null_space", "llm_esr"] = "mlp"
-    """`mlp`: vectors from text alone; `residual`: the same plus a learned ID part; `null_space`: frozen text beside a learned ID
-    part (AlphaFuse); `llm_esr`: that baseline, for `evaluate.baselines`, without alignment."""
+    """`mlp`: vectors from text alone; `residual`: the same plus a learned ID part; `null_space`: frozen text, and a
+    learned ID part added in its weakest directions (AlphaFuse); `llm_esr`: that baseline, for `evaluate.baselines`, without alignment."""
     hidden: int = 256
     """Hidden width of the `mlp` and `residual` adapters, and of LLM-ESR's."""
     drop_ids: float = 0.3
@@ -72,7 +72,7 @@ class Config:
     like_users: int = 10
     """Like users that a user learns from in it."""
     text_width: int = 32
-    """Of the vector's width, what `null_space` gives to text."""
+    """Of the vector's width, what `null_space` leaves to text alone: in the other columns the ID part is added. Half, as published."""
     alpha: float = 0.01
     """Weight of the alignment loss."""
     temperature: float = 0.1
@@ -156,7 +156,7 @@ def run(config: Config) -> Result:
         inputs |= {"rotate_to": goal.to, "item_embeddings": goal.digest}
     checkpoint = checkpoint_path("rat", config, inputs, config.run.lake)
     trained = train(
-        recommender, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
+        recommender, events, training_of(config), max_len=config.backbone.max_len, seed=config.run.seed,
         log=progress_log("rat"), candidates_M=counts_V.nonzero().flatten(), unseen=config.run.exclude_seen,
         aligner=make_aligner(config, teacher_id, catalogue, counts_V),
         distiller=make_distiller(config, recommender.items, events), checkpoint=checkpoint,
@@ -227,14 +227,20 @@ def make_items(config: Config, whitening: Whitening, llm_NE: Tensor) -> Items:
     """The item source of the configured adapter over the catalogue's whitened embeddings."""
     with torch.no_grad():
         white_NK = whitening(llm_NE)
+    unit = config.training.cosine > 0
     if config.adapter == "null_space":
-        return NullSpaceItems(white_NK, config.backbone.width, config.text_width)
+        return NullSpaceItems(white_NK, config.backbone.width, config.text_width, unit=unit)
     if config.adapter == "llm_esr":
         return DualItems(white_NK, config.hidden, config.backbone.width)
     adapter = MlpAdapter(white_NK.shape[1], config.hidden, config.backbone.width)
     if config.adapter == "residual":
-        return ResidualItems(white_NK, adapter, config.backbone.width, config.drop_ids)
-    return TextItems(white_NK, adapter, unit=config.training.cosine > 0)
+        return ResidualItems(white_NK, adapter, config.backbone.width, config.drop_ids, unit=unit)
+    return TextItems(white_NK, adapter, unit=unit)
+
+
+def training_of(config: Config) -> Training:
+    """The configured training. LLM-ESR is a baseline of dot products, as published."""
+    return dataclasses.replace(config.training, cosine=0.0) if config.adapter == "llm_esr" else config.training
 
 
 def make_distiller(config: Config, items: Items, events: Histories) -> Distiller | None:
@@ -289,10 +295,10 @@ def material(
     teacher_id: str,
 ) -> Material:
     """What the parts are made of."""
-    items = {"kind": config.adapter} | (
-        {"text_width": config.text_width} if config.adapter == "null_space" else {"hidden": config.hidden}
+    items: dict[str, object] = {"kind": config.adapter} | (
+        {"text_width": config.text_width, "added": True} if config.adapter == "null_space" else {"hidden": config.hidden}
     )
-    if config.adapter == "mlp" and config.training.cosine:
+    if config.adapter != "llm_esr" and config.training.cosine:
         items["unit"] = True
     teacher, teacher_VD = None, None
     if teacher_id != "none" and "collaborative" in config.fusion.parts and config.adapter != "llm_esr":

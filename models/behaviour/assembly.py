@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from models.behaviour import fusion, parts
+from models.behaviour.counting import DIRECTED, Counting, counting_items
 from models.behaviour.data import Histories
 from models.behaviour.fused import Part
 from models.behaviour.fusion import Found, Sample, Scores, Search
-from models.behaviour.recommender import Backbone, FadingMean, LoadedRecommender
+from models.behaviour.recommender import Backbone, LoadedRecommender, build_sequence
 from models.behaviour.whitening import Whitening
 
 Name = Literal["collaborative", "llmemb", "text", "counting"]
@@ -34,7 +36,11 @@ class Fusion:
     """Directions of the text part."""
     text_directions: Literal["agreement", "random", "strongest"] = "agreement"
     """`agreement`: those in which texts of items that users took one after the other agree most; `random`: a fixed map of all."""
+    counting: Counting = "cooccurrence"
+    """`cooccurrence`: who stood beside whom; `transitions`: who came next; `ease`: partial correlations; `l3ae`: those, pulled to
+    text. The last two invert a matrix of items by items: up to 20,000."""
     counting_width: int = 128
+    """Columns of the counting part; of `transitions` and `l3ae` half of them find an item and half read it."""
     shrink: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Train events that weigh as much as text in `collaborative`; the best on validation is taken."""
     fades: tuple[float, ...] = (0.5, 0.7, 0.85)
@@ -134,11 +140,12 @@ def part_options(config: Fusion, given: Material, name: str, white_NK: Tensor) -
         items = parts.text_items(white_NK, given.events, config.text_width, config.text_directions)
         width, known = items.map_KD.shape[1], {"kind": "directions"}
     else:
-        items = parts.counting_items(given.events, config.counting_width)
-        width, known = items.weight.shape[1], {"kind": "table"}
+        items = counting_items(given.events, config.counting_width, config.counting, given.white_NK)
+        width, known = items.weight.shape[1], {"kind": "sides" if config.counting in DIRECTED else "table"}
     backbone = Backbone(width=width, max_len=config.newest)
+    reads = partial(build_sequence, backbone, known["kind"])
     return {
-        fade: Part(name=name, items=items, sequence=FadingMean(fade, config.newest), backbone=backbone, config=known, fading=fade)
+        fade: Part(name=name, items=items, sequence=reads(fade), backbone=backbone, config=known, fading=fade)
         for fade in config.fades
     }
 

@@ -94,7 +94,10 @@ class TextItems(nn.Module):
 
     def bent(self, white_NK: Tensor) -> Tensor:
         """Whitened text -> vectors."""
-        emb_ND: Tensor = self.adapter(white_NK)
+        return self.sized(self.adapter(white_NK))
+
+    def sized(self, emb_ND: Tensor) -> Tensor:
+        """The vectors, of length one where that is asked for; zeros stay."""
         return F.normalize(emb_ND, dim=-1) if self.unit else emb_ND
 
     def project(self, white_NK: Tensor, row_N: Tensor) -> Tensor:
@@ -114,22 +117,22 @@ class ResidualItems(TextItems):
     (DropoutNet, Volkovs et al., NeurIPS 2017).
     """
 
-    def __init__(self, white_NK: Tensor, adapter: nn.Module, width: int, drop: float = 0.0) -> None:
-        super().__init__(white_NK, adapter)
+    def __init__(self, white_NK: Tensor, adapter: nn.Module, width: int, drop: float = 0.0, *, unit: bool = False) -> None:
+        super().__init__(white_NK, adapter, unit=unit)
         self.drop = drop
         self.learned = nn.Parameter(torch.zeros(self.rows, width))
 
     def forward(self, items: Tensor) -> Tensor:
         """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
-        return super().forward(items) + self.kept(F.embedding(items, self.learned, padding_idx=0))
+        return self.sized(super().forward(items) + self.kept(F.embedding(items, self.learned, padding_idx=0)))
 
     def table(self) -> Tensor:
         """table_VD; row 0 is zero."""
-        return super().table() + self.kept(self.learned)
+        return self.sized(super().table() + self.kept(self.learned))
 
     def project(self, white_NK: Tensor, row_N: Tensor) -> Tensor:
         """emb_ND of any items; row 0 stands for those that were never trained."""
-        return self.bent(white_NK) + self.learned[row_N]
+        return self.sized(self.bent(white_NK) + self.learned[row_N])
 
     def kept(self, learned: Tensor) -> Tensor:
         """ID parts, in training each dropped with probability `drop`."""
@@ -139,29 +142,38 @@ class ResidualItems(TextItems):
 
 
 class NullSpaceItems(nn.Module):
-    """AlphaFuse (SIGIR 2025): frozen text in the strongest directions, a learned ID part in the directions text leaves empty.
+    """AlphaFuse (SIGIR 2025): frozen whitened text fills all columns, a learned ID part is added in the last ones.
 
-    The text part is scaled to the size of a fresh ID table. A cold item has no ID part: zeros stand there.
+    The last columns are whitened text's weakest directions, which text leaves almost empty. A cold item is its text alone.
+    `added`: as published. Without it, as this project had it before: text in the first columns, scaled to the size of a fresh ID
+    table, and the ID part beside it; kept to read old artifacts.
     """
 
     text_VK: Tensor
 
-    def __init__(self, white_NK: Tensor, width: int, text_width: int) -> None:
+    def __init__(self, white_NK: Tensor, width: int, text_width: int, *, added: bool = True, unit: bool = False) -> None:
         super().__init__()
         if not 0 < text_width < width:
             raise ValueError(f"text_width {text_width} is not between 0 and the width {width}: leave room for both parts")
-        self.rows, self.text_width = len(white_NK) + 1, min(text_width, white_NK.shape[1])
-        text_NK = self.text(white_NK)
-        self.register_buffer("text_VK", torch.cat([torch.zeros_like(text_NK[:1]), text_NK]), persistent=False)
+        self.rows, self.width, self.added, self.unit = len(white_NK) + 1, width, added, unit
+        self.text_width = text_width if added else min(text_width, white_NK.shape[1])
+        text_ND = self.text(white_NK)
+        self.register_buffer("text_VK", torch.cat([torch.zeros_like(text_ND[:1]), text_ND]), persistent=False)
         self.learned = nn.Parameter(torch.zeros(self.rows, width - self.text_width))
 
     def text(self, white_NK: Tensor) -> Tensor:
-        """The frozen part of items: their strongest whitened directions."""
-        return white_NK[:, : self.text_width] * TEXT_SCALE
+        """The frozen part of items (N, D): their strongest whitened directions; zeros where there are fewer."""
+        text_ND = white_NK[:, : self.width] if self.added else white_NK[:, : self.text_width] * TEXT_SCALE
+        return F.pad(text_ND, (0, self.width - text_ND.shape[1]))
+
+    def summed(self, text_ND: Tensor, learned_NI: Tensor) -> Tensor:
+        """Text, and the ID part in the last columns."""
+        emb_ND = text_ND + F.pad(learned_NI, (self.width - learned_NI.shape[1], 0))
+        return F.normalize(emb_ND, dim=1) if self.unit else emb_ND
 
     def project(self, white_NK: Tensor, row_N: Tensor) -> Tensor:
         """emb_ND of any items; row 0 stands for those that were never trained."""
-        return torch.cat([self.text(white_NK), self.learned[row_N]], dim=1)
+        return self.summed(self.text(white_NK), self.learned[row_N])
 
     def forward(self, items: Tensor) -> Tensor:
         """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
@@ -169,7 +181,7 @@ class NullSpaceItems(nn.Module):
 
     def table(self) -> Tensor:
         """table_VD; row 0 is zero."""
-        return torch.cat([self.text_VK, self.learned], dim=1)
+        return self.summed(self.text_VK, self.learned)
 
 
 class ShrunkItems(nn.Module):

@@ -1,8 +1,8 @@
-"""Parts of a recommender that need no gradient: text in chosen directions, co-occurrence counted, a teacher shrunk to text.
+"""Parts of a recommender that need no gradient: text in chosen directions, a teacher shrunk to text (counting: `counting.py`).
 
 Everything that behaviour teaches here comes from train rows. What they are worth, alone and fused: BENCHMARKS.md.
 
-Shapes: V items + 1 (row 0 is padding), N items, K whitened width, D width of a part, P pairs of items, C cases.
+Shapes: V items + 1 (row 0 is padding), N items, K whitened width, D width of a part, P pairs of items.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.behaviour.data import Histories, neighbours
-from models.behaviour.items import DirectionItems, ShrunkItems, TableItems
+from models.behaviour.items import DirectionItems, ShrunkItems
 
 CHUNK = 2**18
 AGREEMENT_RIDGE = 0.01
 """Of the mean variance of a direction: what keeps rare directions from being chosen by chance."""
 PREDICTION_RIDGE = 0.3
-WINDOW = 3
-"""Events apart that still count as together."""
-POWER_STEPS = 12
 
 
 def text_items(white_NK: Tensor, events: Histories, width: int, directions: str = "agreement") -> DirectionItems:
@@ -62,49 +59,6 @@ def agreement(text_NK: Tensor, pair_P2: Tensor, width: int) -> Tensor:
     map_KD: Tensor = inverse_KK.T @ direction_KK.flip(1)[:, :width]
     # an eigenvector's sign is the solver's whim
     return (map_KD * map_KD.gather(0, map_KD.abs().argmax(0)[None]).sign()).float()
-
-
-def counting_items(events: Histories, width: int, seed: int = 0) -> TableItems:
-    """Items by whom they stood beside: the leading eigenvectors of the cosines of co-occurrence within WINDOW events.
-
-    So what counting floors know is a part too. Found by a subspace iteration on the sparse matrix: memory grows with the pairs.
-    """
-    rows, device = events.catalogue + 1, events.items_N.device
-    made = TableItems(rows, min(width, rows - 1)).to(device)
-    place_2P, times_P = cooccurrence(events)
-    if not len(times_P):
-        return made
-    total_V = torch.zeros(rows, device=device).index_add_(0, place_2P[0], times_P)
-    cosine_P = times_P / (total_V[place_2P[0]] * total_V[place_2P[1]]).sqrt()
-    matrix_VV = torch.sparse_coo_tensor(place_2P, cosine_P, (rows, rows), check_invariants=False).coalesce()
-    few = made.weight.shape[1]
-    basis_VD = torch.randn(rows, few + 8 if few + 8 <= rows else few, generator=torch.Generator().manual_seed(seed)).to(device)
-    # an item without neighbours starts at zero and so stays there
-    basis_VD *= (total_V > 0)[:, None]
-    for _ in range(POWER_STEPS):
-        # shifted by one, so that the largest eigenvalues, not the most negative ones, stand out
-        basis_VD = torch.linalg.qr(torch.sparse.mm(matrix_VV, basis_VD) + basis_VD).Q
-    small_DD = basis_VD.T @ torch.sparse.mm(matrix_VV, basis_VD)
-    value_D, turn_DD = torch.linalg.eigh((small_DD + small_DD.T) / 2)
-    value_D, turn_DD = value_D.flip(0)[:few].clamp_min(0), turn_DD.flip(1)[:, :few]
-    emb_VD = (basis_VD @ turn_DD) * value_D.sqrt()
-    made.weight[:, :few] = emb_VD * emb_VD.gather(0, emb_VD.abs().argmax(0)[None]).sign()
-    made.weight[0] = 0
-    return made
-
-
-def cooccurrence(events: Histories) -> tuple[Tensor, Tensor]:
-    """place_2P, times_P: how often two items stood within WINDOW events of one user's train rows, both ways round."""
-    rows = events.catalogue + 1
-    train_N = events.position_N < events.train_end_U[events.user_N]
-    keys = []
-    for apart in range(1, WINDOW + 1):
-        same_P = train_N[apart:] & (events.position_N[apart:] >= apart)
-        one_P, other_P = events.items_N[:-apart][same_P], events.items_N[apart:][same_P]
-        one_P, other_P = one_P[one_P != other_P], other_P[one_P != other_P]
-        keys += [one_P * rows + other_P, other_P * rows + one_P]
-    key_P, times_P = torch.unique(torch.cat(keys), return_counts=True)
-    return torch.stack([key_P // rows, key_P % rows]), times_P.float()
 
 
 def shrunk_items(teacher_VD: Tensor, counts_V: Tensor, white_NK: Tensor, k: float) -> ShrunkItems:

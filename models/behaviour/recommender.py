@@ -50,26 +50,33 @@ class Backbone:
 
 
 class FadingMean(nn.Module):
-    """A user as the mean of the newest events' directions, each weighing `fade` of the one after it, of length one. Untrained."""
+    """A user as the mean of the newest events' directions, each weighing `fade` of the one after it, of length one. Untrained.
+
+    `sides`: vectors hold two halves, the one that an item is found by and the one that it is read by in a history.
+    """
 
     mask_share = 0.0
 
-    def __init__(self, fade: float, newest: int) -> None:
+    def __init__(self, fade: float, newest: int, *, sides: bool = False) -> None:
         super().__init__()
-        self.fade, self.newest = fade, newest
+        self.fade, self.newest, self.sides = fade, newest, sides
 
     def forward(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """emb_BLD, valid_BL -> hidden_B1D after the newest event; events whose vector is zero do not count."""
-        emb_BLD, valid_BL = F.normalize(emb_BLD[:, -self.newest :].float(), dim=2), valid_BL[:, -self.newest :]
+        width = emb_BLD.shape[2]
+        read_BLD = emb_BLD[:, -self.newest :, width // 2 if self.sides else 0 :]
+        emb_BLD, valid_BL = F.normalize(read_BLD.float(), dim=2), valid_BL[:, -self.newest :]
         age_L = torch.arange(valid_BL.shape[1] - 1, -1, -1, device=valid_BL.device)
         weight_BL = valid_BL * self.fade**age_L
-        return F.normalize((emb_BLD * weight_BL[:, :, None]).sum(1, keepdim=True), dim=2)
+        mean_B1D = F.normalize((emb_BLD * weight_BL[:, :, None]).sum(1, keepdim=True), dim=2)
+        # the side that items are read by is never asked for
+        return F.pad(mean_B1D, (0, width - mean_B1D.shape[2]))
 
 
 def build_sequence(backbone: Backbone, kind: str = "id", fading: float | None = None) -> nn.Module:
     """The sequence encoder of a backbone for items of a kind: `forward(emb_BLD, valid_BL) -> hidden_BLD`."""
     if fading is not None:
-        return FadingMean(fading, backbone.max_len)
+        return FadingMean(fading, backbone.max_len, sides=kind == "sides")
     sizes = {name: value for name, value in dataclasses.asdict(backbone).items() if name != "name"}
     if kind == "llm_esr":
         return DualView(SEQUENCES[backbone.name](**{**sizes, "width": backbone.width // 2}), backbone.width)
@@ -225,16 +232,18 @@ def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whiten
         return ShrunkItems(catalogue + 1, width, backbone.width)
     if config["kind"] == "directions":
         return DirectionItems(width, backbone.width)
-    if config["kind"] == "table":
+    if config["kind"] in ("table", "sides"):
         return TableItems(catalogue + 1, backbone.width)
     if config["kind"] == "mlp":
         adapter = MlpAdapter(width, config["hidden"], backbone.width)
         return TextItems(torch.zeros(0, width), adapter, unit=config.get("unit", False))
     if config["kind"] == "residual":
-        return ResidualItems(torch.zeros(catalogue, width), MlpAdapter(width, config["hidden"], backbone.width), backbone.width)
+        adapter = MlpAdapter(width, config["hidden"], backbone.width)
+        return ResidualItems(torch.zeros(catalogue, width), adapter, backbone.width, unit=config.get("unit", False))
     if config["kind"] == "llm_esr":
         return DualItems(torch.zeros(catalogue, width), config["hidden"], backbone.width)
-    return NullSpaceItems(torch.zeros(catalogue, width), backbone.width, config["text_width"])
+    known = {name: config.get(name, False) for name in ("added", "unit")}
+    return NullSpaceItems(torch.zeros(catalogue, width), backbone.width, config["text_width"], **known)
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

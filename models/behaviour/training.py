@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -364,7 +364,8 @@ def train(
     seconds: list[float] = []
     while progress.epoch < config.epochs and progress.epoch - progress.best_epoch < config.patience:
         began = time.perf_counter()
-        figures = run_epoch(stepper, length_R, seed * 1_000_003 + progress.epoch, rank, processes, max_len)
+        with tensor_cores() if device.type == "cuda" else nullcontext():
+            figures = run_epoch(stepper, length_R, seed * 1_000_003 + progress.epoch, rank, processes, max_len)
         if not math.isfinite(figures["loss"]):
             raise ValueError(
                 f"loss is {figures['loss']} after epoch {progress.epoch}: lower learning_rate, or use precision fp32"
@@ -412,6 +413,17 @@ def make_task(
         processes=processes,
     )
     return task, (ends_R - 1).clamp_max(max_len).cpu()
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Lets float32 products of steps run on tensor cores (TF32). Validation and serving stay exact: they compare close scores."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def run_epoch(stepper: Stepper, length_R: Tensor, epoch_seed: int, rank: int, processes: int, max_len: int) -> dict[str, float]:

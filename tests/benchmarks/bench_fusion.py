@@ -5,6 +5,8 @@ python tests/benchmarks/bench_fusion.py rank --data ../shared/data/amazon_beauty
     keeps each test case's rank under every model, in SETTING-SEED.safetensors; prints one JSON line
 python tests/benchmarks/bench_fusion.py compare fused/*.safetensors
     means over the seeds by slice, and differences with 95 % intervals: users and seeds are resampled together
+python tests/benchmarks/bench_fusion.py encode
+    milliseconds of one user's vector, all parts beside one part alone
 
 `--embeddings` holds llm_NE of every item, in the order of items.parquet (`bench_quality.py encode --encoders zero` makes it).
 Needs torch, numpy, pyarrow, scikit-learn and safetensors only.
@@ -18,7 +20,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models.behaviour.artifact import load_recommender, save_fused
 from models.behaviour.assembly import Assembled, Fusion, Material, assemble, centres
 from models.behaviour.data import Histories, held_out, train_counts, without_items
-from models.behaviour.fused import Part
-from models.behaviour.items import IdItems, MlpAdapter, TextItems
-from models.behaviour.recommender import Backbone, LoadedRecommender, Recommender, build_sequence
+from models.behaviour.fused import Part, Weights
+from models.behaviour.items import DirectionItems, IdItems, MlpAdapter, NullSpaceItems, ShrunkItems, TableItems, TextItems
+from models.behaviour.recommender import Backbone, FadingMean, LoadedRecommender, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
 from models.behaviour.whitening import fit_whitening
 from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
@@ -81,14 +83,14 @@ def item_ids(data: Path) -> list[str]:
 
 
 def trained(
-    arguments: argparse.Namespace, bench: Bench, items: Any, aligner: Aligner | None = None, cosine: float = 0.0
+    arguments: argparse.Namespace, bench: Bench, items: Any, aligner: Aligner | None = None, **more: Any
 ) -> tuple[Recommender, Backbone, dict[str, Any]]:
     """A recommender trained whole, validated as serving ranks."""
     backbone = Backbone(width=arguments.width, layers=2, dropout=arguments.dropout)
     torch.manual_seed(arguments.seed)
     recommender = Recommender(items(), build_sequence(backbone))
     began = time.perf_counter()
-    config = Training(epochs=arguments.epochs, patience=arguments.patience, loss="full", cosine=cosine)
+    config = Training(**{"epochs": arguments.epochs, "patience": arguments.patience, "loss": "full", **more})
     done = train(recommender, bench.events, config, max_len=backbone.max_len, seed=arguments.seed, log=lambda *_: None,
                  candidates_M=bench.counts_V.nonzero().flatten(), aligner=aligner, unseen=True)  # fmt: skip
     figures = {"epochs": done.epochs, "valid": round(done.ndcg, 4), "seconds": round(time.perf_counter() - began, 1)}
@@ -106,21 +108,28 @@ def materials(arguments: argparse.Namespace, bench: Bench, llm_NE: Tensor, told:
     weight_V = bench.counts_V / (bench.counts_V + PRIOR)
     aligner = Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=ALPHA, temperature=TEMPERATURE)
     made = {}
-    for kind, cosine in (("llmemb", 0.0), ("cosine", COSINE)):
-        if kind not in arguments.kinds:
-            continue
-
-        def text_items(unit: bool = cosine > 0) -> TextItems:
-            return TextItems(white_NK, MlpAdapter(white_NK.shape[1], HIDDEN, arguments.width), unit=unit)
-
-        rat, backbone, told[kind] = trained(arguments, bench, text_items, aligner, cosine)
-        config = {"kind": "mlp", "hidden": HIDDEN, "unit": cosine > 0}
+    for kind in arguments.kinds:
+        source, config, more = sources(kind, white_NK, arguments.width)
+        # AlphaFuse has no teacher
+        rat, backbone, told[kind] = trained(arguments, bench, source, None if kind == "null_space" else aligner, **more)
         part = Part(name="llmemb", items=rat.items, sequence=rat.sequence, backbone=backbone, config=config)
         made[kind] = Material(
             events=bench.events, counts_V=bench.counts_V, white_NK=white_NK, whitening=white, item_ids=ids, llmemb=part,
             teacher=kept.loaded(ids, white, arguments.device), teacher_VD=teacher_VD, unseen=True,
         )  # fmt: skip
     return made
+
+
+def sources(kind: str, white_NK: Tensor, width: int) -> tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]:
+    """What makes a kind's items, what an artifact says of them, and settings of its training."""
+    if kind == "null_space":  # as AlphaFuse trains: cosine softmax over 64 negatives
+        config: dict[str, Any] = {"kind": kind, "text_width": width // 2, "added": True, "unit": True}
+        more = {"cosine": COSINE, "loss": "sampled", "negatives": 64}
+        return (lambda: NullSpaceItems(white_NK, width, width // 2, unit=True)), config, more
+    unit = kind == "cosine"
+    config = {"kind": "mlp", "hidden": HIDDEN, "unit": unit}
+    made = lambda: TextItems(white_NK, MlpAdapter(white_NK.shape[1], HIDDEN, width), unit=unit)  # noqa: E731
+    return made, config, {"cosine": COSINE if unit else 0.0}
 
 
 def tfidf(data: Path) -> Tensor:
@@ -166,6 +175,14 @@ def variants(arguments: argparse.Namespace) -> dict[str, Fusion]:
         "text_all": Fusion(parts=("text",), text_directions="random", text_width=4096),
         "fused_random": Fusion(text_directions="random"),
         "fused_64_64": Fusion(text_width=64, counting_width=64),
+        "fused_16_16": Fusion(text_width=16, counting_width=16),
+        "llmemb_text_counting": Fusion(parts=("llmemb", "text", "counting")),
+        "fused_transitions": Fusion(counting="transitions"),
+        "fused_ease": Fusion(counting="ease"),
+        "fused_l3ae": Fusion(counting="l3ae"),
+        "transitions": Fusion(parts=("counting",), counting="transitions"),
+        "ease": Fusion(parts=("counting",), counting="ease"),
+        "l3ae": Fusion(parts=("counting",), counting="l3ae"),
         "fused_no_gates": Fusion(gates=False),
         "fused_no_centre": Fusion(centre=False),
     }
@@ -222,6 +239,8 @@ def measured(
     assembled, recommender, table_VD = fused(given, config, llm_NE)
     seconds = time.perf_counter() - began
     found = ranked(label, bench, table_VD, recommender)
+    if label == "fused":
+        found |= ranked("fused_float16", bench, table_VD.half().float(), recommender)
     ndcg_C = by_rank(found[f"{label}/unseen"])["ndcg"]
     slices = dict(zip(SLICES, bench.among_all.slices_SC.cpu(), strict=True))
     told[label] = {
@@ -334,11 +353,53 @@ def interval(less_SC: Tensor, in_C: Tensor, resamples: int = 1000) -> list[float
     return [round(value, 4) for value in (float(less_SC.mean()), low, high)]
 
 
+# ----------------------------------------------------------------------------------------------------------------- encode
+
+
+def encode(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Median milliseconds of user vectors from histories of 50 items: the llmemb part alone, and all four parts."""
+    width, device = arguments.width, arguments.device
+    llm_NE = torch.randn(500, 96, generator=torch.Generator().manual_seed(0))
+    whitening = fit_whitening(llm_NE, 62)
+    backbone, flat = Backbone(width=width, layers=2), Backbone(width=width, max_len=20)
+    ids = [str(number) for number in range(500)]
+    adapter = MlpAdapter(62, HIDDEN, width)
+    parts = [
+        Part(name="llmemb", items=TextItems(torch.zeros(0, 62), adapter), sequence=build_sequence(backbone), backbone=backbone,
+             config={"kind": "mlp", "hidden": HIDDEN, "unit": True}),
+        Part(name="collaborative", items=ShrunkItems(501, 62, width), sequence=build_sequence(backbone), backbone=backbone,
+             config={"kind": "shrunk"}),
+        Part(name="text", items=DirectionItems(62, width), sequence=FadingMean(0.7, 20), backbone=flat,
+             config={"kind": "directions"}, fading=0.7),
+        Part(name="counting", items=TableItems(501, width), sequence=FadingMean(0.7, 20), backbone=flat,
+             config={"kind": "table"}, fading=0.7),
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as home:
+        weights = Weights(scale={part.name: 1.0 for part in parts})
+        save_fused(Path(home), parts, weights, item_ids=ids, counts_V=torch.ones(501), whitening=whitening, meta={})
+        fused_, alone = load_recommender(Path(home), device), parts[0].loaded(ids, whitening, device)
+    told: dict[str, Any] = {"device": device, "width": width, "users": arguments.users, "threads": torch.get_num_threads()}
+    valid_BL = torch.ones(arguments.users, 50, dtype=torch.bool, device=device)
+    times: dict[str, list[float]] = {"one_part": [], "all_parts": []}
+    models = {"one_part": alone, "all_parts": fused_}
+    inputs = {name: torch.randn(arguments.users, 50, model.width, device=device) for name, model in models.items()}
+    for _ in range(300):  # in turns: what disturbs one disturbs the other
+        for name, model in models.items():
+            began = time.perf_counter()
+            model.encode(inputs[name], valid_BL).sum().item()
+            times[name].append(1000 * (time.perf_counter() - began))
+    told |= {name: round(sorted(values[50:])[len(values[50:]) // 2], 3) for name, values in times.items()}
+    return told | {"ratio": round(told["all_parts"] / told["one_part"], 2)}
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    first, second = commands.add_parser("rank"), commands.add_parser("compare")
+    first, second, third = (commands.add_parser(name) for name in ("rank", "compare", "encode"))
+    third.add_argument("--width", type=int, default=128)
+    third.add_argument("--users", type=int, default=1)
+    third.add_argument("--device", default="cpu")
     first.add_argument("--data", type=Path, required=True)
     first.add_argument("--embeddings", type=Path, required=True)
     first.add_argument("--out", type=Path, required=True)
@@ -362,6 +423,9 @@ def main() -> None:
     arguments = parse()
     if arguments.command == "compare":
         print(json.dumps(compare(arguments)))
+        return
+    if arguments.command == "encode":
+        print(json.dumps(encode(arguments)))
         return
     device = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__}
     print(json.dumps(device | rank(arguments)))

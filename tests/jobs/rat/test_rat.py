@@ -72,6 +72,9 @@ def test_the_recommender_names_its_encoder_and_teacher_and_projects_every_item(s
     vectors = loaded.project(torch.randn(2, 12), ["i00", "never seen"])
     assert vectors.shape == (2, 8)
     assert vectors.isfinite().all()
+    # the default softmax is over cosines, and what is served is what was trained; LLM-ESR has dot products, as published
+    unit = bool(torch.allclose(vectors.norm(dim=1), torch.ones(2), atol=1e-5))
+    assert unit == (adapter != "llm_esr")
 
 
 @pytest.mark.parametrize("name", ["gru4rec", "bert4rec"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,14 @@ def events(seed: int = 0) -> Histories:
         offsets=[LENGTH * user for user in range(USERS + 1)], items=rows, timestamps=list(range(len(rows))),
         train_end=[LENGTH - 2] * USERS, valid_end=[LENGTH - 1] * USERS, catalogue=ITEMS,
     )  # fmt: skip
+
+
+def later_changed(logs: Histories) -> Histories:
+    """The same train rows, with other items after them."""
+    changed = logs.items_N.clone()
+    late_N = logs.position_N >= logs.train_end_U[logs.user_N]
+    changed[late_N] = changed[late_N] % ITEMS + 1
+    return dataclasses.replace(logs, items_N=changed)
 
 
 def texts(width: int = 16, seed: int = 0, noise: float = 0.7) -> Tensor:

@@ -103,9 +103,46 @@ def test_the_text_of_null_space_items_is_frozen_and_the_rest_learns() -> None:
     items.table().square().sum().backward()
     assert [name for name, _ in items.named_parameters()] == ["learned"]
     items.learned.data.normal_()
+    items.learned.grad = None
     items(torch.tensor([2, 0])).sum().backward()
     assert items.learned.grad is not None
     assert (items.learned.grad != 0).any(1).tolist() == [False, False, True, False, False, False]
+
+
+def test_the_id_part_of_null_space_items_is_added_in_the_last_columns_and_a_cold_item_is_its_text() -> None:
+    white = torch.randn(5, 6)
+    items = NullSpaceItems(white, 4, 3)
+    items.learned.data[1:] = 7.0
+    found = items.project(white, torch.tensor([1, 2, 3, 4, 0]))
+    assert torch.equal(found[:, :3], white[:, :3])
+    assert torch.allclose(found[:, 3], white[:, 3] + torch.tensor([7.0, 7, 7, 7, 0]))
+    assert torch.equal(items.table()[1:5], found[:4])
+    # fewer whitened directions than columns: zeros stand there
+    assert torch.equal(NullSpaceItems(white[:, :2], 4, 3).table()[1:], torch.cat([white[:, :2], torch.zeros(5, 2)], 1))
+
+
+def test_null_space_items_of_before_keep_their_layout() -> None:
+    white = torch.randn(5, 6)
+    items = NullSpaceItems(white, 4, 3, added=False)
+    items.learned.data[1:] = 7.0
+    assert torch.allclose(items.table()[1:], torch.cat([white[:, :3] * 0.05, torch.full((5, 1), 7.0)], 1))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "residual", "null_space"])
+def test_vectors_for_a_cosine_softmax_have_length_one_wherever_they_are_asked_for(kind: str) -> None:
+    white, adapter = torch.randn(5, 6), MlpAdapter(6, 8, 4)
+    items = {
+        "mlp": lambda: TextItems(white, adapter, unit=True),
+        "residual": lambda: ResidualItems(white, adapter, 4, unit=True),
+        "null_space": lambda: NullSpaceItems(white, 4, 2, unit=True),
+    }[kind]()
+    if kind != "mlp":
+        items.learned.data[1:].normal_()
+    table, row = items.table(), torch.arange(1, 6)
+    assert not table[0].any()
+    for found in (table[1:], items(row), items.project(white, row)):
+        assert torch.allclose(found.norm(dim=1), torch.ones(5), atol=1e-5)
+        assert torch.allclose(found, table[1:], atol=1e-5)
 
 
 def test_a_residual_item_starts_as_its_text_and_learns_an_id_part() -> None:

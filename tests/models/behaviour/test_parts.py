@@ -1,15 +1,13 @@
 """Parts without a gradient: directions of agreement, counting, a teacher shrunk to text. Train rows alone teach."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.behaviour import parts
-from models.behaviour.data import Histories, train_counts
+from models.behaviour.data import train_counts
 from models.behaviour.whitening import fit_whitening
-from tests.models.behaviour.small_world import COLD, EACH, ITEMS, KINDS, events, texts
+from tests.models.behaviour.small_world import COLD, EACH, ITEMS, KINDS, events, later_changed, texts
 
 
 def same_kind(emb_ND: torch.Tensor) -> float:
@@ -52,50 +50,13 @@ def test_another_word_for_directions_is_refused() -> None:
         parts.text_items(torch.randn(ITEMS, 4), events(), 2, "best")
 
 
-def test_counting_puts_items_of_one_history_together_and_leaves_cold_ones_at_zero() -> None:
-    logs = events()
-    weight_VD = parts.counting_items(logs, KINDS).weight
-    counts_V = train_counts(logs)
-    assert float(weight_VD[counts_V == 0].abs().max()) < 1e-6
-    warm_N = (counts_V[1:] > 0).nonzero().flatten()
-    kind_N = warm_N // EACH
-    near_NN = weight_VD[1:][warm_N] @ weight_VD[1:][warm_N].T
-    same_NN = kind_N[:, None] == kind_N[None]
-    assert float(near_NN[same_NN].mean()) > 10 * float(near_NN[~same_NN].abs().mean())
-
-
-def test_cosines_of_cooccurrence_are_rebuilt_when_no_direction_is_left_out() -> None:
-    logs = events()
-    place_2P, times_P = parts.cooccurrence(logs)
-    total_V = torch.zeros(ITEMS + 1).index_add_(0, place_2P[0], times_P)
-    cosine_VV = torch.zeros(ITEMS + 1, ITEMS + 1)
-    cosine_VV[place_2P[0], place_2P[1]] = times_P / (total_V[place_2P[0]] * total_V[place_2P[1]]).sqrt()
-    value, _ = torch.linalg.eigh(cosine_VV)
-    weight_VD = parts.counting_items(logs, KINDS).weight
-    # the six kinds are the six leading eigenvalues
-    assert torch.linalg.eigvalsh(weight_VD.T @ weight_VD).flip(0).tolist() == pytest.approx(
-        value.flip(0)[:KINDS].tolist(), rel=0.02
-    )
-
-
-def later_changed(logs: Histories) -> Histories:
-    """The same train rows, with other items after them."""
-    changed = logs.items_N.clone()
-    late_N = logs.position_N >= logs.train_end_U[logs.user_N]
-    changed[late_N] = changed[late_N] % ITEMS + 1
-    return dataclasses.replace(logs, items_N=changed)
-
-
 def test_what_comes_after_training_teaches_nothing() -> None:
     logs, llm_NE = events(), texts()
     white_NK = fit_whitening(llm_NE, 12)(llm_NE)
     other = later_changed(logs)
     assert not torch.equal(logs.items_N, other.items_N)
-    for one, two in (
-        (parts.counting_items(logs, 6).weight, parts.counting_items(other, 6).weight),
-        (parts.text_items(white_NK, logs, 6).map_KD, parts.text_items(white_NK, other, 6).map_KD),
-    ):
-        torch.testing.assert_close(one, two)
+    one, two = (parts.text_items(white_NK, some, 6).map_KD for some in (logs, other))
+    torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("k", [0.5, 4.0])
