@@ -62,7 +62,8 @@ class Config:
     to as many directions as there are items, all texts lie equally far apart."""
     adapter: Literal["mlp", "residual", "null_space", "llm_esr"] = "mlp"
     """`mlp`: vectors from text alone; `residual`: the same plus a learned ID part; `null_space`: frozen text, and a
-    learned ID part added in its weakest directions (AlphaFuse); `llm_esr`: that baseline, for `evaluate.baselines`, without alignment."""
+    learned ID part added in its weakest directions (AlphaFuse); `llm_esr`: that baseline, for `evaluate.baselines`, without
+    alignment."""
     hidden: int = 256
     """Hidden width of the `mlp` and `residual` adapters, and of LLM-ESR's."""
     drop_ids: float = 0.3
@@ -72,7 +73,8 @@ class Config:
     like_users: int = 10
     """Like users that a user learns from in it."""
     text_width: int = 32
-    """Of the vector's width, what `null_space` leaves to text alone: in the other columns the ID part is added. Half, as published."""
+    """Of the vector's width, what `null_space` leaves to text alone: in the other columns the ID part is added. Half, as
+    published."""
     alpha: float = 0.01
     """Weight of the alignment loss."""
     temperature: float = 0.1
@@ -311,4 +313,5 @@ def material(
     return Material(
         events=events, counts_V=train_counts(events), white_NK=white_NK, whitening=whitening, item_ids=catalogue.item_ids,
         llmemb=llmemb, teacher=teacher, teacher_VD=teacher_VD, unseen=config.run.exclude_seen,
+        tried=fuse.counter(),
     )  # fmt: skip
