@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.behaviour import training
+from models.behaviour import rat_step, training
 from models.behaviour.data import Histories, cases, targets
 from models.behaviour.progress import Progress, Trained, make_validation
 from models.behaviour.recommender import Recommender
@@ -152,7 +152,7 @@ def test_the_adjusted_full_loss_is_the_cross_entropy_of_scores_raised_by_the_pri
     config = dataclasses.replace(QUICK, logit_adjustment=strength)
     task, _ = training.make_task(recommender, events, config, 6, torch.arange(1, ITEMS + 1), None, 1)
     hidden_PD, label_P = torch.randn(ITEMS, 16, generator=torch.Generator().manual_seed(0)), torch.arange(1, ITEMS + 1)
-    found_P = training.recommendation(task, hidden_PD, label_P, recommender.items)
+    found_P = rat_step.recommendation(task, hidden_PD, label_P, recommender.items)
     scores_PM = hidden_PD @ recommender.item_table()[1:].T
     wanted_P = torch.nn.functional.cross_entropy(scores_PM + task.prior_V[1:], label_P - 1, reduction="none")
     torch.testing.assert_close(found_P, wanted_P, rtol=1e-5, atol=1e-5)

@@ -14,13 +14,14 @@ import torch
 import torch.multiprocessing as spawn
 from torch import Tensor
 
-from models.behaviour import training
+from models.behaviour import losses, rat_step, training
 from models.behaviour.data import Histories, histories, leave_one_out, targets, train_counts
 from models.behaviour.items import IdItems, MlpAdapter, TextItems
 from models.behaviour.llm_esr import Distiller
 from models.behaviour.progress import Trained, make_validation, rounded, validate
+from models.behaviour.rat_step import step_loss
 from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
-from models.behaviour.training import Aligner, Training, batches, step_loss, train
+from models.behaviour.training import Aligner, Training, batches, train
 from models.processes import same_everywhere
 
 ITEMS = 12
@@ -184,17 +185,17 @@ def test_items_held_out_are_no_negatives_no_targets_and_take_no_gradient() -> No
         config = dataclasses.replace(QUICK, loss=loss, negatives=64)
         task = dataclasses.replace(make(recommender, events, config), candidates_M=warm)
         recommender.zero_grad()
-        training.recommendation(task, hidden, label, recommender.items).sum().backward()
+        rat_step.recommendation(task, hidden, label, recommender.items).sum().backward()
         assert recommender.items.weight.grad[5].abs().max() == 0
 
 
 def test_the_full_loss_in_chunks_equals_the_loss_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, table = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4)
     label = torch.arange(10) % 7
-    whole = training.full(hidden, table, label)
+    whole = rat_step.full(hidden, table, label)
     (gradient,) = torch.autograd.grad(whole.sum(), hidden)
-    monkeypatch.setattr(training, "LOGITS", 21)
-    parts = training.full(hidden, table, label)
+    monkeypatch.setattr(rat_step, "LOGITS", 21)
+    parts = rat_step.full(hidden, table, label)
     (again,) = torch.autograd.grad(parts.sum(), hidden)
     assert torch.allclose(parts, whole)
     assert torch.allclose(again, gradient)
@@ -212,8 +213,8 @@ def test_alignment_counts_each_item_of_a_batch_once_and_no_padding() -> None:
     recommender, aligner = aligned(torch.cat([torch.zeros(1), torch.rand(ITEMS) + 0.1]))
     batch = torch.tensor([[0, 0, 3, 3, 3], [0, 3, 7, 9, 7]])
     items = torch.tensor([3, 7, 9])
-    expected = training.losses.alignment(recommender.items(items), aligner.teacher_VD[items], aligner.weight_V[items], 0.1)
-    assert torch.allclose(training.align(aligner, batch, recommender.items, 8), expected, atol=1e-5)
+    expected = losses.alignment(recommender.items(items), aligner.teacher_VD[items], aligner.weight_V[items], 0.1)
+    assert torch.allclose(rat_step.align(aligner, batch, recommender.items, 8), expected, atol=1e-5)
 
 
 def test_training_with_a_teacher_turns_vectors_towards_it() -> None:
