@@ -116,7 +116,7 @@ def train(
 
     candidates_M, ascending item indices, are the negatives and the only validation targets; default all items. `unseen` validates
     among items that the user has not had, as serving ranks. A file at `checkpoint` is resumed from, and written after each
-    validation. Reseeds torch's generators at each epoch. Raises ValueError for nothing to learn from, or a loss that is not finite.
+    validation. Reseeds torch's generators at each epoch. Raises ValueError for nothing to train on, or a loss that is not finite.
     """
     rank, processes = join()
     if candidates_M is None:
