@@ -12,10 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("jobs", "models", "feature_repo", "dags", "infra")
 FILE_LINES, FUNCTION_LINES = 350, 40
-LONG_YET = {
-    "jobs/evaluate/__init__.py", "jobs/evaluate/__init__.py:run", "jobs/project.py:run", "jobs/rat/__init__.py:run",
-    "models/behaviour/training.py", "models/behaviour/training.py:train",
-}  # fmt: skip
+LONG_YET = {"jobs/project.py:run", "jobs/rat/__init__.py:run"}
 """Files and functions that are still to be split; a test says when one need stand here no more."""
 
 

@@ -120,7 +120,7 @@ def test_the_end_of_the_demo_tells_item_users_figures_times_and_the_report(
     told = printed(demo, monkeypatch, capsys, readme_block()).splitlines()
     heads = [line.strip("━ ") for line in told if line.startswith("━━━")]
     assert [head.split(",")[0].split(":")[0] for head in heads] == [
-        "one item's vector", "one user", "NDCG@10 on held-out events", "what serves", "the serving process", "time",
+        "one item's vector", "one user", "NDCG@10 on every held-out event", "what serves", "the serving process", "time",
     ]  # fmt: skip
     assert "$ python -m jobs explain … explain.item=50" in told
     assert "$ python -m jobs recommend … recommend.user=459" in told
