@@ -73,7 +73,7 @@ def run_job(arguments: argparse.Namespace) -> int:
         refuse_future(run.ds, started)
         where = manifest_path(run.lake, run.ds, arguments.job)
         # a job's standard output is its Result alone: what its libraries print goes with the logs
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), logs.SignsOfLife(arguments.job):
             module = importlib.import_module(f"jobs.{arguments.job}")
             config = build(module.Config, {"run": run, **values_of(recipe, arguments.job)}, arguments.job)
             # a job that runs more than once for a date, in shards say, names a manifest for each
