@@ -76,5 +76,9 @@ class Loss(NamedTuple):
     """Whether each position takes one negative of its own, whatever `negatives` and `negatives_per` say."""
 
 
-LOSSES: Mapping[str, Loss] = {"sampled": Loss(sampled_softmax), "gbce": Loss(gbce), "bce": Loss(bce, one_each=True)}
+LOSSES: Mapping[str, Loss] = {
+    "sampled": Loss(sampled_softmax),
+    "gbce": Loss(gbce),
+    "bce": Loss(bce, one_each=True),
+}
 """What `training.loss` may name beside `full`. A new loss is a function above and a name here, with its test; no other file."""

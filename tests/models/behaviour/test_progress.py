@@ -14,6 +14,7 @@ import torch
 
 from models.behaviour import rat_step, training
 from models.behaviour.data import Histories, cases, targets
+from models.behaviour.losses import LOSSES
 from models.behaviour.progress import Progress, Trained, make_validation
 from models.behaviour.recommender import Recommender
 from models.behaviour.training import Training, train
@@ -110,7 +111,7 @@ def test_a_training_killed_after_its_best_epoch_ends_with_the_best_weights(tmp_p
     assert equal(resumed, straight)
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled", "gbce", "bce"])
+@pytest.mark.parametrize("loss", ["full", *LOSSES])
 @pytest.mark.parametrize("per", ["batch", "position"])
 def test_an_item_that_is_no_candidate_is_never_a_negative_in_a_whole_training(loss: str, per: str) -> None:
     # nobody touches the last item: only negatives could move its vector
