@@ -381,5 +381,5 @@ def test_a_cosine_softmax_learns_whatever_the_size_of_the_vectors(loss: str) -> 
 
 
 def test_a_loss_that_is_none_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="training.loss is 'hinges': there are full, sampled, gbce, bce"):
+    with pytest.raises(ValueError, match=r"training\.loss is 'hinges': there are full, sampled, gbce, bce"):
         Training(loss="hinges")
