@@ -50,6 +50,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         recipe: dict[str, Any] = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"--recipe {path} does not exist: the shipped ones are in jobs/recipes/") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "") or "no text"
+        raise InputError(f"--recipe {path} can't be read ({why}): name a TOML file, such as shop/recipe.toml") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"--recipe {path} is not TOML: {error}") from error
     for override in overrides:

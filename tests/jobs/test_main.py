@@ -174,6 +174,19 @@ def test_a_missing_recipe_names_where_they_are(tmp_path: Path, capsys: pytest.Ca
     assert "jobs/recipes/" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", [None, b"\xff\xfe"])
+def test_a_recipe_that_can_t_be_read_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None
+) -> None:
+    path = tmp_path
+    if text is not None:
+        path = tmp_path / "recipe.toml"
+        path.write_bytes(text)
+    assert cli.main(["night", "--recipe", str(path), "--ds", "2026-01-01"]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--recipe {path} can't be read" in said
+
+
 @pytest.mark.parametrize("override", ["recommend.user", "user=1", "recommend.=1", "recommend.user.name=1"])
 def test_an_override_of_another_form_is_refused(
     monkeypatch: pytest.MonkeyPatch, recipe: Path, capsys: pytest.CaptureFixture[str], override: str
