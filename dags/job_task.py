@@ -2,8 +2,8 @@
 
 Settings are environment variables, read when the DAG files are parsed, so that a laptop and a cluster run the same files:
 LLMEMB_RECIPE, LLMEMB_PYTHON, LLMEMB_EXECUTOR (`process` or `kubernetes`), LLMEMB_SHARDS, LLMEMB_RETRIES, LLMEMB_RETRY_S,
-LLMEMB_DEADLINE_HOURS, LLMEMB_ALERT_URL, LLMEMB_NIGHTLY_CRON, LLMEMB_SCFT_CRON, LLMEMB_RAT_CRON, LLMEMB_MAINTENANCE_CRON; for
-pods also LLMEMB_PODS, LLMEMB_NAMESPACE and LLMEMB_IMAGE_SPARK, _GPU, _CPU.
+LLMEMB_DEADLINE_HOURS, LLMEMB_ALERT_URL, LLMEMB_OWNER, LLMEMB_NIGHTLY_CRON, LLMEMB_SCFT_CRON, LLMEMB_RAT_CRON,
+LLMEMB_MAINTENANCE_CRON; for pods also LLMEMB_PODS, LLMEMB_NAMESPACE and LLMEMB_IMAGE_SPARK, _GPU, _CPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from job_process import ROOT, JobProcess, log, setting
 GPU_JOBS = ("scft", "embed", "pretrain", "rat", "evaluate")
 HOURS = {"extract": 6, "scft": 24, "embed": 12, "pretrain": 12, "rat": 12, "evaluate": 4, "publish": 6}
 """How long a try may take; two hours for the others."""
+TAGS = {"scft_refresh": "training", "rat_training": "training", "nightly_embeddings": "serving", "maintenance": "upkeep"}
+"""What a DAG is for; the others are started by a person."""
 DATE = "{{ snapshot_date(params, dag_run, triggering_asset_events) }}"
 
 # --------------------------------------------------------------------------------------------------------------- settings
@@ -55,7 +57,7 @@ def job_dag(dag_id: str, *, schedule: Any, doc: str, params: Mapping[str, Param]
         dag_id,
         schedule=schedule,
         doc_md=doc,
-        tags={"llmemb"},
+        tags={"llmemb", TAGS.get(dag_id, "on demand")},
         # backfills and tests may go back as far as the logs do: a task before its start date would silently not run
         start_date=dt.datetime(1970, 1, 1, tzinfo=dt.UTC),
         catchup=False,
@@ -69,7 +71,8 @@ def job_dag(dag_id: str, *, schedule: Any, doc: str, params: Mapping[str, Param]
             "max_retry_delay": dt.timedelta(minutes=30),
             "execution_timeout": dt.timedelta(hours=2),
             "pool": "default_pool",
-            "on_failure_callback": alert,
+            "on_failure_callback": Failed(),
+            "owner": setting("OWNER", "llmemb"),
         },
         deadline=deadline(dag_id),
     )
@@ -154,13 +157,15 @@ def announce(context: Any, result: Any, *, makes: Asset, when: Callable[[Mapping
 # ------------------------------------------------------------------------------------------------------------------ alerts
 
 
-def alert(context: Any) -> None:
-    """A task failed for good: one line in the log, and to LLMEMB_ALERT_URL where it is set."""
-    ti = context["ti"]
-    why = " ".join(str(context.get("exception") or "no reason given").split())[:500]
-    tell(
-        f"{ti.dag_id}.{ti.task_id} failed: {why}", {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}
-    )
+class Failed(BaseNotifier):  # type: ignore[misc]
+    """Tells that a task failed for good: one line in the log, and to LLMEMB_ALERT_URL where it is set."""
+
+    def notify(self, context: Any) -> None:
+        """The task, and why."""
+        ti = context["ti"]
+        why = " ".join(str(context.get("exception") or "no reason given").split())[:500]
+        facts = {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}
+        tell(f"{ti.dag_id}.{ti.task_id} failed: {why}", facts)
 
 
 class Told(BaseNotifier):  # type: ignore[misc]

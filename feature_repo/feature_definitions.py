@@ -29,6 +29,78 @@ READS, PUSHES = "llmemb-reader", "llmemb-srs"
 """Roles that a feature server with authentication asks of its callers: see LLMEMB_FEAST_AUTH. None of them moves the pointer."""
 
 
+class View(NamedTuple):
+    """A feature view in words: its entities and fields, what it is, who writes it."""
+
+    entities: tuple[str, ...]
+    fields: tuple[Field, ...]
+    description: str
+    written_by: str
+
+
+TAGS = {"system": "llmemb"}
+ENTITIES = (
+    ("item", "item_id", "An item of the catalogue"),
+    ("space", "space_id", "One (encoder, whitening, recommender): vectors of two spaces can't be compared"),
+    ("catalogue", "catalogue", f"Key of the pointer; always {CATALOGUE!r}"),
+    ("user", "user_id", "A user of the SRS"),
+)
+"""Name, key, description."""
+VIEWS = {
+    "item_embedding": View(
+        ("item", "space"),
+        (
+            Field(name="vector", dtype=Array(Float32), description="codec float32"),
+            Field(name="vector_f16", dtype=Bytes, description="codec float16: little-endian half floats"),
+        ),
+        "An item's vector in a space",
+        "publish",
+    ),
+    "serving_pointer": View(
+        ("catalogue",),
+        (
+            Field(name="space_id", dtype=String, description="the space that serves"),
+            Field(name="recommender_id", dtype=String, description="the recommender whose user vectors fit it"),
+            Field(name="ds", dtype=String, description="date of the snapshot that it serves"),
+            Field(name="width", dtype=Int64, description="numbers of a vector"),
+            Field(name="codec", dtype=String, description="float32 or float16: which field of item_embedding to read"),
+            Field(name="items", dtype=Int64, description="how many items it has"),
+            Field(name="sequence", dtype=Int64, description="how many times the pointer was written"),
+            Field(name="previous", dtype=String, description="the same of the space before, as JSON, for rollback"),
+            Field(name="index", dtype=String, description="digest of the space's index"),
+            Field(name="withheld", dtype=String, description="ids forgotten since that index was built, as JSON"),
+        ),
+        "The space that serves: one row, read once a request",
+        "publish, rollback, forget",
+    ),
+    "item_tombstone": View(
+        ("item",),
+        (Field(name="forgotten_at", dtype=UnixTimestamp, description="when it was forgotten"),),
+        "An item that was forgotten on purpose: drop it from caches",
+        "forget",
+    ),
+    "item_attributes": View(
+        ("item",),
+        (
+            Field(name="names", dtype=Array(String), description="names of the attributes, in their order"),
+            Field(name="values", dtype=Array(String), description="values[n] belongs to names[n]"),
+            Field(name="content_hash", dtype=String, description="digest of names and values"),
+        ),
+        "What the LLM read of an item",
+        "publish",
+    ),
+    "user_history": View(
+        ("user",),
+        (
+            Field(name="item_ids", dtype=Array(String), description="oldest first"),
+            Field(name="timestamps", dtype=Array(Int64), description="unix seconds"),
+        ),
+        "A user's newest items",
+        "pushed by the SRS team",
+    ),
+}
+
+
 class Definitions(NamedTuple):
     """All objects of the feature repository."""
 
@@ -49,98 +121,81 @@ class Definitions(NamedTuple):
 
 
 def define(offline: str) -> Definitions:
-    """The objects, with their offline tables in Parquet folders below `offline`."""
-    item, space, catalogue, user = (
-        Entity(name=name, join_keys=[key], value_type=ValueType.STRING, description=description)
-        for name, key, description in (
-            ("item", "item_id", "An item of the catalogue"),
-            ("space", "space_id", "One (encoder, whitening, recommender): vectors of two spaces can't be compared"),
-            ("catalogue", "catalogue", f"Key of the pointer; always {CATALOGUE!r}"),
-            ("user", "user_id", "A user of the SRS"),
-        )
-    )
+    """The objects, their offline tables in Parquet folders below `offline`. LLMEMB_OWNER, a team or an address, owns them."""
+    owner = os.environ.get("LLMEMB_OWNER", "")
+    entities = Entities(*(made_entity(*words, owner) for words in ENTITIES))
+    named = {name: made_view(name, entities, offline, owner) for name in VIEWS if name != "user_history"}
+    push = PushSource(
+        name="user_history_push", batch_source=source(offline, "user_history", owner), owner=owner, tags=TAGS,
+        description="Where the SRS team pushes a user's newest history: the whole list, oldest first",
+    )  # fmt: skip
+    named["user_history"] = made_view("user_history", entities, offline, owner, push)
+    return Definitions(**entities._asdict(), **named, user_history_push=push, **services(named, owner), **permissions())
 
-    def source(name: str) -> FileSource:
-        return FileSource(name=f"{name}_files", path=f"{offline}/{name}", timestamp_field="event_timestamp")
 
-    def view(name: str, entities: list[Entity], fields: list[Field], batch: FileSource | PushSource) -> FeatureView:
-        keys = [Field(name=entity.join_key, dtype=String) for entity in entities]
-        return FeatureView(name=name, entities=entities, schema=[*keys, *fields], source=batch, ttl=None)
+# ---------------------------------------------------------------------------------------------------------- how they are made
 
-    embedding = view(
-        "item_embedding",
-        [item, space],
-        [
-            Field(name="vector", dtype=Array(Float32), description="codec float32"),
-            Field(name="vector_f16", dtype=Bytes, description="codec float16: little-endian half floats"),
-        ],
-        source("item_embedding"),
-    )
-    pointer = view(
-        "serving_pointer",
-        [catalogue],
-        [
-            Field(name="space_id", dtype=String, description="the space that serves"),
-            Field(name="recommender_id", dtype=String, description="the recommender whose user vectors fit it"),
-            Field(name="ds", dtype=String, description="date of the snapshot that it serves"),
-            Field(name="width", dtype=Int64),
-            Field(name="codec", dtype=String, description="float32 or float16: which field of item_embedding to read"),
-            Field(name="items", dtype=Int64, description="how many items it has"),
-            Field(name="sequence", dtype=Int64, description="how many times the pointer was written"),
-            Field(name="previous", dtype=String, description="the same of the space before, as JSON, for rollback"),
-            Field(name="index", dtype=String, description="digest of the space's index"),
-            Field(name="withheld", dtype=String, description="ids forgotten since that index was built, as JSON"),
-        ],
-        source("serving_pointer"),
-    )
-    tombstone = view("item_tombstone", [item], [Field(name="forgotten_at", dtype=UnixTimestamp)], source("item_tombstone"))
-    attributes = view(
-        "item_attributes",
-        [item],
-        [
-            Field(name="names", dtype=Array(String)),
-            Field(name="values", dtype=Array(String)),
-            Field(name="content_hash", dtype=String),
-        ],
-        source("item_attributes"),
-    )
-    history_push = PushSource(name="user_history_push", batch_source=source("user_history"))
-    history = view(
-        "user_history",
-        [user],
-        [
-            Field(name="item_ids", dtype=Array(String), description="oldest first"),
-            Field(name="timestamps", dtype=Array(Int64), description="unix seconds"),
-        ],
-        history_push,
-    )
-    return Definitions(
-        item=item,
-        space=space,
-        catalogue=catalogue,
-        user=user,
-        item_embedding=embedding,
-        serving_pointer=pointer,
-        item_tombstone=tombstone,
-        item_attributes=attributes,
-        user_history=history,
-        user_history_push=history_push,
-        srs_serving=FeatureService(name="srs_serving", features=[embedding, attributes]),
-        srs_user=FeatureService(name="srs_user", features=[history]),
-        may_read=Permission(
-            name="may_read",
-            types=[FeatureView, FeatureService],
-            policy=RoleBasedPolicy(roles=[READS, PUSHES]),
-            actions=[AuthzedAction.DESCRIBE, AuthzedAction.READ_ONLINE, AuthzedAction.READ_OFFLINE],
+
+class Entities(NamedTuple):
+    """What rows are about."""
+
+    item: Entity
+    space: Entity
+    catalogue: Entity
+    user: Entity
+
+
+def made_entity(name: str, key: str, description: str, owner: str) -> Entity:
+    """An entity whose key is a text."""
+    return Entity(name=name, join_keys=[key], value_type=ValueType.STRING, description=description, owner=owner, tags=TAGS)
+
+
+def source(offline: str, name: str, owner: str) -> FileSource:
+    """The Parquet folder behind a view."""
+    return FileSource(
+        name=f"{name}_files", path=f"{offline}/{name}", timestamp_field="event_timestamp", owner=owner, tags=TAGS,
+        description=f"What {name} was at each moment, for get_historical_features",
+    )  # fmt: skip
+
+
+def made_view(name: str, entities: Entities, offline: str, owner: str, push: PushSource | None = None) -> FeatureView:
+    """A view over its folder, or over a push source."""
+    known = VIEWS[name]
+    used = [getattr(entities, entity) for entity in known.entities]
+    keys = [Field(name=entity.join_key, dtype=String) for entity in used]
+    return FeatureView(
+        name=name, entities=used, schema=[*keys, *known.fields], source=push or source(offline, name, owner), ttl=None,
+        description=known.description, owner=owner, tags=TAGS | {"written_by": known.written_by},
+    )  # fmt: skip
+
+
+def services(views: dict[str, FeatureView], owner: str) -> dict[str, FeatureService]:
+    """What an SRS asks for by one name."""
+    about_items = "Vector and attributes of items of one space: give item_id and the space_id of serving_pointer"
+    return {
+        "srs_serving": FeatureService(
+            name="srs_serving", features=[views["item_embedding"], views["item_attributes"]], owner=owner, tags=TAGS,
+            description=about_items,
         ),
-        may_push=Permission(
-            name="may_push",
-            types=[FeatureView],
-            name_patterns=["^user_history$"],
-            policy=RoleBasedPolicy(roles=[PUSHES]),
-            actions=[AuthzedAction.WRITE_ONLINE],
+        "srs_user": FeatureService(
+            name="srs_user", features=[views["user_history"]], owner=owner, tags=TAGS, description="A user's newest history"
         ),
-    )
+    }  # fmt: skip
+
+
+def permissions() -> dict[str, Permission]:
+    """Who may read, and who may push histories. Nobody may move the pointer through a feature server."""
+    reading = [AuthzedAction.DESCRIBE, AuthzedAction.READ_ONLINE, AuthzedAction.READ_OFFLINE]
+    return {
+        "may_read": Permission(
+            name="may_read", types=[FeatureView, FeatureService], policy=RoleBasedPolicy(roles=[READS, PUSHES]), actions=reading,
+            tags=TAGS,
+        ),
+        "may_push": Permission(
+            name="may_push", types=[FeatureView], name_patterns=["^user_history$"], policy=RoleBasedPolicy(roles=[PUSHES]),
+            actions=[AuthzedAction.WRITE_ONLINE], tags=TAGS,
+        ),
+    }  # fmt: skip
 
 
 (

@@ -10,19 +10,19 @@ training side. Shapes: N items found, D width.
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
 import json
 import os
-import sqlite3
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from feature_repo.transport import Http, Sdk, Transport
+from feature_repo.transport import NothingServed as NothingServed  # who reads catches it
 
 CODECS: Mapping[str, tuple[str, str]] = {"float32": ("vector", "<f4"), "float16": ("vector_f16", "<f2")}
 """Codec -> (field of `item_embedding`, type of its numbers)."""
@@ -32,10 +32,6 @@ TIMEOUTS = "socket_timeout=30,socket_connect_timeout=5"
 """Time limits of the batch writer and of checks, where Redis may have much to do."""
 ONLINE_TIMEOUTS = "socket_timeout=0.1,socket_connect_timeout=0.1"
 """Time limits of a reader that answers users."""
-
-
-class NothingServed(LookupError):
-    """No space was published yet in this store."""
 
 
 # --------------------------------------------------------------------------------------------------------------- settings
@@ -165,124 +161,6 @@ class Answer:
         """Ids whose vector is older than `max_age`; `pointer.age` tells the age of the space as a whole."""
         oldest = dt.datetime.now(dt.UTC) - max_age
         return [item_id for item_id, moment in zip(self.item_ids, self.as_of, strict=True) if moment < oldest]
-
-
-# ------------------------------------------------------------------------------------------------------------- transports
-
-Row = tuple[dt.datetime | None, dict[str, Any]]
-"""Event timestamp and the values that are there; vectors as raw little-endian bytes."""
-
-
-class Transport(Protocol):
-    """How rows of a feature view are fetched."""
-
-    def read(self, view: str, keys: Mapping[str, Sequence[str]], fields: Sequence[str]) -> list[Row]:
-        """One row for each key, in order; a row without values where the key is absent."""
-
-
-class Sdk:
-    """Feast's online store, in-process."""
-
-    def __init__(self, config: Any, tries: int | None = None) -> None:
-        """With `tries`, a failed read of Redis is tried so often again, at once; else as redis-py does, over seconds."""
-        from feast.infra.online_stores.helpers import get_online_store_from_config
-
-        from feature_repo import feature_definitions
-
-        self.config = config
-        self.views = feature_definitions
-        self.store = get_online_store_from_config(config.online_store)
-        if tries is not None and config.online_store.type == "redis":
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
-
-            self.store._get_client(config.online_store).set_retry(Retry(NoBackoff(), tries))
-
-    def read(self, view: str, keys: Mapping[str, Sequence[str]], fields: Sequence[str]) -> list[Row]:
-        """See `Transport`. Straight from the online store: `get_online_features` builds the same answer three times over."""
-        try:
-            rows = self.store.online_read(self.config, getattr(self.views, view), entity_keys(keys), list(fields))
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                raise NothingServed("nothing was published into this store yet: run `python -m jobs publish`") from error
-            raise
-        return [(moment, natives(values)) for moment, values in rows]
-
-
-def entity_keys(keys: Mapping[str, Sequence[str]]) -> list[Any]:
-    """Feast's entity keys, from one list of texts for each join key."""
-    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-    from feast.protos.feast.types.Value_pb2 import Value
-
-    names = list(keys)
-    columns = zip(*keys.values(), strict=True)
-    return [EntityKey(join_keys=names, entity_values=[Value(string_val=text) for text in texts]) for texts in columns]
-
-
-def natives(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Feast's values as Python's; what is absent (Redis: a value that says nothing) is left out."""
-    found: dict[str, Any] = {}
-    for name, value in (values or {}).items():
-        kind = value.WhichOneof("val")
-        if kind == "float_list_val":
-            found[name] = packed_floats(value.SerializeToString())
-        elif kind is not None:
-            native = getattr(value, kind)
-            found[name] = list(native.val) if kind.endswith("_list_val") else native
-    return found
-
-
-def packed_floats(message: bytes) -> bytes:
-    """The numbers of a Value that holds a float list, as they stand in its protobuf message: tag, size, tag, size, numbers.
-
-    Fifty times faster than through Python floats, and exact.
-    """
-    at = 2 + varint_size(message, 2)
-    return message[at + 1 + varint_size(message, at + 1) :] if len(message) > at else b""
-
-
-def varint_size(message: bytes, start: int) -> int:
-    """Bytes of the variable-length number at `start`."""
-    end = start
-    while message[end] & 0x80:
-        end += 1
-    return end - start + 1
-
-
-class Http:
-    """Feast's feature server (`feast serve`)."""
-
-    def __init__(self, url: str, timeout_s: float = 10.0) -> None:
-        self.url = url.rstrip("/")
-        self.timeout_s = timeout_s
-
-    def read(self, view: str, keys: Mapping[str, Sequence[str]], fields: Sequence[str]) -> list[Row]:
-        """See `Transport`. Raises ConnectionError where the server is down, slow, or its own store is."""
-        body = {"features": [f"{view}:{field}" for field in fields], "entities": {name: list(ids) for name, ids in keys.items()}}
-        request = urllib.request.Request(
-            f"{self.url}/get-online-features", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                reply = json.load(response)
-        except OSError as error:
-            raise ConnectionError(f"the feature server {self.url} failed ({error}): is it up, and its online store?") from error
-        columns = dict(zip(reply["metadata"]["feature_names"], reply["results"], strict=True))
-        rows: list[Row] = []
-        for number in range(len(next(iter(keys.values())))):
-            values = {field: columns[field]["values"][number] for field in fields}
-            moment = dt.datetime.fromisoformat(columns[fields[0]]["event_timestamps"][number])
-            rows.append((moment, {name: from_json(name, value) for name, value in values.items() if value is not None}))
-        return rows
-
-
-def from_json(field: str, value: Any) -> Any:
-    """A value of the feature server's reply: vectors as raw bytes; whole numbers come as texts."""
-    if field == "vector":
-        return np.asarray(value, "<f4").tobytes()
-    if field == "vector_f16":
-        return base64.b64decode(value)
-    return int(value) if field in ("width", "items", "sequence") else value
 
 
 # ----------------------------------------------------------------------------------------------------------------- reader

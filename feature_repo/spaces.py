@@ -18,8 +18,10 @@ import numpy.typing as npt
 from feast.protos.feast.types.Value_pb2 import StringList, Value
 
 from feature_repo import feature_definitions as views
-from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of, entity_keys
-from feature_repo.stores import SCAN, NotPublished, Store, key_prefix, key_text, key_texts, serialized
+from feature_repo.keys import key_prefix, key_text, key_texts, serialized
+from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of
+from feature_repo.stores import SCAN, NotPublished, Store
+from feature_repo.transport import entity_keys
 
 Chunk = tuple[Sequence[str], npt.NDArray[np.float32]]
 Chunks = Callable[[], Iterable[Chunk]]

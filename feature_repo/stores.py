@@ -19,17 +19,16 @@ from typing import IO, Any, Protocol
 
 import redis
 from feast import FeatureView, RepoConfig
-from feast.infra.key_encoding_utils import serialize_entity_key, serialize_entity_key_prefix
 from feast.infra.online_stores.helpers import _mmh3, compute_table_id
 from feast.infra.online_stores.redis import RedisOnlineStore
 from feast.infra.online_stores.sqlite import SqliteOnlineStore
+
+from feature_repo.keys import key_prefix
 
 Rows = list[tuple[Any, dict[str, Any], Any, None]]
 """Feast's rows: (entity key, values, event timestamp, created timestamp)."""
 SCAN = 5_000
 """Keys listed at once."""
-STRING = (2).to_bytes(4, "little")
-"""How Feast marks a text inside an entity key."""
 
 
 BROKEN = (redis.RedisError, sqlite3.Error)
@@ -112,33 +111,6 @@ def fenced(mine: int, now: object) -> Fenced:
     return Fenced(
         f"this writer's lease (token {mine}) is lost (now {now}): another one took over, or the store was slow; run again"
     )
-
-
-def key_prefix(view: FeatureView, *texts: str) -> bytes:
-    """How serialized keys of a view begin, whose first join keys (in alphabetical order) have these values."""
-    parts = [serialize_entity_key_prefix(sorted(view.join_keys))]
-    return b"".join([*parts, *(key_text(text) for text in texts)])
-
-
-def key_text(text: str) -> bytes:
-    """One value as it stands in a serialized key."""
-    raw = text.encode()
-    return STRING + len(raw).to_bytes(4, "little") + raw
-
-
-def key_texts(view: FeatureView, key: bytes) -> list[str]:
-    """The values of a serialized key, in the alphabetical order of the join keys."""
-    at, texts = len(key_prefix(view)), []
-    while at < len(key):
-        size = int.from_bytes(key[at + 4 : at + 8], "little")
-        texts.append(key[at + 8 : at + 8 + size].decode())
-        at += 8 + size
-    return texts
-
-
-def serialized(entity_key: Any) -> bytes:
-    """Feast's serialized form of an entity key."""
-    return bytes(serialize_entity_key(entity_key, entity_key_serialization_version=3))
 
 
 # ----------------------------------------------------------------------------------------------------------------- SQLite

@@ -73,7 +73,7 @@ def run_job(arguments: argparse.Namespace) -> int:
         refuse_future(run.ds, started)
         where = manifest_path(run.lake, run.ds, arguments.job)
         # a job's standard output is its Result alone: what its libraries print goes with the logs
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), logs.SignsOfLife(arguments.job):
             module = importlib.import_module(f"jobs.{arguments.job}")
             config = build(module.Config, {"run": run, **values_of(recipe, arguments.job)}, arguments.job)
             # a job that runs more than once for a date, in shards say, names a manifest for each
@@ -124,6 +124,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits with status 2 and a usage line when it is off."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs",
+        usage="python -m jobs NAME --recipe FILE --ds DATE [--set JOB.KEY=VALUE]\n"
+        f"       python -m jobs {'|'.join(COMMANDS)} --help\n       python -m jobs --help      (all jobs)",
         description="Runs one job of the nightly path. Jobs, in the order of the data:\n\n"
         + "\n".join(f"  {name:<10} {purpose}" for name, purpose in JOBS.items())
         + "\n\nCommands for people:\n\n"

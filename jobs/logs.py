@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +29,8 @@ FIELDS: Mapping[str, type | tuple[type, ...]] = {
 COUNTS = "rows"
 """Row counts by table, the only nested field."""
 ROOT = "jobs"
+SILENCE_S = 8.0
+"""Nobody waits longer than ten seconds for a sign of life."""
 
 
 def start(job: str = "", ds: str = "") -> None:
@@ -59,6 +63,42 @@ class ToStandardError(logging.Handler):
                 sys.stderr.flush()
         except Exception:
             self.handleError(record)
+
+
+class SignsOfLife(logging.Handler):
+    """A context manager around a job: says that it is at work wherever nothing was logged for SILENCE_S. A bar is a sign too."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__()
+        self.log = logging.getLogger(f"{ROOT}.{job}")
+        self.began = self.last = time.monotonic()
+        self.ended = threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+
+    def __enter__(self) -> SignsOfLife:
+        logging.getLogger().addHandler(self)
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.watcher.join()
+        logging.getLogger().removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Remembers when somebody spoke."""
+        self.last = time.monotonic()
+
+    def watch(self) -> None:
+        """Speaks where nobody does."""
+        while not self.ended.wait(0.5):
+            if time.monotonic() - self.last >= SILENCE_S and not bars():
+                self.log.info("at work for %.0f s", time.monotonic() - self.began)
+
+
+def bars() -> bool:
+    """Whether a progress bar is on the terminal."""
+    return "tqdm" in sys.modules and bool(getattr(sys.modules["tqdm"].tqdm, "_instances", ()))
 
 
 class Text(logging.Formatter):

@@ -88,13 +88,8 @@ def run(config: Config) -> Result:
         outputs={"teacher": teacher_id},
         rows={"users": len(events.train_end_U), "items": events.catalogue, "train_events": int(counts_V.sum())},
     )
-    if rank == 0 and config.run.tracking_uri:
-        # MLflow takes seconds to load, and GPU workers may lack it
-        from jobs.engines import registry
-
-        metrics = {"validation_ndcg": trained.ndcg, "validation_recall": trained.recall}
-        params = {"teacher_id": teacher_id, "config": as_json(config)}
-        registry.log_run(config.run, "pretrain", params, metrics, inputs=inputs)
+    if rank == 0:
+        record(config, result)
     return result
 
 
@@ -104,3 +99,15 @@ def keep(config: Config, teacher: Recommender, item_ids: tuple[str, ...]) -> str
     meta = {"cold_share": config.cold_share, "seed": config.run.seed, "ds": config.run.ds}
     save_recommender(staged, teacher, item_ids=item_ids, backbone=config.backbone, items={"kind": "id"}, meta=meta)
     return artifacts.keep(config.run.lake, "teacher", staged)
+
+
+def record(config: Config, result: Result) -> None:
+    """The training as a run of MLflow, where there is one: its curve by epoch."""
+    if not config.run.tracking_uri:
+        return
+    # MLflow takes seconds to load, and GPU workers may lack it
+    from jobs.engines import registry
+
+    metrics = {"validation_ndcg": result.validation_ndcg, "validation_recall": result.validation_recall}
+    params = {"teacher_id": result.teacher_id, "config": as_json(config)}
+    registry.log_run(config.run, "pretrain", params, metrics, inputs=result.inputs, curve=result.history)

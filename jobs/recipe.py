@@ -50,6 +50,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         recipe: dict[str, Any] = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"--recipe {path} does not exist: the shipped ones are in jobs/recipes/") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "") or "no text"
+        raise InputError(f"--recipe {path} can't be read ({why}): name a TOML file, such as shop/recipe.toml") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"--recipe {path} is not TOML: {error}") from error
     for override in overrides:
@@ -113,7 +116,7 @@ def build(cls: type[C], values: Mapping[str, Any], table: str) -> C:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([table, *(str(part) for part in first["loc"])])
-        raise InputError(f"recipe: {key}: {first['msg']}") from error
+        raise InputError(f"recipe: {key}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def refuse_unknown(cls: Any, values: Mapping[str, Any], table: str) -> None:

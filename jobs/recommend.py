@@ -82,10 +82,7 @@ def run(config: Config) -> Result:
         raise InputError(f"recommend.k is {config.k}: ask for at least one item")
     reader = Reader.over_http(config.url) if config.url else Reader.open(lake)
     pointer = online.served(reader)
-    recommender_id = pointer.recommender_id or online.recommender_of(lake, pointer.space_id)["recommender_id"]
-    if not recommender_id:
-        raise InputError(f"no recommender of the lake makes space {pointer.space_id}, which serves: fetch its artifact first")
-    recommender = load_recommender(registry.fetch(config.run, "recommender", recommender_id), pick_device(config.run))
+    recommender_id, recommender = fitting(config.run, pointer)
     neighbours = online.open_index(lake, pointer.space)
     history = history_of(config, reader)
     started = time.monotonic()
@@ -114,6 +111,14 @@ def run(config: Config) -> Result:
     )
     tell(result)
     return result
+
+
+def fitting(run: Run, pointer: Pointer) -> tuple[str, Loaded]:
+    """The recommender whose user vectors fit the space that serves, and its id. Raises InputError where there is none."""
+    recommender_id = pointer.recommender_id or online.recommender_of(run.lake, pointer.space_id)["recommender_id"]
+    if not recommender_id:
+        raise InputError(f"no recommender of the lake makes space {pointer.space_id}, which serves: fetch its artifact first")
+    return recommender_id, load_recommender(registry.fetch(run, "recommender", recommender_id), pick_device(run))
 
 
 def carried(recommender: Loaded, reader: Reader, user_BD: torch.Tensor, found: list[str]) -> list[dict[str, float]]:

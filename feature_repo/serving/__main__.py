@@ -9,7 +9,10 @@ import ssl
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from feature_repo.serving.settings import Settings
 
 GRACE_S = 20
 """Seconds that requests under way have when the process is told to end."""
@@ -44,38 +47,46 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    # a worker is one numeric thread; more of them would only wait for each other
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # a folder that was inherited holds another process's counts; Feast makes one for every process that imports it
-    for name in ("PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR"):
-        os.environ.pop(name, None)
-    if settings.workers > 1:
-        folder = tempfile.mkdtemp(prefix="llmemb-metrics-")
-        os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "PROMETHEUS_MULTIPROCESS_DIR": folder}
+    prepare(settings.workers)
     # uvicorn ends well and then raises the signal again: told to end, ending is no failure
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     import uvicorn
 
-    uvicorn.run(
-        "feature_repo.serving.__main__:application",
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers if settings.workers > 1 else None,
-        access_log=False,  # it would name what callers ask
-        log_level="warning",
-        http="feature_repo.serving.http:Patient",
-        server_header=False,
-        backlog=256,
-        limit_concurrency=4 * settings.waiting,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=GRACE_S,
-        ssl_certfile=settings.certificate or None,
-        ssl_keyfile=settings.key or None,
-        ssl_ca_certs=settings.client_ca or None,
-        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.client_ca else ssl.CERT_NONE,
-    )
+    uvicorn.run("feature_repo.serving.__main__:application", factory=True, **server_of(settings))
     return 0
+
+
+def prepare(workers: int) -> None:
+    """The environment of the workers: one numeric thread each, and counts of their own."""
+    # more threads would only wait for each other
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # a folder that was inherited holds another process's counts; Feast makes one for every process that imports it
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "PROMETHEUS_MULTIPROCESS_DIR"):
+        os.environ.pop(name, None)
+    if workers > 1:
+        folder = tempfile.mkdtemp(prefix="llmemb-metrics-")
+        os.environ |= {"PROMETHEUS_MULTIPROC_DIR": folder, "PROMETHEUS_MULTIPROCESS_DIR": folder}
+
+
+def server_of(settings: Settings) -> dict[str, Any]:
+    """uvicorn's arguments."""
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "workers": settings.workers if settings.workers > 1 else None,
+        "access_log": False,  # it would name what callers ask
+        "log_level": "warning",
+        "http": "feature_repo.serving.http:Patient",
+        "server_header": False,
+        "backlog": 256,
+        "limit_concurrency": 4 * settings.waiting,
+        "timeout_keep_alive": 30,
+        "timeout_graceful_shutdown": GRACE_S,
+        "ssl_certfile": settings.certificate or None,
+        "ssl_keyfile": settings.key or None,
+        "ssl_ca_certs": settings.client_ca or None,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if settings.client_ca else ssl.CERT_NONE,
+    }
 
 
 if __name__ == "__main__":

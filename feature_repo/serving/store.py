@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from feature_repo.reader import NothingServed, Reader, Sdk
+from feature_repo.reader import NothingServed, Reader
 from feature_repo.reader import settings as feast_settings
 from feature_repo.serving import metrics
 from feature_repo.serving.settings import Settings
+from feature_repo.transport import Sdk
 
 T = TypeVar("T")
 QUEUE = 32

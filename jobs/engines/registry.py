@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,13 +89,14 @@ def log_run(
     inputs: Mapping[str, str] | None = None,
     tags: Mapping[str, str] | None = None,
     documents: Mapping[str, object] | None = None,
+    curve: Sequence[Mapping[str, float]] = (),
 ) -> str | None:
     """Records a run of a job; with `register`, its artifact folder becomes a version of that model.
 
     `artifacts` is a folder `models/KIND/ID` of the lake, `code` the pyfunc file that loads it (needed to register), `inputs` the
-    data sets that the job read, with their digests; `documents` are kept as NAME.json. An artifact that is registered already
-    keeps its version. Returns the version, or None where nothing is registered or `tracking_uri` is empty. Raises InputError
-    where MLflow can't be reached.
+    data sets that the job read, with their digests; `documents` are kept as NAME.json; `curve` are the figures of a training by
+    epoch or step, see `log_curve`. An artifact that is registered already keeps its version. Returns the version, or None where
+    nothing is registered or `tracking_uri` is empty. Raises InputError where MLflow can't be reached.
     """
     if not run.tracking_uri:
         return None
@@ -102,11 +104,10 @@ def log_run(
         import mlflow
 
         known = {"job": job, "ds": run.ds, "code_revision": code_revision(), **(tags or {})}
-        with mlflow.start_run(experiment_id=experiment(client, run), run_name=f"{job} {run.ds}", tags=known):
-            flat = list(flattened(params))
-            for start in range(0, len(flat), 100):  # the most that one request may hold
-                mlflow.log_params(dict(flat[start : start + 100]))
+        with mlflow.start_run(experiment_id=experiment(client, run), run_name=f"{job} {run.ds}", tags=known) as started:
+            log_params(params)
             mlflow.log_metrics({name: float(value) for name, value in metrics.items()})
+            log_curve(client, started.info.run_id, curve)
             log_inputs(inputs or {})
             for name, document in (documents or {}).items():
                 mlflow.log_dict(as_json(document), f"{name}.json")
@@ -115,6 +116,31 @@ def log_run(
             version = registered(client, register, artifacts) or add_version(register, artifacts, code, known)
             mlflow.set_tag("model_version", version)
             return version
+
+
+def log_params(params: Mapping[str, Any]) -> None:
+    """Nested parameters, by dotted names, of the active run."""
+    import mlflow
+
+    flat = list(flattened(params))
+    for start in range(0, len(flat), 100):  # the most that one request may hold
+        mlflow.log_params(dict(flat[start : start + 100]))
+
+
+def log_curve(client: Any, run_id: str, curve: Sequence[Mapping[str, float]]) -> None:
+    """The figures of a training as metrics `training.NAME` of a run; their step is `step` where they have one, else the epoch,
+    from 1."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    points = [
+        Metric(f"training.{name}", float(value), now, int(figures.get("step", epoch)))
+        for epoch, figures in enumerate(curve, start=1)
+        for name, value in figures.items()
+        if name != "step"
+    ]
+    for start in range(0, len(points), 1000):  # the most that one request may hold
+        client.log_batch(run_id, metrics=points[start : start + 1000])
 
 
 def log_inputs(digests: Mapping[str, str]) -> None:

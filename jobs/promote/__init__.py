@@ -133,7 +133,20 @@ def decide(config: Config) -> Result:
         raise Refused("; ".join(f"{reason.gate}: {reason.text}" for reason in reasons if reason.verdict == "failed"))
     if decision == "promoted" and serving != challenger_id:
         registry.set_aliases(config.run, [*moves(config, champion, version), ("challenger", None), ("champion", version)])
-    result = Result(
+    result = result_of(config, judged, reasons, decision, version)
+    if decision == "promoted" and serving != challenger_id:
+        card = model_card.card(config.run.lake, config.run.ds, as_json(result), judged)
+        registry.describe(config.run, version, card)
+    return result
+
+
+def result_of(
+    config: Config, judged: dict[str, Any], reasons: tuple[Reason, ...], decision: Literal["promoted", "undecided", "rejected"],
+    version: str,
+) -> Result:  # fmt: skip
+    """The decision as it is kept."""
+    challenger_id = str(judged["recommender_id"])
+    return Result(
         decision=decision,
         recommender_id=challenger_id,
         encoder_id=judged["encoder_id"],
@@ -149,10 +162,6 @@ def decide(config: Config) -> Result:
         outputs={"champion": challenger_id} if decision == "promoted" else {},
         rows={},
     )
-    if decision == "promoted" and serving != challenger_id:
-        card = model_card.card(config.run.lake, config.run.ds, as_json(result), judged)
-        registry.describe(config.run, version, card)
-    return result
 
 
 # ------------------------------------------------------------------------------------------------------------------ gates

@@ -208,7 +208,9 @@ def register(config: Config, result: Result) -> str | None:
     params = {"recommender_id": result.recommender_id, "encoder_id": result.encoder_id, "config": as_json(config)}
     metrics = {name: value for name, value in known.items() if isinstance(value, float)}
     artifact = artifacts.find(config.run.lake, "recommender", result.recommender_id)
-    return registry.log_run(config.run, "rat", params, metrics, artifact, MODEL, registry.RECOMMENDER_CODE, inputs=result.inputs)
+    return registry.log_run(
+        config.run, "rat", params, metrics, artifact, MODEL, registry.RECOMMENDER_CODE, inputs=result.inputs, curve=result.history
+    )
 
 
 def chosen(config: Config) -> tuple[str, str]:
@@ -309,4 +311,5 @@ def material(
     return Material(
         events=events, counts_V=train_counts(events), white_NK=white_NK, whitening=whitening, item_ids=catalogue.item_ids,
         llmemb=llmemb, teacher=teacher, teacher_VD=teacher_VD, unseen=config.run.exclude_seen,
+        tried=fuse.counter(),
     )  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from jobs.progress import EVERY_S
 from jobs.rat import rotation
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import as_json
@@ -16,6 +19,7 @@ from models.behaviour.artifact import save_fused, save_recommender
 from models.behaviour.assembly import Assembled, Fusion, Material, assemble, centres
 from models.behaviour.recommender import Recommender
 
+log = logging.getLogger(__name__)
 TRAINED = ("llmemb", "collaborative")
 """Parts whose basis is another one after each training, and so are turned; the llmemb part's turn is told."""
 
@@ -69,6 +73,20 @@ def keep(staged: Path, fusion: Fusion, given: Material, goal: Goal | Rotation, m
         counted=assembled.counted, curve=found.curve, cases=found.cases, note=found.note,
     )  # fmt: skip
     return told, fused
+
+
+def counter() -> Callable[[], None]:
+    """Says every few seconds how many weights were tried: the search takes minutes, and nobody knows how many it will be."""
+    tries, last = 0, time.monotonic()
+
+    def tried() -> None:
+        nonlocal tries, last
+        tries += 1
+        if time.monotonic() - last >= EVERY_S:
+            last = time.monotonic()
+            log.info("parts: %d weights tried on the validation cases", tries)
+
+    return tried
 
 
 def keep_alone(staged: Path, given: Material, goal: Goal | Rotation, meta: dict[str, object]) -> Rotation:

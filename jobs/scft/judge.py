@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def keep(
     if wrong:
         raise Refused(f"the encoder is refused: {'; '.join(wrong)}")
     encoder_id = artifacts.keep(config.run.lake, "encoder", staged)
-    version = register(config, encoder_id, figures, inputs)
+    version = register(config, encoder_id, figures, inputs, curve_of(tuned))
     return {"encoder_id": encoder_id, "figures": figures, "base_figures": before, "moved": moved, "version": version}
 
 
@@ -58,7 +59,16 @@ def base_embeddings(config: Config, encoder: Encoder, validation: Validation) ->
             return embed(encoder.eval(), validation.candidates)
 
 
-def register(config: Config, encoder_id: str, figures: dict[str, float], inputs: dict[str, str]) -> str | None:
+def curve_of(tuned: Tuned | None) -> list[dict[str, float]]:
+    """Every step's loss, then the figures of each validation, with their steps."""
+    if tuned is None:
+        return []
+    return [*({"step": step, "loss": loss} for step, loss in enumerate(tuned.losses, start=1)), *tuned.history]
+
+
+def register(
+    config: Config, encoder_id: str, figures: dict[str, float], inputs: dict[str, str], curve: Sequence[Mapping[str, float]]
+) -> str | None:
     """The encoder's version in MLflow's registry, as a pyfunc that embeds raw attribute records; None without MLflow."""
     if not config.run.tracking_uri:
         return None
@@ -71,4 +81,5 @@ def register(config: Config, encoder_id: str, figures: dict[str, float], inputs:
         registry.ENCODER,
         registry.ENCODER_CODE,
         inputs=inputs,
+        curve=curve,
     )

@@ -5,7 +5,7 @@ Shapes: N items, K whitened width, V items + 1 (row 0 is padding), D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -84,6 +84,8 @@ class Material:
     unseen: bool
     other_text_NK: Tensor | None = None
     """Whitened text that the untrained text part reads instead: for controls."""
+    tried: Callable[[], None] = lambda: None
+    """Called whenever the validation cases were ranked with other weights: a sign of life, for minutes go by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,9 @@ def assemble(config: Fusion, given: Material) -> Assembled:
     names = [name for name in config.parts if name != "collaborative" or given.teacher is not None]
     longest = max(given.llmemb.backbone.max_len, config.newest)
     width = given.llmemb.backbone.width * 2 + config.text_width + config.counting_width
-    sample = fusion.sample_cases(given.events, given.counts_V, max_len=longest, unseen=given.unseen, width=width)
+    sample = fusion.sample_cases(
+        given.events, given.counts_V, max_len=longest, unseen=given.unseen, width=width, tried=given.tried
+    )
     made: dict[str, Part] = {}
     scores: dict[str, Scores] = {}
     chosen: dict[str, float] = {}

@@ -59,6 +59,8 @@ class Sample:
     band_V: Tensor
     """Each item's band of train events, as gates go by."""
     group_C: Tensor
+    tried: Callable[[], None] = lambda: None
+    """Called whenever the cases were ranked with other weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,9 @@ class Found:
     note: str = ""
 
 
-def sample_cases(events: Histories, counts_V: Tensor, *, max_len: int, unseen: bool, width: int) -> Sample:
+def sample_cases(
+    events: Histories, counts_V: Tensor, *, max_len: int, unseen: bool, width: int, tried: Callable[[], None] = lambda: None
+) -> Sample:
     """All events of the validation part, each with what came before it; spread evenly where there are more than are taken.
 
     `width` is that of all parts together: with the catalogue it says how many cases can be afforded.
@@ -106,6 +110,7 @@ def sample_cases(events: Histories, counts_V: Tensor, *, max_len: int, unseen: b
         had_CH=had_CH * (had_CH != target_C[:, None]) if unseen else torch.zeros_like(had_CH),
         band_V=torch.bucketize(counts_V, torch.tensor(BANDS, device=device), right=True),
         group_C=item_groups(counts_V)[target_C],
+        tried=tried,
     )
 
 
@@ -206,6 +211,7 @@ class Search:
         """The goal: NDCG@10, in part over groups of items; each point is ranked once."""
         if point not in self.tried:
             ndcg_C = self.ndcg_C(point)
+            self.sample.tried()
             groups = [float(ndcg_C[mine_C].mean()) for mine_C in self.groups]
             balance = BALANCE if groups else 0.0
             self.tried[point] = (1 - balance) * float(ndcg_C.mean()) + balance * sum(groups) / max(1, len(groups))

@@ -6,6 +6,8 @@ Shapes: P positions with a label, M candidates, S negatives a position, N items,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ def sampled_softmax(positive_P: Tensor, negative_PS: Tensor, candidates: int) ->
     return logits_PC.logsumexp(1) - positive_P
 
 
-def bce(positive_P: Tensor, negative_PS: Tensor) -> Tensor:
+def bce(positive_P: Tensor, negative_PS: Tensor, candidates: int = 0) -> Tensor:
     """loss_P: binary cross-entropy of the positive and each negative (SASRec's own loss, with S = 1)."""
     return -F.logsigmoid(positive_P) - F.logsigmoid(-negative_PS).sum(1)
 
@@ -63,3 +65,20 @@ def alignment(
     own_N = logits_NN.diagonal()
     loss_N = (logits_NN.logsumexp(1) + logits_NN.logsumexp(0)) / 2 - own_N
     return (loss_N * weight_N).sum() / weight_N.sum().clamp_min(1e-12)
+
+
+class Loss(NamedTuple):
+    """A loss over sampled negatives."""
+
+    of: Callable[[Tensor, Tensor, int], Tensor]
+    """(positive_P, negative_PS, number of candidates) -> loss_P; a negative that is the label itself comes as -inf."""
+    one_each: bool = False
+    """Whether each position takes one negative of its own, whatever `negatives` and `negatives_per` say."""
+
+
+LOSSES: Mapping[str, Loss] = {
+    "sampled": Loss(sampled_softmax),
+    "gbce": Loss(gbce),
+    "bce": Loss(bce, one_each=True),
+}
+"""What `training.loss` may name beside `full`. A new loss is a function above and a name here, with its test; no other file."""

@@ -40,6 +40,7 @@ def describe(environment: dict[str, str]) -> dict[str, Any]:
     return {
         name: {
             "max_active_runs": dag.max_active_runs,
+            "tags": sorted(dag.tags),
             "deadline_hours": [alert.interval.total_seconds() / 3600 for alert in dag.deadline or []],
             "tasks": {task.task_id: describe_task(task) for task in dag.tasks},
         }
@@ -49,13 +50,16 @@ def describe(environment: dict[str, str]) -> dict[str, Any]:
 
 def describe_task(task: Any) -> dict[str, Any]:
     """One task."""
+    from airflow.sdk.bases.notifier import BaseNotifier
+
     return {
         "type": task.task_type,
         "retries": task.retries,
         "backoff": task.retry_exponential_backoff,
         "hours": task.execution_timeout.total_seconds() / 3600 if task.execution_timeout else None,
         "pool": task.pool,
-        "alerts": bool(task.on_failure_callback),
+        "alerts": [isinstance(found, BaseNotifier) for found in task.on_failure_callback],
+        "owner": task.owner,
         "downstream": sorted(task.downstream_task_ids),
     }
 

@@ -41,8 +41,10 @@ def test_dag_files_bring_no_engine_and_none_of_our_own_packages(tmp_path: Path) 
 
 def test_every_task_has_retries_with_backoff_a_timeout_a_pool_and_an_alert(worker: Worker) -> None:
     pools = json.loads((ROOT / "infra" / "pools.json").read_text())
-    dags = worker.ask("describe", {"DEADLINE_HOURS": "3"})
+    dags = worker.ask("describe", {"DEADLINE_HOURS": "3", "OWNER": "search"})
     assert set(dags) == set(ORDER)
+    purposes = {name: set(dag["tags"]) - {"llmemb"} for name, dag in dags.items()}
+    assert purposes["scft_refresh"] == purposes["rat_training"] == {"training"} and purposes["forget"] == {"on demand"}
     for name, dag in dags.items():
         assert dag["max_active_runs"] == 1
         assert dag["deadline_hours"] == [3]
@@ -52,7 +54,7 @@ def test_every_task_has_retries_with_backoff_a_timeout_a_pool_and_an_alert(worke
             where = f"{name}.{task_id}"
             assert task["retries"] == 3 and task["backoff"] == 2, where
             assert task["hours"] or task["type"] == "HITLOperator", where
-            assert task["alerts"], where
+            assert task["alerts"] == [True] and task["owner"] == "search", where
             assert task["pool"] == ("gpu" if task_id in GPU else "default_pool"), where
             assert task["pool"] in pools and pools[task["pool"]]["include_deferred"], where
 

@@ -79,3 +79,9 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_commands_are_found_at_all() -> None:
     assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 15
+
+
+def test_every_asset_of_the_dags_is_documented() -> None:
+    made = {name for path in (ROOT / "dags").glob("*.py") for name in re.findall(r'asset\("([a-z_]+)"\)', path.read_text())}
+    told = set(re.findall(r"`llmemb://([a-z_]+)`", (ROOT / "docs" / "cluster.md").read_text()))
+    assert made == told and made

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from feast import FeatureView
 from feast.cli.cli import cli
+from feast.permissions.permission import Permission
 
 from feature_repo import feature_definitions, offline
 from feature_repo.reader import Pointer, Space, end_of, open_store
@@ -50,3 +52,14 @@ def test_history_is_what_was_true_at_each_moment(tmp_path: Path, monkeypatch: py
     found = store.get_historical_features(entity_df=asked, features=features).to_df().sort_values("event_timestamp")
     assert [list(value) for value in found["vector"]] == [[1, 1], [1, 1], [2, 2], [3, 3]]
     assert found["sequence"].tolist() == [1, 1, 2, 3]
+
+
+def test_every_definition_says_what_it_is_and_whose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMEMB_OWNER", "search@example.com")
+    for found in feature_definitions.define("offline"):
+        assert found.tags["system"] == "llmemb", found.name
+        if not isinstance(found, Permission):
+            assert found.description and found.owner == "search@example.com", found.name
+        if isinstance(found, FeatureView):
+            keys = {column.name for column in found.entity_columns}
+            assert found.tags["written_by"] and all(field.description for field in found.schema if field.name not in keys)

@@ -12,8 +12,10 @@ from feast.protos.feast.types.Value_pb2 import Value
 
 from feature_repo import spaces
 from feature_repo.feature_definitions import item_embedding
-from feature_repo.reader import NothingServed, Reader, Space, open_store, packed_floats, settings
-from feature_repo.stores import key_text, lease, open_writer
+from feature_repo.keys import key_text
+from feature_repo.reader import NothingServed, Reader, Space, open_store, settings
+from feature_repo.stores import lease, open_writer
+from feature_repo.transport import packed_floats
 from tests.feature_repo.feature_server import feature_server
 
 IDS = [f"i{number}" for number in range(30)]

@@ -13,8 +13,9 @@ import redis
 
 from feature_repo import spaces
 from feature_repo.feature_definitions import item_attributes, item_embedding, item_tombstone
+from feature_repo.keys import key_prefix, key_texts
 from feature_repo.reader import Reader, Space, settings
-from feature_repo.stores import Fenced, Held, RedisStore, SqliteStore, Store, key_prefix, key_texts, lease, open_writer
+from feature_repo.stores import Fenced, Held, RedisStore, SqliteStore, Store, lease, open_writer
 
 SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.behaviour.losses import LOSSES
 from models.behaviour.progress import Trained
 from models.behaviour.recommender import Recommender
 from models.behaviour.training import WARM_UP, Stepper, Training, train
@@ -79,7 +80,7 @@ def test_every_replay_draws_dropout_anew(replays: list[int]) -> None:
 
 
 @pytest.mark.parametrize("per", ["batch", "position"])
-@pytest.mark.parametrize("loss", ["full", "sampled", "gbce", "bce"])
+@pytest.mark.parametrize("loss", ["full", *LOSSES])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_each_loss_learns_under_graphs(loss: str, per: str, precision: str) -> None:
     config = Training(epochs=60, patience=99, batch=8, learning_rate=2e-2, loss=loss, negatives=4, negatives_per=per,  # type: ignore[arg-type]

@@ -13,6 +13,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from jobs import logs, recommend
 
@@ -40,28 +42,34 @@ def readme_block() -> list[str]:
     return found[1].splitlines()
 
 
-def figure(text: str) -> float | None:
-    return None if text == "–" else float(text)
-
-
 def record(block: list[str], path: Path) -> dict[str, dict[str, Any]]:
-    """The manifests of a run that came to the block's figures."""
+    """The manifests of a run that came to the block's figures, and its outcomes, one event for all but the counts."""
     text = "\n".join(block)
     cells = re.findall(rf"^  (\w+) +{FIGURE} +{FIGURE} +{FIGURE}$", text, re.M)
-    assert {"popularity", "id_only", "llmemb"} <= {row[0] for row in cells}
-    values = {
-        model: {part: {"ndcg@10": figure(cell)} for part, cell in zip(("overall", "tail", "cold"), row, strict=True)}
-        for model, *row in cells
-    }
-    counts = re.search(r"^  users +([\d,]+) +([\d,]+) +([\d,]+)$", text, re.M)
+    models = [row[0] for row in cells]
+    assert {"popularity", "id_only", "llmemb"} <= set(models)
+    events = re.search(r"^  events +([\d,]+) +([\d,]+) +([\d,]+)$", text, re.M)
     space = re.search(r"^  space (\w{16}) of ([\d-]{10}): ([\d,]+) vectors of width (\d+)", text, re.M)
-    assert counts and space
-    users = dict(zip(("overall", "tail", "cold"), (int(count.replace(",", "")) for count in counts.groups()), strict=True))
+    assert events and space
+    overall, tail, cold = (int(count.replace(",", "")) for count in events.groups())
+    slices_SC = torch.zeros(3, overall, dtype=torch.bool)
+    slices_SC[0], slices_SC[1, :tail], slices_SC[2, tail : tail + cold] = True, True, True
+    assert tail + cold < overall
+    ndcg_KC = torch.zeros(len(models), overall, dtype=torch.float64)
+    for row_C, (_, *row) in zip(ndcg_KC, cells, strict=True):
+        mean, *parts = (0.0 if cell == "–" else float(cell) for cell in row)
+        row_C[:tail], row_C[tail : tail + cold] = parts[0], parts[1]
+        row_C[tail + cold :] = (mean * overall - row_C.sum()) / (overall - tail - cold)
+    folder = path / "lake" / "models" / "outcomes" / "0123"
+    folder.mkdir(parents=True)
+    save_file({"user_C": torch.zeros(overall).int(), "slices_SC": slices_SC, "ndcg_KC": ndcg_KC}, folder / "outcomes.safetensors")
+    names = {"models": models, "slices": ["overall", "tail", "cold"], "metric": "ndcg@10"}
+    (folder / "outcomes.json").write_text(json.dumps(names))
     served = {
         "item": "50", "space_id": space[1], "serves_ds": space[2], "compared": int(space[3].replace(",", "")),
         "width": int(space[4]), "read_ms_p50": 7.04, "vector": [0.25, -0.125],
     }  # fmt: skip
-    return {"evaluate": {"values": values, "users": users}, "lookup": served, "report": {"path": str(path / "report.html")}}
+    return {"evaluate": {"outcomes_id": "0123"}, "lookup": served, "report": {"path": str(path / "report.html")}}
 
 
 def printed(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], block: list[str]) -> str:
@@ -112,7 +120,7 @@ def test_the_end_of_the_demo_tells_item_users_figures_times_and_the_report(
     told = printed(demo, monkeypatch, capsys, readme_block()).splitlines()
     heads = [line.strip("━ ") for line in told if line.startswith("━━━")]
     assert [head.split(",")[0].split(":")[0] for head in heads] == [
-        "one item's vector", "one user", "NDCG@10 on held-out events", "what serves", "the serving process", "time",
+        "one item's vector", "one user", "NDCG@10 on every held-out event", "what serves", "the serving process", "time",
     ]  # fmt: skip
     assert "$ python -m jobs explain … explain.item=50" in told
     assert "$ python -m jobs recommend … recommend.user=459" in told
@@ -124,11 +132,22 @@ def test_the_end_of_the_demo_tells_item_users_figures_times_and_the_report(
     assert re.fullmatch(r"  all +\d+\.\d s", told[-1])
 
 
-def test_a_figure_that_a_slice_lacks_is_a_dash(
+def test_a_slice_without_events_has_dashes(
     demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    block = [re.sub(r"^(  llmemb .*)\d\.\d{4}$", r"\1     –", line) for line in readme_block()]
-    assert re.search(r"(?m)^  llmemb +\d\.\d{4} +\d\.\d{4} +–$", printed(demo, monkeypatch, capsys, block))
+    block = [re.sub(r"^(  events .*?)[\d,]+$", r"\g<1>0", line) for line in readme_block()]
+    told = printed(demo, monkeypatch, capsys, block)
+    assert re.search(r"(?m)^  llmemb +\d\.\d{4} +\d\.\d{4} +–$", told)
+    assert re.search(r"(?m)^  events +[\d,]+ +[\d,]+ +0$", told)
+
+
+def test_the_readme_s_model_is_ahead_of_every_floor_that_it_shows() -> None:
+    cells = re.findall(rf"^  (\w+) +{FIGURE} +{FIGURE} +{FIGURE}$", "\n".join(readme_block()), re.M)
+    by_model = {model: [float(cell) for cell in row] for model, *row in cells}
+    for floor in ("popularity", "repeat_markov_popularity", "id_only"):
+        for part, value in enumerate(by_model[floor]):
+            assert by_model["llmemb"][part] >= value, f"{floor}, column {part}"
+        assert by_model["llmemb"][0] > by_model[floor][0]
 
 
 def test_everything_runs_in_order_and_the_data_set_is_fetched_once(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 
 import pytest
 
@@ -65,3 +66,21 @@ def test_libraries_are_heard_from_warnings_on(monkeypatch: pytest.MonkeyPatch, c
     told = capsys.readouterr().err
     assert "chat" not in told
     assert "look out" in told
+
+
+def test_a_job_that_says_nothing_is_said_to_be_at_work_until_it_speaks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logs, "SILENCE_S", 1.0)
+    with caplog.at_level(logging.INFO):
+        with logs.SignsOfLife("extract"):
+            end = time.monotonic() + 30
+            while not caplog.records and time.monotonic() < end:
+                time.sleep(0.05)
+        (told, *_) = caplog.records
+        assert told.name == "jobs.extract" and re.fullmatch(r"at work for \d+ s", told.getMessage())
+    with logs.SignsOfLife("extract") as signs:
+        signs.last = 1e12  # nothing is due
+        logging.getLogger("jobs.extract").info("a line")
+        assert signs.last < 1e12, "who spoke is remembered"
+    assert signs not in logging.getLogger().handlers and not signs.watcher.is_alive()

@@ -140,7 +140,8 @@ def test_a_fault_in_the_recipe_is_one_line_that_names_it(
 
 def test_a_date_must_be_a_date(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recommend", "--recipe", str(recipe), "--ds", "22.4.1998"]) == 2
-    assert "write it as YYYY-MM-DD" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "write it as YYYY-MM-DD" in said and "Value error" not in said, "the checking library's words say nothing"
 
 
 def test_a_date_that_has_not_begun_is_refused_and_leaves_no_manifest(
@@ -161,9 +162,29 @@ def test_the_result_comes_after_all_that_is_logged(recipe: Path, monkeypatch: py
     assert "seen" in json.loads(both.getvalue().splitlines()[-1])
 
 
+def test_a_wrong_call_is_shown_the_commands_for_people_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["nights"])
+    said = capsys.readouterr().err
+    assert all(name in said for name in cli.COMMANDS)
+
+
 def test_a_missing_recipe_names_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recommend", "--recipe", str(tmp_path / "none.toml"), "--ds", "2026-01-01"]) == 2
     assert "jobs/recipes/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, b"\xff\xfe"])
+def test_a_recipe_that_can_t_be_read_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None
+) -> None:
+    path = tmp_path
+    if text is not None:
+        path = tmp_path / "recipe.toml"
+        path.write_bytes(text)
+    assert cli.main(["night", "--recipe", str(path), "--ds", "2026-01-01"]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--recipe {path} can't be read" in said
 
 
 @pytest.mark.parametrize("override", ["recommend.user", "user=1", "recommend.=1", "recommend.user.name=1"])

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from feature_repo.keys import key_text
 from feature_repo.reader import Reader, settings
 from feature_repo.spaces import remove_rows
-from feature_repo.stores import key_text, lease, open_writer
+from feature_repo.stores import lease, open_writer
 from jobs import lookup, publish, rollback
 from jobs.engines import registry
 from jobs.lake.tables import space_of

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import redis
 
+from feature_repo.keys import key_text
 from feature_repo.reader import Pointer, Reader, settings
 from feature_repo.spaces import remove_rows
-from feature_repo.stores import SqliteStore, key_text, lease, open_writer
+from feature_repo.stores import SqliteStore, lease, open_writer
 from jobs import collect, forget, lookup, publish, recommend, rollback
 from jobs.run import InputError, Refused, Run
 from tests.feature_repo.feature_server import feature_server

@@ -38,6 +38,22 @@ def test_a_run_names_the_data_that_it_read_with_digests(tmp_path: Path) -> None:
     assert given == {"items": "1" * 36, "encoder": "e" * 16}, "the digests' beginning; no champion is no data set"
 
 
+def test_a_training_s_curve_is_kept_by_epoch_or_by_step(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    registry.log_run(run, "rat", {}, {}, curve=[{"loss": 3.0, "ndcg": 0.1}, {"loss": 2.0}])
+    registry.log_run(run, "scft", {}, {}, curve=[{"step": 0, "mrr": 0.5}, {"step": 250, "mrr": 0.75}])
+    with registry.connected(run) as client:
+        found = {one.data.tags["job"]: one.info.run_id for one in client.search_runs(["1"])}
+
+        def curve(job: str, name: str) -> list[tuple[int, float]]:
+            return [(one.step, one.value) for one in client.get_metric_history(found[job], f"training.{name}")]
+
+        assert curve("rat", "loss") == [(1, 3.0), (2, 2.0)]
+        assert curve("rat", "ndcg") == [(1, 0.1)]
+        assert curve("scft", "mrr") == [(0, 0.5), (250, 0.75)]
+        assert curve("scft", "step") == []
+
+
 def test_an_artifact_keeps_its_version_however_often_it_is_registered(tmp_path: Path) -> None:
     run = fresh(tmp_path)
     first, second = kept(run, 0), kept(run, 1)

@@ -129,3 +129,12 @@ def test_gates_raise_text_where_it_knows_more() -> None:
     assert plain.weights.gates == OPEN
     assert gated.weights.gates[0] >= 1.0
     assert gated.ndcg["cold"] >= plain.ndcg["cold"]
+
+
+def test_each_ranking_with_other_weights_is_told_once() -> None:
+    told: list[int] = []
+    cases = dataclasses.replace(sample(), tried=lambda: told.append(1))
+    run = Search(cases, {"text": knows(cases, 0.5)})
+    for weight in (1.0, 2.0, 1.0):
+        run.value(Point((weight,), OPEN, (0.0,)))
+    assert len(told) == 2

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from models.behaviour import training
+from models.behaviour import rat_step, training
 from models.behaviour.data import Histories, cases, targets
+from models.behaviour.losses import LOSSES
 from models.behaviour.progress import Progress, Trained, make_validation
 from models.behaviour.recommender import Recommender
 from models.behaviour.training import Training, train
@@ -110,7 +111,7 @@ def test_a_training_killed_after_its_best_epoch_ends_with_the_best_weights(tmp_p
     assert equal(resumed, straight)
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled", "gbce", "bce"])
+@pytest.mark.parametrize("loss", ["full", *LOSSES])
 @pytest.mark.parametrize("per", ["batch", "position"])
 def test_an_item_that_is_no_candidate_is_never_a_negative_in_a_whole_training(loss: str, per: str) -> None:
     # nobody touches the last item: only negatives could move its vector
@@ -152,7 +153,7 @@ def test_the_adjusted_full_loss_is_the_cross_entropy_of_scores_raised_by_the_pri
     config = dataclasses.replace(QUICK, logit_adjustment=strength)
     task, _ = training.make_task(recommender, events, config, 6, torch.arange(1, ITEMS + 1), None, 1)
     hidden_PD, label_P = torch.randn(ITEMS, 16, generator=torch.Generator().manual_seed(0)), torch.arange(1, ITEMS + 1)
-    found_P = training.recommendation(task, hidden_PD, label_P, recommender.items)
+    found_P = rat_step.recommendation(task, hidden_PD, label_P, recommender.items)
     scores_PM = hidden_PD @ recommender.item_table()[1:].T
     wanted_P = torch.nn.functional.cross_entropy(scores_PM + task.prior_V[1:], label_P - 1, reduction="none")
     torch.testing.assert_close(found_P, wanted_P, rtol=1e-5, atol=1e-5)

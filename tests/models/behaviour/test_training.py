@@ -14,13 +14,15 @@ import torch
 import torch.multiprocessing as spawn
 from torch import Tensor
 
-from models.behaviour import training
+from models.behaviour import losses, rat_step, training
 from models.behaviour.data import Histories, histories, leave_one_out, targets, train_counts
 from models.behaviour.items import IdItems, MlpAdapter, TextItems
 from models.behaviour.llm_esr import Distiller
+from models.behaviour.losses import LOSSES
 from models.behaviour.progress import Trained, make_validation, rounded, validate
+from models.behaviour.rat_step import step_loss
 from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
-from models.behaviour.training import Aligner, Training, batches, step_loss, train
+from models.behaviour.training import Aligner, Training, batches, train
 from models.processes import same_everywhere
 
 ITEMS = 12
@@ -62,7 +64,7 @@ def test_each_backbone_learns_a_walk_that_is_certain(name: str) -> None:
     assert done.ndcg > 0.6
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled", "gbce", "bce"])
+@pytest.mark.parametrize("loss", ["full", *LOSSES])
 @pytest.mark.parametrize("per", ["batch", "position"])
 def test_each_loss_learns(loss: str, per: str) -> None:
     # four negatives for a whole batch teach gBCE slowest; chance is 0.38
@@ -72,7 +74,7 @@ def test_each_loss_learns(loss: str, per: str) -> None:
     assert done.history[-1]["loss"] < 0.8 * done.history[0]["loss"]
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled", "gbce", "bce"])
+@pytest.mark.parametrize("loss", ["full", *LOSSES])
 def test_logit_adjustment_leaves_out_of_the_scores_what_popularity_alone_explains(loss: str) -> None:
     # whatever came before, one item follows in seven events of eight: no history says more than that
     torch.manual_seed(2)
@@ -180,21 +182,21 @@ def test_items_held_out_are_no_negatives_no_targets_and_take_no_gradient() -> No
     seen = torch.cat([targets(events, users, position) for users, position, _ in chunks])
     assert 5 not in seen.tolist()
     hidden, label = torch.randn(40, 16), warm[torch.arange(40) % len(warm)]
-    for loss in ("full", "sampled", "gbce", "bce"):
+    for loss in ("full", *LOSSES):
         config = dataclasses.replace(QUICK, loss=loss, negatives=64)
         task = dataclasses.replace(make(recommender, events, config), candidates_M=warm)
         recommender.zero_grad()
-        training.recommendation(task, hidden, label, recommender.items).sum().backward()
+        rat_step.recommendation(task, hidden, label, recommender.items).sum().backward()
         assert recommender.items.weight.grad[5].abs().max() == 0
 
 
 def test_the_full_loss_in_chunks_equals_the_loss_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, table = torch.randn(10, 4, requires_grad=True), torch.randn(7, 4)
     label = torch.arange(10) % 7
-    whole = training.full(hidden, table, label)
+    whole = rat_step.full(hidden, table, label)
     (gradient,) = torch.autograd.grad(whole.sum(), hidden)
-    monkeypatch.setattr(training, "LOGITS", 21)
-    parts = training.full(hidden, table, label)
+    monkeypatch.setattr(rat_step, "LOGITS", 21)
+    parts = rat_step.full(hidden, table, label)
     (again,) = torch.autograd.grad(parts.sum(), hidden)
     assert torch.allclose(parts, whole)
     assert torch.allclose(again, gradient)
@@ -212,8 +214,8 @@ def test_alignment_counts_each_item_of_a_batch_once_and_no_padding() -> None:
     recommender, aligner = aligned(torch.cat([torch.zeros(1), torch.rand(ITEMS) + 0.1]))
     batch = torch.tensor([[0, 0, 3, 3, 3], [0, 3, 7, 9, 7]])
     items = torch.tensor([3, 7, 9])
-    expected = training.losses.alignment(recommender.items(items), aligner.teacher_VD[items], aligner.weight_V[items], 0.1)
-    assert torch.allclose(training.align(aligner, batch, recommender.items, 8), expected, atol=1e-5)
+    expected = losses.alignment(recommender.items(items), aligner.teacher_VD[items], aligner.weight_V[items], 0.1)
+    assert torch.allclose(rat_step.align(aligner, batch, recommender.items, 8), expected, atol=1e-5)
 
 
 def test_training_with_a_teacher_turns_vectors_towards_it() -> None:
@@ -376,3 +378,8 @@ def test_a_cosine_softmax_learns_whatever_the_size_of_the_vectors(loss: str) -> 
     done = trained(recommender, config)
     torch.testing.assert_close(recommender.item_table()[1:].norm(dim=1), torch.ones(ITEMS))
     assert done.ndcg > 0.6
+
+
+def test_a_loss_that_is_none_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"training\.loss is 'hinges': there are full, sampled, gbce, bce"):
+        Training(loss="hinges")

@@ -12,7 +12,7 @@ from jobs import embed
 from jobs.run import Refused
 from models.text import fp8
 from models.text.base_model import layers_of
-from tests.jobs.test_embed import changed, config, own_cache, rows
+from tests.jobs.embed.test_embed import changed, config, own_cache, rows
 
 __all__ = ["config", "own_cache"]  # fixtures
 

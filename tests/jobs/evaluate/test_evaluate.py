@@ -15,6 +15,7 @@ import pytest
 
 from jobs import evaluate, pretrain, rat
 from jobs.engines import registry
+from jobs.evaluate import ranks
 from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.tables import METRICS, SEQUENCES
 from jobs.run import InputError, Run, as_json
@@ -174,14 +175,14 @@ def test_a_missing_embedding_is_refused_with_the_remedy(lake: Run) -> None:
 
 
 def test_an_embedding_that_is_not_a_number_is_refused(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = evaluate.read_embeddings
+    real = ranks.read_embeddings
 
     def broken(*given: Any) -> Any:
         llm_NE = real(*given)
         llm_NE[3, 2] = float("nan")
         return llm_NE
 
-    monkeypatch.setattr(evaluate, "read_embeddings", broken)
+    monkeypatch.setattr(ranks, "read_embeddings", broken)
     with pytest.raises(ValueError, match="not finite"):
         judge(lake)
 

@@ -31,9 +31,9 @@ from jobs.run import InputError, Run, as_json
 from models.text.embedding import embed_items
 from models.text.encoder import Encoder, load_encoder, save_encoder
 from models.text.packing import Step
+from tests.jobs.scft.test_scft import write_items
 from tests.jobs.small_lake import remember
 from tests.jobs.small_registry import kept
-from tests.jobs.test_scft import write_items
 from tests.jobs.waiting import LONG, until
 from tests.models import tiny
 
