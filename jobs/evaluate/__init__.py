@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from jobs.engines import registry
 from jobs.evaluate.cases import every_case, keep_outcomes
@@ -16,7 +15,7 @@ from jobs.evaluate.config import Difference as Difference
 from jobs.evaluate.config import Result as Result
 from jobs.evaluate.config import unseen_only
 from jobs.evaluate.figures import judged, metric_rows, tabled
-from jobs.evaluate.ranks import both_ways, model_ranks, opened
+from jobs.evaluate.ranks import opened, ranks_of
 from jobs.evaluate.table import tell
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import METRICS
@@ -24,7 +23,7 @@ from jobs.lake.tensors import Catalogue, embeddings_digest, pick_device, read_ca
 from jobs.run import Run, as_json
 from models.behaviour.artifact import Loaded
 from models.behaviour.data import Histories, held_out, without_items
-from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases
+from models.judge.evaluation import SLICES, Cases, make_cases
 from models.judge.metrics import popularity_leak
 
 LEAK_ITEMS = (50, 20_000)
@@ -36,20 +35,21 @@ def run(config: Config) -> Result:
 
     Raises InputError or ValueError for a model or embeddings that are missing, no held-out event, or scores that are not finite.
     """
-    found = compared(config)
+    chosen = compared(config)
     catalogue = read_catalogue(config.run)
-    challenger = opened(config.run, found["recommender"], pick_device(config.run))
+    challenger = opened(config.run, chosen["recommender"], pick_device(config.run))
     events, digest = read_events(config, challenger, catalogue)
     cases = make_cases(
         events, config.part, negatives=config.negatives, paper_tail=config.paper_tail, chunk=config.users_per_chunk,
         seed=config.run.seed, unseen=unseen_only(config),
     )  # fmt: skip
     started = time.monotonic()
-    others = {"champion": found["champion"], "reference": found["reference"]}
+    others = {"champion": chosen["champion"], "reference": chosen["reference"]}
     if others["reference"] == others["champion"]:
         others["reference"] = ""
-    ranks = both_ways(config, challenger, others, catalogue, cases)
-    all_cases, all_ranks = of_every_event(config, challenger, others, catalogue, cases, ranks)
+    views = views_of(config, cases)
+    by_view = ranks_of(config, challenger, others, catalogue, views)
+    ranks = {name: (*found[0], found[1][0]) for name, found in by_view.items()}
     figures = judged(config, ranks, cases)
     seconds = time.monotonic() - started
     values, differences = tabled(config, figures, list(ranks))
@@ -57,16 +57,16 @@ def run(config: Config) -> Result:
     commit = partitions.write(config.run.lake, METRICS, f"ds={config.run.ds}", [metric_rows(config, figures, list(ranks))])
     outputs = {
         "metrics": commit.digest, "negatives": keep_negatives(config.run, cases),
-        "outcomes": keep_outcomes(config.run, all_cases, all_ranks, config.k),
+        "outcomes": keep_outcomes(config.run, views[-1], {name: by_view[name][-1] for name in by_view}, config.k),
     }  # fmt: skip
-    inputs = {"items": catalogue.digest, "sequences": digest, **found}
+    inputs = {"items": catalogue.digest, "sequences": digest, **chosen}
     result = Result(
-        recommender_id=found["recommender"], encoder_id=found["encoder"], champion_id=found["champion"],
-        reference_id=found["reference"], values=values, differences=differences,
+        recommender_id=chosen["recommender"], encoder_id=chosen["encoder"], champion_id=chosen["champion"],
+        reference_id=chosen["reference"], values=values, differences=differences,
         users=dict(zip(SLICES, figures.n_S.tolist(), strict=True)), leak=leak, leaking=leak.get("r2", 0.0) > config.leak_bound,
         outcomes_id=outputs["outcomes"], negatives_id=outputs["negatives"], ranking_seconds=round(seconds, 3),
         device=str(challenger.device), inputs=inputs, outputs=outputs,
-        rows={"metrics": commit.rows, "cases": len(cases.users_C), "all_cases": len(all_cases.users_C)},
+        rows={"metrics": commit.rows, "cases": len(cases.users_C), "all_cases": len(views[-1].users_C)},
     )  # fmt: skip
     tell(config, result, catalogue)
     record(config, result)
@@ -92,15 +92,10 @@ def read_events(config: Config, challenger: Loaded, catalogue: Catalogue) -> tup
     return without_items(events, held_V).to(challenger.device), digest
 
 
-def of_every_event(
-    config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, cases: Cases,
-    ranks: dict[str, tuple[Tensor, ...]],
-) -> tuple[Cases, Mapping[str, tuple[Tensor, ...]]]:  # fmt: skip
-    """All held-out events as cases, and every model's ranks of them: what the gates judge. `ranks` are those of `cases`."""
-    every = every_case(cases.events, config.part, cases, config.events_per_user, config.paper_tail)
-    if len(every.users_C) <= len(cases.users_C):
-        return every, ranks
-    return every, floor_ranks(every) | dict(model_ranks(config, challenger, others, catalogue, every))
+def views_of(config: Config, cases: Cases) -> list[Cases]:
+    """What every model ranks: the cases as serving ranks, in the other ranking, and (last) all held-out events, for the gates."""
+    other = dataclasses.replace(cases, unseen=not cases.unseen)
+    return [cases, other, every_case(cases.events, config.part, cases, config.events_per_user, config.paper_tail)]
 
 
 def leaks(config: Config, challenger: Loaded, catalogue: Catalogue, events: Histories) -> dict[str, float]:

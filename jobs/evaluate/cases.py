@@ -18,6 +18,7 @@ from torch import Tensor
 
 from jobs.lake import artifacts
 from jobs.run import Run
+from models.behaviour import data
 from models.behaviour.data import Histories, targets
 from models.judge.evaluation import SLICES, Cases, slices
 from models.judge.metrics import by_rank
@@ -28,20 +29,19 @@ def every_case(events: Histories, part: Literal["valid", "test"], last: Cases, m
 
     Ranked like `last`, the cases of one event a user, and in the same catalogue.
     """
-    start_U = (events.train_end_U if part == "valid" else events.valid_end_U).clamp_min(1)
-    end_U = events.valid_end_U if part == "valid" else events.length_U
+    users_C, position_C = data.cases(events, part, every=True)
     if most:
-        start_U = torch.maximum(start_U, end_U - most)
-    count_U = (end_U - start_U).clamp_min(0)
-    users_C = torch.arange(len(count_U), device=count_U.device).repeat_interleave(count_U)
-    step_C = torch.arange(len(users_C), device=count_U.device) - (count_U.cumsum(0) - count_U)[users_C]
-    position_C = start_U[users_C] + step_C
+        end_U = events.valid_end_U if part == "valid" else events.length_U
+        newest_C = position_C >= end_U[users_C] - most
+        users_C, position_C = users_C[newest_C], position_C[newest_C]
     order_C = position_C.argsort(stable=True)
     users_C, position_C = users_C[order_C], position_C[order_C]
     target_C = targets(events, users_C, position_C)
     slices_SC = slices(events, users_C, position_C, target_C, paper_tail)
     for name in ("short", "long"):  # who is one of the long fifth is counted in users, as in the table, and not in events
-        in_U = torch.zeros_like(count_U, dtype=torch.bool).index_put((last.users_C,), last.slices_SC[SLICES.index(name)])
+        in_U = torch.zeros_like(events.train_end_U, dtype=torch.bool).index_put(
+            (last.users_C,), last.slices_SC[SLICES.index(name)]
+        )
         slices_SC[SLICES.index(name)] = in_U[users_C]
     return Cases(
         events=events,

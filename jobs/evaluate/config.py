@@ -8,7 +8,7 @@ from typing import Literal
 from jobs.run import InputError, Run
 
 CHALLENGER = "llmemb"
-NAMES = ("popularity", "repeat_markov_popularity", "id_only", CHALLENGER, "champion", "reference")
+NAMES = ("popularity", "repeat_markov_popularity", "tfidf_text", "id_only", CHALLENGER, "champion", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)

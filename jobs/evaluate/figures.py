@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pyarrow as pa
 import torch
@@ -22,7 +23,7 @@ def columns(config: Config) -> list[str]:
     return names + [f"sampled_{name}" for name in names] + [f"{other}_{name}" for name in names]
 
 
-def judged(config: Config, ranks: dict[str, tuple[Tensor, ...]], cases: Cases) -> Bootstrap:
+def judged(config: Config, ranks: Mapping[str, tuple[Tensor, ...]], cases: Cases) -> Bootstrap:
     """Every model's metrics, resampled together; a column for each (model, metric)."""
     values = [value for pair in ranks.values() for rank_C in pair for value in by_rank(rank_C, config.k).values()]
     return bootstrap(torch.stack(values, dim=1), cases.slices_SC, resamples=config.resamples, seed=config.run.seed)

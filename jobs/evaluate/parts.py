@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import Tensor
 
@@ -10,15 +11,15 @@ from models.behaviour.fused import FusedRecommender
 from models.judge.evaluation import Cases, Ranks, vector_ranks
 
 
-def part_ranks(recommender: FusedRecommender, table_VD: Tensor, cases: Cases) -> Iterator[tuple[str, Ranks]]:
-    """(name, ranks): `only_NAME` for each part, `up_to_NAME` for the sums that are neither one part nor all."""
+def part_rankers(recommender: FusedRecommender, table_VD: Tensor) -> Iterator[tuple[str, Callable[[Cases], Ranks]]]:
+    """(name, ranker): `only_NAME` for each part, `up_to_NAME` for the sums that are neither one part nor all."""
     for number, part in enumerate(recommender.parts):
-        yield f"only_{part.name}", columns_ranked(recommender, table_VD, cases, part.start, part.stop)
+        yield f"only_{part.name}", partial(columns_ranked, recommender, table_VD, part.start, part.stop)
         if 0 < number < len(recommender.parts) - 1:
-            yield f"up_to_{part.name}", columns_ranked(recommender, table_VD, cases, 0, part.stop)
+            yield f"up_to_{part.name}", partial(columns_ranked, recommender, table_VD, 0, part.stop)
 
 
-def columns_ranked(recommender: FusedRecommender, table_VD: Tensor, cases: Cases, start: int, stop: int) -> Ranks:
+def columns_ranked(recommender: FusedRecommender, table_VD: Tensor, start: int, stop: int, cases: Cases) -> Ranks:
     """Ranks by some columns of the vectors alone."""
 
     def encode(emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:

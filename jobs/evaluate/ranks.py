@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from jobs.engines import registry
 from jobs.evaluate.config import CHALLENGER, Config
-from jobs.evaluate.parts import part_ranks
-from jobs.lake import artifacts
+from jobs.evaluate.parts import part_rankers
+from jobs.lake import artifacts, partitions
+from jobs.lake.items import live_items
+from jobs.lake.tables import ITEMS
 from jobs.lake.tensors import Catalogue, read_embeddings
 from jobs.run import Run
 from models.behaviour.artifact import Loaded, load_recommender
 from models.behaviour.fused import FusedRecommender
 from models.judge.evaluation import Cases, Ranks, floor_ranks, vector_ranks
+from models.judge.text_floor import text_ranks, tfidf_table
+from models.text.prompts import LEAKS, normalised_name
 
 BATCH = 65_536
+Ranker = Callable[[Cases], Ranks]
 
 
 def opened(run: Run, recommender_id: str, device: torch.device) -> Loaded:
@@ -26,25 +31,50 @@ def opened(run: Run, recommender_id: str, device: torch.device) -> Loaded:
     return load_recommender(registry.fetch(run, "recommender", recommender_id), device)
 
 
-def model_ranks(
-    config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, cases: Cases
-) -> Iterator[tuple[str, Ranks]]:
-    """(name, ranks) of the ID-only teacher, the baselines, the challenger and the others, one in memory at a time."""
+def rankers(config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue) -> Iterator[tuple[str, Ranker]]:
+    """(name, ranker) of the text floor, the ID-only teacher, the baselines, the challenger, its parts, and the others.
+
+    Each model's vectors are made once, whatever is ranked by them, and one model is in memory at a time.
+    """
+    floor_VD = tfidf_table(texts(config.run, catalogue))
+    if floor_VD is not None:
+        yield "tfidf_text", partial(text_ranks, table_VD=floor_VD.to(challenger.device))
     teacher_id = challenger.meta.get("teacher_id", "none")
     if teacher_id != "none":
         teacher = load_recommender(artifacts.find(config.run.lake, "teacher", teacher_id), challenger.device)
-        yield "id_only", ranked(teacher, id_table(teacher, catalogue), cases)
+        yield "id_only", partial(ranked, teacher, id_table(teacher, catalogue))
     for name, recommender_id in config.baselines.items():
         baseline = opened(config.run, recommender_id, challenger.device)
-        yield name, ranked(baseline, text_table(config.run, baseline, catalogue), cases)
+        yield name, partial(ranked, baseline, text_table(config.run, baseline, catalogue))
     table_VD = text_table(config.run, challenger, catalogue)
-    yield CHALLENGER, ranked(challenger, table_VD, cases)
+    yield CHALLENGER, partial(ranked, challenger, table_VD)
     if isinstance(challenger, FusedRecommender):
-        yield from part_ranks(challenger, table_VD, cases)
+        yield from part_rankers(challenger, table_VD)
     for name, other_id in others.items():
         if other_id:
             other = opened(config.run, other_id, challenger.device)
-            yield name, ranked(other, text_table(config.run, other, catalogue), cases)
+            yield name, partial(ranked, other, text_table(config.run, other, catalogue))
+
+
+def ranks_of(
+    config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, views: Sequence[Cases]
+) -> dict[str, list[Ranks]]:
+    """Of each model its ranks of every view's cases."""
+    counted = [floor_ranks(cases) for cases in views]
+    found = {name: [ranks[name] for ranks in counted] for name in counted[0]}
+    for name, ranker in rankers(config, challenger, others, catalogue):
+        found[name] = [ranker(cases) for cases in views]
+    return found
+
+
+def texts(run: Run, catalogue: Catalogue) -> list[str]:
+    """What is said of each item, in the catalogue's order, without the fields that leak popularity."""
+    leaks = {normalised_name(name) for name in LEAKS}
+    said: dict[str, str] = {}
+    for batch in live_items(run.lake, partitions.latest(run.lake, ITEMS.name, run.ds), ("item_id", "attributes")):
+        for item_id, pairs in zip(batch["item_id"].to_pylist(), batch["attributes"].to_pylist(), strict=True):
+            said[item_id] = " ".join(pair["value"] for pair in pairs if normalised_name(pair["name"]) not in leaks)
+    return [said.get(item_id, "") for item_id in catalogue.item_ids]
 
 
 def ranked(recommender: Loaded, table_VD: Tensor, cases: Cases) -> Ranks:
@@ -66,14 +96,3 @@ def text_table(run: Run, recommender: Loaded, catalogue: Catalogue) -> Tensor:
     for start in range(0, len(llm_NE), BATCH):
         parts.append(recommender.project(llm_NE[start : start + BATCH], catalogue.item_ids[start : start + BATCH]))
     return torch.cat(parts)
-
-
-def both_ways(
-    config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, cases: Cases
-) -> dict[str, tuple[Tensor, ...]]:
-    """Of each model: ranks as serving ranks, among sampled negatives, and in the other ranking."""
-    other = dataclasses.replace(cases, unseen=not cases.unseen)
-    first, second = (
-        floor_ranks(some) | dict(model_ranks(config, challenger, others, catalogue, some)) for some in (cases, other)
-    )
-    return {name: (*ranks, second[name][0]) for name, ranks in first.items()}

@@ -12,7 +12,7 @@ from jobs.report.facts import Facts
 from jobs.report.plots import Interval
 from jobs.report.words import first_line, number
 
-MODELS = ("popularity", "repeat_markov_popularity", "id_only")
+MODELS = ("popularity", "repeat_markov_popularity", "tfidf_text", "id_only")
 SLICES = ("overall", "cold", "tail", "head", "repeat", "new", "short", "long", "paper_tail")
 """Orders of the evaluation, in which people read: manifests are sorted by name."""
 MARKS = "Circle: surely no worse; diamond: can't tell; square: surely worse; cross: too few users for an interval."

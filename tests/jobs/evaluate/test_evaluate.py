@@ -22,6 +22,7 @@ from jobs.run import InputError, Run, as_json
 from models.behaviour.data import held_out
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
+from models.judge import text_floor
 from models.judge.evaluation import SLICES
 from tests.jobs.small_lake import DS, ENCODER, make, remember, sequence_rows
 
@@ -87,6 +88,35 @@ def test_every_model_is_in_the_table_on_every_slice_with_its_interval(lake: Run)
     assert {row.against for row in result.differences} == set(result.values) - {"llmemb"}
     assert result.encoder_id == ENCODER
     assert set(result.inputs) == {"items", "sequences", "encoder", "llm_embeddings", "recommender", "champion", "reference"}
+
+
+def test_texts_without_an_llm_are_a_floor_and_fields_that_leak_are_not_read(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_floor, "LEAST", 10)
+    read: list[str] = []
+    monkeypatch.setattr(ranks, "tfidf_table", lambda said: read.extend(said) or text_floor.tfidf_table(said))
+    result = judge(lake)
+    assert list(result.values)[:4] == ["popularity", "repeat_markov_popularity", "tfidf_text", "id_only"]
+    assert ("tfidf_text", "overall") in {(row.against, row.slice) for row in result.differences}
+    assert len(set(read)) > 10 and all(read)
+    # `title` is what the small lake's items have
+    monkeypatch.setattr(ranks, "LEAKS", ("Title",))
+    read.clear()
+    judge(lake)
+    assert len(read) > 10 and not any(read)
+
+
+def test_each_model_makes_its_vectors_once_however_often_it_ranks(lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    crown(monkeypatch, champion=other(lake))
+    made_of: list[str] = []
+
+    def counted(run: Run, recommender: Any, catalogue: Any) -> Any:
+        made_of.append(recommender.meta["seed"])
+        return text_table(run, recommender, catalogue)
+
+    text_table = ranks.text_table
+    monkeypatch.setattr(ranks, "text_table", counted)
+    assert judge(lake).champion_id
+    assert sorted(made_of) == [1, 42]
 
 
 def test_a_rerun_leaves_the_same_table_and_the_same_negatives(lake: Run) -> None:

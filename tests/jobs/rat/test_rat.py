@@ -72,9 +72,19 @@ def test_the_recommender_names_its_encoder_and_teacher_and_projects_every_item(s
     vectors = loaded.project(torch.randn(2, 12), ["i00", "never seen"])
     assert vectors.shape == (2, 8)
     assert vectors.isfinite().all()
-    # the default softmax is over cosines, and what is served is what was trained; LLM-ESR has dot products, as published
+
+
+@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "llm_esr"])
+@pytest.mark.parametrize("cosine", [0.0, 0.07])
+def test_vectors_of_length_one_are_served_where_they_were_trained(small_lake: Run, adapter: str, cosine: float) -> None:
+    taught(small_lake)
+    training = dataclasses.replace(SMALL["training"], cosine=cosine)
+    result = rat.run(config(small_lake, adapter=adapter, text_width=4, training=training))
+    loaded = load_recommender(artifacts.find(small_lake.lake, "recommender", result.recommender_id))
+    vectors = loaded.project(torch.randn(2, 12), ["i00", "never seen"])
+    # LLM-ESR has dot products, as published
     unit = bool(torch.allclose(vectors.norm(dim=1), torch.ones(2), atol=1e-5))
-    assert unit == (adapter != "llm_esr")
+    assert unit == (cosine > 0 and adapter != "llm_esr")
 
 
 @pytest.mark.parametrize("name", ["gru4rec", "bert4rec"])
