@@ -30,8 +30,9 @@ demo: $(STAMP) ## runs the whole nightly path on MovieLens-100k and shows the re
 serve: $(STAMP) ## keeps the serving process up on the demo's stores, with a page for people
 	$(BIN)/python infra/serve.py
 
-test: $(STAMP) ## runs all tests
-	$(BIN)/python -m pytest
+# One process a core, four at most, each with one thread of its own: files of tests stay together, as they share what is slow to make
+test: $(STAMP) ## runs all tests, on up to four cores
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-gpu: $(STAMP) ## runs the tests that need an NVIDIA GPU; skips them, saying so, without one
 	$(BIN)/python -m pytest tests/gpu
