@@ -36,9 +36,9 @@ BALANCE = 0.15
 it a weight that gains a little on the many cases of popular items gives the rare ones away."""
 CASES = 20_000
 """Validation cases that weights are chosen on, at most."""
-TOP = 200
+TOP = {"cuda": 200, "cpu": 100}
 """Each part's best items that a case is ranked among: what is in nobody's best can't be among the ten best of the sum."""
-PRODUCTS = {"cuda": 2**43, "cpu": 2**34}
+PRODUCTS = {"cuda": 2**43, "cpu": 2**32}
 """Multiplications spent on scores, about: of a large catalogue fewer cases are taken."""
 HELD = 2**27
 """Scores held at once while the best are looked for."""
@@ -140,6 +140,7 @@ def candidates(sample: Sample, parts: Sequence[Scores]) -> tuple[Tensor, list[Co
     """item_CM, the best of all parts for each case (0 for none, each item once, the target and what was had left out), and the
     parts' scores of them."""
     rows = len(parts[0].table_VD)
+    most = TOP.get(sample.target_C.device.type, TOP["cpu"])
     step = max(1, HELD // (rows * len(parts)))
     found: list[list[Tensor]] = []
     square = [0.0] * len(parts)
@@ -152,7 +153,7 @@ def candidates(sample: Sample, parts: Sequence[Scores]) -> tuple[Tensor, list[Co
         out_BV = torch.zeros(len(scores[0]), rows, dtype=torch.bool, device=scores[0].device)
         out_BV.scatter_(1, sample.had_CH[some], True).scatter_(1, sample.target_C[some, None], True)
         out_BV[:, 0] = True
-        best = [score_BV.masked_fill(out_BV, -torch.inf).topk(min(TOP, rows)) for score_BV in scores]
+        best = [score_BV.masked_fill(out_BV, -torch.inf).topk(min(most, rows)) for score_BV in scores]
         item_BM = torch.cat([top.indices * (top.values > -torch.inf) for top in best], dim=1).sort(1).values
         item_BM[:, 1:] *= item_BM[:, 1:] != item_BM[:, :-1].clone()
         found.append([item_BM, *(score_BV.gather(1, item_BM) for score_BV in scores)])

@@ -83,6 +83,13 @@ def build_sequence(backbone: Backbone, kind: str = "id", fading: float | None = 
     return SEQUENCES[backbone.name](**sizes)
 
 
+def newest(sequence: nn.Module, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+    """user_BD after the newest event; an encoder that can leaves the other positions out."""
+    alone = getattr(sequence, "newest", None)
+    user_BD: Tensor = alone(emb_BLD, valid_BL) if callable(alone) else sequence(emb_BLD, valid_BL)[:, -1]
+    return user_BD
+
+
 class Recommender(nn.Module):
     """Items and a sequence encoder; scores are dot products of the user's vector with the same item vectors."""
 
@@ -103,8 +110,7 @@ class Recommender(nn.Module):
     def encode(self, input_BL: Tensor, table_VD: Tensor | None = None) -> Tensor:
         """input_BL -> user_BD, the vector after the newest event. A table at hand saves making the items' vectors again."""
         emb_BLD = self.items(input_BL) if table_VD is None else F.embedding(input_BL, table_VD)
-        user_BD: Tensor = self.sequence(emb_BLD, input_BL != 0)[:, -1]
-        return user_BD
+        return newest(self.sequence, emb_BLD, input_BL != 0)
 
 
 def score(user_BD: Tensor, table_VD: Tensor) -> Tensor:
@@ -192,11 +198,11 @@ class LoadedRecommender:
     @torch.no_grad()
     def encode(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """user_BD of histories given as item VECTORS, newest last, LEFT-padded; scores are dot products with item vectors."""
-        newest = self.backbone.max_len
-        emb_BLD, valid_BL = emb_BLD[:, -newest:].to(self.device), valid_BL[:, -newest:].to(self.device)
+        most = self.backbone.max_len
+        emb_BLD, valid_BL = emb_BLD[:, -most:].to(self.device), valid_BL[:, -most:].to(self.device)
         if self.turn_DD is not None:
             emb_BLD = emb_BLD @ self.turn_DD.T  # the sequence encoder knows items as it was trained on them
-        user_BD = self.sequence(emb_BLD, valid_BL)[:, -1]
+        user_BD = newest(self.sequence, emb_BLD, valid_BL)
         return self.turned(F.normalize(user_BD, dim=1) if self.unit else user_BD)
 
     def turned(self, emb_D: Tensor) -> Tensor:

@@ -41,17 +41,19 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
-    def forward(self, x_BLD: Tensor, mask_B1LL: Tensor) -> Tensor:
-        """x_BLD -> x_BLD; a query sees the keys that its row of the mask allows."""
-        x_BLD = x_BLD + self.attend(self.attend_norm(x_BLD), mask_B1LL)
+    def forward(self, x_BLD: Tensor, mask_B1LL: Tensor, newest: int = 0) -> Tensor:
+        """x_BLD -> x_BLD; a query sees the keys that its row of the mask allows. `newest` gives as many last positions alone."""
+        x_BLD = x_BLD[:, -newest:] + self.attend(self.attend_norm(x_BLD), mask_B1LL[:, :, -newest:], newest)
         fed: Tensor = x_BLD + self.feed(self.feed_norm(x_BLD))
         return fed
 
-    def attend(self, x_BLD: Tensor, mask_B1LL: Tensor) -> Tensor:
-        """Multi-head attention of x_BLD on itself."""
+    def attend(self, x_BLD: Tensor, mask_B1LL: Tensor, newest: int = 0) -> Tensor:
+        """Multi-head attention of x_BLD, or of its `newest` last positions, on all of it."""
         split = self.query_key_value(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        mixed_BHLd = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=mask_B1LL, dropout_p=dropout)
+        mixed_BHLd = F.scaled_dot_product_attention(
+            split[0][:, :, -newest:], split[1], split[2], attn_mask=mask_B1LL, dropout_p=dropout
+        )
         return F.dropout(self.attend_out(mixed_BHLd.transpose(1, 2).flatten(-2)), self.dropout, self.training)
 
 
@@ -78,10 +80,18 @@ class SASRec(nn.Module):
 
     def forward(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """emb_BLD, valid_BL -> hidden_BLD. Positions count back from the newest, so L may be less than max_len."""
+        return self.run(emb_BLD, valid_BL)
+
+    def newest(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+        """user_BD after the newest event: the last block needs no other position. What serving and validation ask for."""
+        return self.run(emb_BLD, valid_BL, newest=1)[:, -1]
+
+    def run(self, emb_BLD: Tensor, valid_BL: Tensor, newest: int = 0) -> Tensor:
+        """hidden_BLD of all positions, or of the `newest` alone."""
         x_BLD = emb_BLD * self.scale + self.position[self.max_len - emb_BLD.shape[1] :]
         x_BLD = F.dropout(x_BLD, self.dropout, self.training)
         mask_B1LL = attention_mask(valid_BL, causal=True)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, mask_B1LL)
+        for number, block in enumerate(self.blocks, start=1):
+            x_BLD = block(x_BLD, mask_B1LL, newest if number == len(self.blocks) else 0)
         hidden_BLD: Tensor = self.norm(x_BLD)
         return hidden_BLD

@@ -51,7 +51,16 @@ LEAST = 30
 DEFAULT = "cosine"
 """The kind of RAT that all variants are made with; of the other, the whole fusion alone."""
 SHOWN = ("overall", "cold", "tail", "head", "short", "long")
-REFERENCES = ("id_only", "llmemb", "cosine", "without_text", "popularity", "repeat_markov_popularity", "tfidf_text", "fused_tfidf")
+REFERENCES = (
+    "id_only",
+    "llmemb",
+    "cosine",
+    "without_text",
+    "popularity",
+    "repeat_markov_popularity",
+    "tfidf_text",
+    "fused_tfidf",
+)
 
 
 @dataclass(frozen=True)

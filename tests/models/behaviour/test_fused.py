@@ -119,3 +119,9 @@ def test_centres_are_turned_as_their_parts_are(given: Material) -> None:
     some = dataclasses.replace(assembled, found=found, mean_users={"collaborative": mean_D})
     torch.testing.assert_close(centres(some, {})["collaborative"], 0.5 * mean_D)
     torch.testing.assert_close(centres(some, {"collaborative": turn_DD})["collaborative"], 0.5 * mean_D @ turn_DD)
+
+
+def test_a_user_without_any_event_has_a_finite_vector(tmp_path: Path, given: Material) -> None:
+    loaded = kept(tmp_path, given)
+    emb_BLD, valid_BL = torch.zeros(2, 3, loaded.width), torch.zeros(2, 3, dtype=torch.bool)
+    assert loaded.encode(emb_BLD, valid_BL).isfinite().all()

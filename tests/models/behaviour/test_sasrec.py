@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from models.behaviour.items import IdItems
+from models.behaviour.recommender import Recommender
 from models.behaviour.sasrec import Block, SASRec, attention_mask
 
 
@@ -69,3 +71,22 @@ def test_attention_equals_a_plain_softmax_written_out() -> None:
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ValueError, match="does not divide into 3 heads"):
         SASRec(width=8, layers=1, heads=3, dropout=0.0, max_len=4)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_newest_position_alone_is_that_of_all(layers: int) -> None:
+    torch.manual_seed(0)
+    model = SASRec(width=8, layers=layers, heads=2, dropout=0.5, max_len=6).eval()
+    emb, valid = torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool)
+    valid[1, :3], valid[2, :] = False, False
+    whole = model(emb, valid)[:, -1]
+    torch.testing.assert_close(model.newest(emb, valid), whole)
+    assert not torch.allclose(whole, model(emb, valid)[:, -2], atol=1e-2)
+
+
+def test_a_recommender_asks_for_the_newest_position_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Recommender(IdItems(9, 8), encoder())
+    history = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    wanted = model(history)[:, -1]
+    monkeypatch.setattr(model.sequence, "forward", lambda *_: pytest.fail("all positions were encoded"))
+    torch.testing.assert_close(model.encode(history), wanted)
