@@ -81,7 +81,8 @@ class FusedRecommender:
             for part in meta["parts"]
         ]
         self.scale = [float(part["scale"]) for part in meta["parts"]]
-        self.centre = [tensors.get(f"{part['name']}.centre_D", torch.zeros(1)).to(device) for part in meta["parts"]]
+        centres = [tensors.get(f"{part['name']}.centre_D") for part in meta["parts"]]
+        self.centre = [None if centre_D is None else centre_D.to(device) for centre_D in centres]
         band_V = torch.bucketize(tensors["count_V"].to(device), torch.tensor(BANDS, device=device), right=True)
         self.gate_V = torch.tensor(meta["gates"], device=device)[band_V]
         widths = [member.width for member in self.members]
@@ -129,7 +130,7 @@ class FusedRecommender:
                 users.append(torch.zeros(len(emb_BLD), part.stop - part.start, device=self.device))
                 continue
             user_BD = member.encode(emb_BLD[..., part.start : part.stop], valid_BL).float()
-            users.append(scale * (user_BD - centre_D))
+            users.append(scale * (user_BD if centre_D is None else user_BD - centre_D))
         return torch.cat(users, dim=1)
 
     def carried(self, user_BD: Tensor, emb_BD: Tensor) -> dict[str, Tensor]:

@@ -49,6 +49,10 @@ class Backbone:
     """Events of a history that are read, the newest."""
 
 
+TINY = 1e-12
+"""Below which a vector counts as zero."""
+
+
 class FadingMean(nn.Module):
     """A user as the mean of the newest events' directions, each weighing `fade` of the one after it, of length one. Untrained.
 
@@ -57,20 +61,23 @@ class FadingMean(nn.Module):
 
     mask_share = 0.0
 
+    weight_L: Tensor
+
     def __init__(self, fade: float, newest: int, *, sides: bool = False) -> None:
         super().__init__()
         self.fade, self.newest, self.sides = fade, newest, sides
+        self.register_buffer("weight_L", fade ** torch.arange(newest - 1, -1, -1), persistent=False)
 
     def forward(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """emb_BLD, valid_BL -> hidden_B1D after the newest event; events whose vector is zero do not count."""
         width = emb_BLD.shape[2]
-        read_BLD = emb_BLD[:, -self.newest :, width // 2 if self.sides else 0 :]
-        emb_BLD, valid_BL = F.normalize(read_BLD.float(), dim=2), valid_BL[:, -self.newest :]
-        age_L = torch.arange(valid_BL.shape[1] - 1, -1, -1, device=valid_BL.device)
-        weight_BL = valid_BL * self.fade**age_L
-        mean_B1D = F.normalize((emb_BLD * weight_BL[:, :, None]).sum(1, keepdim=True), dim=2)
+        read_BLD = emb_BLD[:, -self.newest :, width // 2 if self.sides else 0 :].float()
+        valid_BL = valid_BL[:, -self.newest :]
+        # few operations: for one user each costs more than what it computes
+        weight_BL = valid_BL * self.weight_L[-valid_BL.shape[1] :] / read_BLD.norm(dim=2).clamp_min(TINY)
+        mean_B1D = F.normalize(torch.bmm(weight_BL[:, None], read_BLD), dim=2)
         # the side that items are read by is never asked for
-        return F.pad(mean_B1D, (0, width - mean_B1D.shape[2]))
+        return F.pad(mean_B1D, (0, width - mean_B1D.shape[2])) if self.sides else mean_B1D
 
 
 def build_sequence(backbone: Backbone, kind: str = "id", fading: float | None = None) -> nn.Module:

@@ -24,7 +24,7 @@ LEAST = 64
 """Items below which there is no such floor."""
 SAMPLE = 50_000
 """Texts that words and directions are learned from, at most."""
-READS = FadingMean(0.7, 20)
+FADE, NEWEST = 0.7, 20
 
 
 def tfidf_table(texts: Sequence[str], seed: int = 0) -> Tensor | None:
@@ -52,4 +52,5 @@ def tfidf_table(texts: Sequence[str], seed: int = 0) -> Tensor | None:
 
 def text_ranks(cases: Cases, table_VD: Tensor) -> Ranks:
     """Ranks of the cases by that table."""
-    return vector_ranks(cases, table_VD, lambda emb_BLD, valid_BL: READS(emb_BLD, valid_BL)[:, -1], READS.newest)
+    reads = FadingMean(FADE, NEWEST).to(table_VD.device)
+    return vector_ranks(cases, table_VD, lambda emb_BLD, valid_BL: reads(emb_BLD, valid_BL)[:, -1], NEWEST)
