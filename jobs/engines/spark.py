@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 OLDEST_JAVA = 17
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def session(job: str, settings: Mapping[str, str]) -> SparkSession:
@@ -60,12 +61,12 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
 def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) -> DataFrame:
     """A user's table: any name that the session's catalogs resolve, or a Parquet path (it has a `/`).
 
-    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing.
+    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing, or a path could mean two places.
     """
     from pyspark.errors import PySparkException
 
     try:
-        rows = spark.read.parquet(table) if "/" in table else spark.table(table)
+        rows = spark.read.parquet(address(spark, table, key)) if "/" in table else spark.table(table)
         known = rows.columns
     except PySparkException as error:
         raise InputError(f"{key} = {table!r} cannot be read ({first_line(error)}): name a table or a Parquet path") from error
@@ -73,6 +74,25 @@ def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) ->
         if column not in known:
             raise InputError(f"{key} = {table!r} has no column {column!r}; it has {', '.join(known)}")
     return rows
+
+
+def on_disk(path: Path) -> str:
+    """A path of this machine, or of a mount that all machines have, as Spark takes it: without a scheme it would mean whatever
+    file system the cluster has by default."""
+    return f"file://{path.absolute()}"
+
+
+def address(spark: SparkSession, table: str, key: str) -> str:
+    """A Parquet path of the recipe with its scheme. Raises InputError where it has none and the default is not this disk."""
+    if SCHEME.match(table):
+        return table
+    default = spark.sparkContext._jsc.hadoopConfiguration().get("fs.defaultFS") or "file:///"
+    if not default.startswith("file:"):
+        raise InputError(
+            f"{key} = {table!r} names no file system, and Spark's default is {default} (fs.defaultFS): write {on_disk(Path(table))} "
+            f"for a disk or mount that every machine has, or {default.rstrip('/')}{table}"
+        )
+    return on_disk(Path(table))
 
 
 def first_line(error: Exception) -> str:

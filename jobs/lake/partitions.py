@@ -66,12 +66,20 @@ def write_json(path: Path, value: object) -> None:
     aside.replace(path)
 
 
-def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path]) -> Commit:
+def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path], rows: int | None = None) -> Commit:
     """Makes finished Parquet files of the lake's file system a partition's whole content, at once.
 
     A file is moved in under a name made of its place and its digest, so equal rows leave an equal folder. What the
-    partition held before is deleted after the commit.
+    partition held before is deleted after the commit. `rows` is how many their writer counted.
+    Raises InputError where the files hold another number of rows, or there is no file; the old partition then stays.
     """
+    found = sum(pq.read_metadata(file).num_rows for file in staged)
+    if not staged or rows not in (None, found):
+        wrote = "" if rows is None else f", {rows:,} rows were written"
+        raise InputError(
+            f"{name}/{partition}: {len(staged)} files with {found:,} rows lie in the lake {lake}{wrote}: does every machine that "
+            "writes see this folder under the same path (one mount)?"
+        )
     here = folder(lake, name, partition)
     here.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrameWriter, SparkSession
 
 from jobs import extract
 from jobs.__main__ import build
@@ -281,3 +281,61 @@ def test_a_java_without_the_vector_module_gets_a_launcher_that_drops_the_flag(
     assert shown.stdout == "-a b|-c|"
     assert java_version(home / "bin" / "java") == 25
     assert java_version(tmp_path / "none") == 0
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """Spark's default file system is another one than the driver's disk: a folder, behind Hadoop's view file system."""
+    home = tmp_path / "elsewhere"
+    home.mkdir()
+    hadoop = session("test", {}).sparkContext._jsc.hadoopConfiguration()
+    before = hadoop.get("fs.defaultFS")
+    hadoop.set("fs.viewfs.mounttable.default.linkMergeSlash", f"file://{home}")
+    hadoop.set("fs.defaultFS", "viewfs:///")
+    yield home
+    hadoop.set("fs.defaultFS", before)
+
+
+def test_the_lake_is_written_where_the_driver_reads_whatever_the_default_file_system(tmp_path: Path, elsewhere: Path) -> None:
+    items, events = item_table(tmp_path / "i.parquet", CATALOGUE), event_table(tmp_path / "e.parquet", LOGS)
+    result = extract.run(config(tmp_path, f"file://{items}", f"file://{events}"))
+    assert result.rows == {"items": 5, "interactions": 20, "sequences": 4, "quarantine": 0}
+    assert partitions.read(tmp_path / "lake", INTERACTIONS, f"ds={DS}").num_rows == 20
+    again = extract.run(config(tmp_path, f"file://{items}", f"file://{events}", ds="2026-03-11"))
+    assert again.new_items == 0, "the last snapshot was found"
+    assert not list(elsewhere.rglob("*.parquet"))
+
+
+def test_a_path_that_could_mean_two_places_is_one_error(tmp_path: Path, elsewhere: Path) -> None:
+    with pytest.raises(InputError, match=r"extract.items.table = .*names no file system, .* viewfs:/// .*write file:///.*items"):
+        extract.run(config(tmp_path, CATALOGUE, LOGS))
+    assert not partitions.committed(tmp_path / "lake", "items")
+
+
+def test_a_relative_path_is_read_from_where_the_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item_table(tmp_path / "i.parquet", CATALOGUE)
+    event_table(tmp_path / "e.parquet", LOGS)
+    monkeypatch.chdir(tmp_path)
+    assert extract.run(config(tmp_path, "./i.parquet", "./e.parquet")).rows["items"] == 5
+
+
+@pytest.mark.parametrize(("lost", "found"), [("all", r"0 files with 0 rows"), ("one", r"\d+ files with \d+ rows")])
+def test_rows_that_the_driver_does_not_find_are_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, found: str
+) -> None:
+    """What an executor without the lake's mount wrote is nowhere: the driver's commit finds the others' files alone."""
+    extract.run(config(tmp_path, CATALOGUE, LOGS))
+    before = partitions.read(tmp_path / "lake", INTERACTIONS, f"ds={DS}")
+    honest = DataFrameWriter.parquet
+
+    def unmounted(writer: DataFrameWriter, path: str, *words: Any, **more: Any) -> None:
+        honest(writer, path, *words, **more)
+        files = sorted(Path(path.removeprefix("file://")).glob("part-*.parquet"))
+        if path.endswith("/interactions"):
+            for file in files if lost == "all" else files[:1]:
+                file.unlink()
+
+    monkeypatch.setattr(DataFrameWriter, "parquet", unmounted)
+    with pytest.raises(InputError, match=rf"interactions/ds={DS}: {found} lie in the lake .*, 24 rows were written: does every"):
+        extract.run(config(tmp_path, CATALOGUE, [*LOGS, *[("u9", f"i{n}", NOON) for n in range(4)]], part_rows=5))
+    assert partitions.read(tmp_path / "lake", INTERACTIONS, f"ds={DS}") == before
