@@ -61,7 +61,7 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
 def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) -> DataFrame:
     """A user's table: any name that the session's catalogs resolve, or a Parquet path (it has a `/`).
 
-    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing, or a path could mean two places.
+    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing, or a path may mean two places.
     """
     from pyspark.errors import PySparkException
 
@@ -89,8 +89,8 @@ def address(spark: SparkSession, table: str, key: str) -> str:
     default = spark.sparkContext._jsc.hadoopConfiguration().get("fs.defaultFS") or "file:///"
     if not default.startswith("file:"):
         raise InputError(
-            f"{key} = {table!r} names no file system, and Spark's default is {default} (fs.defaultFS): write {on_disk(Path(table))} "
-            f"for a disk or mount that every machine has, or {default.rstrip('/')}{table}"
+            f"{key} = {table!r} names no file system, and Spark's default is {default} (fs.defaultFS): write "
+            f"{on_disk(Path(table))} for a disk or mount that every machine has, or {default.rstrip('/')}{table}"
         )
     return on_disk(Path(table))
 

@@ -1,4 +1,4 @@
-"""After a power cut at any instant the lake holds the old rows or the new ones, whole; and nothing that was said to be written is lost.
+"""After a power cut at any instant the lake holds the old rows or the new ones, whole; nothing that was written is lost.
 
 The disk is simulated: bytes of a file count only once the file was synced, names in a folder only once the folder was. At every
 call that changes or syncs something, many disks are made that a power cut could leave then, and each is read.
@@ -50,7 +50,7 @@ class Disk:
         return {path.stat().st_ino: path for path in [self.lake, *self.lake.rglob("*")] if path.is_dir()}
 
     def cut(self, home: Path, draw: Callable[[], bool]) -> Path:
-        """A lake that a power cut could leave now: of each name that was changed since its folder was synced, the old or the new."""
+        """A lake that a power cut could leave now: of each name changed since its folder was synced, the old or the new."""
         shutil.rmtree(home, ignore_errors=True)
         folders = self.known()
 
@@ -73,7 +73,7 @@ class Disk:
 
 @pytest.fixture
 def cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any], Callable[[Path], None]], int]:
-    """Runs a program, cuts the power around each of its calls, and checks every lake that is left; gives the number of instants."""
+    """Runs a program, cuts the power around each of its calls, checks every lake that is left; gives the number of instants."""
 
     def run(program: Callable[[], Any], check: Callable[[Path], None]) -> int:
         lake, instants = tmp_path / "lake", 0
@@ -102,7 +102,7 @@ def watched(disk: Disk, call: Callable[..., Any], name: str, power_cut: Callable
     busy = [False]
 
     def wrapped(*words: Any, **more: Any) -> Any:
-        place = Path(os.readlink(f"/proc/self/fd/{words[0]}")) if name == "fsync" else Path(words[0])
+        place = Path(f"/proc/self/fd/{words[0]}").readlink() if name == "fsync" else Path(words[0])
         if busy[0] or disk.lake not in (place, *place.parents):
             return call(*words, **more)
         busy[0] = True
