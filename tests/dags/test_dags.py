@@ -192,12 +192,18 @@ def test_an_encoder_is_announced_only_where_one_was_made(worker: Worker) -> None
     assert worker.ask("announces", dag="scft_refresh", task="scft", results=[{"due": True}, {"due": False}]) == [True, False]
 
 
-def test_a_backfill_leaves_what_serves_and_only_publish_may_say_so(worker: Worker) -> None:
+def test_a_backfill_leaves_what_serves_and_hides_nothing_else(worker: Worker) -> None:
     def verdict(job: str, status: int, run_type: str) -> str:
         return str(worker.ask("judge", job=job, status=status, run_type=run_type))
 
-    assert verdict("publish", 3, "backfill") == "AirflowSkipException"
-    assert verdict("publish", 3, "scheduled") == verdict("extract", 3, "backfill") == "AirflowFailException"
+    assert verdict("publish", 5, "backfill") == "AirflowSkipException"
+    assert verdict("publish", 3, "backfill") == "AirflowFailException", "what it read back differs, say: no night may hide that"
+    assert (
+        verdict("publish", 5, "scheduled")
+        == verdict("publish", 3, "scheduled")
+        == verdict("extract", 3, "backfill")
+        == "AirflowFailException"
+    )
     assert verdict("publish", 1, "backfill") == verdict("embed", -9, "manual") == "AirflowException"
     assert verdict("publish", 4, "backfill") == verdict("promote", 4, "manual") == "AirflowException", "busy or away: again"
     assert verdict("publish", 0, "manual") == ""
