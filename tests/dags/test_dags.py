@@ -147,7 +147,11 @@ def test_a_dag_run_twice_for_one_date_does_the_same_again(worker: Worker, stub: 
 
 @pytest.mark.parametrize(
     ("dag", "conf", "setting"),
-    [("forget", {"item": "405"}, {"forget.item": '"405"'}), ("rollback", {"space": "1e10"}, {"rollback.space": '"1e10"'})],
+    [
+        ("forget", {"item": "405"}, {"forget.item": '"405"', "forget.items": "[]"}),
+        ("forget", {"items": ["405", "7"]}, {"forget.item": '""', "forget.items": '["405", "7"]'}),
+        ("rollback", {"space": "1e10"}, {"rollback.space": '"1e10"'}),
+    ],
 )
 def test_what_a_person_types_reaches_the_job_as_text(
     worker: Worker, stub: Stub, dag: str, conf: dict[str, str], setting: dict[str, str]
