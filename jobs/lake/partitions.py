@@ -106,7 +106,8 @@ def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path], 
     partition held before is deleted after the commit. `rows` is how many their writer counted.
     Raises InputError where the files hold another number of rows, or there is no file; the old partition then stays.
     """
-    found = sum(pq.read_metadata(file).num_rows for file in staged)
+    counts = [pq.read_metadata(file).num_rows for file in staged]
+    found = sum(counts)
     if not staged or rows not in (None, found):
         wrote = "" if rows is None else f", {rows:,} rows were written"
         raise InputError(
@@ -116,12 +117,12 @@ def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path], 
     here = folder(lake, name, partition)
     make_folder(here)
     entries: list[dict[str, Any]] = []
-    for number, file in enumerate(staged):
+    for number, (file, count) in enumerate(zip(staged, counts, strict=True)):
         sha256 = digest_file(file)
         target = here / f"part-{number:05d}-{sha256[:12]}.parquet"
         sync(file)
         file.replace(target)
-        entries.append({"name": target.name, "rows": pq.read_metadata(target).num_rows, "sha256": sha256})
+        entries.append({"name": target.name, "rows": count, "sha256": sha256})
     digest = hashlib.sha256("\n".join(entry["sha256"] for entry in entries).encode()).hexdigest()
     for place in here, *here.parents:  # all the way: who made a folder may have been killed before it was synced
         sync(place)
