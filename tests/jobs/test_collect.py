@@ -146,7 +146,7 @@ def test_old_dates_go_and_what_somebody_needs_stays(old: Path) -> None:
     result = tidy(old)
     stay = [ds for ds in DATES if ds not in ("2026-01-04", "2026-01-05", "2026-01-06")]
     assert dates_of(old, "items") == dates_of(old, "sequences") == stay
-    assert [name for name in dates_of(old, "item_embeddings/space=" + A)] == stay
+    assert dates_of(old, "item_embeddings/space=" + A) == stay
     assert dates_of(old, "item_embeddings/space=" + C) == DATES[6:], "no space that stays: what is old goes"
     assert partitions.committed(old, "llm_embeddings") == ["encoder=e1/shard=0", "encoder=e3/shard=0"]
     offline = {path.relative_to(offline_folder(old)).as_posix() for path in Path(offline_folder(old)).glob("item_*/*.parquet")}
@@ -209,7 +209,7 @@ def test_killed_between_its_deletes_it_finishes_when_run_again(old: Path, monkey
 
 
 def test_an_age_of_no_day_is_refused(lake: Path) -> None:
-    with pytest.raises(InputError, match="collect.snapshot_days is 0"):
+    with pytest.raises(InputError, match=r"collect.snapshot_days is 0"):
         collect.Config(run=Run(ds=RUN_DS, lake=lake), snapshot_days=0)
 
 
