@@ -70,6 +70,12 @@ def test_a_dag_runs_its_jobs_in_order_for_one_explicit_date(worker: Worker, stub
         assert call["words"][3:7] == ["--recipe", "recipe.toml", "--ds", "1998-04-22"]
 
 
+def test_a_night_starts_with_a_new_champion_or_with_the_logs_whichever_comes(worker: Worker) -> None:
+    for cron in ("0 1 * * *", ""):
+        night = worker.ask("describe", {"NIGHTLY_CRON": cron})["nightly_embeddings"]
+        assert (night["waits_for"], night["any"]) == (["champion", "logs"], "AssetAny")
+
+
 def test_publish_gets_the_space_that_this_run_projected(worker: Worker, stub: Stub) -> None:
     stub.plan(results={"project": {"space_id": "0123456789abcdef"}})
     worker.run("nightly_embeddings")
