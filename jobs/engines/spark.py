@@ -94,7 +94,8 @@ def given() -> dict[str, str]:
         if word == "--master":
             found["spark.master"] = value
         if word == "--conf" and "=" in value:
-            found |= [value.split("=", 1)]
+            key, _, worth = value.partition("=")
+            found[key] = worth
     return found
 
 

@@ -41,7 +41,7 @@ def describe(environment: dict[str, str]) -> dict[str, Any]:
         name: {
             "max_active_runs": dag.max_active_runs,
             "deadline_hours": [alert.interval.total_seconds() / 3600 for alert in dag.deadline or []],
-            "waits_for": [asset.name for _, asset in dag.timetable.asset_condition.iter_assets()],
+            "waits_for": [asset.name for asset in getattr(dag.timetable.asset_condition, "objects", [])],
             "any": type(dag.timetable.asset_condition).__name__,
             "tasks": {task.task_id: describe_task(task) for task in dag.tasks},
         }
