@@ -123,6 +123,18 @@ def test_the_whole_lake_searched_byte_by_byte_names_it_nowhere(catalogue: Callab
     assert tombstones(lake) == {ODD, "sku-second"}
 
 
+def test_free_pages_of_a_database_keep_no_row_that_was_deleted(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "online.db", isolation_level=None)) as database:
+        database.execute("PRAGMA secure_delete = OFF")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("CREATE TABLE rows (item TEXT)")
+        database.execute("INSERT INTO rows VALUES (?)", (ODD,))
+        database.execute("DELETE FROM rows")
+    assert everywhere(tmp_path, ODD), "as SQLite leaves it"
+    forget.proof.scrub(tmp_path)
+    assert everywhere(tmp_path, ODD) == []
+
+
 def test_a_file_that_nobody_thought_of_is_found_and_said(catalogue: Callable[..., Path]) -> None:
     lake = strange_lake(catalogue)
     (lake / "notes").mkdir()
