@@ -77,15 +77,15 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
 
 
 def judge(job: str, status: int | None, last: str, context: Any) -> None:
-    """What an exit status means (README): 2 and 3 are final, 4 (busy or away) and all else is worth a retry.
+    """What an exit status means (README): 2, 3 and 5 are final, 4 (busy or away) and all else is worth a retry.
 
-    A backfill must not turn serving back, so a `publish` that refuses its older date is skipped there.
+    A backfill must not turn serving back, so a `publish` that refuses its date as older than what serves (5) is skipped there.
     """
     if status == 0:
         return
-    if status == 3 and job == "publish" and context["dag_run"].run_type == "backfill":
+    if status == 5 and context["dag_run"].run_type == "backfill":
         raise AirflowSkipException(f"the lake is filled, what serves stays: {last}")
-    if status in (2, 3):
+    if status in (2, 3, 5):
         raise AirflowFailException(last or f"{job} ended with status {status}")
     # a lease that is held, a store or MLflow that is down: time heals it, and it is told as what it is
     what = "is busy or away" if status == 4 else f"ended with status {status}"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from airflow.sdk import DAG, Asset, AssetAlias, AssetOrTimeSchedule, CronDataIntervalTimetable, Param
+from airflow.sdk import DAG, Asset, AssetAlias, AssetAny, AssetOrTimeSchedule, CronDataIntervalTimetable, Param
 from airflow.sdk.bases.notifier import BaseNotifier
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
@@ -37,15 +37,16 @@ def asset(name: str) -> Asset:
 
 
 def schedule(variable: str, cron: str, *assets: Asset) -> Any:
-    """At the times of the setting LLMEMB_VARIABLE (UTC), `cron` unless it says otherwise, and when an asset is made.
+    """At the times of the setting LLMEMB_VARIABLE (UTC), `cron` unless it says otherwise, and when any of the assets is made.
 
     A run covers the interval that ends when it starts, and works on the last day of it. An empty setting leaves the times out.
     """
     cron = setting(variable, cron)
+    made = AssetAny(*assets) if assets else None  # a list would wait for all of them
     if not cron:
-        return list(assets) or None
+        return made
     timetable = CronDataIntervalTimetable(cron, timezone="UTC")
-    return AssetOrTimeSchedule(timetable=timetable, assets=list(assets)) if assets else timetable
+    return AssetOrTimeSchedule(timetable=timetable, assets=made) if made else timetable
 
 
 # ------------------------------------------------------------------------------------------------------------ DAG and task

@@ -24,7 +24,12 @@ with job_dag(
 with job_dag(
     "forget",
     schedule=None,
-    doc="Removes an item everywhere, and keeps it away: lake, every space, indexes, history.",
-    params={"item": Param(type="string", minLength=1, description="The item's id")},
+    doc="Removes items everywhere, and keeps them away: lake, every space, indexes, history.",
+    params={
+        "item": Param("", type="string", description="An item's id"),
+        "items": Param([], type="array", items={"type": "string", "minLength": 1}, description="Further ids"),
+    },
 ):
-    job_task("forget", settings={"item": "{{ params.item | tojson }}"}) >> job_task("lookup")
+    job_task("forget", settings={"item": "{{ params.item | tojson }}", "items": "{{ params['items'] | tojson }}"}) >> job_task(
+        "lookup"
+    )

@@ -12,13 +12,16 @@ DOC = """
 adapter, `publish` brings the space online, `lookup` reads it back as a client would. `report` says how the night went, also after
 a failure; the run is green only where `lookup` is.
 
+A night waits for the logs where LLMEMB_NIGHTLY_CRON is empty and the load that brings them updates the asset `logs`
+(`llmemb://logs`, the date as `ds` in its extra). By the clock, `extract` ends where a day isn't there (`extract.max_age_days`).
+
 Before the first champion there is nothing to serve: `embed` then says so. Run `scft_refresh` and `rat_training` first.
 A range of dates: `airflow backfill create --dag-id nightly_embeddings --from-date 2026-01-01 --to-date 2026-01-31`.
 """
 
 with job_dag(
     "nightly_embeddings",
-    schedule=schedule("NIGHTLY_CRON", "0 1 * * *", asset("champion")),
+    schedule=schedule("NIGHTLY_CRON", "0 1 * * *", asset("champion"), asset("logs")),
     doc=DOC,
 ):
     lookup = job_task("lookup")

@@ -6,7 +6,7 @@ import dataclasses
 import datetime as dt
 import json
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,16 +122,16 @@ def write_pointer(home: Path, pointer: Pointer) -> None:
     write(home, "serving_pointer", f"{pointer.sequence:08d}", [pa.Table.from_pylist([values], TABLES["serving_pointer"])])
 
 
-def forget(home: Path, item_id: str) -> int:
-    """Rewrites every file that names an item, without it; returns how many rows went. User histories lose it from their lists."""
+def forget(home: Path, item_ids: Collection[str]) -> int:
+    """Rewrites every file that names one of the items, without it; returns how many rows went. Histories lose it from lists."""
     removed = 0
     for path in sorted(home.glob("*/*.parquet")):
         name = path.parent.name
         rows = pq.read_table(path)
         if name == "user_history":
-            kept = pa.Table.from_pylist([without(row, item_id) for row in rows.to_pylist()], rows.schema)
+            kept = pa.Table.from_pylist([without(row, item_ids) for row in rows.to_pylist()], rows.schema)
         elif "item_id" in rows.schema.names and name != "item_tombstone":
-            kept = rows.filter(pc.not_equal(rows["item_id"], item_id))
+            kept = rows.filter(pc.invert(pc.is_in(rows["item_id"], pa.array(sorted(item_ids), pa.string()))))
         else:
             continue
         if not kept.equals(rows):
@@ -140,7 +140,7 @@ def forget(home: Path, item_id: str) -> int:
     return removed
 
 
-def without(row: dict[str, list[object]], item_id: str) -> dict[str, list[object]]:
-    """A user's history without an item."""
-    pairs = [pair for pair in zip(row["item_ids"], row["timestamps"], strict=True) if pair[0] != item_id]
+def without(row: dict[str, list[object]], item_ids: Collection[str]) -> dict[str, list[object]]:
+    """A user's history without some items."""
+    pairs = [pair for pair in zip(row["item_ids"], row["timestamps"], strict=True) if pair[0] not in item_ids]
     return row | {"item_ids": [pair[0] for pair in pairs], "timestamps": [pair[1] for pair in pairs]}

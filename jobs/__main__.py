@@ -28,7 +28,7 @@ from jobs.recipe import apply as apply
 from jobs.recipe import build as build
 from jobs.recipe import load_recipe as load_recipe
 from jobs.recipe import values_of as values_of
-from jobs.run import InputError, Refused, Run, as_json, code_revision
+from jobs.run import InputError, Older, Refused, Run, as_json, code_revision
 
 COMMANDS = {
     "new": "DIR: writes a recipe for your own tables, questions answered",
@@ -42,7 +42,7 @@ FIRST_SPEAKS_S = 5.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job or command; returns the exit status: 0 done, 2 recipe or input at fault, 3 refused, 4 busy or away,
-    1 else."""
+    5 older than what serves, 1 else."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         return command(words)
@@ -100,7 +100,7 @@ def judged(error: Exception, record: dict[str, Any]) -> tuple[int, str]:
     """The exit status of a failure and its text, which goes into the record too."""
     if isinstance(error, Refused):
         record |= {"status": "refused", "error": str(error)}
-        return 3, str(error)
+        return 5 if isinstance(error, Older) else 3, str(error)
     if isinstance(error, ConnectionError):  # Unavailable, and what a client of a service raises by itself
         record |= {"error": str(error)}
         return 4, str(error)
@@ -132,7 +132,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         + "\n".join(f"  {name:<10} {purpose}" for name, purpose in COMMANDS.items()),
         epilog="Values of a run stand in the recipe, a table for each job; the keys are documented in the job's Config.\n"
         "Exit status: 0 done, 2 the recipe or its input is at fault, 3 refused by a gate, 4 busy or away (try again),\n"
-        "1 anything else.\n\n"
+        "5 refused by publish as what serves is newer, 1 anything else.\n\n"
         "  python -m jobs extract --recipe jobs/recipes/smoke.toml --ds 1998-04-22\n"
         "  python -m jobs recommend --recipe jobs/recipes/smoke.toml --ds 1998-04-22 --set recommend.user=405",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -180,7 +180,7 @@ def complain(job: str, complaint: str, status: int) -> None:
     """One line with the remedy, last on standard error: schedulers show it."""
     line = " ".join(complaint.split())
     # in one write: processes of one job share the terminal
-    sys.stderr.write(f"{job}: {'refused: ' if status == 3 else 'error: '}{line}\n")
+    sys.stderr.write(f"{job}: {'refused: ' if status in (3, 5) else 'error: '}{line}\n")
     sys.stderr.flush()
 
 

@@ -24,7 +24,7 @@ from jobs.engines import online, registry
 from jobs.lake import partitions
 from jobs.lake.items import live_items, tombstones
 from jobs.lake.tables import ITEMS, space_of
-from jobs.run import InputError, Refused, Run, Unavailable
+from jobs.run import InputError, Older, Refused, Run, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def run(config: Config) -> Result:
     """Puts a space online whole, verified, and lets it serve; or brings the changes of a night into the space that serves.
 
     Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where another writer is at
-    work, what is read back differs, the serving space has another width, or ds is older than what serves. The pointer then stays
-    as it was.
+    work, what is read back differs, or the serving space has another width; Older where ds is older than what serves. The pointer
+    then stays as it was.
     """
     lake, clock = config.run.lake, Clock()
     made_by = resolve(config)
@@ -226,7 +226,7 @@ def compared(config: Config, before: Pointer | None, space: Space) -> Compatibil
     if before is None:
         return Compatibility(kind="first", distance=0.0, residual=0.0, churn={}, items=0)
     if space.ds < before.ds:
-        raise Refused(f"ds {space.ds} is older than what serves ({before.ds}): `rollback` goes back, publish does not")
+        raise Older(f"ds {space.ds} is older than what serves ({before.ds}): `rollback` goes back, publish does not")
     same = before.space_id == space.space_id
     if same and space.width != before.width:
         raise Refused(

@@ -21,6 +21,10 @@ class Refused(Exception):
     """A gate refused the result; the message says which and by how much (exit status 3)."""
 
 
+class Older(Refused):
+    """What serves is newer than ds (exit status 5): a backfill fills the lake and leaves what serves."""
+
+
 class Unavailable(ConnectionError):
     """Something else is at it, or a service is down: the same run may do later (exit status 4, which the scheduler repeats)."""
 

@@ -28,7 +28,7 @@ from feature_repo.stores import BROKEN, Fenced, Held, NotPublished
 from jobs.lake import partitions, tables
 from jobs.lake.items import titles as titles
 from jobs.lake.items import without_forgotten
-from jobs.lake.partitions import digest_folder, write_json
+from jobs.lake.partitions import digest_folder, sync_tree, write_json
 from jobs.lake.tables import ITEMS, SEQUENCES, Table, item_embeddings, space_of
 from jobs.run import InputError, Refused, Unavailable
 
@@ -169,6 +169,7 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str
         if target.exists():
             shutil.rmtree(staged)
         else:
+            sync_tree(staged)  # on the disk before the file that names it
             staged.rename(target)
         now = {"made_of": made_of, "folder": target.name, "digest": digest}
         write_json(home / INDEX, now)

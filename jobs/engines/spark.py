@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,10 +21,25 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 OLDEST_JAVA = 17
+ALWAYS = {
+    # days are days of UTC, whatever zone the cluster lives in
+    "spark.sql.session.timeZone": "UTC",
+    # rows that are sorted by their group already need neither a hash table nor a second sort
+    "spark.sql.execution.replaceHashWithSortAgg": "true",
+    # blocks kept on disk are compressed whole: compressing each column before that costs time and memory for nothing
+    "spark.sql.inMemoryColumnarStorage.compressed": "false",
+}
+"""What the plan of `extract` is made for, on any master."""
+SETTING = re.compile(r"\s*(spark\.\S+?)(?:\s*[=:]\s*|\s+)(.*?)\s*")
+"""A line of spark-defaults.conf."""
+AS_OF = re.compile(r"(?P<name>[^\s;]+)\s+(?P<kind>VERSION|TIMESTAMP)\s+AS\s+OF\s+(?P<when>'[^']*'|\d+)", re.IGNORECASE)
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def session(job: str, settings: Mapping[str, str]) -> SparkSession:
-    """A session with the recipe's settings over laptop defaults; `spark.master` is `local[*]` unless set or submitted.
+    """A session with the recipe's settings; `spark.master` is `local[*]` unless set, submitted, or named by Spark's own settings.
+
+    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule.
 
     Raises InputError when no Java can be had or the master cannot be reached.
     """
@@ -30,20 +47,12 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     from pyspark.sql import SparkSession
 
-    settings = {
-        "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": str(on_terminal()).lower(),
-        "spark.sql.session.timeZone": "UTC",
-        "spark.sql.shuffle.partitions": "8",
-        # rows that are sorted by their group already need neither a hash table nor a second sort
-        "spark.sql.execution.replaceHashWithSortAgg": "true",
-        # blocks kept on disk are compressed whole: compressing each column before that costs time and memory for nothing
-        "spark.sql.inMemoryColumnarStorage.compressed": "false",
-        "spark.driver.extraJavaOptions": "-Dlog4j2.level=ERROR -Dderby.stream.error.file=/dev/null",
-        **settings,
-    }
-    if settings.get("spark.master", "local").startswith("local"):
+    known = {**given(), **settings}
+    defaults = dict(ALWAYS)
+    if known.get("spark.master", "local").startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+        defaults |= {key: value for key, value in laptop().items() if key not in known}
+    settings = defaults | dict(settings)
     builder = SparkSession.builder.appName(f"llmemb-{job}")
     for key, value in settings.items():
         builder = builder.config(key, value)
@@ -57,15 +66,48 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
     return spark
 
 
-def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) -> DataFrame:
-    """A user's table: any name that the session's catalogs resolve, or a Parquet path (it has a `/`).
+def laptop() -> dict[str, str]:
+    """Settings of a local master."""
+    return {
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": str(on_terminal()).lower(),
+        "spark.sql.shuffle.partitions": "8",
+        "spark.driver.extraJavaOptions": "-Dlog4j2.level=ERROR -Dderby.stream.error.file=/dev/null",
+    }
 
-    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing.
+
+def given() -> dict[str, str]:
+    """Settings that were made before this process began: of the folder that SPARK_CONF_DIR names, or submitted."""
+    if "PYSPARK_GATEWAY_PORT" in os.environ:  # started by spark-submit: its Java process has read all of them
+        from pyspark import SparkConf, SparkContext
+
+        SparkContext._ensure_initialized()
+        return dict(SparkConf().getAll())
+    found = {}
+    home = os.environ.get("SPARK_CONF_DIR") or str(Path(os.environ.get("SPARK_HOME") or "/nowhere", "conf"))
+    file = Path(home, "spark-defaults.conf")
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        if written := SETTING.fullmatch(line):
+            found[written[1]] = written[2]
+    words = shlex.split(os.environ.get("PYSPARK_SUBMIT_ARGS", ""))
+    for word, value in itertools.pairwise(words):
+        if word == "--master":
+            found["spark.master"] = value
+        if word == "--conf" and "=" in value:
+            key, _, worth = value.partition("=")
+            found[key] = worth
+    return found
+
+
+def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) -> DataFrame:
+    """A user's table: any name that the session's catalogs resolve, also as of a time, or a Parquet path (it has a `/`).
+
+    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing, or a path may mean two places.
     """
     from pyspark.errors import PySparkException
 
     try:
-        rows = spark.read.parquet(table) if "/" in table else spark.table(table)
+        rows = opened(spark, table, key)
         known = rows.columns
     except PySparkException as error:
         raise InputError(f"{key} = {table!r} cannot be read ({first_line(error)}): name a table or a Parquet path") from error
@@ -73,6 +115,32 @@ def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) ->
         if column not in known:
             raise InputError(f"{key} = {table!r} has no column {column!r}; it has {', '.join(known)}")
     return rows
+
+
+def opened(spark: SparkSession, table: str, key: str) -> DataFrame:
+    """A table by its name, a table as of a time where its source keeps its past (Delta, Iceberg), or a Parquet path."""
+    if past := AS_OF.fullmatch(table.strip()):
+        return spark.sql(f"SELECT * FROM {past['name']} {past['kind']} AS OF {past['when']}")
+    return spark.read.parquet(address(spark, table, key)) if "/" in table else spark.table(table)
+
+
+def on_disk(path: Path) -> str:
+    """A path of this machine, or of a mount that all machines have, as Spark takes it: without a scheme it would mean whatever
+    file system the cluster has by default."""
+    return f"file://{path.absolute()}"
+
+
+def address(spark: SparkSession, table: str, key: str) -> str:
+    """A Parquet path of the recipe with its scheme. Raises InputError where it has none and the default is not this disk."""
+    if SCHEME.match(table):
+        return table
+    default = spark.sparkContext._jsc.hadoopConfiguration().get("fs.defaultFS") or "file:///"
+    if not default.startswith("file:"):
+        raise InputError(
+            f"{key} = {table!r} names no file system, and Spark's default is {default} (fs.defaultFS): write "
+            f"{on_disk(Path(table))} for a disk or mount that every machine has, or {default.rstrip('/')}{table}"
+        )
+    return on_disk(Path(table))
 
 
 def first_line(error: Exception) -> str:

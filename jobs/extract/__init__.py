@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import shutil
 import uuid
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import functions as F
 
 from jobs.engines.spark import session
-from jobs.extract import judge, shape, window
+from jobs.extract import judge, shape, volume, window
 from jobs.extract.config import Config as Config
-from jobs.extract.gates import check_change, check_dates, check_quarantine
-from jobs.extract.judge import BROADCAST_ITEMS, BY_TIME, DAY, DISK
+from jobs.extract.gates import check_change, check_dates, check_days, check_quarantine
+from jobs.extract.judge import BROADCAST_ITEMS, BY_TIME, DAY, DISK, Judged
 from jobs.extract.window import Reading
 from jobs.lake import partitions
 from jobs.lake.items import tombstones
@@ -44,8 +45,12 @@ class Result:
     """Events taken from the last snapshot."""
     source: dict[str, str]
     """Where the logs came from, and how they were read."""
+    catalogue: str
+    """Which catalogue was read: that of ds, or the one of the time of reading."""
     later: int
-    """Events after ds: left for a later snapshot."""
+    """Events after ds: left for a later snapshot, and not judged."""
+    undated: int
+    """Records without a usable time: of which date they are, nobody knows."""
     later_since: str | None
     """The first partition that has such events."""
     quarantined: dict[str, int]
@@ -56,6 +61,8 @@ class Result:
     changed_items: int
     fill: dict[str, float]
     """Share of the items that have each attribute."""
+    days: dict[str, int]
+    """Events kept of each of the last days."""
     cuts: dict[str, str]
     """The split's cut times, UTC (temporal split)."""
 
@@ -64,7 +71,7 @@ def run(config: Config) -> Result:
     """Takes the snapshot of `run.ds` and replaces its four partitions.
 
     Two runs of one date wait for each other. Raises InputError for a missing table or column, a date with no data, or too much
-    quarantine; Refused for a jump in row counts.
+    quarantine; Refused for a jump in row counts or a day that lacks events; Unavailable for logs that are not there yet.
     """
     with alone(config.run.lake, f"extract {config.run.ds}"):
         return in_session(config)
@@ -86,9 +93,9 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     judged = judge_sources(spark, config)
     quarantine, quarantined = judged.quarantine.persist(DISK), reasons(judged.quarantine)
     written = {QUARANTINE.name: shape.save(quarantine, ["source", "reason", "record"], QUARANTINE, staging, config)}
-    check_quarantine(config, judged.seen, quarantined, judged.reading.since)
+    check_quarantine(config, judged, quarantined)
     items = shape.with_first_seen(spark, config, judged.items.where("reason is null")).persist(DISK)
-    commits, cuts = write_snapshot(config, judged, items, staging)
+    commits, cuts, days = write_snapshot(config, judged, items, staging)
     written |= commits
     new, changed = shape.compare(spark, config, items)
     result = Result(
@@ -99,35 +106,20 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
         reading=judged.reading,
         carried=judged.carried,
         source=window.as_known(config.interactions),
+        catalogue=catalogue(config),
         later=judged.later,
+        undated=judged.undated,
         later_since=judged.later_since,
         quarantined=quarantined,
         forgotten=len(tombstones(config.run.lake)),
         new_items=new,
         changed_items=changed,
         fill=shape.fill(items, config.items.attributes),
+        days={volume.date(day): count for day, count in days if day > volume.day_number(config.run.ds) - volume.HISTORY_DAYS},
         cuts={name: shape.date(cut) for name, cut in zip(("valid", "test"), cuts, strict=True)} if cuts else {},
     )
-    tell(result)
+    tell(config, result)
     return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Both sources, judged, and what was counted while they were read."""
-
-    reading: Reading
-    items: DataFrame
-    copies: DataFrame
-    """Events without a reason to refuse them, numbered by `copy`: 1 is kept."""
-    quarantine: DataFrame
-    seen: dict[str, int]
-    inputs: dict[str, str]
-    carried: int
-    later: int
-    later_since: str | None
-    files: int
-    """Files of `interactions` and of `sequences`."""
 
 
 def judge_sources(spark: SparkSession, config: Config) -> Judged:
@@ -140,10 +132,10 @@ def judge_sources(spark: SparkSession, config: Config) -> Judged:
     # judged once: the source is scanned a single time, so that all counts are of the same rows while it is written to
     source = judge.without_forgotten(spark, lake, judge.read_events(spark, config, reading))
     events = judge.judge_events(config, source, known).persist(DISK)
-    read, later, digest, later_since = sums(events)
+    read, later, undated, digest, later_since = sums(events)
     seen["interactions"] = read
-    inputs = {config.items.table: f"{seen['items']}:{identity(items, 'item_id', 'record')}"}
-    inputs[config.interactions.table] = f"{read}:{digest}"
+    inputs = {config.tables[0]: f"{seen['items']}:{identity(items, 'item_id', 'record')}"}
+    inputs[config.tables[1]] = f"{read}:{digest}"
     kept_before, before = None, 0
     if reading.carried_from:
         commit = partitions.read_commit(lake, INTERACTIONS.name, f"ds={reading.carried_from}")
@@ -156,17 +148,17 @@ def judge_sources(spark: SparkSession, config: Config) -> Judged:
     if kept_before is not None:
         quarantine = quarantine.unionByName(judge.refused(kept_before, "interactions", "user_id"))
     return Judged(reading=reading, items=items, copies=copies, quarantine=quarantine, seen=seen, inputs=inputs, carried=before,
-                  later=later, later_since=later_since, files=files)  # fmt: skip
+                  later=later, undated=undated, later_since=later_since, files=files)  # fmt: skip
 
 
-def sums(events: DataFrame) -> tuple[int, int, Any, str | None]:
-    """(events up to ds, later ones, identity of what was read, first partition that has later ones)."""
+def sums(events: DataFrame) -> tuple[int, int, int, Any, str | None]:
+    """(events up to ds, later ones, those without a time, identity of what was read, first partition that has later ones)."""
     row = events.agg(
-        F.count_if(~F.col("later")), F.count_if("later"), order_free_hash("user_id", "item_id", "timestamp"),
-        F.min(F.when(F.col("later"), F.col("day"))),
+        F.count_if(~F.col("later")), F.count_if("later"), F.count_if("undated"),
+        order_free_hash("user_id", "item_id", "timestamp"), F.min(F.when(F.col("later"), F.col("day"))),
     ).first()  # fmt: skip
-    read, later, digest, since = tuple(row) if row else (0, 0, 0, None)
-    return int(read), int(later), digest, str(since) if since else None
+    read, later, undated, digest, since = tuple(row) if row else (0, 0, 0, 0, None)
+    return int(read), int(later), int(undated), digest, str(since) if since else None
 
 
 def identity(rows: DataFrame, *columns: str) -> Any:
@@ -188,14 +180,15 @@ def reasons(quarantine: DataFrame) -> dict[str, int]:
 
 def write_snapshot(
     config: Config, judged: Judged, items: DataFrame, staging: Path
-) -> tuple[dict[str, Commit], tuple[int, int] | None]:
-    """Commits `items`, `interactions`, `sequences`, once their gates are passed; and the split's cut times."""
+) -> tuple[dict[str, Commit], tuple[int, int] | None, list[tuple[int, int]]]:
+    """Commits `items`, `interactions`, `sequences`, once their gates are passed; the split's cut times; and events by day."""
     events = judged.copies.where("copy = 1").select(INTERACTIONS.schema.names)
     days = [
         (int(row.day), int(row["count"]))
         for row in events.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
     ]
     check_dates(config, days)
+    check_days(config, days)
     cuts = shape.cut_times(days, config) if config.split == "temporal" else None
     check_change(config, {"items": items.count(), "interactions": sum(count for _, count in days)})
     users = shape.histories(events, cuts, config.max_history)
@@ -204,11 +197,19 @@ def write_snapshot(
         INTERACTIONS.name: shape.save(events, BY_TIME, INTERACTIONS, staging, config, judged.files),
         SEQUENCES.name: shape.save(users, ["user_id"], SEQUENCES, staging, config, judged.files),
     }
-    return commits, cuts
+    return commits, cuts, days
 
 
-def tell(result: Result) -> None:
+def catalogue(config: Config) -> str:
+    """Which catalogue is read, as a manifest tells it."""
+    return f"of {config.run.ds}" if "{ds}" in config.items.table else "of the time of reading"
+
+
+def tell(config: Config, result: Result) -> None:
     """The funnel, for a person."""
+    yesterday = dt.datetime.now(dt.UTC).date() - dt.timedelta(days=1)
+    if config.run.ds < f"{yesterday}" and "{ds}" not in config.items.table:
+        log.info("items: %s is of today, whatever --ds says: {ds} in extract.items.table reads it as of then", config.tables[0])
     if result.reading.since:
         where = f"partitions from {result.reading.since} on, {result.carried:,} events from the snapshot of"
         log.info("interactions: %s %s", where, result.reading.carried_from)

@@ -13,7 +13,9 @@ class ItemSource:
     """The table of item attributes."""
 
     table: str
-    """Any table name that Spark's catalogs resolve, or a Parquet path."""
+    """Any table name that Spark's catalogs resolve, or a Parquet path. `{ds}` in it is the date, so that a backfill reads the
+    catalogue of its own date: `shop.items_{ds}`, `s3a://shop/items/dt={ds}`, or of a source that keeps its past (Delta, Iceberg)
+    `shop.items TIMESTAMP AS OF '{ds} 23:59:59'`, `shop.items VERSION AS OF 'night-{ds}'`."""
     item_id: str = "item_id"
     attributes: tuple[str, ...]
     """Attribute columns in the order of the prompt: texts, numbers, or lists of them."""
@@ -24,6 +26,7 @@ class InteractionSource:
     """The table of SRS logs."""
 
     table: str
+    """As for items; `{ds}` is the date here too."""
     user_id: str = "user_id"
     item_id: str = "item_id"
     timestamp: str = "timestamp"
@@ -60,9 +63,22 @@ class Config:
     """More of a source's records refused than this fails the job."""
     max_row_change: float = 0.5
     """A change in items or interactions against the last snapshot above this share is refused; 0 allows any."""
-    max_age_days: int = 0
-    """Logs whose newest event is older than this many days before ds fail the job; 0 allows any age."""
+    max_age_days: int | None = None
+    """Logs whose newest event is older than this many days before ds are not there yet (exit status 4); 0 demands an event on ds,
+    none allows any age."""
+    min_day_share: float = 0.5
+    """A day since the last snapshot with fewer events than this share of what its weekday had in the eight weeks before is
+    refused, and so is one that lost as many since it was last read; the bound is wider where days differ much. 0 judges none."""
     part_rows: int = 2_000_000
     """Rows of one Parquet file, about."""
     spark: dict[str, str] = field(default_factory=dict)
     """Spark settings, for example `"spark.master" = "spark://host:7077"`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_day_share < 1 or (self.max_age_days or 0) < 0:
+            raise InputError("extract.min_day_share must be at least 0 and below 1, extract.max_age_days at least 0")
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """Names of the tables of items and of events, for ds."""
+        return self.items.table.replace("{ds}", self.run.ds), self.interactions.table.replace("{ds}", self.run.ds)

@@ -1,43 +1,88 @@
-"""Gates of `extract`: too much refused, logs that are too old, row counts that jumped."""
+"""Gates of `extract`: too much refused, logs that are too old, days that lack events, row counts that jumped."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
+from jobs.extract import volume, window
 from jobs.extract.config import Config
-from jobs.extract.judge import DAY, snapshot_end
+from jobs.extract.judge import DAY, Judged, snapshot_end
+from jobs.extract.volume import Short
 from jobs.lake import partitions
-from jobs.lake.tables import LEFT
-from jobs.run import InputError, Refused
+from jobs.lake.tables import INTERACTIONS, LEFT
+from jobs.run import InputError, Refused, Unavailable
+
+log = logging.getLogger(__name__)
 
 
-def check_quarantine(config: Config, seen: dict[str, int], quarantined: dict[str, int], since: str) -> None:
-    """Raises InputError when a source is empty or has more refused records, of those read, than `max_quarantine_share`."""
-    for name, count in seen.items():
+def check_quarantine(config: Config, judged: Judged, quarantined: dict[str, int]) -> None:
+    """Raises InputError when a source is empty or has more refused records, of those of ds, than `max_quarantine_share`.
+
+    Records without a time may be of any date: of these only the share counts that the others have up to ds. Else a year's broken
+    records would count against each single date of a backfill.
+    """
+    since, ours = judged.reading.since, share_of_date(judged)
+    for name, table in zip(("items", "interactions"), config.tables, strict=True):
+        without = judged.undated * (1 - ours) if name == "interactions" else 0
+        count = judged.seen[name] - without
         if not count:
             where = f"has no record up to {config.run.ds}" + (f" from {since} on" if since and name == "interactions" else "")
-            raise InputError(f"{getattr(config, name).table} {where}: check the table and --ds")
+            raise InputError(f"{table} {where}: check the table and --ds")
         bad = {why: n for why, n in quarantined.items() if why.startswith(f"{name}:") and not why.endswith(LEFT)}
-        share = sum(bad.values()) / count
-        if share > config.max_quarantine_share:
+        refused = sum(bad.values()) - without
+        if refused / count > config.max_quarantine_share:
             worst = ", ".join(f"{n:,} × {reason.split(': ', 1)[1]}" for reason, n in sorted(bad.items(), key=lambda kv: -kv[1]))
             raise InputError(
-                f"{sum(bad.values()):,} of {count:,} {name} records ({share:.1%}) were refused, more than "
+                f"{refused:,.0f} of {count:,.0f} {name} records ({refused / count:.1%}) were refused, more than "
                 f"extract.max_quarantine_share = {config.max_quarantine_share}: {worst}; "
                 f"they lie in {config.run.lake}/quarantine/ds={config.run.ds}"
             )
 
 
+def share_of_date(judged: Judged) -> float:
+    """Of the events that have a time, the share up to ds."""
+    dated = judged.seen["interactions"] - judged.undated
+    return dated / (dated + judged.later) if dated + judged.later else 1.0
+
+
 def check_dates(config: Config, days: Sequence[tuple[int, int]]) -> None:
-    """Raises InputError when no event is left, or the newest is too old."""
+    """Raises InputError when no event is left, Unavailable when the newest is too old."""
     if not days:
-        raise InputError(f"{config.interactions.table} has no usable event up to {config.run.ds}: check the table and --ds")
+        raise InputError(f"{config.tables[1]} has no usable event up to {config.run.ds}: check the table and --ds")
     age = snapshot_end(config.run.ds) // DAY - 1 - days[-1][0]
-    if config.max_age_days and age > config.max_age_days:
-        raise InputError(
-            f"the newest event of {config.interactions.table} is {age} days older than {config.run.ds} "
+    if config.max_age_days is not None and age > config.max_age_days:
+        raise Unavailable(
+            f"the newest event of {config.tables[1]} is {age} days older than {config.run.ds} "
             f"(extract.max_age_days = {config.max_age_days}): has the upstream load run?"
         )
+
+
+def check_days(config: Config, days: Sequence[tuple[int, int]]) -> None:
+    """Raises Refused when a day since the last snapshot lacks events, or an earlier one has lost them since."""
+    ds, lake, share = config.run.ds, config.run.lake, config.min_day_share
+    older = [part for part in partitions.committed(lake, INTERACTIONS.name) if part < f"ds={ds}"]
+    if not share:
+        return
+    if not older:
+        # nobody can say that it was ever otherwise: a first snapshot is told of, no more
+        if short := volume.short_days(days, volume.day_number(ds) - 1, volume.day_number(ds), share):
+            log.warning("%s", "; ".join(map(worded, short)))
+        return
+    last = older[-1].removeprefix("ds=")
+    short = volume.short_days(days, volume.day_number(last), volume.day_number(ds), share)
+    short += volume.shrunk_days(days, window.manifest_of(lake, last).get("days") or {}, volume.day_number(last), share)
+    if short:
+        raise Refused(
+            f"{config.tables[1]} lacks events: {'; '.join(map(worded, short[:5]))}{', …' if len(short) > 5 else ''} "
+            f"(extract.min_day_share = {share}). Has the upstream load run whole? If that is right, run once with "
+            f"--set extract.min_day_share=0"
+        )
+
+
+def worded(short: Short) -> str:
+    """A day that lacks events, for a person."""
+    return f"{volume.date(short.day)} has {short.events:,}, usual {short.why}: {short.usual:,}"
 
 
 def check_change(config: Config, counts: dict[str, int]) -> None:

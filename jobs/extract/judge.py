@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +37,29 @@ BY_TIME = ["user_id", "timestamp", "item_id"]
 """The one order of events: it deduplicates, is the order of the files, and makes histories, all with a single sort."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Both sources, judged, and what was counted while they were read."""
+
+    reading: Reading
+    items: DataFrame
+    copies: DataFrame
+    """Events without a reason to refuse them, numbered by `copy`: 1 is kept."""
+    quarantine: DataFrame
+    seen: dict[str, int]
+    inputs: dict[str, str]
+    carried: int
+    later: int
+    undated: int
+    later_since: str | None
+    files: int
+    """Files of `interactions` and of `sequences`."""
+
+
 def judge_items(spark: SparkSession, config: Config) -> DataFrame:
     """Every source item with its attributes, content hash and the `reason` to refuse it, if any."""
     names = config.items
-    rows = source(spark, names.table, "extract.items.table", [names.item_id, *names.attributes])
+    rows = source(spark, config.tables[0], "extract.items.table", [names.item_id, *names.attributes])
     pairs = [
         F.struct(F.lit(name).alias("name"), text(F.col(f"`{name}`"), rows.schema[name].dataType.typeName()).alias("value"))
         for name in names.attributes
@@ -100,7 +120,7 @@ def read_events(spark: SparkSession, config: Config, reading: Reading) -> DataFr
     """The source's events: user, item, unix seconds, the `record` as it stands in the source, and its partition's day."""
     names = config.interactions
     columns = [names.user_id, names.item_id, names.timestamp, *filter(None, [names.partition])]
-    rows = source(spark, names.table, "extract.interactions.table", columns)
+    rows = source(spark, config.tables[1], "extract.interactions.table", columns)
     day = window.partition_day(rows, names) if names.partition else F.lit(None).cast("date")
     if reading.since:
         rows = rows.where(window.in_window(day, reading.since))
@@ -116,7 +136,8 @@ def read_events(spark: SparkSession, config: Config, reading: Reading) -> DataFr
 
 
 def judge_events(config: Config, rows: DataFrame, known: DataFrame) -> DataFrame:
-    """Events with the `reason` to refuse them, and whether they lie after ds (`later`)."""
+    """Events with the `reason` to refuse them; whether they lie after ds (`later`), which nobody judges yet; and whether they
+    have no time at all (`undated`)."""
     rows = rows.join(known, "item_id", "left")
     now = int(dt.datetime.now(dt.UTC).timestamp())
     reason = (
@@ -130,12 +151,18 @@ def judge_events(config: Config, rows: DataFrame, known: DataFrame) -> DataFrame
         .when(F.col("timestamp") > now + DAY, "timestamp is in the future")
         .when(F.col("known").isNull(), "item is unknown")
     )
+    dated = F.coalesce(F.col("timestamp").between(0, now + DAY), F.lit(False))
+    # what has no time of its own is of its partition's day
+    later = F.when(dated, F.col("timestamp") >= snapshot_end(config.run.ds)).otherwise(F.col("day") > F.lit(config.run.ds))
+    later = F.coalesce(later, F.lit(False))
+    reason = F.when(~later, reason)
     return rows.select(
         "user_id",
         "item_id",
         "timestamp",
         reason.alias("reason"),
-        F.coalesce(F.col("timestamp").between(snapshot_end(config.run.ds), now + DAY), F.lit(False)).alias("later"),
+        later.alias("later"),
+        (~dated & ~later).alias("undated"),
         F.when(reason.isNotNull(), F.to_json("record")).alias("record"),
         "day",
     )

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyspark.sql import Observation
 from pyspark.sql import functions as F
 
+from jobs.engines.spark import on_disk
 from jobs.extract import window
 from jobs.extract.config import Config
 from jobs.extract.judge import DAY
@@ -101,12 +103,20 @@ def events_before(cut: int) -> Column:
 
 
 def save(rows: DataFrame, order: list[str], table: Table, staging: Path, config: Config, files: int = 0) -> Commit:
-    """Replaces the partition of ds: rows spread by the first column's hash and sorted, so that a rerun's bytes are equal."""
+    """Replaces the partition of ds: rows spread by the first column's hash and sorted, so that a rerun's bytes are equal.
+
+    Raises InputError where the driver does not find every row that Spark's tasks wrote.
+    """
     rows = rows.select(table.schema.names)
     files = files or max(1, -(-rows.count() // config.part_rows))
-    where = staging / table.name
-    rows.repartition(files, order[0]).sortWithinPartitions(*order).write.option("compression", "zstd").parquet(str(where))
-    return partitions.commit_files(config.run.lake, table.name, f"ds={config.run.ds}", sorted(where.glob("part-*.parquet")))
+    where, counted = staging / table.name, Observation()
+    # counted by the tasks that write, after the last shuffle: a task that runs twice counts once
+    rows = rows.repartition(files, order[0]).sortWithinPartitions(*order).observe(counted, F.count(F.lit(1)).alias("rows"))
+    rows.write.option("compression", "zstd").parquet(on_disk(where))
+    written = sorted(where.glob("part-*.parquet"))
+    return partitions.commit_files(
+        config.run.lake, table.name, f"ds={config.run.ds}", written, rows=int(counted.get.get("rows", 0))
+    )
 
 
 def fill(items: DataFrame, attributes: Sequence[str]) -> dict[str, float]:

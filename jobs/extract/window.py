@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F
 
+from jobs.engines.spark import on_disk
 from jobs.extract.config import InteractionSource
 from jobs.lake import manifests, partitions
 from jobs.lake.tables import INTERACTIONS, ITEMS
@@ -100,4 +101,6 @@ def in_window(day: Column, since: str) -> Column:
 def read_snapshot(spark: SparkSession, lake: Path, table: str, partition: str) -> DataFrame:
     """A partition of the lake, of the files that its commit names."""
     here = partitions.folder(lake, table, partition)
-    return spark.read.parquet(*(str(here / name) for name in partitions.read_commit(lake, table, partition).files))
+    # whatever the cluster's settings say: a file that a machine does not see is an error, not a file less
+    reader = spark.read.option("ignoreMissingFiles", "false").option("ignoreCorruptFiles", "false")
+    return reader.parquet(*(on_disk(here / name) for name in partitions.read_commit(lake, table, partition).files))

@@ -6,7 +6,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from jobs.lake.partitions import digest_folder
+from jobs.lake.partitions import digest_folder, make_folder, sync, sync_tree
 from jobs.run import InputError
 
 
@@ -17,8 +17,11 @@ def keep(lake: Path, kind: str, staged: Path) -> str:
     if target.exists():
         shutil.rmtree(staged)
     else:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
+        # before the rename: after a power cut an artifact is whole or absent
+        sync_tree(staged)
         staged.rename(target)
+    sync(target.parent)
     return identity
 
 

@@ -2,11 +2,14 @@
 
 The lake is a folder. A partition holds Parquet files and one `_commit.json` that names them with their digests. Only files
 named there exist for a reader, and the commit is replaced by one rename: a writer killed at any instant leaves the old
-partition or the new one, never a mixture.
+partition or the new one, never a mixture. Files and folders are on the disk before the commit that names them, and the commit
+before what it replaced is deleted: a power cut at any instant leaves the same.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -55,32 +58,76 @@ def digest_folder(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # file systems that keep no folders in memory say that there is nothing to sync
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(home: Path) -> None:
+    """Waits until all files and folders below a folder are on the disk, and itself."""
+    for path in sorted(home.rglob("*"), reverse=True):
+        sync(path)
+    sync(home)
+
+
+def make_folder(path: Path) -> None:
+    """A folder with those above it, as far as they are missing, their names on the disk."""
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in made:
+        with contextlib.suppress(PermissionError):  # a folder above the lake may be closed to us
+            sync(place.parent)
+
+
 def write_json(path: Path, value: object) -> None:
     """Replaces a small file at once: readers see the old text or the new one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with aside.open("w") as stream:
         json.dump(value, stream, indent=1, sort_keys=True, default=str)
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(path)
+    sync(path.parent)
 
 
-def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path]) -> Commit:
+def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path], rows: int | None = None) -> Commit:
     """Makes finished Parquet files of the lake's file system a partition's whole content, at once.
 
     A file is moved in under a name made of its place and its digest, so equal rows leave an equal folder. What the
-    partition held before is deleted after the commit.
+    partition held before is deleted after the commit. `rows` is how many their writer counted.
+    Raises InputError where the files hold another number of rows, or there is no file; the old partition then stays.
     """
+    counts = [pq.read_metadata(file).num_rows for file in staged]
+    found = sum(counts)
+    if not staged or rows not in (None, found):
+        wrote = "" if rows is None else f", {rows:,} rows were written"
+        raise InputError(
+            f"{name}/{partition}: {len(staged)} files with {found:,} rows lie in the lake {lake}{wrote}: does every machine that "
+            "writes see this folder under the same path (one mount)?"
+        )
     here = folder(lake, name, partition)
-    here.mkdir(parents=True, exist_ok=True)
+    make_folder(here)
     entries: list[dict[str, Any]] = []
-    for number, file in enumerate(staged):
+    for number, (file, count) in enumerate(zip(staged, counts, strict=True)):
         sha256 = digest_file(file)
         target = here / f"part-{number:05d}-{sha256[:12]}.parquet"
+        sync(file)
         file.replace(target)
-        entries.append({"name": target.name, "rows": pq.read_metadata(target).num_rows, "sha256": sha256})
+        entries.append({"name": target.name, "rows": count, "sha256": sha256})
     digest = hashlib.sha256("\n".join(entry["sha256"] for entry in entries).encode()).hexdigest()
+    for place in here, *here.parents:  # all the way: who made a folder may have been killed before it was synced
+        sync(place)
+        if place == lake:
+            break
     write_json(here / COMMIT, {"table": name, "partition": partition, "files": entries, "digest": digest})
     kept = {COMMIT, *(entry["name"] for entry in entries)}
     for leftover in here.iterdir():
@@ -95,7 +142,7 @@ def write(lake: Path, table: Table, partition: str, parts: Iterable[pa.Table]) -
     Raises InputError when a part breaks the table's contract; the old partition then stays.
     """
     here = folder(lake, table.name, partition)
-    here.mkdir(parents=True, exist_ok=True)
+    make_folder(here)
     files: list[Path] = []
     for number, part in enumerate(parts):
         rows = tables.check(table, part, f"{table.name}/{partition} part {number}")

@@ -42,6 +42,8 @@ def describe(environment: dict[str, str]) -> dict[str, Any]:
             "max_active_runs": dag.max_active_runs,
             "tags": sorted(dag.tags),
             "deadline_hours": [alert.interval.total_seconds() / 3600 for alert in dag.deadline or []],
+            "waits_for": [asset.name for asset in getattr(dag.timetable.asset_condition, "objects", [])],
+            "any": type(dag.timetable.asset_condition).__name__,
             "tasks": {task.task_id: describe_task(task) for task in dag.tasks},
         }
         for name, dag in bag(environment).items()

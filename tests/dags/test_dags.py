@@ -72,6 +72,12 @@ def test_a_dag_runs_its_jobs_in_order_for_one_explicit_date(worker: Worker, stub
         assert call["words"][3:7] == ["--recipe", "recipe.toml", "--ds", "1998-04-22"]
 
 
+def test_a_night_starts_with_a_new_champion_or_with_the_logs_whichever_comes(worker: Worker) -> None:
+    for cron in ("0 1 * * *", ""):
+        night = worker.ask("describe", {"NIGHTLY_CRON": cron})["nightly_embeddings"]
+        assert (night["waits_for"], night["any"]) == (["champion", "logs"], "AssetAny")
+
+
 def test_publish_gets_the_space_that_this_run_projected(worker: Worker, stub: Stub) -> None:
     stub.plan(results={"project": {"space_id": "0123456789abcdef"}})
     worker.run("nightly_embeddings")
@@ -149,7 +155,11 @@ def test_a_dag_run_twice_for_one_date_does_the_same_again(worker: Worker, stub: 
 
 @pytest.mark.parametrize(
     ("dag", "conf", "setting"),
-    [("forget", {"item": "405"}, {"forget.item": '"405"'}), ("rollback", {"space": "1e10"}, {"rollback.space": '"1e10"'})],
+    [
+        ("forget", {"item": "405"}, {"forget.item": '"405"', "forget.items": "[]"}),
+        ("forget", {"items": ["405", "7"]}, {"forget.item": '""', "forget.items": '["405", "7"]'}),
+        ("rollback", {"space": "1e10"}, {"rollback.space": '"1e10"'}),
+    ],
 )
 def test_what_a_person_types_reaches_the_job_as_text(
     worker: Worker, stub: Stub, dag: str, conf: dict[str, str], setting: dict[str, str]
@@ -194,12 +204,18 @@ def test_an_encoder_is_announced_only_where_one_was_made(worker: Worker) -> None
     assert worker.ask("announces", dag="scft_refresh", task="scft", results=[{"due": True}, {"due": False}]) == [True, False]
 
 
-def test_a_backfill_leaves_what_serves_and_only_publish_may_say_so(worker: Worker) -> None:
+def test_a_backfill_leaves_what_serves_and_hides_nothing_else(worker: Worker) -> None:
     def verdict(job: str, status: int, run_type: str) -> str:
         return str(worker.ask("judge", job=job, status=status, run_type=run_type))
 
-    assert verdict("publish", 3, "backfill") == "AirflowSkipException"
-    assert verdict("publish", 3, "scheduled") == verdict("extract", 3, "backfill") == "AirflowFailException"
+    assert verdict("publish", 5, "backfill") == "AirflowSkipException"
+    assert verdict("publish", 3, "backfill") == "AirflowFailException", "what it read back differs, say: no night may hide that"
+    assert (
+        verdict("publish", 5, "scheduled")
+        == verdict("publish", 3, "scheduled")
+        == verdict("extract", 3, "backfill")
+        == "AirflowFailException"
+    )
     assert verdict("publish", 1, "backfill") == verdict("embed", -9, "manual") == "AirflowException"
     assert verdict("publish", 4, "backfill") == verdict("promote", 4, "manual") == "AirflowException", "busy or away: again"
     assert verdict("publish", 0, "manual") == ""

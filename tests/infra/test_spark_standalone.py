@@ -67,7 +67,8 @@ class Cluster:
         for pattern, value in laptop.items():
             shipped, count = re.subn(pattern, value, shipped)
             assert count == 1, pattern
-        self.shipped = shipped
+        # a cluster of two cores: what a session set by itself before, its own settings say now
+        self.shipped = f"{shipped}\nspark.sql.shuffle.partitions 8\nspark.ui.enabled false\n"
         self.settle(self.settings, "a secret of this test")
         self.environment = os.environ | {
             "SPARK_CONF_DIR": str(self.settings),

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from feature_repo import spaces
 from feature_repo.feature_definitions import item_embedding
-from feature_repo.reader import Reader, settings
+from feature_repo.reader import Reader, offline_folder, settings
 from feature_repo.stores import lease, open_writer
 from jobs import collect, lookup, publish, rollback
-from jobs.run import InputError, Run
+from jobs.collect import retention
+from jobs.engines import registry
+from jobs.lake import partitions
+from jobs.lake.locks import alone
+from jobs.lake.tables import llm_embeddings
+from jobs.run import InputError, Run, Unavailable
+from tests.jobs.small_lake import remember
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 RUN_DS = "2026-01-01"
@@ -83,6 +95,122 @@ def test_a_clock_that_was_ahead_only_lengthens_the_grace(lake: Path) -> None:
 def test_rollback_still_works_after_collect(lake: Path) -> None:
     sweep(lake, 0)
     assert rollback.run(rollback.Config(run=Run(ds=RUN_DS, lake=lake))).space_id == B
+
+
+DATES = [f"2026-01-{day:02}" for day in range(1, 11)]
+LONG_AGO = time.time() - 100 * 86_400
+
+
+@pytest.fixture
+def old(catalogue: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten dates of a lake, all written long ago. B serves 01-08, A of 01-03 was before; C was of a challenger.
+
+    The encoder was trained on 01-02, the reference on 01-01. Of three encoders the first is A's and B's, the second nobody's.
+    """
+    for ds in DATES:
+        for space in (A, B, C):
+            lake = catalogue(ds=ds, space=space)
+        if ds == "2026-01-03":
+            publish.run(publish.Config(run=Run(ds=ds, lake=lake), space=A))
+    publish.run(publish.Config(run=Run(ds="2026-01-08", lake=lake), space=B))
+    home = Path(offline_folder(lake))
+    for ds in ("2026-01-04", "2026-01-05"):
+        for name in (f"item_embedding/{A}-{ds}", f"item_attributes/{ds}"):
+            shutil.copy(home / f"{name[:-10]}2026-01-03.parquet", home / f"{name}.parquet")
+    texts = llm_embeddings(2)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(2, np.float16)), 2)
+    for encoder in ("e1", "e2", "e3"):
+        rows = {"item_id": ["m1"], "content_hash": ["h"], "embedding": vectors}
+        partitions.write(lake, texts, f"encoder={encoder}/shard=0", [pa.table(rows, texts.schema)])
+    run = Run(ds="2026-01-02", lake=lake)
+    remember(run, "scft", {"encoder_id": "e3", "snapshot": "ds=2026-01-02"})
+    alias = {"recommender_id": "r", "encoder_id": "e1", "ds": "2026-01-01", "version": "1"}
+    monkeypatch.setattr(registry, "by_alias", lambda run, name: alias if name == "reference" else None)
+    monkeypatch.setattr(retention, "recommender_of", lambda lake, space: {"encoder_id": "e1", "recommender_id": "r"})
+    for path in lake.rglob("*"):
+        os.utime(path, (LONG_AGO, LONG_AGO))
+    return lake
+
+
+def tidy(lake: Path, **values: Any) -> collect.Result:
+    ages = {"snapshot_days": 3, "embedding_days": 3, "offline_days": 3, **values}
+    run = Run(ds="2026-01-10", lake=lake, tracking_uri="sqlite://")
+    return collect.run(collect.Config(run=run, **ages))
+
+
+def dates_of(lake: Path, name: str) -> list[str]:
+    return [partition.partition("ds=")[2] for partition in partitions.committed(lake, name)]
+
+
+def test_old_dates_go_and_what_somebody_needs_stays(old: Path) -> None:
+    result = tidy(old)
+    stay = [ds for ds in DATES if ds not in ("2026-01-04", "2026-01-05", "2026-01-06")]
+    assert dates_of(old, "items") == dates_of(old, "sequences") == stay
+    assert dates_of(old, "item_embeddings/space=" + A) == stay
+    assert dates_of(old, "item_embeddings/space=" + C) == DATES[6:], "no space that stays: what is old goes"
+    assert partitions.committed(old, "llm_embeddings") == ["encoder=e1/shard=0", "encoder=e3/shard=0"]
+    offline = {path.relative_to(offline_folder(old)).as_posix() for path in Path(offline_folder(old)).glob("item_*/*.parquet")}
+    assert {f"item_embedding/{A}-2026-01-03.parquet", f"item_embedding/{B}-2026-01-08.parquet"} < offline
+    assert not [name for name in offline if "2026-01-04" in name]
+    assert set(result.lake_bytes) == {"items", "sequences", "item_embeddings", "llm_embeddings", "feast_offline"}
+    assert lookup.run(lookup.Config(run=Run(ds="2026-01-10", lake=old))).compared == 40
+    assert rollback.run(rollback.Config(run=Run(ds="2026-01-10", lake=old))).space_id == A
+    assert tidy(old).lake_removed == []
+
+
+def test_a_dry_run_prints_the_bytes_and_removes_nothing(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_size for path in old.rglob("*") if path.is_file() and path.suffix == ".parquet"}
+    planned = tidy(old, dry_run=True, grace_days=0)
+    assert "would remove items/ds=2026-01-04" in capsys.readouterr().err
+    assert before == {path: path.stat().st_size for path in before} and planned.removed == {}
+    done = tidy(old)
+    assert (done.lake_removed, done.lake_bytes) == (planned.lake_removed, planned.lake_bytes)
+    gone = sum(size for path, size in before.items() if not path.exists())
+    assert 0 < gone <= sum(done.lake_bytes.values())
+
+
+def test_what_a_backfill_has_just_written_and_what_the_recipe_does_not_name_stays(old: Path) -> None:
+    assert collect.run(collect.Config(run=Run(ds="2026-01-10", lake=old))).lake_removed == []
+    for name in ("items", "sequences"):
+        os.utime(old / name / "ds=2026-01-05" / partitions.COMMIT)
+    with alone(old, "extract 2026-01-04"):
+        tidy(old)
+    assert {"2026-01-04", "2026-01-05"} <= set(dates_of(old, "items")) and "2026-01-06" not in dates_of(old, "items")
+
+
+def test_without_a_registry_no_encoder_goes_and_with_one_that_is_away_nothing(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(ds="2026-01-10", lake=old)
+    assert collect.run(collect.Config(run=run, embedding_days=3)).lake_removed == []
+
+    def away(*_: Any) -> None:
+        raise Unavailable("MLflow is down")
+
+    monkeypatch.setattr(registry, "by_alias", away)
+    with pytest.raises(Unavailable):
+        tidy(old)
+    assert dates_of(old, "items") == DATES
+
+
+def test_killed_between_its_deletes_it_finishes_when_run_again(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        """Stands for a kill."""
+
+    def dies(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(Killed):
+            tidy(old)
+    assert "2026-01-04" not in dates_of(old, "items") and (old / "items" / "ds=2026-01-04").exists()
+    os.utime(old / "items" / "ds=2026-01-04", (LONG_AGO, LONG_AGO))
+    tidy(old)
+    assert not (old / "items" / "ds=2026-01-04").exists()
+
+
+def test_an_age_of_no_day_is_refused(lake: Path) -> None:
+    with pytest.raises(InputError, match=r"collect.snapshot_days is 0"):
+        collect.Config(run=Run(ds=RUN_DS, lake=lake), snapshot_days=0)
 
 
 def test_a_negative_grace_period_is_refused(lake: Path) -> None:

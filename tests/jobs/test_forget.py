@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from feature_repo import spaces
@@ -20,7 +23,7 @@ from jobs.lake import manifests, partitions
 from jobs.lake.items import tombstones
 from jobs.lake.partitions import write_json
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, llm_embeddings
-from jobs.run import InputError, Run
+from jobs.run import InputError, Refused, Run
 
 A, B = "a" * 16, "b" * 16
 DS = "2026-01-01"
@@ -59,6 +62,95 @@ def test_nothing_of_the_item_is_left(lake: Path) -> None:
     index = online.open_index(lake, Reader.open(lake).pointer().space)
     assert "m4" not in index.item_ids and len(index.item_ids) == len(index.vector_ND)
     assert not manifests.path_of(lake, DS, "lookup").exists()
+
+
+ODD = "sku-4f9c81-λ"
+"""An id whose bytes stand nowhere by chance."""
+
+
+def everywhere(lake: Path, item: str) -> list[str]:
+    """Files of the lake in whose bytes, or unpacked rows, an id stands: a search that knows nothing of names."""
+    found = []
+    for path in sorted(path for path in lake.rglob("*") if path.is_file()):
+        raw = path.read_bytes()
+        text = repr(pq.read_table(path).to_pylist()) if path.suffix == ".parquet" else raw.decode(errors="ignore")
+        escaped = json.dumps(item)[1:-1]
+        if item.encode() in raw or item in text or escaped in text:
+            found.append(path.relative_to(lake).as_posix())
+    return found
+
+
+def strange_lake(catalogue: Callable[..., Path]) -> Path:
+    """A lake with the odd item and a second one in every place that could keep them."""
+    ids = [*(f"m{number}" for number in range(20)), ODD, "sku-second"]
+    lake = catalogue(ids=ids)
+    publish.run(publish.Config(run=Run(ds=DS, lake=lake), space=A))
+    events = {"user_id": ["u1", "u2"], "item_id": [ODD, "m5"], "timestamp": [1, 2]}
+    partitions.write(lake, INTERACTIONS, f"ds={DS}", [pa.table(events, INTERACTIONS.schema)])
+    home = lake / "manifests" / f"ds={DS}"
+    write_json(home / "asked-lookup.json", {"job": "lookup", "config": {"item": ODD}, "result": {"item": ODD}})
+    write_json(home / "recommend" / "20260101T000000.json", {"job": "recommend", "result": {"items": ["m1", ODD]}})
+    write_json(home / "publish.json", {"job": "publish", "error": f"lacks 1 item, for example '{ODD}': run", "rows": {"n": 3}})
+    page = lake / "reports" / f"ds={DS}" / "openlineage.jsonl"
+    page.parent.mkdir(parents=True)
+    page.write_text(json.dumps({"errorMessage": f"for example '{ODD}'"}) + "\n")
+    left = lake / ".staging" / "extract-1" / "items"
+    left.mkdir(parents=True)
+    pq.write_table(pa.table({"item_id": [ODD]}), left / "part-0.parquet")
+    return lake
+
+
+def test_the_whole_lake_searched_byte_by_byte_names_it_nowhere(catalogue: Callable[..., Path]) -> None:
+    lake = strange_lake(catalogue)
+    before = everywhere(lake, ODD)
+    assert {"manifests/ds=2026-01-01/asked-lookup.json", ".staging/extract-1/items/part-0.parquet"} < set(before)
+    result = forget.run(forget.Config(run=Run(ds=DS, lake=lake), item=ODD, items=("sku-second",), lease_wait_s=0))
+    assert result.online_removed == 2 and result.left_in_lake == []
+    for item in (ODD, "sku-second"):
+        left = [name for name in everywhere(lake, item) if not name.startswith(("tombstones/", "feast/offline/item_tombstone/"))]
+        for name in [name for name in left if name.endswith(".db")]:
+            with closing(sqlite3.connect(lake / name, isolation_level=None)) as database:
+                database.execute("PRAGMA secure_delete = ON")
+                tables = [row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+                for table in tables:
+                    if "tombstone" in table:
+                        database.execute(f'DELETE FROM "{table}"')
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        left = [name for name in everywhere(lake, item) if not name.startswith(("tombstones/", "feast/offline/item_tombstone/"))]
+        assert left == [], "but for its tombstones, no file and no free page of a database has it"
+    kept = json.loads((lake / "manifests" / f"ds={DS}" / "publish.json").read_text())
+    assert kept == {"job": "publish", "error": "lacks 1 item, for example (forgotten): run", "rows": {"n": 3}}
+    assert tombstones(lake) == {ODD, "sku-second"}
+
+
+def test_free_pages_of_a_database_keep_no_row_that_was_deleted(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "online.db", isolation_level=None)) as database:
+        database.execute("PRAGMA secure_delete = OFF")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("CREATE TABLE rows (item TEXT)")
+        database.execute("INSERT INTO rows VALUES (?)", (ODD,))
+        database.execute("DELETE FROM rows")
+    assert everywhere(tmp_path, ODD), "as SQLite leaves it"
+    forget.proof.scrub(tmp_path)
+    assert everywhere(tmp_path, ODD) == []
+
+
+def test_a_file_that_nobody_thought_of_is_found_and_said(catalogue: Callable[..., Path]) -> None:
+    lake = strange_lake(catalogue)
+    (lake / "notes").mkdir()
+    (lake / "notes" / "strange.bin").write_bytes(b"\x00\x01" + ODD.encode() + b"\xff")
+    with pytest.raises(Refused, match=r"still in \['notes/strange.bin'\]"):
+        gone(lake, ODD)
+
+
+def test_a_short_id_is_not_found_where_it_stands_by_chance(catalogue: Callable[..., Path]) -> None:
+    lake = catalogue(ids=["50", "51", "52", *(f"m{number}" for number in range(10))], texts={"51": 50})
+    events = {"user_id": ["50", "u2"], "item_id": ["51", "50"], "timestamp": [1, 2]}
+    partitions.write(lake, INTERACTIONS, f"ds={DS}", [pa.table(events, INTERACTIONS.schema)])
+    write_json(manifests.path_of(lake, DS, "extract"), {"job": "extract", "result": {"rows": 50}, "config": {"n": "50"}})
+    assert gone(lake, "50").left_in_lake == []
+    assert partitions.read(lake, INTERACTIONS, f"ds={DS}")["user_id"].to_pylist() == ["50"], "a user of that name stays"
+    assert manifests.path_of(lake, DS, "extract").exists()
 
 
 def test_a_report_that_shows_the_item_goes_and_others_stay(lake: Path) -> None:
@@ -108,15 +200,18 @@ class Killed(BaseException):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("moment", ["forget_online", "forget_partition", "forget_answers"])
+@pytest.mark.parametrize(
+    ("room", "moment"),
+    [(forget, "forget_online"), (forget.tables, "forget_partition"), (forget.proof, "forget_answers")],
+)
 def test_killed_at_any_of_its_deletes_the_tombstone_stands_already(
-    lake: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    lake: Path, monkeypatch: pytest.MonkeyPatch, room: Any, moment: str
 ) -> None:
     def dies(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(forget, moment, dies)
+        patch.setattr(room, moment, dies)
         with pytest.raises(Killed):
             gone(lake)
     assert tombstones(lake) == {"m4"}

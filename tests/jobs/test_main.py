@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
-from jobs.run import InputError, Refused, Run, Unavailable
+from jobs.run import InputError, Older, Refused, Run, Unavailable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,7 @@ def test_the_result_is_the_only_line_on_standard_output(
         (InputError("no such table: name one"), 2, "failed"),
         (ValueError("rank must be positive"), 2, "failed"),
         (Refused("tail lost 3 %"), 3, "refused"),
+        (Older("older than what serves"), 5, "refused"),
         (RuntimeError("disk on fire"), 1, "failed"),
     ],
 )

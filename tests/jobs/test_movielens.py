@@ -84,9 +84,7 @@ def test_extract_reads_them_as_a_user_s_own_tables(tmp_path: Path, settings: dic
         "interactions": {"table": "films.ratings", "item_id": "movie_id", "timestamp": "rated_at"},
     }
     run = {"ds": DS, "lake": str(tmp_path / "lake")}
-    config = build(
-        extract.Config, {"run": run, **names, "spark": settings, "split": "leave_one_out", "max_age_days": 0}, "extract"
-    )
+    config = build(extract.Config, {"run": run, **names, "spark": settings, "split": "leave_one_out"}, "extract")
     assert extract.run(config).rows == {"items": 3, "interactions": 6, "sequences": 2, "quarantine": 0}
     items = {row["item_id"]: row["attributes"] for row in partitions.read(tmp_path / "lake", ITEMS, f"ds={DS}").to_pylist()}
     assert items["2"][-1] == {"name": "genres", "value": "Action, Thriller"}

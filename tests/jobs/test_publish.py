@@ -22,7 +22,7 @@ from jobs.engines import online
 from jobs.lake import manifests, partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import ITEMS, item_embeddings
-from jobs.run import InputError, Refused, Run, Unavailable
+from jobs.run import InputError, Older, Refused, Run, Unavailable
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 Catalogue = Callable[..., Path]
@@ -144,7 +144,7 @@ def test_an_older_snapshot_never_goes_over_a_newer_one(catalogue: Catalogue) -> 
     catalogue()
     lake = catalogue(ds="2026-01-02")
     publish.run(config(lake, ds="2026-01-02"))
-    with pytest.raises(Refused, match="older than what serves"):
+    with pytest.raises(Older, match="older than what serves"):
         publish.run(config(lake))
     assert look(lake, "2026-01-02").serves_ds == "2026-01-02"
 

@@ -12,16 +12,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrameWriter, SparkSession
 
 from jobs import extract
 from jobs.__main__ import build
-from jobs.engines.spark import java_version, launcher, session
+from jobs.engines.spark import java_version, launcher, session, source
 from jobs.lake import partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.locks import alone
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES
-from jobs.run import InputError, Refused
+from jobs.run import InputError, Refused, Unavailable
+from tests.jobs.small_lake import remember
 from tests.jobs.waiting import until
 
 DS = "2026-03-10"
@@ -242,7 +243,9 @@ def test_registered_tables_are_read_by_name(tmp_path: Path) -> None:
         ({"interactions": {"timestamp": "at"}}, "has no column 'at'; it has user_id, item_id, timestamp"),
         ({"events": []}, "has no record up to 2026-03-10: check the table and --ds"),
         ({"ds": "2020-01-01"}, "has no record up to 2020-01-01"),
-        ({"max_age_days": 1, "ds": "2026-03-20"}, "the newest event .* is 12 days older than 2026-03-20"),
+        ({"min_day_share": 1}, "min_day_share must be at least 0 and below 1"),
+        ({"max_age_days": -1}, "max_age_days at least 0"),
+        ({"items": "no.such TIMESTAMP AS OF '{ds}'"}, "items.table = \"no.such TIMESTAMP AS OF '2026-03-10'\" cannot be read"),
         ({"events": LOGS[:5]}, 'cannot be cut into train, validation and test .* set extract.split = "leave_one_out"'),
         (
             {"events": [(u, i, (t or 0) * 1000) for u, i, t in LOGS], "max_quarantine_share": 0.1},
@@ -256,6 +259,87 @@ def test_bad_input_is_one_error_with_its_remedy(tmp_path: Path, values: dict[str
         values["events"] = [("u", f"i{n}", NOON) for n in range(5)]
     with pytest.raises(InputError, match=complaint):
         extract.run(config(tmp_path, items, values.pop("events", LOGS), **values))
+
+
+@pytest.mark.parametrize(("most", "ds"), [(1, "2026-03-20"), (0, "2026-03-09")])
+def test_logs_that_are_not_there_yet_may_come_later(tmp_path: Path, most: int, ds: str) -> None:
+    with pytest.raises(Unavailable, match=rf"the newest event .* is \d+ days older than {ds}"):
+        extract.run(config(tmp_path, CATALOGUE, LOGS, max_age_days=most, ds=ds))
+    assert extract.run(config(tmp_path, CATALOGUE, LOGS, max_age_days=0, ds="2026-03-08")).rows["interactions"] == 20
+
+
+HUNDRED: list[Event] = [(f"u{u}", f"i{u % 5}", NOON + (day - 99) * DAY + u) for day in range(100) for u in range(40)]
+"""A hundred days of forty events each, up to 2026-03-01."""
+
+
+def of_day(event: Event) -> int:
+    return ((event[2] or 0) - NOON + 100 * DAY) // DAY - 1
+
+
+def test_a_lost_day_of_a_hundred_is_refused(tmp_path: Path) -> None:
+    extract_night(tmp_path, [event for event in HUNDRED if of_day(event) < 98], "2026-02-27")
+    for lost, count in (99, 0), (98, 0), (99, 10):
+        some = [event for event in HUNDRED if of_day(event) != lost or int((event[0] or "u0")[1:]) < count]
+        day = dt.date(2026, 3, 1) - dt.timedelta(days=99 - lost)
+        with pytest.raises(Refused, match=rf"lacks events: {day} has {count}, usual of its weekday: 40 .*min_day_share=0"):
+            extract_night(tmp_path, some, "2026-03-01")
+        assert extract.run(config(tmp_path, CATALOGUE, some, ds="2026-03-01", min_day_share=0)).rows["interactions"] > 3900
+    assert extract_night(tmp_path, HUNDRED, "2026-03-01").days["2026-03-01"] == 40
+    some = [event for event in HUNDRED if of_day(event) != 90]
+    with pytest.raises(Refused, match="2026-02-20 has 0, usual when it was last read: 40"):
+        extract_night(tmp_path, some, "2026-03-02", min_day_share=0.01, extra=[("u1", "i1", NOON + DAY + n) for n in range(40)])
+
+
+def extract_night(tmp: Path, events: list[Event], ds: str, extra: list[Event] | None = None, **values: Any) -> extract.Result:
+    """A run with its manifest, as the command line leaves it."""
+    made = config(tmp, CATALOGUE, [*events, *(extra or [])], ds=ds, **values)
+    result = extract.run(made)
+    remember(made.run, "extract", result)
+    return result
+
+
+def test_bad_records_after_ds_are_not_judged(tmp_path: Path) -> None:
+    """A year of one bad record in a hundred, half of them without a time, fails no date of a backfill."""
+    year: list[Event] = [(f"u{n % 7}", f"i{n % 5}", NOON + n * 3 * 3600) for n in range(2_000)]
+    bad: list[Event] = [("u1", "nobody", NOON + n * 2 * DAY) for n in range(10)] + [("u1", "i1", None)] * 10
+    result = extract.run(
+        config(tmp_path, CATALOGUE, [*year, *bad], ds="2026-03-03", max_quarantine_share=0.1, split="leave_one_out")
+    )
+    early = sum(NOON <= (event[2] or 0) < NOON + 2.5 * DAY for event in year)
+    assert (result.rows["interactions"], result.later, result.undated) == (early, 2_000 - early + 8, 10)
+    assert result.quarantined == {
+        "interactions: item is unknown": 2,
+        "interactions: timestamp is null or not a number": 10,
+    }
+    with pytest.raises(InputError, match=r"22 of 42 interactions records \(52\.\d%\)"):
+        more: list[Event] = [("u1", "nobody", NOON + n) for n in range(20)]
+        extract.run(
+            config(tmp_path, CATALOGUE, [*year, *bad, *more], ds="2026-03-03", max_quarantine_share=0.1, split="leave_one_out")
+        )
+
+
+def test_the_catalogue_of_a_backfill_is_that_of_its_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ds=2026-03-09").mkdir()
+    item_table(tmp_path / "ds=2026-03-09" / "items.parquet", CATALOGUE)
+    then = config(tmp_path, f"{tmp_path}/ds={{ds}}", LOGS, ds="2026-03-09")
+    result = extract.run(then)
+    assert (result.catalogue, result.rows["items"]) == ("of 2026-03-09", 5)
+    assert f"{tmp_path}/ds=2026-03-09" in result.inputs
+    assert "is of today" not in capsys.readouterr().err
+    now = extract.run(config(tmp_path, CATALOGUE, LOGS, ds="2026-03-09"))
+    assert now.catalogue == "of the time of reading"
+    assert capsys.readouterr().err.count("is of today, whatever --ds says") == 1
+
+
+def test_a_table_as_of_a_time_is_asked_for_as_spark_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spark, asked = session("test", {}), list[str]()
+    monkeypatch.setattr(SparkSession, "sql", lambda self, text: asked.append(text) or self.range(1))
+    source(spark, "shop.items TIMESTAMP AS OF '2026-03-10 23:59:59'", "extract.items.table", ["id"])
+    source(spark, "shop.items version as of 'night-2026-03-10'", "extract.items.table", ["id"])
+    assert asked == [
+        "SELECT * FROM shop.items TIMESTAMP AS OF '2026-03-10 23:59:59'",
+        "SELECT * FROM shop.items version AS OF 'night-2026-03-10'",
+    ]
 
 
 def test_a_jump_in_row_counts_is_refused_with_the_numbers(tmp_path: Path) -> None:
@@ -281,3 +365,61 @@ def test_a_java_without_the_vector_module_gets_a_launcher_that_drops_the_flag(
     assert shown.stdout == "-a b|-c|"
     assert java_version(home / "bin" / "java") == 25
     assert java_version(tmp_path / "none") == 0
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """Spark's default file system is another one than the driver's disk: a folder, behind Hadoop's view file system."""
+    home = tmp_path / "elsewhere"
+    home.mkdir()
+    hadoop = session("test", {}).sparkContext._jsc.hadoopConfiguration()
+    before = hadoop.get("fs.defaultFS")
+    hadoop.set("fs.viewfs.mounttable.default.linkMergeSlash", f"file://{home}")
+    hadoop.set("fs.defaultFS", "viewfs:///")
+    yield home
+    hadoop.set("fs.defaultFS", before)
+
+
+def test_the_lake_is_written_where_the_driver_reads_whatever_the_default_file_system(tmp_path: Path, elsewhere: Path) -> None:
+    items, events = item_table(tmp_path / "i.parquet", CATALOGUE), event_table(tmp_path / "e.parquet", LOGS)
+    result = extract.run(config(tmp_path, f"file://{items}", f"file://{events}"))
+    assert result.rows == {"items": 5, "interactions": 20, "sequences": 4, "quarantine": 0}
+    assert partitions.read(tmp_path / "lake", INTERACTIONS, f"ds={DS}").num_rows == 20
+    again = extract.run(config(tmp_path, f"file://{items}", f"file://{events}", ds="2026-03-11"))
+    assert again.new_items == 0, "the last snapshot was found"
+    assert not list(elsewhere.rglob("*.parquet"))
+
+
+def test_a_path_that_could_mean_two_places_is_one_error(tmp_path: Path, elsewhere: Path) -> None:
+    with pytest.raises(InputError, match=r"extract.items.table = .*names no file system, .* viewfs:/// .*write file:///.*items"):
+        extract.run(config(tmp_path, CATALOGUE, LOGS))
+    assert not partitions.committed(tmp_path / "lake", "items")
+
+
+def test_a_relative_path_is_read_from_where_the_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item_table(tmp_path / "i.parquet", CATALOGUE)
+    event_table(tmp_path / "e.parquet", LOGS)
+    monkeypatch.chdir(tmp_path)
+    assert extract.run(config(tmp_path, "./i.parquet", "./e.parquet")).rows["items"] == 5
+
+
+@pytest.mark.parametrize(("lost", "found"), [("all", r"0 files with 0 rows"), ("one", r"\d+ files with \d+ rows")])
+def test_rows_that_the_driver_does_not_find_are_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, found: str
+) -> None:
+    """What an executor without the lake's mount wrote is nowhere: the driver's commit finds the others' files alone."""
+    extract.run(config(tmp_path, CATALOGUE, LOGS))
+    before = partitions.read(tmp_path / "lake", INTERACTIONS, f"ds={DS}")
+    honest = DataFrameWriter.parquet
+
+    def unmounted(writer: DataFrameWriter, path: str, *words: Any, **more: Any) -> None:
+        honest(writer, path, *words, **more)
+        files = sorted(Path(path.removeprefix("file://")).glob("part-*.parquet"))
+        if path.endswith("/interactions"):
+            for file in files if lost == "all" else files[:1]:
+                file.unlink()
+
+    monkeypatch.setattr(DataFrameWriter, "parquet", unmounted)
+    with pytest.raises(InputError, match=rf"interactions/ds={DS}: {found} lie in the lake .*, 24 rows were written: does every"):
+        extract.run(config(tmp_path, CATALOGUE, [*LOGS, *[("u9", f"i{n}", NOON) for n in range(4)]], part_rows=5))
+    assert partitions.read(tmp_path / "lake", INTERACTIONS, f"ds={DS}") == before

@@ -1,0 +1,158 @@
+"""Spaces past their grace period -> removed from the online store, with their indexes; and old dates of the lake, by recipe."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from feature_repo import spaces
+from feature_repo.reader import Reader, Space, settings
+from feature_repo.stores import lease, open_writer
+from jobs.collect import retention
+from jobs.engines import online
+from jobs.run import InputError, Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How long a space stays after it was last seen to serve."""
+
+    run: Run
+    grace_days: float = 7.0
+    """Counted from the first `collect` that finds the space neither serving nor the one before."""
+    lease_wait_s: float = 60.0
+    """How long to wait for another writer of the store."""
+    snapshot_days: int | None = None
+    """Snapshots (`items`, `interactions`, `sequences`, `quarantine`) and vectors of spaces of dates further back than this are
+    removed, but for those that a live or previous space, an alias, the newest training or a report needs; none keeps all."""
+    embedding_days: int | None = None
+    """The same for `llm_embeddings` of encoders that no space, alias or newest run needs, counted from their last write."""
+    offline_days: int | None = None
+    """The same for Feast's offline rows: vectors and attributes as they were on a date."""
+    dry_run: bool = False
+    """Removes nothing: prints what would go of the lake, with its bytes."""
+
+    def __post_init__(self) -> None:
+        for name in ("snapshot_days", "embedding_days", "offline_days"):
+            days = getattr(self, name)
+            if days is not None and days < 1:
+                raise InputError(f"collect.{name} is {days}: keep one day at least, or leave it out to keep all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What went and what stays."""
+
+    removed: dict[str, int]
+    """Vectors removed of each space."""
+    waiting: dict[str, float]
+    """Hours that other spaces have left."""
+    kept: list[str]
+    """The serving space and the one before."""
+    indexes_removed: int
+    lake_bytes: dict[str, int]
+    """Bytes removed of the lake, by table; with `dry_run` those that would go."""
+    lake_removed: list[str]
+    """Partitions and files removed, below the lake."""
+    dry_run: bool
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    rows: dict[str, int]
+
+
+def run(config: Config) -> Result:
+    """Removes what no reader can need any more. Of the lake only what the recipe gives an age goes.
+
+    Raises InputError for a negative grace period or where nothing serves; Unavailable where another writer is at work, or the
+    registry, which knows what the aliases need, is away.
+    """
+    if config.grace_days < 0:
+        raise InputError(f"collect.grace_days is {config.grace_days}: write 0 to remove at once")
+    lake, grace = config.run.lake, dt.timedelta(days=config.grace_days)
+    reader, store = Reader.open(lake), open_writer(settings(lake))
+    pointer = online.served(reader)
+    indexes = 0
+    with online.refusals(), lease(store, "collect", config.lease_wait_s):
+        if config.dry_run:
+            waiting = dict.fromkeys(spaces.spaces_online(store), 0.0)
+            done = spaces.Collected(removed={}, waiting=waiting, kept=spaces.live(pointer))
+        else:
+            done = spaces.collect(store, reader, grace)
+            indexes = remove_indexes(lake, done.kept, set(done.waiting), grace)
+    gone = sweep(config, done)
+    for space_id, rows in done.removed.items():
+        log.info("space %s: %s vectors removed", space_id, f"{rows:,}")
+    for space_id, hours in done.waiting.items():
+        log.info("space %s: stays %s hours more", space_id, hours)
+    return Result(
+        removed=done.removed,
+        waiting=done.waiting,
+        kept=sorted(done.kept),
+        indexes_removed=indexes,
+        lake_bytes=tally(lake, gone),
+        lake_removed=sorted(name_of(lake, path) for path in gone),
+        dry_run=config.dry_run,
+        inputs={"pointer": online.pointer_text(pointer)},
+        outputs={},
+        rows={"item_embedding": -sum(done.removed.values())},
+    )
+
+
+def sweep(config: Config, done: spaces.Collected) -> dict[Path, int]:
+    """Old dates of the lake that were removed, or with `dry_run` would be, and their bytes."""
+    rules = (
+        (retention.old_snapshots, config.snapshot_days),
+        (retention.old_vectors, config.snapshot_days),
+        (retention.old_embeddings, config.embedding_days),
+        (retention.old_rows, config.offline_days),
+    )
+    wanted = [(rule, days) for rule, days in rules if days is not None]
+    if not wanted:
+        return {}
+    needs = retention.needed(config.run, done.kept, set(done.waiting))
+    if config.embedding_days is not None and not needs.encoders_known:
+        log.warning("llm_embeddings stay: no registry (run.tracking_uri), or no artifact, tells which encoders are needed")
+    gone = {}
+    for path in [path for rule, days in wanted for path in rule(config.run, needs, days)]:
+        took = retention.size(path)
+        if config.dry_run or retention.remove(config.run.lake, path):
+            gone[path] = took
+            log.info(
+                "%s %s: %s bytes", "would remove" if config.dry_run else "removed", name_of(config.run.lake, path), f"{took:,}"
+            )
+    return gone
+
+
+def tally(lake: Path, gone: dict[Path, int]) -> dict[str, int]:
+    """Bytes by table."""
+    found = dict[str, int]()
+    for path, took in gone.items():
+        table = name_of(lake, path).split("/ds=")[0].split("/space=")[0].split("/encoder=")[0]
+        table = "feast_offline" if path.suffix == ".parquet" else table
+        found[table] = found.get(table, 0) + took
+    return found
+
+
+def name_of(lake: Path, path: Path) -> str:
+    """A path below the lake; of an offline store that lies elsewhere its last two parts."""
+    return path.relative_to(lake).as_posix() if path.is_relative_to(lake) else "/".join(path.parts[-2:])
+
+
+def remove_indexes(lake: Path, kept: dict[str, Space], waiting: set[str], grace: dt.timedelta) -> int:
+    """Removes indexes of snapshots that are not live, a grace period after they were built; returns how many."""
+    live = {online.index_home(lake, space) for space in kept.values()}
+    removed = 0
+    for home in sorted((lake / "indexes").glob("space=*/ds=*")):
+        space_id = home.parent.name.removeprefix("space=")
+        old = time.time() - home.stat().st_mtime >= grace.total_seconds()
+        if home not in live and space_id not in waiting and old:
+            online.drop_index(home)
+            removed += 1
+        elif home in live:
+            online.prune_index(home, grace.total_seconds())
+    return removed

@@ -1,0 +1,169 @@
+"""Items -> removed from lake, every space, index and offline history; they stay forgotten, and the proof is printed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from feature_repo import offline, spaces
+from feature_repo.index import Graph
+from feature_repo.reader import Reader, offline_folder, settings
+from feature_repo.stores import lease, open_writer
+from jobs.engines import online
+from jobs.forget import proof, tables
+from jobs.forget.names import Ids
+from jobs.lake.items import bury
+from jobs.run import InputError, Refused, Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is forgotten."""
+
+    run: Run
+    item: str | int = ""
+    """An item's id."""
+    items: tuple[str | int, ...] = ()
+    """Further ids: the lake is rewritten once for all of them, `--set 'forget.items=["a", "b"]'`."""
+    approximate: bool = True
+    """As in `publish`: indexes of live spaces are built anew without the item."""
+    graph: Graph = field(default_factory=Graph)
+    """As in `publish`."""
+    lease_wait_s: float = 60.0
+    """How long to wait for another writer of the store."""
+
+    @property
+    def ids(self) -> Ids:
+        """The ids of all that is forgotten. Raises InputError for none, and for an empty one among others."""
+        found = [str(item) for item in ((self.item, *self.items) if str(self.item) else self.items)]
+        if not found or not all(found):
+            raise InputError("forget.item is empty: give an item's id, for example --set forget.item=1193")
+        return frozenset(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What went, and the proof that nothing stayed."""
+
+    online_removed: int
+    """Vectors removed, of all spaces."""
+    lake_removed: dict[str, int]
+    """Rows removed or shortened, by table."""
+    indexes: int
+    """Indexes of live spaces built anew."""
+    manifests_removed: int
+    """Answers of `lookup`, `recommend` and `explain`, and reports, that named one."""
+    left_online: int
+    """Vectors still found afterwards: 0."""
+    left_in_lake: list[str]
+    """Files that still name one, of all files of the lake: none."""
+    named_by_models: list[str]
+    """Trained models list the ids they were trained on; a model is its bytes, so only the next training drops the name."""
+    inputs: dict[str, str]
+    """Digests of the partitions before."""
+    outputs: dict[str, str]
+    """Digests of the partitions after."""
+    rows: dict[str, int]
+
+
+def run(config: Config) -> Result:
+    """Tombstone first, then the stores, the lake, history and indexes; run again after a kill, it finishes.
+
+    Raises InputError for an empty id; Refused where something of the item is still found, or another writer is at work.
+    """
+    ids, lake = config.ids, config.run.lake
+    for item in sorted(ids):
+        bury(lake, item, config.run.ds)
+    with online.refusals():
+        emptied = forget_online(config, ids)
+    removed, inputs, outputs = tables.forget_tables(lake, ids)
+    if gone := offline.forget(Path(offline_folder(lake)), ids):
+        removed["feast_offline"] = gone
+    tables.drop_leftovers(lake, ids)
+    echoes = proof.forget_answers(lake, ids)
+    indexes = forget_indexes(config)
+    proof.scrub(lake)
+    left_online, left = still_online(config, ids), sorted(proof.mentions(lake, ids))
+    models = [name for name in left if name.startswith("models/")]
+    result = Result(
+        online_removed=emptied,
+        lake_removed=removed,
+        indexes=indexes,
+        manifests_removed=echoes,
+        left_online=left_online,
+        left_in_lake=[name for name in left if name not in models],
+        named_by_models=models,
+        inputs=inputs,
+        outputs=outputs,
+        rows={name: -count for name, count in removed.items()},
+    )
+    tell(result)
+    if result.left_online or result.left_in_lake:
+        raise Refused(
+            f"an item is still in {result.left_in_lake or 'the online store'}: is another job writing? Run forget again"
+        )
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------- online
+
+
+def forget_online(config: Config, ids: Ids) -> int:
+    """Removes the items' rows from every space; returns how many vectors went, 0 where nothing was ever published."""
+    lake = config.run.lake
+    if spaces.current(Reader.open(lake)) is None:
+        return 0
+    store = open_writer(settings(lake))
+    with lease(store, "forget", config.lease_wait_s):
+        # first the processes that serve from memory: they leave it out within a second
+        for item in sorted(ids):
+            spaces.withhold(store, Reader.open(lake), item)
+        return sum(spaces.forget(store, item, config.run.ds) for item in sorted(ids))
+
+
+def still_online(config: Config, ids: Ids) -> int:
+    """Vectors of the items in any space."""
+    lake = config.run.lake
+    if spaces.current(Reader.open(lake)) is None:
+        return 0
+    return sum(spaces.vectors_of(open_writer(settings(lake)), item) for item in ids)
+
+
+def forget_indexes(config: Config) -> int:
+    """Builds the indexes of live spaces without the items, and removes those of other snapshots; returns how many were built."""
+    lake, built = config.run.lake, 0
+    pointer = spaces.current(Reader.open(lake))
+    digests = {}
+    for space in spaces.live(pointer).values() if pointer else ():
+        if online.index_home(lake, space).is_dir():
+            digests[space.space_id] = online.build_index(lake, space, config.graph if config.approximate else None, 4_096)
+            built += 1
+    if pointer:
+        with online.refusals():
+            repoint(config, digests)
+    for space in spaces.live(pointer).values() if pointer else ():
+        online.prune_index(online.index_home(lake, space))
+    live = {online.index_home(lake, space) for space in spaces.live(pointer).values()} if pointer else set()
+    for home in (lake / "indexes").glob("space=*/ds=*"):
+        if home not in live:
+            online.drop_index(home)
+    return built
+
+
+def repoint(config: Config, digests: dict[str, str]) -> None:
+    """Lets the pointer name the new indexes; only then may the old ones go."""
+    lake = config.run.lake
+    store = open_writer(settings(lake))
+    with lease(store, "forget", config.lease_wait_s):
+        spaces.reindex(store, Reader.open(lake), digests)
+
+
+def tell(result: Result) -> None:
+    """What went and the proof, for a person."""
+    log.info("removed: %s vectors online, rows of the lake %s", result.online_removed, result.lake_removed or "none")
+    log.info("proof: %s vectors online, files that name it: %s", result.left_online, result.left_in_lake or "none")
+    if result.named_by_models:
+        log.warning("trained before, so they list its id until the next training: %s", result.named_by_models)
