@@ -113,10 +113,11 @@ def embedding_rows(space: Space, ids: Sequence[str], raws: Sequence[bytes]) -> l
     return [(key, {field: value}, moment, None) for key, value in zip(keys, values, strict=True)]
 
 
-def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk]) -> int:
+def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk], hash_N: npt.NDArray[np.int64]) -> int:
     """Reads every row back as a client would and compares its bytes; returns how many.
 
-    Raises Unverified with the count and an example, Fenced when the lease is lost.
+    Rows that the space should not have count too; `hash_N` are the hashes of its items, from `inspect`. Raises Unverified with
+    the count and an example, Fenced when the lease is lost.
     """
     count, wrong, example = 0, 0, ""
     for ids, vector_ND in chunks:
@@ -126,6 +127,11 @@ def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk]) 
             if raw != online:
                 wrong, example = wrong + 1, example or f"{item_id!r} is {'absent' if online is None else 'different'}"
         count += len(ids)
+    if surplus := [item_id for ids in strangers(store, space.space_id, hash_N) for item_id in ids]:
+        raise Unverified(
+            f"space {space.space_id}: {len(surplus):,} rows of items that it should not have, for example {surplus[0]!r}; what "
+            "serves is untouched. Does another program write to the store? Run again"
+        )
     if wrong or count != space.items:
         raise Unverified(
             f"space {space.space_id}: {wrong:,} of {count:,} vectors read back differ from those written ({example}), "
@@ -309,8 +315,28 @@ def live(pointer: Pointer) -> dict[str, Space]:
     return {space.space_id: space for space in kept}
 
 
+def strangers(store: Store, space_id: str, hash_N: npt.NDArray[np.int64]) -> Iterator[list[str]]:
+    """Items with a row in a space that are not among `hash_N` (of `inspect`), in bounded lists. Reads all keys of the store."""
+    for keys in store.keys(views.item_embedding):
+        found = [key_texts(views.item_embedding, key) for key in set(keys)]
+        yield outside([item_id for item_id, own in found if own == space_id], hash_N)
+
+
+def remove_strangers(store: Store, space_id: str, hash_N: npt.NDArray[np.int64]) -> int:
+    """Removes rows of items that are not among `hash_N` from a space, whenever and by whom they were written; returns how many.
+
+    Items that left the catalogue lose their row so, also those that left while a publishing of this space lay killed. Raises
+    Fenced when the lease is lost.
+    """
+    removed = 0
+    for ids in strangers(store, space_id, hash_N):
+        store.renew()
+        removed += remove_items(store, space_id, ids)
+    return removed
+
+
 def remove_items(store: Store, space_id: str, item_ids: Sequence[str]) -> int:
-    """Removes some items of one space: those that left the catalogue."""
+    """Removes some items of one space."""
     keys = [serialized(key) for key in entity_keys({"item_id": item_ids, "space_id": [space_id] * len(item_ids)})]
     for part in batched(keys, DELETES):
         store.delete(views.item_embedding, part)

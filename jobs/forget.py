@@ -268,7 +268,7 @@ def shorter(row: dict[str, Any], item: str) -> dict[str, Any]:
 
 def forget_answers(lake: Path, item: str) -> int:
     """Removes what was said of the item: manifests of serving jobs whose answer named it, and reports; returns how many."""
-    found = [path for job in ECHOES for path in (lake / "manifests").glob(f"ds=*/{job}.json") if item in values(path.read_text())]
+    found = [path for job in ECHOES for path in (lake / "manifests").glob(f"ds=*/{job}.*json") if item in values(path.read_text())]
     found += [page for page in (lake / "reports").glob("ds=*/*.html") if item in shown(page.read_text())]
     for path in found:
         path.unlink()

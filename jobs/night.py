@@ -89,9 +89,11 @@ def serve(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     if registry.champion(run) is None:
         say_yes = f"python -m jobs promote --recipe {night.recipe} --ds {night.ds} --set promote.approved_by=NAME"
         raise Refused(f"nothing serves yet: a person must say yes, see docs/first-champion.md, then: {say_yes}")
-    night.job("embed", "embed.encoder=champion")
-    space_id = night.job("project")["space_id"]
-    served = night.job("publish", f'publish.space="{space_id}"')
+    # asked once: a promotion meanwhile waits for the next night
+    pinned = night.job("pin")
+    night.job("embed", f'embed.encoder="{pinned["encoder_id"]}"')
+    night.job("project", f'project.recommender="{pinned["recommender_id"]}"')
+    served = night.job("publish", f'publish.space="{pinned["space_id"]}"')
     night.job("lookup")
     return served
 

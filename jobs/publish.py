@@ -74,7 +74,7 @@ class Result:
     written: int
     """Vectors written; the others were online as they are."""
     removed: int
-    """Vectors removed: their items left the catalogue."""
+    """Vectors removed: their items left the catalogue, or were left by a publishing that was killed."""
     verified: int
     """Vectors read back and compared, byte by byte."""
     attributes_written: int
@@ -284,9 +284,9 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
         delta = before is not None and before.space_id == space.space_id
         spaces.bury(store, sorted(tombstones(lake)), space.ds)
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
-        removed = remove_absent(config, store, before, hash_N) if before is not None and delta else 0
+        removed = spaces.remove_strangers(store, space.space_id, hash_N)
         clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
-        verified = spaces.verify(store, reader, space, rows())
+        verified = spaces.verify(store, reader, space, rows(), hash_N)
         clock.lap("verify", f"{verified:,} vectors read back, all equal")
         attributes = write_attributes(config, store, reader) if config.attributes else 0
         clock.lap("attributes", f"{attributes:,} items written")
@@ -309,15 +309,6 @@ def register(lake: Path) -> None:
                     f"Feast's registry can't be written ({error.orig}): is it locked or down? What serves is untouched; run again"
                 ) from error
             time.sleep(1)
-
-
-def remove_absent(config: Config, store: Store, before: Pointer, hash_N: npt.NDArray[np.int64]) -> int:
-    """Removes items of the space that serves which the new snapshot no longer has; before the flip, so a rerun does it too."""
-    lake, partition = config.run.lake, online.partition_of(before.space_id, before.ds)
-    if partition not in partitions.committed(lake, "item_embeddings", f"space={before.space_id}"):
-        return 0
-    lost = (spaces.outside(ids, hash_N) for ids, _ in online.chunks(lake, partition, config.chunk_rows))
-    return sum(spaces.remove_items(store, before.space_id, ids) for ids in lost if ids)
 
 
 def write_attributes(config: Config, store: Store, reader: Reader) -> int:

@@ -129,10 +129,10 @@ def summed(
 def chosen(config: Config) -> str:
     """The id of the configured encoder; "" for an opponent that is not there. Raises InputError where there is none."""
     if config.encoder == "latest":
-        found: str = manifests.read(config.run.lake, config.run.ds, "scft")["result"]["encoder_id"]
+        found: str = manifests.latest(config.run, "scft")["encoder_id"]
         return found
     if config.encoder in ("opponent", "reference"):
-        challenger_id = str(manifests.read(config.run.lake, config.run.ds, "rat")["result"]["recommender_id"])
+        challenger_id = str(manifests.latest(config.run, "rat")["recommender_id"])
         find = registry.opponent if config.encoder == "opponent" else registry.reference
         against = find(config.run, challenger_id)
         return registry.resolve(config.run, against)["encoder_id"] if against else ""

@@ -274,7 +274,7 @@ def resolve(run: Run, which: str) -> dict[str, str]:
             remedy = "run promote first" if run.tracking_uri else "give run.tracking_uri"
             raise InputError(f"no recommender is {which}: {remedy}, or name a recommender's id or 'latest'")
     else:
-        made = manifests.read(run.lake, run.ds, "rat")["result"] if which == "latest" else {"recommender_id": which}
+        made = manifests.latest(run, "rat") if which == "latest" else {"recommender_id": which}
         found = {"recommender_id": str(made["recommender_id"])}
     return {**found, **identity(fetch(run, "recommender", found["recommender_id"]))}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.explain.records import first_changed, origin, written_by
 from jobs.explain.result import Link, Verdict
-from jobs.lake import partitions
+from jobs.lake import manifests, partitions
 from jobs.lake.partitions import digest_folder
 from jobs.run import InputError
 
@@ -92,8 +92,8 @@ def gate_link(lake: Path, recommender_id: str) -> Link:
 
 def promotion_of(lake: Path, recommender_id: str) -> dict[str, Any] | None:
     """The newest manifest of `promote` about a recommender."""
-    for path in sorted((lake / "manifests").glob("ds=*/promote.json"), reverse=True):
-        manifest: dict[str, Any] = json.loads(path.read_text())
+    for path in manifests.history(lake, "promote"):
+        manifest = manifests.parsed(path)
         if manifest.get("result", {}).get("recommender_id") == recommender_id:
             return manifest
     return None

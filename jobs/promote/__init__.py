@@ -160,7 +160,7 @@ def decide(config: Config) -> Result:
 
 def evaluation(run: Run) -> dict[str, Any]:
     """The Result of `evaluate` of this date. Raises InputError where there is none, or only one of another date."""
-    made = manifests.read(run.lake, run.ds, "evaluate")
+    made = manifests.read(run.lake, run.ds, "evaluate", run.variant)
     if made["ds"] != run.ds:
         raise InputError(
             f"the newest evaluation is of {made['ds']}, not of {run.ds}: run evaluate for {run.ds}, or promote with "

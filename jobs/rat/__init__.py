@@ -215,9 +215,9 @@ def chosen(config: Config) -> tuple[str, str]:
     """Ids of the encoder and the teacher (or "none")."""
     encoder_id, teacher_id = config.encoder, config.teacher
     if encoder_id == "latest":
-        encoder_id = manifests.read(config.run.lake, config.run.ds, "scft")["result"]["encoder_id"]
+        encoder_id = manifests.latest(config.run, "scft")["encoder_id"]
     if teacher_id == "latest":
-        teacher_id = manifests.read(config.run.lake, config.run.ds, "pretrain")["result"]["teacher_id"]
+        teacher_id = manifests.latest(config.run, "pretrain")["teacher_id"]
     return encoder_id, teacher_id
 
 

@@ -19,7 +19,7 @@ FILES = sorted(path.stem for path in (ROOT / "dags").glob("*.py") if not path.st
 ORDER = {
     "scft_refresh": ["extract", "scft"],
     "rat_training": ["embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote"],
-    "nightly_embeddings": ["extract", "embed", "project", "publish", "lookup", "report"],
+    "nightly_embeddings": ["pin", "extract", "embed", "project", "publish", "lookup", "report"],
     "maintenance": ["collect", "lookup"],
     "rollback": ["rollback", "lookup"],
     "forget": ["forget", "lookup"],
@@ -70,10 +70,25 @@ def test_a_dag_runs_its_jobs_in_order_for_one_explicit_date(worker: Worker, stub
         assert call["words"][3:7] == ["--recipe", "recipe.toml", "--ds", "1998-04-22"]
 
 
-def test_publish_gets_the_space_that_this_run_projected(worker: Worker, stub: Stub) -> None:
-    stub.plan(results={"project": {"space_id": "0123456789abcdef"}})
+def test_one_champion_and_one_date_are_pinned_for_the_whole_night(worker: Worker, stub: Stub) -> None:
+    pinned = {"ds": "2026-03-05", "recommender_id": "12e4", "encoder_id": "77", "space_id": "0123456789abcdef"}
+    stub.plan(results={"pin": pinned, "project": {"space_id": "another"}})
     worker.run("nightly_embeddings")
-    assert next(call["set"] for call in stub.calls() if call["job"] == "publish") == {"publish.space": '"0123456789abcdef"'}
+    calls = {call["job"]: call for call in stub.calls()}
+    assert {name for name, call in calls.items() if call["ds"] != "2026-03-05"} == {"pin"}
+    assert calls["embed"]["set"]["embed.encoder"] == '"77"'
+    assert calls["project"]["set"] == {"project.recommender": '"12e4"'}
+    assert calls["publish"]["set"] == {"publish.space": '"0123456789abcdef"'}
+    assert worker.ask("announced", asset="space")[0] == {"ds": "2026-03-05"}
+
+
+def test_after_a_promotion_the_newest_snapshot_is_asked_for_and_on_schedule_the_date(worker: Worker) -> None:
+    def asks(run_type: str) -> list[str]:
+        return list(worker.ask("rendered", dag="nightly_embeddings", task="pin", run_type=run_type))[-3:]
+
+    assert asks("asset_triggered") == ["2026-03-01", "--set", "pin.newest=true"]
+    assert asks("scheduled") == ["2026-03-01", "--set", "pin.newest=false"]
+    assert asks("backfill")[-1] == asks("manual")[-1] == "pin.newest=false"
 
 
 def test_a_run_without_logical_date_works_on_its_parameter(worker: Worker, stub: Stub) -> None:
@@ -110,13 +125,14 @@ def test_a_fault_of_the_input_and_a_refusal_are_final(worker: Worker, stub: Stub
     assert done["state"] == "failed"
     assert done["tasks"]["extract"] == ["failed", 1]
     assert done["tasks"]["publish"][0] == done["tasks"]["served"][0] == "upstream_failed"
-    assert [call["job"] for call in stub.calls()] == ["extract", "report"], "the report is made also after a failure"
+    assert [call["job"] for call in stub.calls()] == ["pin", "extract", "report"], "the report is made also after a failure"
 
 
-def test_a_first_night_without_champion_ends_at_embed_with_its_remedy(worker: Worker, stub: Stub) -> None:
-    stub.plan(acts={"embed#0": [2]})
-    done = worker.run("nightly_embeddings")
-    assert done["state"] == "failed" and done["tasks"]["embed#0"] == ["failed", 1]
+def test_a_first_night_without_champion_ends_at_pin_with_its_remedy_and_a_report(worker: Worker, stub: Stub) -> None:
+    stub.plan(acts={"pin": [2]})
+    done = worker.run("nightly_embeddings", "2026-03-04")
+    assert done["state"] == "failed" and done["tasks"]["pin"] == ["failed", 1]
+    assert [(call["job"], call["ds"]) for call in stub.calls()] == [("pin", "2026-03-04"), ("report", "2026-03-04")]
     assert "planned, with a remedy" in worker.log.read_text()
 
 
@@ -142,7 +158,7 @@ def test_a_dag_run_twice_for_one_date_does_the_same_again(worker: Worker, stub: 
     states = [worker.run("nightly_embeddings", *when)["state"] for when in (("2026-03-07",), (None, {"ds": "2026-03-07"}))]
     calls = [call["words"] for call in stub.calls()]
     assert states == ["success", "success"]
-    assert len(calls) == 12 and calls[:6] == calls[6:]
+    assert len(calls) == 14 and calls[:7] == calls[7:]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from jobs import night
 from jobs.night import Failed, Night
 from jobs.run import Refused, Run
 
-SERVING = ["embed", "project", "publish", "lookup", "report"]
+SERVING = ["pin", "embed", "project", "publish", "lookup", "report"]
 TRAINING = ["embed", "pretrain", "rat", "embed", "evaluate", "promote"]
 
 
@@ -22,10 +22,12 @@ class Told(Night):
         calls.append(name)
         if name in fails:
             raise Failed(name, fails[name])
-        return {"due": due[0], "space_id": "12e4", "items": 3, "path": "report.html"}
+        told[name] = settings
+        return {"due": due[0], "space_id": "12e4", "encoder_id": "7", "recommender_id": "1e3", "items": 3, "path": "report.html"}
 
 
 calls: list[str] = []
+told: dict[str, tuple[str, ...]] = {}
 fails: dict[str, int] = {}
 due = [False]
 
@@ -45,6 +47,9 @@ TONIGHT = Told(recipe=Path("r.toml"), ds="2026-01-01")
 def test_a_night_with_a_champion_trains_nothing(run: Run) -> None:
     assert night.whole(TONIGHT, run, train=False) == {"space_id": "12e4", "items": 3, "report": "report.html"}
     assert calls == ["extract", "scft", *SERVING]
+    assert (told["embed"], told["project"], told["publish"]) == (
+        ('embed.encoder="7"',), ('project.recommender="1e3"',), ('publish.space="12e4"',),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", [True, False])
