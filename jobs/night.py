@@ -111,3 +111,10 @@ def challenge(night: Night, *, first: bool) -> None:
         if first or error.status != 3:
             raise
         log.warning("the challenger is refused: the champion goes on serving")
+        return
+    try:
+        night.job("rat", "rat.stage=refit")
+    except Failed as error:
+        if error.status != 3:
+            raise
+        log.warning("trained on all events it is refused: what was judged serves")

@@ -219,7 +219,10 @@ def fetch(run: Run, kind: str, artifact_id: str) -> Path:
 
 
 def by_alias(run: Run, alias: str) -> dict[str, str] | None:
-    """recommender_id, encoder_id, version and the ds of its training that an alias names, or None while it names nothing."""
+    """recommender_id, encoder_id, version and the ds of its training that an alias names, or None while it names nothing.
+
+    `gated_id` is the recommender that was judged, where this one was trained on all events after that; else "".
+    """
     if not run.tracking_uri:
         return None
     with connected(run) as client:
@@ -228,8 +231,13 @@ def by_alias(run: Run, alias: str) -> dict[str, str] | None:
         if not known:
             return None
         found = client.get_model_version(RECOMMENDER, known[0].aliases[alias])
-        ids = {name: str(found.tags.get(name, "")) for name in ("recommender_id", "encoder_id", "ds")}
+        ids = {name: str(found.tags.get(name, "")) for name in ("recommender_id", "encoder_id", "ds", "gated_id")}
         return {**ids, "version": str(found.version)}
+
+
+def judged_id(found: Mapping[str, str]) -> str:
+    """The recommender that gates judged in place of one that was trained on all events: to compare with, as it saw no test."""
+    return found.get("gated_id") or found["recommender_id"]
 
 
 def champion(run: Run) -> dict[str, str] | None:
@@ -244,15 +252,15 @@ def opponent(run: Run, challenger_id: str) -> str:
     """
     for alias in ("champion", "previous"):
         found = by_alias(run, alias)
-        if found is not None and found["recommender_id"] != challenger_id:
-            return found["recommender_id"]
+        if found is not None and judged_id(found) != challenger_id:
+            return judged_id(found)
     return ""
 
 
 def reference(run: Run, challenger_id: str) -> str:
     """The fixed reference, against which small losses of many nights add up; "" for none, or for the challenger itself."""
     found = by_alias(run, "reference")
-    return found["recommender_id"] if found is not None and found["recommender_id"] != challenger_id else ""
+    return judged_id(found) if found is not None and judged_id(found) != challenger_id else ""
 
 
 def promoted_last(run: Run) -> str:

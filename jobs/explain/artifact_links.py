@@ -31,7 +31,9 @@ def recommender_link(lake: Path, identity: str, pointer: Pointer) -> Link:
         text = f"{made}; the encoder and it make the space"
         if turned := known.get("rotation"):
             text += f"; turned towards that of {turned['to']}, residual {turned['residual']}"
-    return artifact_link(lake, "recommender", identity, ("rat",), text, 2)
+        if judged := known.get("gated_id"):
+            text += f"; trained on all events after {judged}, the same on a split, was judged"
+    return artifact_link(lake, "recommender", identity, ("rat", "rat-refit"), text, 2)
 
 
 def encoder_link(lake: Path, identity: str) -> Link:
@@ -71,7 +73,7 @@ def gate_link(lake: Path, recommender_id: str) -> Link:
         step="gate", identity=recommender_id or "unknown", digest="", verdict="unknown", depth=3,
         text="no promotion is recorded: published by hand, or not under this lake",
     )  # fmt: skip
-    manifest = promotion_of(lake, recommender_id)
+    manifest = promotion_of(lake, str(described(lake, "recommender", recommender_id).get("gated_id") or recommender_id))
     if manifest is None:
         return unknown
     text, partition = decision(manifest), f"ds={manifest['ds']}"

@@ -21,7 +21,7 @@ from jobs.lake.tensors import (
     read_embeddings,
     read_histories,
 )
-from jobs.rat import fuse, rotation
+from jobs.rat import fuse, refit, rotation
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import InputError, Run, as_json
 from models.behaviour.artifact import load_recommender
@@ -86,13 +86,28 @@ class Config:
     """Turns all vectors, users' too, so that items lie near their vectors in another space; no score and no ranking changes.
     `champion`: that of an earlier date; a recommender's id; or `none`. Without a space of the same width there is no turn."""
 
+    stage: Literal["gated", "refit"] = "gated"
+    """`gated` trains on the train rows, to be judged by the gates; `refit` trains the champion of this date again on all events,
+    as it was trained, and that serves from then on. The nights' own schedule sets it."""
+    refit: bool = True
+    """Whether a champion is trained again on all events. Off, what serves never saw the newest events, those it was judged by."""
+    refit_loss: float = 0.1
+    """How far, as a share, the loss of that training may lie above the judged training's at the same epoch."""
+
     def __post_init__(self) -> None:
+        if self.refit_loss < 0:
+            raise InputError(f"rat.refit_loss {self.refit_loss} must be at least 0: it is the share by which a loss may be higher")
         if not 0 <= self.cold_share < 1:
             raise InputError(f"rat.cold_share {self.cold_share} is not in [0, 1): it is a share of the items")
         if not 0 <= self.drop_ids < 1:
             raise InputError(f"rat.drop_ids {self.drop_ids} is not in [0, 1): it is a probability")
         if self.temperature <= 0 or self.alpha < 0 or self.popularity_prior < 0:
             raise InputError("rat.temperature must be above 0, rat.alpha and rat.popularity_prior at least 0")
+
+    @property
+    def manifest(self) -> str:
+        """A training on all events stands beside the one that was judged: `latest` means that."""
+        return "rat" if self.stage == "gated" else "rat-refit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +140,12 @@ class Result:
     rows: dict[str, int]
 
 
-def run(config: Config) -> Result:
+def run(config: Config) -> Result | refit.Result:
+    """Trains a recommender to be judged, or the champion on all events."""
+    return gated(config) if config.stage == "gated" else refit.run(config)
+
+
+def gated(config: Config) -> Result:
     """Trains a recommender, keeps it in the lake and registers it.
 
     Raises InputError or ValueError for items without an embedding, a teacher of another kind, or nothing to train on.
@@ -267,9 +287,14 @@ def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V
     teacher, teacher_VD = read_teacher(config, teacher_id, catalogue, counts_V.device)
     known_V = torch.tensor([False, *(item_id in teacher.row for item_id in catalogue.item_ids)], device=counts_V.device)
     weight_V = counts_V / (counts_V + config.popularity_prior).clamp_min(1e-9) * known_V
-    texts = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
-    text_V = torch.cat([torch.tensor([-1]), torch.from_numpy(texts.astype("int64"))]).to(counts_V.device)
+    text_V = texts_of(catalogue).to(counts_V.device)
     return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=config.alpha, temperature=config.temperature, text_V=text_V)
+
+
+def texts_of(catalogue: Catalogue) -> Tensor:
+    """text_V: a number for each different text of the catalogue, -1 for padding."""
+    texts = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
+    return torch.cat([torch.tensor([-1]), torch.from_numpy(texts.astype("int64"))])
 
 
 def fusion_of(config: Config) -> Fusion:

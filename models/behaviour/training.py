@@ -331,11 +331,13 @@ def train(
     distiller: Distiller | None = None,
     checkpoint: Path | None = None,
     unseen: bool = False,
+    validate_on: Histories | None = None,
 ) -> Trained:
     """Trains in place, on the device of `events`, and leaves the weights of the best epoch.
 
     candidates_M, ascending item indices, are the negatives and the only validation targets; default all items. `unseen`
-    validates among items that the user has not had, as serving ranks. A file at
+    validates among items that the user has not had, as serving ranks. `validate_on` gives the validation events where `events`
+    has none, being trained on whole. A file at
     `checkpoint` is resumed from, and kept up to date after each validation. Reseeds torch's global generators at each epoch.
     Raises ValueError for nothing to train or validate on, a loss that is not finite, or a batch that does not divide.
     """
@@ -347,7 +349,7 @@ def train(
     if candidates_M is None:
         candidates_M = torch.arange(1, events.catalogue + 1, device=device)
     task, length_R = make_task(recommender, events, config, max_len, candidates_M, aligner, processes, distiller)
-    validation = make_validation(events, candidates_M, config.validation_users, max_len, unseen)
+    validation = make_validation(validate_on or events, candidates_M, config.validation_users, max_len, unseen)
     graph = config.graph and device.type == "cuda" and processes == 1
     optimizer = torch.optim.AdamW(
         [parameter for parameter in recommender.parameters() if parameter.requires_grad],

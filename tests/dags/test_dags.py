@@ -18,13 +18,13 @@ from tests.dags.conftest import ROOT, Stub, Worker
 FILES = sorted(path.stem for path in (ROOT / "dags").glob("*.py") if not path.stem.startswith("job_"))
 ORDER = {
     "scft_refresh": ["extract", "scft"],
-    "rat_training": ["embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote"],
+    "rat_training": ["embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote", "rat"],
     "nightly_embeddings": ["pin", "extract", "embed", "project", "publish", "lookup", "report"],
     "maintenance": ["collect", "lookup"],
     "rollback": ["rollback", "lookup"],
     "forget": ["forget", "lookup"],
 }
-GPU = {"scft", "embed", "embed_opponent", "embed_reference", "pretrain", "rat", "evaluate"}
+GPU = {"scft", "embed", "embed_opponent", "embed_reference", "pretrain", "rat", "refit", "evaluate"}
 
 
 def test_dag_files_bring_no_engine_and_none_of_our_own_packages(tmp_path: Path) -> None:
@@ -175,10 +175,11 @@ def test_what_a_person_types_reaches_the_job_as_text(
 
 def test_a_promoted_or_refused_challenger_asks_nobody(worker: Worker, stub: Stub) -> None:
     stub.plan()
-    assert worker.run("rat_training")["tasks"]["ask"][0] == "skipped"
+    done = worker.run("rat_training")["tasks"]
+    assert (done["ask"][0], done["refit"][0]) == ("skipped", "success")
     stub.plan(acts={"promote": [3]})
     done = worker.run("rat_training", "2026-03-02")
-    assert done["state"] == "failed" and done["tasks"]["ask"][0] == "upstream_failed"
+    assert done["state"] == "failed" and done["tasks"]["ask"][0] == done["tasks"]["refit"][0] == "upstream_failed"
 
 
 def test_a_persons_yes_and_no_both_reach_promote_and_so_does_silence(worker: Worker) -> None:
@@ -202,6 +203,11 @@ def test_people_are_told_when_they_are_asked_and_reminded_before_the_answer_beco
     assert [asked[name]["days"] for name in ("ask", "ask_again")] == [2, 1]
     assert asked["ask"]["told"] == ["ALERT rat_training.ask: Let recommender r7 serve? Its gates leave it to you."]
     assert "rat_training.ask_again: Reminder: Let recommender r7 serve?" in asked["ask_again"]["told"][0]
+
+
+def test_a_champion_is_announced_once_it_is_trained_on_all_events(worker: Worker) -> None:
+    assert worker.ask("announces", dag="rat_training", task="refit", results=[{"promoted": True}, {"promoted": False}]) == [True, False]
+    assert worker.ask("describe")["rat_training"]["tasks"]["promote_by_hand"]["downstream"] == ["refit"]
 
 
 def test_an_encoder_is_announced_only_where_one_was_made(worker: Worker) -> None:

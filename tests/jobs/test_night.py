@@ -12,7 +12,7 @@ from jobs.night import Failed, Night
 from jobs.run import Refused, Run
 
 SERVING = ["pin", "embed", "project", "publish", "lookup", "report"]
-TRAINING = ["embed", "pretrain", "rat", "embed", "evaluate", "promote"]
+TRAINING = ["embed", "pretrain", "rat", "embed", "evaluate", "promote", "rat"]
 
 
 class Told(Night):
