@@ -9,9 +9,9 @@ from job_task import asset, job_dag, job_task, schedule
 
 DOC = """
 `pin` asks once who is champion, and whatever is promoted meanwhile waits for the next night. `extract` takes a snapshot, `embed`
-runs what changed through the champion's encoder, `project` bends it with the champion's adapter, `publish` brings the space online,
-`lookup` reads it back as a client would. `report` says how the night went, also after a failure; the run is green only where
-`lookup` is. After a promotion it runs at once, with the newest snapshot there is, however old the training is by then.
+runs what changed through the champion's encoder, `project` bends it with the champion's adapter, `publish` brings the space
+online, `lookup` reads it back as a client would. `report` says how the night went, also after a failure; the run is green only
+where `lookup` is. After a promotion it runs at once, with the newest snapshot there is, however old the training is by then.
 
 Before the first champion there is nothing to serve: `pin` then says so. Run `scft_refresh` and `rat_training` first.
 A range of dates: `airflow backfill create --dag-id nightly_embeddings --from-date 2026-01-01 --to-date 2026-01-31`.
@@ -30,9 +30,7 @@ with job_dag(
     (
         job_task("pin", settings={"newest": "{{ (dag_run.run_type == 'asset_triggered') | tojson }}"})
         >> job_task("extract", ds=PINNED, makes=asset("sequences"))
-        >> job_task(
-            "embed", ds=PINNED, settings={"encoder": TOLD.format("encoder_id")}, shards=int(setting("SHARDS", "1"))
-        )
+        >> job_task("embed", ds=PINNED, settings={"encoder": TOLD.format("encoder_id")}, shards=int(setting("SHARDS", "1")))
         >> job_task("project", ds=PINNED, settings={"recommender": TOLD.format("recommender_id")})
         >> job_task("publish", ds=PINNED, settings={"space": TOLD.format("space_id")}, makes=asset("space"))
         >> lookup

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from feast.protos.feast.types.Value_pb2 import StringList, Value
 from feature_repo import feature_definitions as views
 from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of, entity_keys
 from feature_repo.stores import SCAN, NotPublished, Store, key_prefix, key_text, key_texts, serialized
+from feature_repo.strangers import DELETES, batched, strangers
 
 Chunk = tuple[Sequence[str], npt.NDArray[np.float32]]
 Chunks = Callable[[], Iterable[Chunk]]
 """Gives the rows of a space, from the start at every call: (item ids, vector_ND) in bounded chunks."""
-DELETES = 1_000
 
 
 class Unverified(NotPublished):
@@ -65,13 +65,6 @@ def inspect(chunks: Iterable[Chunk], width: int, codec: str) -> npt.NDArray[np.i
     if (hash_N[1:] == hash_N[:-1]).any():
         raise ValueError(f"{(hash_N[1:] == hash_N[:-1]).sum():,} item ids stand more than once in the space: project again")
     return hash_N
-
-
-def outside(ids: Sequence[str], hash_N: npt.NDArray[np.int64]) -> list[str]:
-    """Those ids that are not among the sorted hashes of `inspect`, of which there is at least one."""
-    asked_N = np.fromiter(map(hash, ids), np.int64, len(ids))
-    at_N = np.minimum(np.searchsorted(hash_N, asked_N), len(hash_N) - 1)
-    return [ids[int(number)] for number in np.flatnonzero(hash_N[at_N] != asked_N)]
 
 
 def stage(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk], *, only_changes: bool) -> tuple[int, int]:
@@ -315,34 +308,6 @@ def live(pointer: Pointer) -> dict[str, Space]:
     return {space.space_id: space for space in kept}
 
 
-def strangers(store: Store, space_id: str, hash_N: npt.NDArray[np.int64]) -> Iterator[list[str]]:
-    """Items with a row in a space that are not among `hash_N` (of `inspect`), in bounded lists. Reads all keys of the store."""
-    for keys in store.keys(views.item_embedding):
-        found = [key_texts(views.item_embedding, key) for key in set(keys)]
-        yield outside([item_id for item_id, own in found if own == space_id], hash_N)
-
-
-def remove_strangers(store: Store, space_id: str, hash_N: npt.NDArray[np.int64]) -> int:
-    """Removes rows of items that are not among `hash_N` from a space, whenever and by whom they were written; returns how many.
-
-    Items that left the catalogue lose their row so, also those that left while a publishing of this space lay killed. Raises
-    Fenced when the lease is lost.
-    """
-    removed = 0
-    for ids in strangers(store, space_id, hash_N):
-        store.renew()
-        removed += remove_items(store, space_id, ids)
-    return removed
-
-
-def remove_items(store: Store, space_id: str, item_ids: Sequence[str]) -> int:
-    """Removes some items of one space."""
-    keys = [serialized(key) for key in entity_keys({"item_id": item_ids, "space_id": [space_id] * len(item_ids)})]
-    for part in batched(keys, DELETES):
-        store.delete(views.item_embedding, part)
-    return len(keys)
-
-
 def forget(store: Store, item_id: str, ds: str) -> int:
     """Removes an item from every space and leaves its tombstone, first: a reader never finds it merely missing.
 
@@ -365,9 +330,3 @@ def bury(store: Store, item_ids: Sequence[str], ds: str) -> None:
 def vectors_of(store: Store, item_id: str) -> int:
     """How many vectors of an item are in the store, in any space: the proof of `forget`."""
     return sum(len(set(keys)) for keys in store.keys(views.item_embedding, key_prefix(views.item_embedding, item_id)))
-
-
-def batched(values: Sequence[Any], size: int) -> Iterator[Any]:
-    """Slices of at most `size`."""
-    for start in range(0, len(values), size):
-        yield values[start : start + size]

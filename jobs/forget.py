@@ -20,13 +20,13 @@ from feature_repo.index import Graph
 from feature_repo.reader import Reader, offline_folder, settings
 from feature_repo.stores import lease, open_writer
 from jobs.engines import online
-from jobs.lake import partitions
+from jobs.lake import arrivals, partitions
 from jobs.lake.items import bury
 from jobs.run import InputError, Refused, Run
 
 log = logging.getLogger(__name__)
 
-TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings")
+TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings", *arrivals.TABLES)
 ECHOES = ("lookup", "recommend", "explain")
 """Jobs whose manifests repeat items as their answer."""
 BATCH_ROWS = 65_536
@@ -268,7 +268,9 @@ def shorter(row: dict[str, Any], item: str) -> dict[str, Any]:
 
 def forget_answers(lake: Path, item: str) -> int:
     """Removes what was said of the item: manifests of serving jobs whose answer named it, and reports; returns how many."""
-    found = [path for job in ECHOES for path in (lake / "manifests").glob(f"ds=*/{job}.*json") if item in values(path.read_text())]
+    found = [
+        path for job in ECHOES for path in (lake / "manifests").glob(f"ds=*/{job}.*json") if item in values(path.read_text())
+    ]
     found += [page for page in (lake / "reports").glob("ds=*/*.html") if item in shown(page.read_text())]
     for path in found:
         path.unlink()

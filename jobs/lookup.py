@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from feature_repo import spaces
+from feature_repo import strangers
 from feature_repo.reader import BATCH, Answer, Pointer, Reader, encode, settings
 from feature_repo.stores import Store, lease, open_writer
 from jobs.engines import online
@@ -167,7 +167,7 @@ def refuse_surplus(config: Config, reader: Reader, pointer: Pointer, partition: 
 
 def surplus(store: Store, pointer: Pointer, hash_N: npt.NDArray[np.int64]) -> list[str]:
     """Items with a row in the space that serves which are not among the hashes."""
-    return [item_id for ids in spaces.strangers(store, pointer.space_id, hash_N) for item_id in ids]
+    return [item_id for ids in strangers.strangers(store, pointer.space_id, hash_N) for item_id in ids]
 
 
 def check_answer(answer: Answer, chosen: list[str], wanted: list[bytes], partition: str) -> None:

@@ -25,8 +25,8 @@ class Config:
     which: Literal["champion", "serving"] = "champion"
     """`champion`: of the registry, whose space the night brings online; `serving`: of the space that is online."""
     newest: bool = False
-    """Works on the newest snapshot of the lake, where that is newer than ds: for a promotion that a person approved days after its
-    training. `serving` always works on the snapshot that is online."""
+    """Works on the newest snapshot of the lake, where that is newer than ds: for a promotion that a person approved days
+    after its training. `serving` always works on the snapshot that is online."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,9 @@ def serving(run: Run) -> Result:
     pointer = online.served(Reader.open(run.lake))
     ids = online.recommender_of(run.lake, pointer.space_id)
     if not ids["encoder_id"]:
-        raise InputError(f"no recommender of the lake makes the space that serves, {pointer.space_id}: publish a space of this lake")
+        raise InputError(
+            f"no recommender of the lake makes the space that serves, {pointer.space_id}: publish a space of this lake"
+        )
     return pinned(pointer.ds, ids)
 
 

@@ -25,7 +25,8 @@ from feature_repo.index import Described, Graph, Index
 from feature_repo.reader import NothingServed, Pointer, Reader, Space
 from feature_repo.spaces import Chunk
 from feature_repo.stores import BROKEN, Fenced, Held, NotPublished
-from jobs.lake import partitions, tables
+from jobs.lake import arrivals, partitions, tables
+from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import titles as titles
 from jobs.lake.items import without_forgotten
 from jobs.lake.partitions import digest_folder, write_json
@@ -79,10 +80,13 @@ def width_of(lake: Path, partition: str) -> int:
 def chunks(lake: Path, partition: str, rows: int, *, checked: bool = False) -> Iterator[Chunk]:
     """(item ids, vector_ND) of a partition of `item_embeddings`, at most `rows` at once, without forgotten items.
 
+    What arrived since that snapshot is laid over it.
+
     With `checked`, raises InputError where a row breaks the table's contract or belongs to another space.
     """
     table = item_embeddings(width_of(lake, partition))
-    batches = partitions.scan(lake, table, partition, ("item_id", "embedding") if not checked else None, rows)
+    base = partitions.scan(lake, table, partition, ("item_id", "embedding") if not checked else None, rows)
+    batches = arrivals.laid_over(lake, table, arrivals.item_embeddings(width_of(lake, partition)), partition, base)
     for batch in without_forgotten(lake, watched(table, batches, partition) if checked else batches):
         flat = batch["embedding"].flatten().to_numpy(zero_copy_only=False)
         if batch.num_rows:
@@ -146,6 +150,7 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str
     """
     home, partition = index_home(lake, space), partition_of(space.space_id, space.ds)
     source = partitions.read_commit(lake, "item_embeddings", partition).digest
+    source += arrivals.digest(lake, arrivals.VECTORS, partition)
     # counted, not taken from the pointer: that knows nothing of items forgotten since
     items = sum(len(ids) for ids, _ in chunks(lake, partition, rows))
     snapshot = partitions.latest(lake, ITEMS.name, space.ds)
@@ -154,7 +159,8 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str
         "item_embeddings": source,
         "items": items,
         "graph": dataclasses.asdict(graph) if graph else None,
-        "attributes": partitions.read_commit(lake, ITEMS.name, snapshot).digest,
+        "attributes": partitions.read_commit(lake, ITEMS.name, snapshot).digest
+        + (arrivals.digest(lake, ARRIVING_ITEMS.name, snapshot) if arrivals.digest(lake, arrivals.VECTORS, partition) else ""),
         "recent": events_digest(lake, space.ds),
     }
     now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
@@ -163,7 +169,7 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str
         staged.mkdir(parents=True)
         vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows))
         about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
-        index.build(staged, vectors, items, space.width, graph, described(lake, snapshot, space.ds), about)
+        index.build(staged, vectors, items, space.width, graph, described(lake, snapshot, space.ds, partition), about)
         digest = digest_folder(staged)
         target = home / digest[:16]
         if target.exists():
@@ -193,11 +199,12 @@ def events_digest(lake: Path, ds: str) -> str:
         return ""
 
 
-def described(lake: Path, snapshot: str, ds: str) -> Described:
+def described(lake: Path, snapshot: str, ds: str, partition: str) -> Described:
     """Attributes of a snapshot's items, and how often each stands among the last events of the lake's users."""
-    parts = [
-        batch.select(["item_id", "attributes"]) for batch in partitions.scan(lake, ITEMS, snapshot, ("item_id", "attributes"))
-    ]
+    rows = partitions.scan(lake, ITEMS, snapshot, ("item_id", "attributes"))
+    if arrivals.digest(lake, arrivals.VECTORS, partition):
+        rows = arrivals.laid_over(lake, ITEMS, ARRIVING_ITEMS, snapshot, rows)
+    parts = [batch.select(["item_id", "attributes"]) for batch in rows]
     items = pa.Table.from_batches(parts).combine_chunks() if parts else pa.table({"item_id": [], "attributes": []})
     item_ids = pa.array([], pa.string()) if not parts else items["item_id"].chunk(0)
     counts = recent_events(lake, ds)

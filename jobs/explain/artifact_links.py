@@ -73,7 +73,7 @@ def gate_link(lake: Path, recommender_id: str) -> Link:
         step="gate", identity=recommender_id or "unknown", digest="", verdict="unknown", depth=3,
         text="no promotion is recorded: published by hand, or not under this lake",
     )  # fmt: skip
-    manifest = promotion_of(lake, str(described(lake, "recommender", recommender_id).get("gated_id") or recommender_id))
+    manifest = promotion_of(lake, judged_id(lake, recommender_id))
     if manifest is None:
         return unknown
     text, partition = decision(manifest), f"ds={manifest['ds']}"
@@ -90,6 +90,13 @@ def gate_link(lake: Path, recommender_id: str) -> Link:
     return replace(
         unknown, identity=f"metrics/{partition}", digest=wanted, verdict="broken" if changed else "verified", text=text
     )
+
+
+def judged_id(lake: Path, recommender_id: str) -> str:
+    """The recommender that gates judged: of one trained on all events after that, the one it came from."""
+    path = lake / "models" / "recommender" / recommender_id / "recommender.json"
+    known = json.loads(path.read_text()) if recommender_id and path.exists() else {}
+    return str(known.get("gated_id") or recommender_id)
 
 
 def promotion_of(lake: Path, recommender_id: str) -> dict[str, Any] | None:

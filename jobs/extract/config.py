@@ -64,5 +64,18 @@ class Config:
     """Logs whose newest event is older than this many days before ds fail the job; 0 allows any age."""
     part_rows: int = 2_000_000
     """Rows of one Parquet file, about."""
+    arriving: bool = False
+    """Reads the table of items alone, and keeps what is new or changed since the snapshot of ds: between two nights."""
+    most_arriving: int = 50_000
+    """Items that may arrive between two nights; more are left to the night."""
     spark: dict[str, str] = field(default_factory=dict)
     """Spark settings, for example `"spark.master" = "spark://host:7077"`."""
+
+    def __post_init__(self) -> None:
+        if self.most_arriving < 1:
+            raise InputError(f"extract.most_arriving is {self.most_arriving}: it must be at least 1")
+
+    @property
+    def manifest(self) -> str:
+        """What arrives between nights is no part of a night's record."""
+        return "arriving-extract" if self.arriving else "extract"

@@ -19,7 +19,6 @@ from typing import Any
 from jobs.lake.partitions import write_json
 from jobs.run import InputError, Run
 
-
 ANSWERS = ("recommend", "explain", "asked-lookup")
 """Names of runs that answer a question."""
 
@@ -90,6 +89,6 @@ def of_date(lake: Path, ds: str, name: str) -> dict[str, Any]:
 
 
 def latest(run: Run, job: str) -> dict[str, Any]:
-    """The Result of the newest run of a job at or before the run's date that ended well. Raises InputError where there is none."""
+    """The Result of the newest run of a job at or before the run's date that ended well. Raises InputError without one."""
     found: dict[str, Any] = read(run.lake, run.ds, job, run.variant)["result"]
     return found

@@ -96,7 +96,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.refit_loss < 0:
-            raise InputError(f"rat.refit_loss {self.refit_loss} must be at least 0: it is the share by which a loss may be higher")
+            raise InputError(
+                f"rat.refit_loss {self.refit_loss} must be at least 0: it is the share by which a loss may be higher"
+            )
         if not 0 <= self.cold_share < 1:
             raise InputError(f"rat.cold_share {self.cold_share} is not in [0, 1): it is a share of the items")
         if not 0 <= self.drop_ids < 1:

@@ -11,33 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from jobs.engines import registry
 from jobs.lake import artifacts, manifests
 from jobs.lake.locks import alone
-from jobs.lake.tensors import Catalogue, checkpoint_path, pick_device, progress_log, read_catalogue, read_embeddings, read_histories
-from jobs.rat import rotation
-from jobs.rat.fuse import TRAINED
-from jobs.rat.rotation import Goal, Rotation
+from jobs.lake.tensors import pick_device, read_catalogue, read_histories
+from jobs.rat.whole import Judged, Work
 from jobs.recipe import build
 from jobs.run import InputError, Refused, Run, as_json
-from models.behaviour import fusion, parts
-from models.behaviour.artifact import load_recommender, save_fused, save_recommender
-from models.behaviour.data import Histories, train_counts
-from models.behaviour.fused import FusedRecommender, Part, Weights
-from models.behaviour.fusion import Scores
-from models.behaviour.items import IdItems, TableItems
+from models.behaviour.artifact import load_recommender
+from models.behaviour.data import train_counts
 from models.behaviour.progress import Trained
-from models.behaviour.recommender import LoadedRecommender, Recommender, build_sequence
-from models.behaviour.training import Aligner, Training, train
-from models.behaviour.whitening import Whitening
+from models.behaviour.training import Training
 from models.processes import join
 
 if TYPE_CHECKING:
@@ -69,23 +57,6 @@ class Result:
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
     outputs: dict[str, str] = dataclasses.field(default_factory=dict)
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """The recommender to be trained again, and how it was trained."""
-
-    id: str
-    folder: Path
-    settings: Config
-    """Of the `rat` that trained it."""
-    told: Mapping[str, Any]
-    """The Result of that run."""
-    loaded: FusedRecommender | LoadedRecommender
-    teacher_told: Mapping[str, Any] | None
-    """The Result of the `pretrain` that trained its teacher; None without one."""
-    teacher_training: Training | None
-    whitening: Whitening
 
 
 def run(config: Config) -> Result:
@@ -133,8 +104,8 @@ def made_by(run: Run, job: str, name: str, identity: str) -> dict[str, Any]:
         manifest = manifests.parsed(path)
         if manifest.get("status") == "done" and manifest.get("config") and manifest["result"].get(name) == identity:
             return manifest
-    raise InputError(f"no run of {job} up to {run.ds} is on record that made {identity}: it can't be trained again; set rat.refit "
-                     "to false, or train anew")  # fmt: skip
+    raise InputError(f"no run of {job} up to {run.ds} is on record that made {identity}: it can't be trained again; set "
+                     "rat.refit to false, or train anew")  # fmt: skip
 
 
 def trained_anew(config: Config, judged: Judged, champion: Mapping[str, str]) -> Result:
@@ -142,8 +113,9 @@ def trained_anew(config: Config, judged: Judged, champion: Mapping[str, str]) ->
     catalogue = read_catalogue(config.run)
     split, digest = read_histories(config.run, catalogue.item_ids)
     if (catalogue.digest, digest) != (judged.told["inputs"]["items"], judged.told["inputs"]["sequences"]):
-        raise InputError(f"items or sequences of {config.run.ds} are not those that {judged.id} was trained on: run extract, rat and "
-                         "evaluate again")  # fmt: skip
+        raise InputError(
+            f"items or sequences of {config.run.ds} aren't those that {judged.id} was trained on: run rat and evaluate again"
+        )
     split = split.to(pick_device(config.run))
     work = Work(config, judged, catalogue, split)
     teacher, teacher_trained = work.teacher()
@@ -188,7 +160,9 @@ def released(run: Run, recommender_id: str, result: Result, champion: Mapping[st
     artifact = artifacts.find(run.lake, "recommender", recommender_id)
     with alone(run.lake, "promotion", WAIT_S):
         if registry.champion(run) != dict(champion):
-            raise Refused(f"{champion['recommender_id']} is no longer champion: what replaced it is trained on all events by its own run")
+            raise Refused(
+                f"{champion['recommender_id']} is no longer champion: what replaced it is trained on all events by its own run"
+            )
         version = registry.log_run(
             run, "refit", {"gated_id": result.gated_id}, {"loss_ratio": result.loss_ratio or 0.0}, artifact, registry.RECOMMENDER,
             registry.RECOMMENDER_CODE, inputs=result.inputs, tags={"gated_id": result.gated_id},
@@ -197,149 +171,3 @@ def released(run: Run, recommender_id: str, result: Result, champion: Mapping[st
         assert version is not None
         registry.set_aliases(run, [("champion", version)])
     return version
-
-
-class Work:
-    """The trainings on all events, and the artifact of what they made.
-
-    Shapes: V items + 1 (row 0 is padding), N items, E LLM width, K whitened width, D width of a part.
-    """
-
-    def __init__(self, config: Config, judged: Judged, catalogue: Catalogue, split: Histories) -> None:
-        self.config, self.judged, self.catalogue, self.split = config, judged, catalogue, split
-        self.settings = judged.settings
-        length_U = split.length_U
-        self.events = dataclasses.replace(split, train_end_U=length_U, valid_end_U=length_U)
-        self.counts_V = train_counts(self.events)
-        self.device = split.items_N.device
-        llm_NE = read_embeddings(config.run, judged.told["encoder_id"], catalogue.content_hashes).to(self.device)
-        with torch.no_grad():
-            self.white_NK = judged.whitening(llm_NE)
-        self.llm_NE = llm_NE
-        self.checkpoints: list[Path] = []
-
-    def train(self, name: str, recommender: Recommender, training: Training, epochs: int, aligner: Aligner | None) -> Trained:
-        """All epochs on all events. Validation runs once, at the end, on events that were trained on: nothing goes by it."""
-        whole = dataclasses.replace(training, epochs=epochs, validate_every=epochs, patience=epochs)
-        inputs = {"judged": self.judged.id, "part": name}
-        self.checkpoints.append(checkpoint_path("refit", self.settings, inputs, self.config.run.lake))
-        return train(
-            recommender, self.events, whole, max_len=self.settings.backbone.max_len, seed=self.config.run.seed,
-            log=progress_log("refit"), candidates_M=self.counts_V.nonzero().flatten(), aligner=aligner,
-            checkpoint=self.checkpoints[-1], unseen=self.config.run.exclude_seen, validate_on=self.split,
-        )  # fmt: skip
-
-    def teacher(self) -> tuple[Recommender | None, Trained | None]:
-        """The teacher of all events."""
-        if self.judged.teacher_told is None or self.judged.teacher_training is None:
-            return None, None
-        torch.manual_seed(self.config.run.seed)
-        backbone = self.settings.backbone
-        teacher = Recommender(IdItems(self.events.catalogue + 1, backbone.width), build_sequence(backbone))
-        return teacher, self.train("teacher", teacher, self.judged.teacher_training, self.judged.teacher_told["best_epoch"], None)
-
-    def llmemb(self, teacher: Recommender | None) -> tuple[Recommender, Trained]:
-        """The llmemb part of all events, aligned to the teacher of all events."""
-        from jobs import rat
-
-        torch.manual_seed(self.config.run.seed)
-        sequence = build_sequence(self.settings.backbone, self.settings.adapter)
-        recommender = Recommender(rat.make_items(self.settings, self.judged.whitening, self.llm_NE), sequence)
-        aligner = None
-        if teacher is not None and self.settings.alpha and self.settings.adapter != "llm_esr":
-            weight_V = self.counts_V / (self.counts_V + self.settings.popularity_prior).clamp_min(1e-9)
-            aligner = Aligner(
-                teacher_VD=teacher.item_table().detach(), weight_V=weight_V, alpha=self.settings.alpha,
-                temperature=self.settings.temperature, text_V=rat.texts_of(self.catalogue).to(self.device),
-            )  # fmt: skip
-        trained = self.train("llmemb", recommender, self.settings.training, self.judged.told["best_epoch"], aligner)
-        return recommender.eval(), trained
-
-    def keep(self, staged: Path, teacher: Recommender | None, llmemb: Recommender) -> None:
-        """Writes the artifact, turned as the judged one was, towards the space that served before."""
-        meta = {
-            **{name: self.judged.loaded.meta[name] for name in ("encoder_id", "cold_share", "seed", "ds")},
-            "teacher_id": self.judged.told["teacher_id"], "gated_id": self.judged.id,
-        }  # fmt: skip
-        goal = rotation.find(self.config.run, self.settings.rotate_to, self.catalogue, self.settings.backbone.width)
-        own = Part(name="llmemb", items=llmemb.items, sequence=llmemb.sequence, backbone=self.settings.backbone,
-                   config=self.item_config())  # fmt: skip
-        if not isinstance(self.judged.loaded, FusedRecommender):
-            turn_DD, told = rotation.turn(goal, "llmemb", self.goal_rows(own, goal))
-            save_recommender(
-                staged, llmemb, item_ids=self.catalogue.item_ids, backbone=self.settings.backbone, items=own.config,
-                whitening=self.judged.whitening, turn_DD=turn_DD,
-                meta=meta if turn_DD is None else meta | {"rotation": as_json(told)},
-            )  # fmt: skip
-            return
-        made = [self.part(known, member, own, teacher) for known, member in
-                zip(self.judged.loaded.meta["parts"], self.judged.loaded.members, strict=True)]  # fmt: skip
-        turns, told = self.turns(made, goal)
-        weights, means = self.weights(made)
-        centres = {name: share * (means[name] @ turns[name] if name in turns else means[name])
-                   for name, share in weights.centre.items()}  # fmt: skip
-        save_fused(
-            staged, made, weights, item_ids=self.catalogue.item_ids, counts_V=self.counts_V, whitening=self.judged.whitening,
-            turns=turns, centres=centres, meta=meta | {"rotation": as_json(told)} if turns else meta,
-        )  # fmt: skip
-
-    def item_config(self) -> dict[str, Any]:
-        """What builds the llmemb part's items, as the judged artifact says."""
-        loaded = self.judged.loaded
-        if isinstance(loaded, FusedRecommender):
-            return next((dict(part["items"]) for part in loaded.meta["parts"] if part["name"] == "llmemb"), {})
-        return dict(loaded.meta["items"])
-
-    def part(self, known: Mapping[str, Any], member: LoadedRecommender, own: Part, teacher: Recommender | None) -> Part:
-        """One part of all events: trained, shrunk or counted anew; text stays as it was chosen."""
-        if known["name"] == "llmemb":
-            return own
-        if known["name"] == "collaborative":
-            assert teacher is not None
-            k = self.judged.told["fused"]["chosen"].get("collaborative", self.settings.fusion.shrink[0])
-            items = parts.shrunk_items(teacher.eval().item_table().detach(), self.counts_V, self.white_NK, k)
-            return Part(name="collaborative", items=items, sequence=teacher.sequence, backbone=self.settings.backbone,
-                        config={"kind": "shrunk"})  # fmt: skip
-        counted = isinstance(member.items, TableItems)
-        again = parts.counting_items(self.events, self.settings.fusion.counting_width) if counted else member.items
-        return Part(name=known["name"], items=again, sequence=member.sequence, backbone=member.backbone, config=known["items"],
-                    fading=known.get("fading"))  # fmt: skip
-
-    def turns(self, made: Sequence[Part], goal: Goal | Rotation) -> tuple[dict[str, Tensor], Rotation]:
-        """turn_DD of each trained part towards the space that served, and how near the first one came."""
-        turns, told = dict[str, Tensor](), Rotation(note="nothing to turn")
-        for part in sorted((part for part in made if part.name in TRAINED), key=lambda part: TRAINED.index(part.name)):
-            turn_DD, one = rotation.turn(goal, part.name, self.goal_rows(part, goal))
-            if turn_DD is not None:
-                told = told if turns else one
-                turns[part.name] = turn_DD
-        return turns, told
-
-    def goal_rows(self, part: Part, goal: Goal | Rotation) -> Tensor:
-        """new_ND of the goal's items."""
-        if isinstance(goal, Rotation):
-            return torch.zeros(0, 0)
-        row_N = torch.from_numpy(goal.row_N).to(self.device)
-        with torch.no_grad():
-            alone = part.loaded(self.catalogue.item_ids, self.judged.whitening, self.device)
-            return alone.from_white(self.white_NK[row_N - 1], row_N)
-
-    def weights(self, made: Sequence[Part]) -> tuple[Weights, dict[str, Tensor]]:
-        """The weights that validation chose, over the spread that each part's scores have now; and mean user vectors."""
-        told = self.judged.told["fused"]
-        longest = max(part.backbone.max_len for part in made)
-        sample = fusion.sample_cases(self.split, self.counts_V, max_len=longest, unseen=self.config.run.exclude_seen,
-                                     width=sum(part.backbone.width for part in made))  # fmt: skip
-        scores = {part.name: self.scored(sample, part) for part in made}
-        _, columns = fusion.candidates(sample, list(scores.values()))
-        scale = {name: told["weights"][name] / column.spread for name, column in zip(scores, columns, strict=True)}
-        weights = Weights(scale=scale, gates=tuple(told["gates"]), centre=dict(told["centre"]))
-        return weights, {name: one.user_CD.mean(0) for name, one in scores.items()}
-
-    def scored(self, sample: fusion.Sample, part: Part) -> Scores:
-        """The part's side of the sample, as it would serve."""
-        alone = part.loaded(self.catalogue.item_ids, self.judged.whitening, self.device)
-        row_N = torch.arange(1, len(self.counts_V), device=self.device)
-        with torch.no_grad():
-            table_VD = torch.nn.functional.pad(alone.from_white(self.white_NK, row_N).float(), (0, 0, 1, 0))
-        return fusion.scored(sample, table_VD, alone.encode)

@@ -16,7 +16,6 @@ from jobs.run import InputError, Run, as_json
 from jobs.scft.config import Config
 from models.text.base_model import EMBEDDED, base_folder, base_sha256
 
-
 PROMPTS = ("policy.", "pooling", "layers", "max_tokens")
 """Settings that shape the embeddings of a base model as it is."""
 APART = ("base", "gates.", "validation", "refresh_share", "max_age_days", "training.tokens", "training.compile")
@@ -60,7 +59,7 @@ class Training:
 
 
 def trainings(lake: Path, ds: str) -> Iterator[Training]:
-    """Those up to `ds`, newest first. They are judged by the settings that a manifest tells of, not by the digest written then."""
+    """Those up to `ds`, newest first. The settings that a manifest tells of count, not the digest written then."""
     for path in manifests.history(lake, "scft", ds):
         made = manifests.parsed(path)
         result, settings = made.get("result"), made.get("config")

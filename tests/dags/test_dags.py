@@ -206,7 +206,10 @@ def test_people_are_told_when_they_are_asked_and_reminded_before_the_answer_beco
 
 
 def test_a_champion_is_announced_once_it_is_trained_on_all_events(worker: Worker) -> None:
-    assert worker.ask("announces", dag="rat_training", task="refit", results=[{"promoted": True}, {"promoted": False}]) == [True, False]
+    assert worker.ask("announces", dag="rat_training", task="refit", results=[{"promoted": True}, {"promoted": False}]) == [
+        True,
+        False,
+    ]
     assert worker.ask("describe")["rat_training"]["tasks"]["promote_by_hand"]["downstream"] == ["refit"]
 
 

@@ -12,7 +12,7 @@ from jobs.night import Failed, Night
 from jobs.run import Refused, Run
 
 SERVING = ["pin", "embed", "project", "publish", "lookup", "report"]
-TRAINING = ["embed", "pretrain", "rat", "embed", "evaluate", "promote", "rat"]
+TRAINING = ["embed", "pretrain", "rat", "embed", "evaluate", "promote"]
 
 
 class Told(Night):
@@ -20,9 +20,9 @@ class Told(Night):
 
     def job(self, name: str, *settings: str) -> dict[str, Any]:
         calls.append(name)
+        told[name] = settings
         if name in fails:
             raise Failed(name, fails[name])
-        told[name] = settings
         return {"due": due[0], "space_id": "12e4", "encoder_id": "7", "recommender_id": "1e3", "items": 3, "path": "report.html"}
 
 
@@ -59,10 +59,29 @@ def test_a_challenger_is_trained_where_an_encoder_is_new_or_a_person_asks(run: R
     assert calls == ["extract", "scft", *TRAINING, *SERVING]
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_champion_of_this_date_is_trained_on_all_events_before_it_serves(
+    run: Run, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    # as after a person's yes
+    monkeypatch.setattr(night.registry, "champion", lambda run: {"recommender_id": "r", "ds": "2026-01-01", "gated_id": ""})
+    if status:
+        fails["rat"] = status
+    night.whole(TONIGHT, run, train=False)
+    assert calls == ["extract", "scft", "rat", *SERVING]
+    assert told["rat"] == ("rat.stage=refit",)
+
+
+def test_a_champion_that_knows_all_events_already_is_not_trained_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(night.registry, "champion", lambda run: {"recommender_id": "r", "ds": "2026-01-01", "gated_id": "g"})
+    night.whole(TONIGHT, run, train=False)
+    assert "rat" not in calls
+
+
 def test_a_refused_challenger_leaves_the_champion_serving(run: Run) -> None:
     fails["promote"] = 3
     night.whole(TONIGHT, run, train=True)
-    assert calls[-5:] == SERVING
+    assert calls[-6:] == SERVING
 
 
 def test_without_a_champion_a_person_is_asked_and_the_report_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,7 @@ def test_without_a_champion_the_remedy_is_told(catalogue: Callable[..., Path]) -
         pin.run(pin.Config(run=Run(ds=DS, lake=catalogue())))
 
 
-def test_what_serves_is_told_with_its_date(
-    catalogue: Callable[..., Path], trained: Callable[[Path], tuple[str, str]]
-) -> None:
+def test_what_serves_is_told_with_its_date(catalogue: Callable[..., Path], trained: Callable[[Path], tuple[str, str]]) -> None:
     space_id, recommender_id = trained(catalogue())
     lake = catalogue(space=space_id)
     run = Run(ds="2026-01-02", lake=lake)

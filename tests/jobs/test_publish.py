@@ -98,7 +98,7 @@ def test_a_space_that_serves_again_holds_nothing_of_its_first_time(catalogue: Ca
 
 def test_a_row_too_many_is_never_pointed_to(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     publish.run(config(catalogue()))
-    monkeypatch.setattr(publish.spaces, "remove_strangers", lambda *given: 0)
+    monkeypatch.setattr(publish.strangers, "remove_strangers", lambda *given: 0)
     lake = catalogue(ds="2026-01-02", ids=[f"m{number}" for number in range(1, 40)])
     with pytest.raises(Refused, match=r"1 rows of items that it should not have, for example 'm0'"):
         publish.run(config(lake, ds="2026-01-02"))

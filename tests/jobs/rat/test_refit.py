@@ -1,4 +1,4 @@
-"""The champion trained again on all events: what serves knows the newest ones, what later challengers are compared with doesn't."""
+"""The champion trained again on all events: what serves knows the newest, what later challengers meet does not."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ def test_what_serves_was_trained_on_all_events_as_the_judged_one_was(run: Run, f
     assert registry.resolve(run, "champion") == {"recommender_id": result.recommender_id, "encoder_id": judged.encoder_id}
     assert len(result.history) >= judged.best_epoch and {"gated", "all", "teacher_all"} <= set(result.history[0])
     assert result.rows["events"] > result.rows["train_events"]
-    old, new = (load_recommender(artifacts.find(run.lake, "recommender", name)) for name in (judged.recommender_id, result.recommender_id))
-    assert [part for part in old.parts] == [part for part in new.parts]
+    ids = (judged.recommender_id, result.recommender_id)
+    old, new = (load_recommender(artifacts.find(run.lake, "recommender", name)) for name in ids)
+    assert old.parts == new.parts
     assert (new.meta["gated_id"], new.meta["ds"], new.meta["encoder_id"]) == (judged.recommender_id, DS, judged.encoder_id)
     llm_NE = torch.randn(3, 12)
     emb_ND = new.project(llm_NE, ["i00", "i19", "never seen"])
@@ -166,7 +167,7 @@ def test_without_a_champion_of_this_date_or_where_the_recipe_says_so_nothing_is_
 def test_other_events_than_the_judged_training_read_are_refused_with_the_remedy(run: Run) -> None:
     promoted(run)
     partitions.write(run.lake, SEQUENCES, f"ds={DS}", [sequence_rows()])
-    with pytest.raises(InputError, match="run extract, rat and evaluate again"):
+    with pytest.raises(InputError, match="run rat and evaluate again"):
         again(run)
 
 

@@ -12,18 +12,18 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from sqlalchemy.exc import OperationalError
 
-from feature_repo import compatibility, feature_definitions, index, offline, spaces
+from feature_repo import compatibility, feature_definitions, index, offline, spaces, strangers
 from feature_repo.compatibility import Compatibility
 from feature_repo.index import Graph
 from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_store, settings
-from feature_repo.stores import Store, lease, open_writer
+from feature_repo.stores import lease, open_writer
 from jobs.engines import online, registry
-from jobs.lake import partitions
+from jobs.lake import arrivals, partitions
 from jobs.lake.items import live_items, tombstones
 from jobs.lake.tables import ITEMS, space_of
+from jobs.publish import beside
 from jobs.run import InputError, Refused, Run, Unavailable
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ class Config:
     run: Run
     space: str = "champion"
     """`champion`, `latest`, `previous`, a recommender's id, or a space's id."""
+    arriving: bool = False
+    """Lays what arrived since the snapshot of ds over the space that serves it (`project.arriving`). Where another space or
+    snapshot serves by now, a night was faster, and nothing is done."""
     codec: Literal["float32", "float16"] = "float32"
     """How vectors lie in the online store: a float32 array, or float16 bytes: half the size, faster, about 3 digits."""
     chunk_rows: int = 1_024
@@ -56,6 +59,11 @@ class Config:
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
 
+    @property
+    def manifest(self) -> str:
+        """What arrives between nights is no part of a night's record."""
+        return "arriving-publish" if self.arriving else "publish"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -67,7 +75,7 @@ class Result:
     previous_space_id: str
     sequence: int
     """How many times the pointer was written."""
-    kind: Literal["new space", "delta", "nothing to do"]
+    kind: Literal["new space", "delta", "nothing to do", "superseded"]
     codec: str
     width: int
     items: int
@@ -123,6 +131,11 @@ def run(config: Config) -> Result:
     space_id = made_by["space_id"]
     partition = online.partition_of(space_id, config.run.ds)
     width = online.width_of(lake, partition)
+    if config.arriving:
+        if not beside.serves(lake, space_id, config.run.ds):
+            return superseded(config, made_by, width)
+    else:
+        arrivals.drop(lake, space_id, config.run.ds)
     hash_N = inspected(config, partition, width)
     space = Space(space_id=space_id, recommender_id=made_by["recommender_id"], ds=config.run.ds, width=width,
                   codec=config.codec, items=len(hash_N))  # fmt: skip
@@ -138,8 +151,8 @@ def run(config: Config) -> Result:
     space = dataclasses.replace(space, index=index_digest)
     found = recall(config, space)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
-    if config.offline:
-        write_offline(config, space)
+    if config.offline and not config.arriving:
+        beside.write_offline(lake, space, config.chunk_rows)
         clock.lap("offline", f"history up to {space.ds}")
     with online.refusals():
         figures = put_online(config, space, before, hash_N, clock)
@@ -148,6 +161,17 @@ def run(config: Config) -> Result:
         "outputs": {"index": index_digest, "pointer": online.pointer_text(figures.after)},
     }
     return summed(space, made_by, moved, before, figures, found, clock, digests)
+
+
+def superseded(config: Config, made_by: dict[str, str], width: int) -> Result:
+    """The Result where a night has published since: what arrived is in it, or comes with the next hour."""
+    log.info("space %s of %s serves no longer: nothing to lay over it", made_by["space_id"], config.run.ds)
+    return Result(
+        space_id=made_by["space_id"], encoder_id=made_by["encoder_id"], recommender_id=made_by["recommender_id"],
+        previous_space_id="", sequence=0, kind="superseded", codec=config.codec, width=width, items=0, written=0, removed=0,
+        verified=0, attributes_written=0, compatibility="same space", distance=0.0, residual=0.0, churn={}, recall_at_10=0.0,
+        seconds={}, inputs={}, outputs={}, rows={},
+    )  # fmt: skip
 
 
 def summed(
@@ -211,7 +235,7 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
     snapshot = partitions.latest(lake, ITEMS.name, config.run.ds)
     absent, example = 0, ""
     for batch in live_items(lake, snapshot, ("item_id",)):
-        lost = spaces.outside(batch["item_id"].to_pylist(), hash_N)
+        lost = strangers.outside(batch["item_id"].to_pylist(), hash_N)
         absent, example = absent + len(lost), example or next(iter(lost), "")
     if absent:
         raise Refused(
@@ -284,15 +308,17 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
         delta = before is not None and before.space_id == space.space_id
         spaces.bury(store, sorted(tombstones(lake)), space.ds)
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
-        removed = spaces.remove_strangers(store, space.space_id, hash_N)
+        removed = strangers.remove_strangers(store, space.space_id, hash_N)
         clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
         verified = spaces.verify(store, reader, space, rows(), hash_N)
         clock.lap("verify", f"{verified:,} vectors read back, all equal")
-        attributes = write_attributes(config, store, reader) if config.attributes else 0
+        attributes = 0
+        if config.attributes:
+            attributes = beside.write_attributes(lake, store, reader, space.ds, config.chunk_rows, arriving=config.arriving)
         clock.lap("attributes", f"{attributes:,} items written")
         after = spaces.flip(store, reader, space)
         clock.lap("flip", f"space {space.space_id} of {space.ds} serves")
-    if config.offline:
+    if config.offline and not config.arriving:
         offline.write_pointer(Path(offline_folder(lake)), after)
     return Figures(after=after, written=written, removed=removed, verified=verified, attributes=attributes)
 
@@ -309,27 +335,3 @@ def register(lake: Path) -> None:
                     f"Feast's registry can't be written ({error.orig}): is it locked or down? What serves is untouched; run again"
                 ) from error
             time.sleep(1)
-
-
-def write_attributes(config: Config, store: Store, reader: Reader) -> int:
-    """Brings `item_attributes` up to the catalogue's; returns how many items changed."""
-    return sum(
-        spaces.write_attributes(store, reader, items.to_pylist(), config.run.ds) for items in catalogue(config, config.chunk_rows)
-    )
-
-
-def catalogue(config: Config, rows: int) -> Iterator[pa.Table]:
-    """The items of the snapshot in bounded tables, without forgotten ones."""
-    lake = config.run.lake
-    columns = ("item_id", "attributes", "content_hash")
-    for batch in live_items(lake, partitions.latest(lake, ITEMS.name, config.run.ds), columns, rows):
-        yield pa.Table.from_batches([batch])
-
-
-def write_offline(config: Config, space: Space) -> None:
-    """The history of vectors and items, as Feast's offline store reads it."""
-    lake, home = config.run.lake, Path(offline_folder(config.run.lake))
-    offline.prepare(home)
-    rows = config.chunk_rows * 64  # one row group of Parquet
-    offline.write_vectors(home, space, online.chunks(lake, online.partition_of(space.space_id, space.ds), rows))
-    offline.write_items(home, config.run.ds, catalogue(config, rows))
