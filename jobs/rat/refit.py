@@ -124,7 +124,7 @@ def trained_anew(config: Config, judged: Judged, champion: Mapping[str, str]) ->
     log.info("loss on all events is %.3f times that of the judged training", ratio)
     if not ratio <= 1 + config.refit_loss:
         raise Refused(f"trained on all events, the loss is {ratio:.3f} times the judged training's at the same epoch, more than "
-                      f"1 + rat.refit_loss = {1 + config.refit_loss}: {judged.id}, which was judged, goes on serving")  # fmt: skip
+                      f"1 + rat.refit_loss = {1 + config.refit_loss}: {judged.id}, which was judged, serves on")  # fmt: skip
     result = Result(
         recommender_id="0" * 16, gated_id=judged.id, note=f"trained on all events for {trained.epochs} epochs", promoted=True,
         history=history, loss_ratio=round(ratio, 4), device=str(split.items_N.device),
