@@ -74,8 +74,8 @@ def run(config: Config) -> Result:
     if not config.refit:
         return dataclasses.replace(done, note="rat.refit is off: what was judged serves")
     judged = found(config.run, done.gated_id)
-    if judged.settings.cold_share:
-        return dataclasses.replace(done, note="items are held out of its training (rat.cold_share): it is an experiment")
+    if judged.settings.cold_share or judged.settings.adapter == "llm_esr":
+        return dataclasses.replace(done, note="items are held out of its training, or it is a baseline: what was judged serves")
     return trained_anew(config, judged, champion)
 
 

@@ -19,12 +19,13 @@ from jobs.rat import rotation
 from jobs.rat.fuse import TRAINED
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import as_json
-from models.behaviour import fusion, parts
+from models.behaviour import fusion
 from models.behaviour.artifact import save_fused, save_recommender
+from models.behaviour.assembly import Material, part_options
 from models.behaviour.data import Histories, train_counts
 from models.behaviour.fused import FusedRecommender, Part, Weights
 from models.behaviour.fusion import Scores
-from models.behaviour.items import IdItems, TableItems
+from models.behaviour.items import IdItems
 from models.behaviour.progress import Trained
 from models.behaviour.recommender import LoadedRecommender, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
@@ -95,7 +96,7 @@ class Work:
         sequence = build_sequence(self.settings.backbone, self.settings.adapter)
         recommender = Recommender(rat.make_items(self.settings, self.judged.whitening, self.llm_NE), sequence)
         aligner = None
-        if teacher is not None and self.settings.alpha and self.settings.adapter != "llm_esr":
+        if teacher is not None and self.settings.alpha:
             weight_V = self.counts_V / (self.counts_V + self.settings.popularity_prior).clamp_min(1e-9)
             aligner = Aligner(
                 teacher_VD=teacher.item_table().detach(), weight_V=weight_V, alpha=self.settings.alpha,
@@ -140,19 +141,28 @@ class Work:
         return dict(loaded.meta["items"])
 
     def part(self, known: Mapping[str, Any], member: LoadedRecommender, own: Part, teacher: Recommender | None) -> Part:
-        """One part of all events: trained, shrunk or counted anew; text stays as it was chosen."""
-        if known["name"] == "llmemb":
+        """One part of all events: trained, shrunk or counted anew, as validation chose; text stays as it was."""
+        name, chosen = str(known["name"]), self.judged.told["fused"]["chosen"]
+        if name == "llmemb":
             return own
-        if known["name"] == "collaborative":
-            assert teacher is not None
-            k = self.judged.told["fused"]["chosen"].get("collaborative", self.settings.fusion.shrink[0])
-            items = parts.shrunk_items(teacher.eval().item_table().detach(), self.counts_V, self.white_NK, k)
-            return Part(name="collaborative", items=items, sequence=teacher.sequence, backbone=self.settings.backbone,
-                        config={"kind": "shrunk"})  # fmt: skip
-        counted = isinstance(member.items, TableItems)
-        again = parts.counting_items(self.events, self.settings.fusion.counting_width) if counted else member.items
-        return Part(name=known["name"], items=again, sequence=member.sequence, backbone=member.backbone, config=known["items"],
-                    fading=known.get("fading"))  # fmt: skip
+        if name == "text":
+            return Part(name=name, items=member.items, sequence=member.sequence, backbone=member.backbone, config=known["items"],
+                        fading=known.get("fading"))  # fmt: skip
+        options = part_options(self.settings.fusion, self.material(own, teacher), name, self.white_NK)
+        return options[chosen[name]] if name in chosen else next(iter(options.values()))
+
+    def material(self, own: Part, teacher: Recommender | None) -> Material:
+        """What parts are made of."""
+        alone = None
+        if teacher is not None:
+            known = Part(name="collaborative", items=teacher.items, sequence=teacher.sequence, backbone=self.settings.backbone,
+                         config={"kind": "id"})  # fmt: skip
+            alone = known.loaded(self.catalogue.item_ids, self.judged.whitening, self.device)
+        return Material(
+            events=self.events, counts_V=self.counts_V, white_NK=self.white_NK, whitening=self.judged.whitening,
+            item_ids=self.catalogue.item_ids, llmemb=own, teacher=alone, teacher_VD=None if alone is None else alone.table(),
+            unseen=self.config.run.exclude_seen,
+        )  # fmt: skip
 
     def turns(self, made: Sequence[Part], goal: Goal | Rotation) -> tuple[dict[str, Tensor], Rotation]:
         """turn_DD of each trained part towards the space that served, and how near the first one came."""
