@@ -131,11 +131,8 @@ def run(config: Config) -> Result:
     space_id = made_by["space_id"]
     partition = online.partition_of(space_id, config.run.ds)
     width = online.width_of(lake, partition)
-    if config.arriving:
-        if not beside.serves(lake, space_id, config.run.ds):
-            return superseded(config, made_by, width)
-    else:
-        arrivals.drop(lake, space_id, config.run.ds)
+    if config.arriving and not beside.serves(lake, space_id, config.run.ds):
+        return superseded(config, made_by, width)
     hash_N = inspected(config, partition, width)
     space = Space(space_id=space_id, recommender_id=made_by["recommender_id"], ds=config.run.ds, width=width,
                   codec=config.codec, items=len(hash_N))  # fmt: skip
@@ -147,7 +144,8 @@ def run(config: Config) -> Result:
     clock.lap(
         "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"
     )
-    index_digest = online.build_index(lake, space, config.graph if config.approximate else None, config.chunk_rows)
+    graph = config.graph if config.approximate else None
+    index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving)
     space = dataclasses.replace(space, index=index_digest)
     found = recall(config, space)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
@@ -227,7 +225,7 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
     """Hashes of the items to publish, every row checked, every item of the catalogue there. Raises InputError, Refused."""
     lake = config.run.lake
     try:
-        hash_N = spaces.inspect(online.chunks(lake, partition, config.chunk_rows, checked=True), width, config.codec)
+        hash_N = spaces.inspect(rows_of(config, partition, checked=True), width, config.codec)
     except InputError:
         raise
     except ValueError as error:
@@ -243,6 +241,11 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
             f"run embed and project for {config.run.ds} first"
         )
     return hash_N
+
+
+def rows_of(config: Config, partition: str, *, checked: bool = False) -> Iterator[spaces.Chunk]:
+    """The rows to publish; a night's are without what arrived."""
+    return online.chunks(config.run.lake, partition, config.chunk_rows, checked=checked, arrived=config.arriving)
 
 
 def compared(config: Config, before: Pointer | None, space: Space) -> Compatibility:
@@ -298,7 +301,7 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
     store, reader = open_writer(settings(lake)), Reader.open(lake)
 
     def rows() -> Iterator[spaces.Chunk]:
-        return online.chunks(lake, online.partition_of(space.space_id, space.ds), config.chunk_rows)
+        return rows_of(config, online.partition_of(space.space_id, space.ds))
 
     with lease(store, "publish", config.lease_wait_s):
         if spaces.current(reader) != before:
@@ -316,6 +319,8 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
         if config.attributes:
             attributes = beside.write_attributes(lake, store, reader, space.ds, config.chunk_rows, arriving=config.arriving)
         clock.lap("attributes", f"{attributes:,} items written")
+        if not config.arriving:
+            arrivals.drop(lake, space.space_id, space.ds)
         after = spaces.flip(store, reader, space)
         clock.lap("flip", f"space {space.space_id} of {space.ds} serves")
     if config.offline and not config.arriving:

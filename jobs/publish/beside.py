@@ -45,5 +45,5 @@ def write_offline(lake: Path, space: Space, chunk_rows: int) -> None:
     """The history of vectors and items, as Feast's offline store reads it."""
     home, rows = Path(offline_folder(lake)), chunk_rows * ROW_GROUP
     offline.prepare(home)
-    offline.write_vectors(home, space, online.chunks(lake, online.partition_of(space.space_id, space.ds), rows))
+    offline.write_vectors(home, space, online.chunks(lake, online.partition_of(space.space_id, space.ds), rows, arrived=False))
     offline.write_items(home, space.ds, catalogue(lake, space.ds, rows))

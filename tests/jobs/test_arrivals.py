@@ -21,7 +21,7 @@ from jobs.lake import arrivals, partitions
 from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import content_hash
 from jobs.lake.tables import ATTRIBUTES, ITEMS, item_embeddings
-from jobs.run import InputError, Run, Unavailable
+from jobs.run import InputError, Refused, Run, Unavailable
 from models.behaviour.assembly import Fusion
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
@@ -142,6 +142,23 @@ def test_a_night_published_again_starts_without_what_arrived(catalogue: Catalogu
     assert bring(lake).removed == 1
     assert Reader.open(lake).vectors(["new"]).missing == ["new"]
     assert look(lake).compared == 40
+
+
+def test_a_night_that_is_refused_leaves_what_arrived_where_it_serves(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = catalogue()
+    bring(lake)
+    arrive(lake, ["new"], {})
+    bring(lake, arriving=True)
+    with monkeypatch.context() as once, pytest.raises(Refused, match="too many changed"):
+        once.setattr(publish, "compared", refusing)
+        bring(lake)
+    assert look(lake).compared == 41
+
+
+def refusing(*given: Any) -> Any:
+    raise Refused("too many changed")
 
 
 @pytest.mark.parametrize("how", ["another space", "another date"])
