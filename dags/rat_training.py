@@ -39,7 +39,7 @@ ANSWERED = """
 """Who chose OPTION, empty where nobody did."""
 
 
-@task.short_circuit
+@task.short_circuit(ignore_downstream_trigger_rules=False)  # type: ignore[untyped-decorator]
 def undecided(result: dict[str, Any]) -> bool:
     """Goes on to a person only where the gates could not tell."""
     return bool(result["decision"] == "undecided")

@@ -20,6 +20,7 @@ ORDER = {
     "scft_refresh": ["extract", "scft"],
     "rat_training": ["embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote", "rat"],
     "nightly_embeddings": ["pin", "extract", "embed", "project", "publish", "lookup", "report"],
+    "hourly_items": ["pin", "extract", "embed", "project", "publish"],
     "maintenance": ["collect", "lookup"],
     "rollback": ["rollback", "lookup"],
     "forget": ["forget", "lookup"],
@@ -80,6 +81,17 @@ def test_one_champion_and_one_date_are_pinned_for_the_whole_night(worker: Worker
     assert calls["project"]["set"] == {"project.recommender": '"12e4"'}
     assert calls["publish"]["set"] == {"publish.space": '"0123456789abcdef"'}
     assert worker.ask("announced", asset="space")[0] == {"ds": "2026-03-05"}
+
+
+def test_the_hour_goes_by_what_serves_and_touches_no_table_of_the_nights(worker: Worker, stub: Stub) -> None:
+    pinned = {"ds": "2026-03-05", "recommender_id": "12e4", "encoder_id": "77", "space_id": "s"}
+    stub.plan(results={"pin": pinned})
+    assert worker.run("hourly_items", "2026-03-09")["state"] == "success"
+    calls = {call["job"]: call for call in stub.calls()}
+    assert calls["pin"]["set"] == {"pin.which": "serving"}
+    assert {call["ds"] for name, call in calls.items() if name != "pin"} == {"2026-03-05"}
+    assert all(call["set"][f"{name}.arriving"] == "true" for name, call in calls.items() if name != "pin")
+    assert (calls["embed"]["set"]["embed.encoder"], calls["publish"]["set"]["publish.space"]) == ('"77"', '"s"')
 
 
 def test_after_a_promotion_the_newest_snapshot_is_asked_for_and_on_schedule_the_date(worker: Worker) -> None:

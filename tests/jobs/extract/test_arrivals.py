@@ -48,6 +48,7 @@ def test_new_and_changed_items_arrive_and_no_table_of_the_nights_changes(tmp_pat
 def test_what_arrived_and_went_again_is_gone_and_older_dates_are_cleared(tmp_path: Path) -> None:
     lake = tmp_path / "lake"
     extract.run(config(tmp_path, CATALOGUE, LOGS))
+    bury(lake, "gone", DS)
     assert extract.run(config(tmp_path, LATE, LOGS, arriving=True)).rows == {ARRIVING_ITEMS.name: 2}
     assert extract.run(config(tmp_path, CATALOGUE, LOGS, arriving=True)).rows == {ARRIVING_ITEMS.name: 0}
     extract.run(config(tmp_path, CATALOGUE, LOGS, ds="2026-03-11"))

@@ -82,7 +82,8 @@ def test_what_serves_was_trained_on_all_events_as_the_judged_one_was(run: Run, f
     champion = registry.champion(run)
     assert champion is not None
     assert (champion["recommender_id"], champion["gated_id"]) == (result.recommender_id, judged.recommender_id)
-    assert registry.resolve(run, "champion") == {"recommender_id": result.recommender_id, "encoder_id": judged.encoder_id}
+    resolved = registry.resolve(run, "champion")
+    assert (resolved["recommender_id"], resolved["encoder_id"]) == (result.recommender_id, judged.encoder_id)
     assert len(result.history) >= judged.best_epoch and {"gated", "all", "teacher_all"} <= set(result.history[0])
     assert result.rows["events"] > result.rows["train_events"]
     ids = (judged.recommender_id, result.recommender_id)
@@ -140,7 +141,7 @@ def test_the_same_events_make_the_same_recommender(run: Run, tmp_path: Path) -> 
 def test_a_loss_far_above_the_judged_one_is_refused_and_the_judged_one_serves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = promoted(run)
     monkeypatch.setattr(refit, "compared", lambda *given: ((), 1.31))
-    with pytest.raises(Refused, match=r"1\.310 times the judged training's.*rat\.refit_loss = 0\.2"):
+    with pytest.raises(Refused, match=r"1\.310 times the judged training's.*rat\.refit_loss = 1\.2"):
         again(run, refit_loss=0.2)
     champion = registry.champion(run)
     assert champion is not None and champion["recommender_id"] == judged.recommender_id
