@@ -170,4 +170,6 @@ def released(run: Run, recommender_id: str, result: Result, champion: Mapping[st
         )  # fmt: skip
         assert version is not None
         registry.set_aliases(run, [("champion", version)])
+        card = f"Recommender {result.gated_id}, judged as version {champion['version']}, whose card tells of it: {result.note}. "
+        registry.describe(run, version, card + f"Its loss is {result.loss_ratio} times that of the judged training.")
     return version
