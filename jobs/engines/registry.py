@@ -221,7 +221,7 @@ def fetch(run: Run, kind: str, artifact_id: str) -> Path:
 def by_alias(run: Run, alias: str) -> dict[str, str] | None:
     """recommender_id, encoder_id, version and the ds of its training that an alias names, or None while it names nothing.
 
-    `gated_id` is the recommender that was judged, where this one was trained on all events after that; else "".
+    `gated_id` is there where this one was trained on all events after another one was judged: that one's id.
     """
     if not run.tracking_uri:
         return None
@@ -231,8 +231,9 @@ def by_alias(run: Run, alias: str) -> dict[str, str] | None:
         if not known:
             return None
         found = client.get_model_version(RECOMMENDER, known[0].aliases[alias])
-        ids = {name: str(found.tags.get(name, "")) for name in ("recommender_id", "encoder_id", "ds", "gated_id")}
-        return {**ids, "version": str(found.version)}
+        ids = {name: str(found.tags.get(name, "")) for name in ("recommender_id", "encoder_id", "ds")}
+        judged = {"gated_id": str(found.tags["gated_id"])} if found.tags.get("gated_id") else {}
+        return {**ids, **judged, "version": str(found.version)}
 
 
 def judged_id(found: Mapping[str, str]) -> str:
