@@ -59,7 +59,7 @@ device = "cpu"
 max_row_change = 0
 items = {{ table = "{home}/items.parquet", attributes = ["title", "year", "genres"] }}
 interactions = {{ table = "{events}" }}
-spark = {{ "spark.master" = "local[1]", "spark.sql.shuffle.partitions" = "2", "spark.ui.enabled" = "false" }}
+spark = {{ "spark.master" = "local[1]", "spark.sql.shuffle.partitions" = "1", "spark.sql.codegen.wholeStage" = "false" }}
 [scft]
 base = "{base}"
 max_tokens = 128
@@ -76,7 +76,11 @@ hidden = 32
 whitened_width = 16
 refit_loss = 1.0
 training = {{ epochs = 2, patience = 2, batch = 128, validation_users = 100 }}
-fusion = {{ parts = ["collaborative", "llmemb", "text"], text_width = 16, controls = false }}
+fusion = {{ parts = ["llmemb"] }}
+[evaluate]
+resamples = 100
+events_per_user = 2
+negatives = 20
 [publish]
 graph = {{ neighbours = 8 }}
 """
