@@ -6,7 +6,8 @@
 `month`: every night's jobs run as the command line runs them, each in a process of its own, over a catalogue that grows as
 films are first rated. Every seventh night trains a challenger, which the gates judge unattended. With `--kills` a second lake
 goes through the same month, its jobs killed (-9) at random instants and run again: it must end with the same rows online. Then
-one night brings `--share` new items. Models are tiny: the figures are of the machinery. A JSON line each.
+one night brings `--share` new items. Models are tiny: the figures are of the machinery. A JSON line each. Java stays warm between
+the nights, and ends with an `extract` that is killed.
 
 `hour`: from a row in the table of items to an answer from the online store, by fresh processes, model start included.
 """
@@ -42,6 +43,7 @@ from feature_repo.reader import Reader  # noqa: E402
 from jobs import night  # noqa: E402
 from jobs.__main__ import main as command_line  # noqa: E402
 from jobs.engines import registry  # noqa: E402
+from jobs.engines.spark import find_java  # noqa: E402
 from jobs.lake import partitions  # noqa: E402
 from jobs.lake.tables import ITEMS  # noqa: E402
 from jobs.night import Failed, Night  # noqa: E402
@@ -135,6 +137,28 @@ class Month:
         return status, result, seconds
 
 
+class Java:
+    """A Java that the copies of this process share, so that not every night waits for its start."""
+
+    gateway: Any = None
+
+    @classmethod
+    def start(cls) -> None:
+        """Starts it, in the place of one that runs."""
+        from pyspark.java_gateway import launch_gateway
+
+        for name in ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET"):
+            os.environ.pop(name, None)
+        if cls.gateway is not None:
+            cls.gateway.proc.kill()
+            cls.gateway.proc.wait()
+        find_java()
+        os.environ.update({"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable})
+        cls.gateway = launch_gateway()
+        known = cls.gateway.gateway_parameters
+        os.environ.update({"PYSPARK_GATEWAY_PORT": str(known.port), "PYSPARK_GATEWAY_SECRET": str(known.auth_token)})
+
+
 def forked(words: list[str], home: Path, kill_after: float | None = None) -> tuple[int, dict[str, Any], float]:
     """Runs the command line in a copy of this process, which has loaded all that jobs need: (status, Result, seconds)."""
     out, began = home / "out", time.monotonic()
@@ -164,6 +188,8 @@ def forked(words: list[str], home: Path, kill_after: float | None = None) -> tup
             break
         time.sleep(0.01)
     status = -os.WTERMSIG(raw) if os.WIFSIGNALED(raw) else os.WEXITSTATUS(raw)
+    if status < 0 and words[0] == "extract" and Java.gateway is not None:
+        Java.start()
     lines = out.read_text().splitlines() if status == 0 else []
     return status, json.loads(lines[-1]) if lines else {}, time.monotonic() - began
 
@@ -200,7 +226,10 @@ class Replayed(Night):
         status, result, seconds = self.month.job(words)
         key = "refit" if "rat.stage=refit" in settings else name
         self.seconds[key] = round(self.seconds.get(key, 0.0) + seconds, 2)
-        self.results[key] = result or {"refused": status == 3}
+        told = result or {"refused": status == 3}
+        if name == "embed":
+            told["embedded"] = told.get("embedded", 0) + self.results.get(key, {}).get("embedded", 0)
+        self.results[key] = told
         if status:
             raise Failed(name, status)
         return result
@@ -276,6 +305,7 @@ def month_of(arguments: argparse.Namespace, home: Path) -> int:
     calm = Month(home=home / "calm", events=events, base=base, items=films)
     rough = Month(home=home / "killed", events=events, base=base, items=films, kills=arguments.kills)
     night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
+    Java.start()
     dates = list(days(arguments.first, arguments.nights))
     for month in (calm, rough) if arguments.kills else (calm,):
         month.prepare()
