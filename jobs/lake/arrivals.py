@@ -50,11 +50,13 @@ def laid_over(
         yield from batches
         return
     first = next(batches, None)
-    columns = None if first is None else first.schema.names
-    arrived = list(partitions.scan(lake, over, partition, columns))
+    columns = over.schema.names if first is None else first.schema.names
+    # Spark says of nested fields that they are never null: one form for both
+    schema = pa.schema([over.schema.field(name) for name in columns])
+    arrived = [batch.cast(schema) for batch in partitions.scan(lake, over, partition, columns)]
     ids = pa.array([item_id for batch in arrived for item_id in batch["item_id"].to_pylist()], pa.string())
     for batch in (first, *batches) if first is not None else ():
-        yield batch.filter(pc.invert(pc.is_in(batch["item_id"], ids)))
+        yield batch.filter(pc.invert(pc.is_in(batch["item_id"], ids))).cast(schema)
     yield from arrived
 
 

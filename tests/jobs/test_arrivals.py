@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -84,6 +85,19 @@ def test_new_and_changed_items_are_laid_over_what_serves_index_and_attributes_to
     assert index.attributes_of(index.item_ids.index("m3")) == {"title": "Film m3, cut 1"}
     assert np.array_equal(index.vector_ND[index.item_ids.index("new")], np.asarray(wanted["new"], np.float32))
     assert look(lake).compared == 41
+
+
+def test_what_spark_wrote_takes_what_arrived(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    pair = pa.struct([pa.field("name", pa.string(), nullable=False), pa.field("value", pa.string())])
+    strict = pa.field("attributes", pa.list_(pa.field("element", pair, nullable=False)), nullable=False)
+    rows = partitions.read(lake, ITEMS, f"ds={FIRST}").to_pylist()
+    file = partitions.folder(lake, "items", f"ds={FIRST}") / ".spark.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, ITEMS.schema.set(1, strict)), file)
+    partitions.commit_files(lake, "items", f"ds={FIRST}", [file])
+    bring(lake)
+    arrive(lake, ["m3", "new"], {"m3": 1})
+    assert bring(lake, arriving=True).items == 41
 
 
 def test_the_hour_run_again_does_nothing_and_takes_back_what_went(catalogue: Catalogue) -> None:
