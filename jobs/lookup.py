@@ -75,8 +75,7 @@ def run(config: Config) -> Result:
     Raises InputError where nothing serves, or the item is unknown or forgotten; Refused where a vector differs or is missing,
     or the space is too old.
     """
-    lake = config.run.lake
-    reader = Reader.over_http(config.url) if config.url else Reader.open(lake)
+    lake, reader = config.run.lake, Reader.over_http(config.url) if config.url else Reader.open(config.run.lake)
     pointer = online.served(reader)
     age_days = checked_age(config, pointer)
     partition = online.partition_of(pointer.space_id, pointer.ds)

@@ -77,13 +77,7 @@ def run(config: Config) -> Result:
     encoder_id, recommender_id = chosen["encoder_id"], chosen["recommender_id"]
     recommender = load_recommender(artifacts.find(lake, "recommender", recommender_id), pick_device(config.run))
     space_id = space_of(encoder_id, recommender_id)
-    items, sequences = (partitions.latest(lake, table.name, config.run.ds) for table in (config.items, SEQUENCES))
-    if items != f"ds={config.run.ds}":
-        found = items.removeprefix("ds=")
-        raise InputError(
-            f"the newest snapshot of the catalogue is of {found}, and its vectors must not bear the date {config.run.ds}: run "
-            f"extract for {config.run.ds}, or project with --ds {found}"
-        )
+    items, sequences = snapshots(config)
     sources = ("llm_embeddings", arrivals.LLM) if config.arriving else ("llm_embeddings",)
     warm, counted = warm_groups(config.run, sequences), dict.fromkeys(GROUPS, 0)
 
@@ -115,6 +109,19 @@ def run(config: Config) -> Result:
         outputs={commit.table: commit.digest},
         rows={commit.table: commit.rows},
     )
+
+
+def snapshots(config: Config) -> tuple[str, str]:
+    """Partitions of the items and of `sequences`. Raises InputError for items of another date."""
+    lake = config.run.lake
+    items, sequences = (partitions.latest(lake, table.name, config.run.ds) for table in (config.items, SEQUENCES))
+    if items != f"ds={config.run.ds}":
+        found = items.removeprefix("ds=")
+        raise InputError(
+            f"the newest snapshot of the catalogue is of {found}, and its vectors must not bear the date {config.run.ds}: run "
+            f"extract for {config.run.ds}, or project with --ds {found}"
+        )
+    return items, sequences
 
 
 def passes(config: Config, partition: str) -> Iterator[pa.Table]:
