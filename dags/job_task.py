@@ -2,8 +2,8 @@
 
 Settings are environment variables, read when the DAG files are parsed, so that a laptop and a cluster run the same files:
 LLMEMB_RECIPE, LLMEMB_PYTHON, LLMEMB_EXECUTOR (`process` or `kubernetes`), LLMEMB_SHARDS, LLMEMB_RETRIES, LLMEMB_RETRY_S,
-LLMEMB_DEADLINE_HOURS, LLMEMB_ALERT_URL, LLMEMB_OWNER, LLMEMB_NIGHTLY_CRON, LLMEMB_SCFT_CRON, LLMEMB_RAT_CRON,
-LLMEMB_MAINTENANCE_CRON; for pods also LLMEMB_PODS, LLMEMB_NAMESPACE and LLMEMB_IMAGE_SPARK, _GPU, _CPU.
+LLMEMB_DEADLINE_HOURS, LLMEMB_ALERT_URL, LLMEMB_OWNER, LLMEMB_NIGHTLY_CRON, LLMEMB_HOURLY_CRON, LLMEMB_SCFT_CRON,
+LLMEMB_RAT_CRON, LLMEMB_MAINTENANCE_CRON; for pods also LLMEMB_PODS, LLMEMB_NAMESPACE and LLMEMB_IMAGE_SPARK, _GPU, _CPU.
 """
 
 from __future__ import annotations
@@ -100,15 +100,17 @@ def job_task(
     makes: Asset | None = None,
     when: Callable[[Mapping[str, Any]], bool] | None = None,
     settings: Mapping[str, str] | None = None,
+    ds: str = "",
     **airflow: Any,
 ) -> Any:
     """The task of a job: a process here, or a pod where LLMEMB_EXECUTOR is `kubernetes`.
 
+    `ds` is the date, the run's own (`snapshot_date`) unless an earlier task says it.
     `shards` of at least 1 maps the task, one shard a task instance. `settings` are the command's `--set job.key=value`;
     what people or jobs fill in goes through `tojson`, or an item 405 would be a number, and a space 12e45678 a large one.
     `makes` tells other DAGs of a success, and with `when` only of one whose Result passes it.
     """
-    command = [name, "--recipe", setting("RECIPE", str(ROOT / "jobs" / "recipes" / "prod.toml")), "--ds", DATE]
+    command = [name, "--recipe", setting("RECIPE", str(ROOT / "jobs" / "recipes" / "prod.toml")), "--ds", ds or DATE]
     for key, value in (settings or {}).items():
         command += ["--set", f"{name}.{key}={value}"]
     if makes:
@@ -147,8 +149,10 @@ def snapshot_date(params: Mapping[str, Any], dag_run: Any, asset_events: Any = N
 
 
 def announce(context: Any, result: Any, *, makes: Asset, when: Callable[[Mapping[str, Any]], bool] | None) -> None:
-    """Tells the DAGs that wait for an asset, with the date it was made for."""
-    extra = {"ds": snapshot_date(context["params"], context["dag_run"], context.get("triggering_asset_events"))}
+    """Tells the DAGs that wait for an asset, with the date it was made for: the one that the job was called with."""
+    task = context["task"]
+    words = getattr(task, "command", None) or task.arguments
+    extra = {"ds": words[words.index("--ds") + 1]}
     if when is None:
         context["outlet_events"][makes].extra = extra
     elif when(result):

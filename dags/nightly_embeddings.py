@@ -8,33 +8,39 @@ from job_process import setting
 from job_task import asset, job_dag, job_task, schedule
 
 DOC = """
-`extract` takes a snapshot, `embed` runs what changed through the champion's encoder, `project` bends it with the champion's
-adapter, `publish` brings the space online, `lookup` reads it back as a client would. `report` says how the night went, also after
-a failure; the run is green only where `lookup` is.
+`pin` asks once who is champion, and whatever is promoted meanwhile waits for the next night. `extract` takes a snapshot, `embed`
+runs what changed through the champion's encoder, `project` bends it with the champion's adapter, `publish` brings the space
+online, `lookup` reads it back as a client would. `report` says how the night went, also after a failure; the run is green only
+where `lookup` is. After a promotion it runs at once, with the newest snapshot there is, however old the training is by then.
 
 A night waits for the logs where LLMEMB_NIGHTLY_CRON is empty and the load that brings them updates the asset `logs`
 (`llmemb://logs`, the date as `ds` in its extra). By the clock, `extract` ends where a day isn't there (`extract.max_age_days`).
 
-Before the first champion there is nothing to serve: `embed` then says so. Run `scft_refresh` and `rat_training` first.
+Before the first champion there is nothing to serve: `pin` then says so. Run `scft_refresh` and `rat_training` first.
 A range of dates: `airflow backfill create --dag-id nightly_embeddings --from-date 2026-01-01 --to-date 2026-01-31`.
 """
+
+PINNED = "{{ (ti.xcom_pull('pin') or {}).get('ds') or snapshot_date(params, dag_run, triggering_asset_events) }}"
+"""The date that `pin` says; the run's own for the report of a run whose `pin` failed."""
+TOLD = "{{{{ ti.xcom_pull('pin')['{}'] | tojson }}}}"
 
 with job_dag(
     "nightly_embeddings",
     schedule=schedule("NIGHTLY_CRON", "0 1 * * *", asset("champion"), asset("logs")),
     doc=DOC,
 ):
-    lookup = job_task("lookup")
+    lookup = job_task("lookup", ds=PINNED)
     (
-        job_task("extract", makes=asset("sequences"))
-        >> job_task("embed", settings={"encoder": "champion"}, shards=int(setting("SHARDS", "1")))
-        >> job_task("project")
-        # the space that this run projected: another may have become champion meanwhile
-        >> job_task("publish", settings={"space": "{{ ti.xcom_pull('project')['space_id'] | tojson }}"}, makes=asset("space"))
+        job_task("pin", settings={"newest": "{{ (dag_run.run_type == 'asset_triggered') | tojson }}"})
+        >> job_task("extract", ds=PINNED, makes=asset("sequences"))
+        >> job_task("embed", ds=PINNED, settings={"encoder": TOLD.format("encoder_id")}, shards=int(setting("SHARDS", "1")))
+        >> job_task("project", ds=PINNED, settings={"recommender": TOLD.format("recommender_id")})
+        >> job_task("publish", ds=PINNED, settings={"space": TOLD.format("space_id")}, makes=asset("space"))
         >> lookup
     )
     lookup >> job_task(
         "report",
+        ds=PINNED,
         trigger_rule=TriggerRule.ALL_DONE,
         makes=asset("encoder_due"),
         when=lambda result: bool(result["refresh_encoder"]),

@@ -16,7 +16,8 @@ DOC = """
 `embed_opponent` and `embed_reference` bring in what the encoders of the champion and of the fixed reference have not seen yet,
 `evaluate` compares them all on the same held-out data, `promote` lets the new one out, refuses it, or, if the data can't tell or
 a floor isn't beaten, leaves it to a person, whose answer it records. People are told at LLMEMB_ALERT_URL when they are asked, and
-reminded two days later; after a third day without an answer it is no.
+reminded two days later; after a third day without an answer it is no. `refit` then trains a new champion again on all events, the
+newest too, by which it was judged: that is what serves.
 """
 SHARDS = int(setting("SHARDS", "1"))
 GATES = """
@@ -38,7 +39,7 @@ ANSWERED = """
 """Who chose OPTION, empty where nobody did."""
 
 
-@task.short_circuit
+@task.short_circuit(ignore_downstream_trigger_rules=False)  # type: ignore[untyped-decorator]
 def undecided(result: dict[str, Any]) -> bool:
     """Goes on to a person only where the gates could not tell."""
     return bool(result["decision"] == "undecided")
@@ -51,8 +52,8 @@ def unanswered(answer: dict[str, Any]) -> bool:
 
 
 def promoted(result: Mapping[str, Any]) -> bool:
-    """Whether there is a new champion."""
-    return bool(result["decision"] == "promoted")
+    """Whether the champion is of this run."""
+    return bool(result["promoted"])
 
 
 with job_dag(
@@ -60,7 +61,7 @@ with job_dag(
     schedule=schedule("RAT_CRON", "0 4 * * 3", asset("encoder")),
     doc=DOC,
 ):
-    promote = job_task("promote", makes=asset("champion"), when=promoted)
+    promote = job_task("promote")
     (
         job_task("embed", settings={"encoder": "latest"}, shards=SHARDS)
         >> job_task("pretrain")
@@ -97,10 +98,17 @@ with job_dag(
             "overruled_by": ANSWERED.replace("OPTION", "Approve"),
             "rejected_by": ANSWERED.replace("OPTION", "Reject"),
         },
+        trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,
+    )
+    refit = job_task(
+        "rat",
+        task_id="refit",
+        settings={"stage": "refit"},
         makes=asset("champion"),
         when=promoted,
         trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,
     )
+    [promote, by_hand] >> refit
     undecided(promote.output) >> ask
     unanswered(ask.output) >> ask_again
     [ask, ask_again] >> by_hand

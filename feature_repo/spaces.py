@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,12 @@ from feature_repo import feature_definitions as views
 from feature_repo.keys import key_prefix, key_text, key_texts, serialized
 from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of
 from feature_repo.stores import SCAN, NotPublished, Store
+from feature_repo.strangers import DELETES, batched, strangers
 from feature_repo.transport import entity_keys
 
 Chunk = tuple[Sequence[str], npt.NDArray[np.float32]]
 Chunks = Callable[[], Iterable[Chunk]]
 """Gives the rows of a space, from the start at every call: (item ids, vector_ND) in bounded chunks."""
-DELETES = 1_000
 
 
 class Unverified(NotPublished):
@@ -69,13 +69,6 @@ def inspect(chunks: Iterable[Chunk], width: int, codec: str) -> npt.NDArray[np.i
     return hash_N
 
 
-def outside(ids: Sequence[str], hash_N: npt.NDArray[np.int64]) -> list[str]:
-    """Those ids that are not among the sorted hashes of `inspect`, of which there is at least one."""
-    asked_N = np.fromiter(map(hash, ids), np.int64, len(ids))
-    at_N = np.minimum(np.searchsorted(hash_N, asked_N), len(hash_N) - 1)
-    return [ids[int(number)] for number in np.flatnonzero(hash_N[at_N] != asked_N)]
-
-
 def stage(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk], *, only_changes: bool) -> tuple[int, int]:
     """Writes the rows of a space; returns (written, left as they were).
 
@@ -115,10 +108,11 @@ def embedding_rows(space: Space, ids: Sequence[str], raws: Sequence[bytes]) -> l
     return [(key, {field: value}, moment, None) for key, value in zip(keys, values, strict=True)]
 
 
-def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk]) -> int:
+def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk], hash_N: npt.NDArray[np.int64]) -> int:
     """Reads every row back as a client would and compares its bytes; returns how many.
 
-    Raises Unverified with the count and an example, Fenced when the lease is lost.
+    Rows that the space should not have count too; `hash_N` are the hashes of its items, from `inspect`. Raises Unverified with
+    the count and an example, Fenced when the lease is lost.
     """
     count, wrong, example = 0, 0, ""
     for ids, vector_ND in chunks:
@@ -128,6 +122,11 @@ def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk]) 
             if raw != online:
                 wrong, example = wrong + 1, example or f"{item_id!r} is {'absent' if online is None else 'different'}"
         count += len(ids)
+    if surplus := [item_id for ids in strangers(store, space.space_id, hash_N) for item_id in ids]:
+        raise Unverified(
+            f"space {space.space_id}: {len(surplus):,} rows of items that it should not have, for example {surplus[0]!r}; what "
+            "serves is untouched. Does another program write to the store? Run again"
+        )
     if wrong or count != space.items:
         raise Unverified(
             f"space {space.space_id}: {wrong:,} of {count:,} vectors read back differ from those written ({example}), "
@@ -311,14 +310,6 @@ def live(pointer: Pointer) -> dict[str, Space]:
     return {space.space_id: space for space in kept}
 
 
-def remove_items(store: Store, space_id: str, item_ids: Sequence[str]) -> int:
-    """Removes some items of one space: those that left the catalogue."""
-    keys = [serialized(key) for key in entity_keys({"item_id": item_ids, "space_id": [space_id] * len(item_ids)})]
-    for part in batched(keys, DELETES):
-        store.delete(views.item_embedding, part)
-    return len(keys)
-
-
 def forget(store: Store, item_id: str, ds: str) -> int:
     """Removes an item from every space and leaves its tombstone, first: a reader never finds it merely missing.
 
@@ -341,9 +332,3 @@ def bury(store: Store, item_ids: Sequence[str], ds: str) -> None:
 def vectors_of(store: Store, item_id: str) -> int:
     """How many vectors of an item are in the store, in any space: the proof of `forget`."""
     return sum(len(set(keys)) for keys in store.keys(views.item_embedding, key_prefix(views.item_embedding, item_id)))
-
-
-def batched(values: Sequence[Any], size: int) -> Iterator[Any]:
-    """Slices of at most `size`."""
-    for start in range(0, len(values), size):
-        yield values[start : start + size]

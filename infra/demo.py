@@ -110,8 +110,8 @@ def run_dag(name: str) -> list[tuple[str, str, float]]:
 
 def manifest(name: str) -> dict[str, Any]:
     """A job's Result of this date."""
-    text = (DEMO / "lake" / "manifests" / f"ds={DS}" / f"{name}.json").read_text()
-    result: dict[str, Any] = json.loads(text)["result"]
+    newest = max((DEMO / "lake" / "manifests" / f"ds={DS}").glob(f"{name}.*json"))
+    result: dict[str, Any] = json.loads(newest.read_text())["result"]
     return result
 
 

@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import logs
-from jobs.lake.manifests import path_of as manifest_path
-from jobs.lake.manifests import runs_so_far
-from jobs.lake.partitions import write_json
+from jobs.lake import manifests
 from jobs.recipe import JOBS as JOBS
 from jobs.recipe import SHARED as SHARED
 from jobs.recipe import apply as apply
@@ -65,19 +63,22 @@ def run_job(arguments: argparse.Namespace) -> int:
     logs.start(arguments.job, arguments.ds)
     started, clock = dt.datetime.now(dt.UTC), time.monotonic()
     record: dict[str, Any] = {"job": arguments.job, "ds": arguments.ds, "status": "failed"}
-    where: Path | None = None
+    where: Run | None = None
+    name = arguments.job
     status, complaint = 0, ""
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
         run = build(Run, {"ds": arguments.ds, **recipe.get("run", {})}, "run")
         refuse_future(run.ds, started)
-        where = manifest_path(run.lake, run.ds, arguments.job)
+        where = run
+        if run.variant and arguments.job == "extract":
+            raise InputError("run.variant: experiments read the nights' own snapshots; run extract without it")
         # a job's standard output is its Result alone: what its libraries print goes with the logs
         with contextlib.redirect_stdout(sys.stderr), logs.SignsOfLife(arguments.job):
             module = importlib.import_module(f"jobs.{arguments.job}")
             config = build(module.Config, {"run": run, **values_of(recipe, arguments.job)}, arguments.job)
-            # a job that runs more than once for a date, in shards say, names a manifest for each
-            where = manifest_path(run.lake, run.ds, getattr(config, "manifest", arguments.job))
+            # a job that has several parts for a date, shards say, names each
+            name = getattr(config, "manifest", arguments.job)
             record |= {"config": as_json(config), "recipe_sha256": digest(recipe), "code_revision": code_revision()}
             result = module.run(config)
         record |= {"status": "done", "result": as_json(result)}
@@ -85,9 +86,9 @@ def run_job(arguments: argparse.Namespace) -> int:
     except Exception as error:
         status, complaint = judged(error, record)
     finally:
-        if where is not None and (first_process() or (record["status"] != "done" and not first_spoke(where, started))):
+        if where is not None and (first_process() or (record["status"] != "done" and not first_spoke(where, name, started))):
             record |= {"started_at": started.isoformat(), "seconds": round(time.monotonic() - clock, 3)}
-            keep(where, record)
+            keep(where, name, record)
     if status:
         complain(arguments.job, complaint, status)
     elif first_process():
@@ -112,9 +113,9 @@ def judged(error: Exception, record: dict[str, Any]) -> tuple[int, str]:
     return 1, str(error)
 
 
-def keep(where: Path, record: dict[str, Any]) -> None:
+def keep(run: Run, name: str, record: dict[str, Any]) -> None:
     """Writes the manifest of a run, and its end into the log."""
-    write_json(where, record | {"earlier": runs_so_far(where)})
+    manifests.append(run.lake, run.ds, name, record | ({"variant": run.variant} if run.variant else {}))
     if record["status"] == "done" or logs.as_json():  # a person is told of a failure by its one line
         log = logging.getLogger(f"jobs.{record['job']}")
         log.info("%s in %.1f s", record["status"], record["seconds"], extra={"manifest": record})
@@ -158,13 +159,13 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def first_spoke(where: Path, started: dt.datetime) -> bool:
+def first_spoke(run: Run, name: str, started: dt.datetime) -> bool:
     """Whether the first process has written its manifest, waited for in one that failed beside it.
 
     `torchrun` ends all processes with the first that fails: the others may have had no time to say why, or be stuck.
     """
     end = time.monotonic() + FIRST_SPEAKS_S
-    while not (where.exists() and where.stat().st_mtime >= started.timestamp()):
+    while not any(path.stat().st_mtime >= started.timestamp() for path in manifests.runs(run.lake, run.ds, name)):
         if time.monotonic() >= end:
             return False
         time.sleep(0.05)

@@ -24,7 +24,6 @@ import torch
 
 from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.items import titles
-from jobs.lake.partitions import write_json
 from jobs.lake.tables import SEQUENCES, item_embeddings
 from jobs.recipe import build, values_of
 from jobs.run import InputError, Run, as_json
@@ -127,7 +126,7 @@ def work(job: str, run: Run, values: Mapping[str, Any]) -> Any:
     module = importlib.import_module(f"jobs.{job}")
     result = module.run(build(module.Config, {"run": run, **values}, job))
     manifest = {"job": job, "ds": run.ds, "status": "done", "result": as_json(result)}
-    write_json(manifests.path_of(run.lake, run.ds, job), manifest)
+    manifests.append(run.lake, run.ds, job, manifest)
     return result
 
 

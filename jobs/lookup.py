@@ -7,8 +7,11 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from feature_repo.reader import BATCH, Answer, Pointer, Reader, encode
+from feature_repo import strangers
+from feature_repo.reader import BATCH, Answer, Pointer, Reader, encode, settings
+from feature_repo.stores import Store, lease, open_writer
 from jobs.engines import online
 from jobs.lake import partitions
 from jobs.lake.items import tombstones
@@ -32,6 +35,8 @@ class Config:
     """Reads through Feast's feature server, for example `http://localhost:6566`; empty reads the store itself."""
     max_age_days: float = 0.0
     """A space whose snapshot ended longer ago is refused; 0 allows any age."""
+    lease_wait_s: float = 60.0
+    """How long to wait for a writer who is at work, where the store holds a row too many."""
 
     @property
     def manifest(self) -> str:
@@ -70,12 +75,12 @@ def run(config: Config) -> Result:
     Raises InputError where nothing serves, or the item is unknown or forgotten; Refused where a vector differs or is missing,
     or the space is too old.
     """
-    lake = config.run.lake
-    reader = Reader.over_http(config.url) if config.url else Reader.open(lake)
+    lake, reader = config.run.lake, Reader.over_http(config.url) if config.url else Reader.open(config.run.lake)
     pointer = online.served(reader)
     age_days = checked_age(config, pointer)
     partition = online.partition_of(pointer.space_id, pointer.ds)
     compared, milliseconds, first = compare(config, reader, partition, pointer.codec, pointer.items)
+    refuse_surplus(config, reader, pointer, partition)
     item = str(config.item) or first
     shown = reader.vectors([item])
     if not shown.item_ids:
@@ -134,6 +139,34 @@ def compare(config: Config, reader: Reader, partition: str, codec: str, items: i
     if not config.sample and not items - forgotten <= compared <= items:
         raise Refused(f"the pointer promises {items:,} items, item_embeddings/{partition} has {compared:,}: publish again")
     return compared, milliseconds, first
+
+
+def refuse_surplus(config: Config, reader: Reader, pointer: Pointer, partition: str) -> None:
+    """Raises Refused where the space that serves has rows of items that the lake's partition lacks.
+
+    Where all is compared and the store itself is read: a feature server lists nothing. Rows that a publishing has written and not
+    yet pointed to are no fault, so it is looked again once no writer is at work.
+    """
+    if config.url or config.sample:
+        return
+    ids = (ids for ids, _ in online.chunks(config.run.lake, partition, BATCH))
+    hash_N = np.sort(np.concatenate([np.fromiter(map(hash, some), np.int64, len(some)) for some in ids]))
+    store = open_writer(settings(config.run.lake))
+    if not surplus(store, pointer, hash_N):
+        return
+    with online.refusals(), lease(store, "lookup", config.lease_wait_s):
+        if online.served(reader) != pointer:
+            raise Unavailable("the pointer moved during the lookup: run it again")
+        if found := surplus(store, pointer, hash_N):
+            raise Refused(
+                f"{len(found):,} items of space {pointer.space_id} are online and not in {partition}, for example {found[0]!r}: "
+                "publish again"
+            )
+
+
+def surplus(store: Store, pointer: Pointer, hash_N: npt.NDArray[np.int64]) -> list[str]:
+    """Items with a row in the space that serves which are not among the hashes."""
+    return [item_id for ids in strangers.strangers(store, pointer.space_id, hash_N) for item_id in ids]
 
 
 def check_answer(answer: Answer, chosen: list[str], wanted: list[bytes], partition: str) -> None:

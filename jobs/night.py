@@ -53,12 +53,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs night", description=__doc__)
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
+    parser.add_argument(
+        "--arriving", action="store_true", help="brings what is new or changed since the snapshot that serves, and nothing else"
+    )
     parser.add_argument("--train", action="store_true", help="trains a recommender though no encoder was due")
     arguments = parser.parse_args(argv)
     run = build(Run, {"ds": arguments.ds, **load_recipe(arguments.recipe).get("run", {})}, "run")
     night = Night(recipe=arguments.recipe, ds=arguments.ds)
     try:
-        told = whole(night, run, train=arguments.train)
+        told = hour(night) if arguments.arriving else whole(night, run, train=arguments.train)
     except Failed as error:
         log.error("the night stops here: %s", error)
         return error.status
@@ -77,6 +80,16 @@ def whole(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     return {"space_id": served["space_id"], "items": served["items"], "report": night.job("report")["path"]}
 
 
+def hour(night: Night) -> dict[str, Any]:
+    """New and changed items, laid over what serves; the Result of `publish`. Safe beside a night."""
+    pinned = night.job("pin", "pin.which=serving")
+    here = Night(recipe=night.recipe, ds=pinned["ds"])
+    here.job("extract", "extract.arriving=true")
+    here.job("embed", "embed.arriving=true", f'embed.encoder="{pinned["encoder_id"]}"')
+    here.job("project", "project.arriving=true", f'project.recommender="{pinned["recommender_id"]}"')
+    return here.job("publish", "publish.arriving=true", f'publish.space="{pinned["space_id"]}"')
+
+
 def serve(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     """A snapshot; a challenger where one is due; the champion's space online, read back. The Result of `publish`.
 
@@ -86,12 +99,17 @@ def serve(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     due, champion = night.job("scft")["due"], registry.champion(run)
     if due or train or champion is None:
         challenge(night, first=champion is None)
-    if registry.champion(run) is None:
+    champion = registry.champion(run)
+    if champion is None:
         say_yes = f"python -m jobs promote --recipe {night.recipe} --ds {night.ds} --set promote.approved_by=NAME"
         raise Refused(f"nothing serves yet: a person must say yes, see docs/first-champion.md, then: {say_yes}")
-    night.job("embed", "embed.encoder=champion")
-    space_id = night.job("project")["space_id"]
-    served = night.job("publish", f'publish.space="{space_id}"')
+    if champion.get("ds") == night.ds and not champion.get("gated_id"):
+        refit(night)
+    # asked once: a promotion meanwhile waits for the next night
+    pinned = night.job("pin")
+    night.job("embed", f'embed.encoder="{pinned["encoder_id"]}"')
+    night.job("project", f'project.recommender="{pinned["recommender_id"]}"')
+    served = night.job("publish", f'publish.space="{pinned["space_id"]}"')
     night.job("lookup")
     return served
 
@@ -109,3 +127,13 @@ def challenge(night: Night, *, first: bool) -> None:
         if first or error.status != 3:
             raise
         log.warning("the challenger is refused: the champion goes on serving")
+
+
+def refit(night: Night) -> None:
+    """Trains a new champion on all events; where that is refused, what was judged serves."""
+    try:
+        night.job("rat", "rat.stage=refit")
+    except Failed as error:
+        if error.status != 3:
+            raise
+        log.warning("trained on all events it is refused: what was judged serves")

@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 import torch
 
 from jobs.engines import registry
-from jobs.lake import artifacts, partitions
-from jobs.lake.items import live_items
-from jobs.lake.tables import ITEMS, SEQUENCES, item_embeddings, space_of
+from jobs.lake import arrivals, artifacts, partitions
+from jobs.lake.arrivals import ARRIVING_ITEMS
+from jobs.lake.items import without_forgotten
+from jobs.lake.tables import ITEMS, SEQUENCES, Table, item_embeddings, space_of
 from jobs.lake.tensors import embeddings_digest, pick_device, read_embeddings
 from jobs.run import InputError, Run
 from models.behaviour.artifact import Loaded, load_recommender
@@ -28,6 +29,8 @@ class Config:
     run: Run
     recommender: str = "champion"
     """`champion`, `latest` (of the newest `rat` run), `previous`, or a recommender's id."""
+    arriving: bool = False
+    """Projects what arrived since the snapshot of ds (`extract.arriving`), to be laid over that snapshot's vectors."""
     pass_items: int = 1_000_000
     """Items joined with their embeddings at once; a larger catalogue takes several passes over both tables."""
     batch_rows: int = 65_536
@@ -36,6 +39,16 @@ class Config:
     def __post_init__(self) -> None:
         if self.pass_items < 1 or self.batch_rows < 1:
             raise InputError("project.pass_items and project.batch_rows must be at least 1")
+
+    @property
+    def items(self) -> Table:
+        """Which items are projected."""
+        return ARRIVING_ITEMS if self.arriving else ITEMS
+
+    @property
+    def manifest(self) -> str:
+        """What arrives between nights is no part of a night's record."""
+        return "arriving-project" if self.arriving else "project"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +67,7 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Replaces partition `space=SPACE/ds=DATE` of `item_embeddings`.
+    """Replaces partition `space=SPACE/ds=DATE` of `item_embeddings`, or of `arriving_embeddings`.
 
     Raises InputError for items without an embedding (run embed), a catalogue of another date, or a recommender that is not there;
     ValueError for a vector that is zero or not finite. The partition of before then stays.
@@ -64,51 +77,65 @@ def run(config: Config) -> Result:
     encoder_id, recommender_id = chosen["encoder_id"], chosen["recommender_id"]
     recommender = load_recommender(artifacts.find(lake, "recommender", recommender_id), pick_device(config.run))
     space_id = space_of(encoder_id, recommender_id)
-    items, sequences = (partitions.latest(lake, table.name, config.run.ds) for table in (ITEMS, SEQUENCES))
+    items, sequences = snapshots(config)
+    counted = dict.fromkeys(GROUPS, 0)
+    parts = counting_groups(vectors(config, recommender, space_id, items, sequences), counted)
+    made = arrivals.item_embeddings if config.arriving else item_embeddings
+    commit = partitions.write(lake, made(recommender.width), f"space={space_id}/ds={config.run.ds}", parts)
+    inputs = {
+        "items": partitions.read_commit(lake, config.items.name, items).digest,
+        "sequences": partitions.read_commit(lake, SEQUENCES.name, sequences).digest,
+        "llm_embeddings": embeddings_digest(config.run, encoder_id),
+        "encoder": encoder_id,
+        "recommender": recommender_id,
+    }
+    return Result(
+        space_id=space_id, encoder_id=encoder_id, recommender_id=recommender_id, width=recommender.width, groups=counted,
+        inputs=inputs, outputs={commit.table: commit.digest}, rows={commit.table: commit.rows},
+    )  # fmt: skip
+
+
+def vectors(config: Config, recommender: Loaded, space_id: str, items: str, sequences: str) -> Iterator[pa.Table]:
+    """Rows of every item's vector, a batch at a time."""
+    sources = ("llm_embeddings", arrivals.LLM) if config.arriving else ("llm_embeddings",)
+    encoder_id, warm = str(recommender.meta["encoder_id"]), warm_groups(config.run, sequences)
+    for rows in passes(config, items):
+        llm_NE = read_embeddings(config.run, encoder_id, rows["content_hash"].combine_chunks(), sources)
+        for start in range(0, rows.num_rows, config.batch_rows):
+            some = rows.slice(start, config.batch_rows)
+            yield projected(some, llm_NE[start : start + config.batch_rows], recommender, space_id, warm)
+
+
+def counting_groups(parts: Iterator[pa.Table], counted: dict[str, int]) -> Iterator[pa.Table]:
+    """The same parts; `counted` then has the items of each group."""
+    for part in parts:
+        for group in GROUPS:
+            counted[group] += pc.sum(pc.equal(part["group"], group)).as_py()
+        yield part
+
+
+def snapshots(config: Config) -> tuple[str, str]:
+    """Partitions of the items and of `sequences`. Raises InputError for items of another date."""
+    lake = config.run.lake
+    items, sequences = (partitions.latest(lake, table.name, config.run.ds) for table in (config.items, SEQUENCES))
     if items != f"ds={config.run.ds}":
         found = items.removeprefix("ds=")
         raise InputError(
             f"the newest snapshot of the catalogue is of {found}, and its vectors must not bear the date {config.run.ds}: run "
             f"extract for {config.run.ds}, or project with --ds {found}"
         )
-    warm, counted = warm_groups(config.run, sequences), dict.fromkeys(GROUPS, 0)
-
-    def parts() -> Iterator[pa.Table]:
-        for rows in passes(config, items):
-            llm_NE = read_embeddings(config.run, encoder_id, rows["content_hash"].combine_chunks())
-            for start in range(0, rows.num_rows, config.batch_rows):
-                some = rows.slice(start, config.batch_rows)
-                part = projected(some, llm_NE[start : start + config.batch_rows], recommender, space_id, warm)
-                for group in GROUPS:
-                    counted[group] += pc.sum(pc.equal(part["group"], group)).as_py()
-                yield part
-
-    commit = partitions.write(lake, item_embeddings(recommender.width), f"space={space_id}/ds={config.run.ds}", parts())
-    return Result(
-        space_id=space_id,
-        encoder_id=encoder_id,
-        recommender_id=recommender_id,
-        width=recommender.width,
-        groups=counted,
-        inputs={
-            "items": partitions.read_commit(lake, ITEMS.name, items).digest,
-            "sequences": partitions.read_commit(lake, SEQUENCES.name, sequences).digest,
-            "llm_embeddings": embeddings_digest(config.run, encoder_id),
-            "encoder": encoder_id,
-            "recommender": recommender_id,
-        },
-        outputs={"item_embeddings": commit.digest},
-        rows={"item_embeddings": commit.rows},
-    )
+    return items, sequences
 
 
 def passes(config: Config, partition: str) -> Iterator[pa.Table]:
     """The catalogue's (item_id, content_hash), at most about `pass_items` at once: ranges of the hash, which is even."""
-    count = max(1, -(-partitions.read_commit(config.run.lake, ITEMS.name, partition).rows // config.pass_items))
+    lake = config.run.lake
+    count = max(1, -(-partitions.read_commit(lake, config.items.name, partition).rows // config.pass_items))
     bounds = [f"{number * 16**8 // count:08x}" for number in range(count)] + ["g"]
     for low, high in itertools.pairwise(bounds):
         found = []
-        for batch in live_items(config.run.lake, partition, ("item_id", "content_hash")):
+        rows = partitions.scan(lake, config.items, partition, ("item_id", "content_hash"))
+        for batch in without_forgotten(lake, rows):
             inside = pc.and_(pc.greater_equal(batch["content_hash"], low), pc.less(batch["content_hash"], high))
             found.append(batch.filter(inside))
         if any(batch.num_rows for batch in found):

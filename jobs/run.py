@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ class Run:
     experiment: str = "llmemb"
     device: str = "auto"
     """`auto` takes the GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
+    variant: str = ""
+    """Name of an experiment. `latest` in a run without one never means its encoders, teachers, recommenders or evaluations; a run
+    of the same name takes those first, and the nights' own where it has none."""
     seed: int = 42
     exclude_seen: bool = True
     """Whether serving leaves out what a user has had. Validation, early stopping, the weights of parts, the gates and `recommend`
@@ -52,6 +56,8 @@ class Run:
             dt.date.fromisoformat(self.ds)
         except ValueError as error:
             raise InputError(f"--ds {self.ds!r} is not a date: write it as YYYY-MM-DD") from error
+        if self.variant and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.variant):
+            raise InputError(f"run.variant {self.variant!r}: write it in up to 64 letters, digits, dots, dashes and underscores")
 
 
 class Result(Protocol):

@@ -15,6 +15,7 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.engines.spark import session
+from jobs.lake import manifests
 from tests.models import tiny
 
 pytestmark = pytest.mark.timeout(900)  # some thirty jobs, one after the other
@@ -144,7 +145,7 @@ def test_two_nights_from_tables_to_recommendations(tmp_path: Path, call: Callabl
     assert "i7" not in call("recommend", SECOND, "recommend.user=u3", "recommend.k=40")["item_ids"]
     assert call("lookup", SECOND)["compared"] == ITEMS
     assert "was forgotten" in call("lookup", SECOND, "lookup.item=i7", status=2)["error"]
-    night = json.loads((tmp_path / "lake" / "manifests" / f"ds={SECOND}" / "lookup.json").read_text())
+    night = manifests.parsed(manifests.runs(tmp_path / "lake", SECOND, "lookup")[-1])
     assert night["status"] == "done"  # a question asked by hand is no part of the night's record
     assert "first that was published" in call("rollback", SECOND, status=3)["error"]
     session("test", {}).stop()

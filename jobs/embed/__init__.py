@@ -17,7 +17,7 @@ from jobs.embed.missing import missing
 from jobs.embed.parts import attributes, commit_parts, finished
 from jobs.embed.tally import Tally
 from jobs.engines import registry
-from jobs.lake import artifacts, manifests, partitions
+from jobs.lake import arrivals, artifacts, manifests, partitions
 from jobs.lake.locks import alone
 from jobs.lake.partitions import Commit
 from jobs.lake.tables import ITEMS, llm_embeddings
@@ -68,19 +68,20 @@ def run(config: Config) -> Result:
     Raises InputError for an encoder that is not there or went away, embeddings that are not finite or all zero (with the
     items), or a full disk: finished parts are kept aside and the next run goes on from them. Refused when 8 bits fail the gate.
     """
-    lake, snapshot = config.run.lake, partitions.latest(config.run.lake, ITEMS.name, config.run.ds)
+    lake, snapshot = config.run.lake, snapshot_of(config)
     encoder_id = chosen(config)
     if not encoder_id:
         log.info("no recommender has served yet: none to measure against, so nothing to embed")
         return summed(Tally(price=config.gpu_hour_price, total=0))
     folder, device = registry.fetch(config.run, "encoder", encoder_id), pick_device(config.run)
-    table = llm_embeddings(read_spec(folder).width, config.dtype)
+    made = arrivals.llm_embeddings if config.arriving else llm_embeddings
+    table = made(read_spec(folder).width, config.dtype)
     partition = f"encoder={encoder_id}/ds={config.run.ds}/shard={config.shard:05d}-of-{config.shards:05d}"
-    items = partitions.read_commit(lake, ITEMS.name, snapshot)
+    items = partitions.read_commit(lake, config.items.name, snapshot)
     tally = Tally(price=config.gpu_hour_price, total=items.rows // config.shards)
     ready = cache(lambda: prepare(config, load_encoder(folder, device=device), snapshot, tally))
     try:
-        with alone(lake, f"embed {encoder_id} {config.shard:05d}-of-{config.shards:05d}"):
+        with alone(lake, f"{'arriving ' if config.arriving else ''}embed {encoder_id} {config.shard:05d}-of-{config.shards:05d}"):
             portions = missing(config, snapshot, encoder_id, tally)
             parts = [finished(part, config, ready, table, partition, tally) for part in portions]
             artifacts.find(lake, "encoder", encoder_id)
@@ -93,6 +94,11 @@ def run(config: Config) -> Result:
         tally.close()
     inputs = {"items": items.digest, "encoder": encoder_id}
     return summed(tally, encoder_id=encoder_id, partition=partition, device=str(device), inputs=inputs, commit=commit)
+
+
+def snapshot_of(config: Config) -> str:
+    """The newest snapshot up to ds; of what arrived that of ds alone, for it is told against that one."""
+    return f"ds={config.run.ds}" if config.arriving else partitions.latest(config.run.lake, ITEMS.name, config.run.ds)
 
 
 def summed(
@@ -121,18 +127,18 @@ def summed(
         fp8_overlap=tally.gate[1] if tally.gate else None,
         device=device,
         inputs=dict(inputs or {}),
-        outputs={"llm_embeddings": commit.digest} if commit else {},
-        rows={"llm_embeddings": commit.rows} if commit else {},
+        outputs={commit.table: commit.digest} if commit else {},
+        rows={commit.table: commit.rows} if commit else {},
     )
 
 
 def chosen(config: Config) -> str:
     """The id of the configured encoder; "" for an opponent that is not there. Raises InputError where there is none."""
     if config.encoder == "latest":
-        found: str = manifests.read(config.run.lake, config.run.ds, "scft")["result"]["encoder_id"]
+        found: str = manifests.latest(config.run, "scft")["encoder_id"]
         return found
     if config.encoder in ("opponent", "reference"):
-        challenger_id = str(manifests.read(config.run.lake, config.run.ds, "rat")["result"]["recommender_id"])
+        challenger_id = str(manifests.latest(config.run, "rat")["recommender_id"])
         find = registry.opponent if config.encoder == "opponent" else registry.reference
         against = find(config.run, challenger_id)
         return registry.resolve(config.run, against)["encoder_id"] if against else ""
@@ -146,7 +152,7 @@ def chosen(config: Config) -> str:
 
 def prepare(config: Config, encoder: Encoder, snapshot: str, tally: Tally) -> Encoder:
     """The encoder, once it is sure that items don't see each other, with 8 bits (past their gate) and compilation turned on."""
-    batch = next(partitions.scan(config.run.lake, ITEMS, snapshot, columns=("attributes",), batch_rows=SAMPLE))
+    batch = next(partitions.scan(config.run.lake, config.items, snapshot, columns=("attributes",), batch_rows=SAMPLE))
     sample = attributes(pa.Table.from_batches([batch]))
     texts = encoder.tokenize(sample)
     whole, _ = prompts(texts, np.arange(len(texts)), encoder.limit)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jobs.lake.arrivals import ARRIVING_ITEMS
+from jobs.lake.tables import ITEMS, Table
 from jobs.run import InputError, Run
 
 
@@ -17,6 +19,8 @@ class Config:
     """`champion` (the one that serves), `latest` (of the newest `scft` run), `opponent` (of the recommender that `evaluate` will
     measure the newest one against) or `reference` (of the fixed reference; both do nothing where there is none yet), or an
     encoder's id."""
+    arriving: bool = False
+    """Embeds what arrived since the snapshot of ds (`extract.arriving`), beside the embeddings of the nights."""
     shards: int = 1
     """Tasks that share the catalogue, by content hash."""
     shard: int = 0
@@ -44,7 +48,13 @@ class Config:
             raise InputError("embed.part_items must be at least 1 and embed.token_budget at least 0")
 
     @property
+    def items(self) -> Table:
+        """Where the texts are."""
+        return ARRIVING_ITEMS if self.arriving else ITEMS
+
+    @property
     def manifest(self) -> str:
         """A shard's manifest stands beside the others, and the opponent's beside the challenger's: all are of one date."""
         name = f"embed-{self.encoder}" if self.encoder in ("opponent", "reference") else "embed"
+        name = f"arriving-{name}" if self.arriving else name
         return name if self.shards == 1 else f"{name}-{self.shard:05d}-of-{self.shards:05d}"

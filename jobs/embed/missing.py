@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from jobs.embed.config import Config
 from jobs.embed.tally import Tally
-from jobs.lake import partitions
-from jobs.lake.items import live_items
+from jobs.lake import arrivals, partitions
+from jobs.lake.items import without_forgotten
 
 
 def missing(config: Config, snapshot: str, encoder_id: str, tally: Tally) -> Iterator[pa.Table]:
@@ -21,7 +21,8 @@ def missing(config: Config, snapshot: str, encoder_id: str, tally: Tally) -> Ite
     lake = config.run.lake
     known = committed(lake, encoder_id, config)
     waiting: list[pa.Table] = []
-    for batch in live_items(lake, snapshot, ("item_id", "content_hash", "attributes")):
+    columns = ("item_id", "content_hash", "attributes")
+    for batch in without_forgotten(lake, partitions.scan(lake, config.items, snapshot, columns)):
         rows = pa.Table.from_batches([batch])
         rows = first_of_each(rows.filter(in_shard(keys_of(rows["content_hash"]), config)))
         keys = keys_of(rows["content_hash"])
@@ -41,13 +42,20 @@ def missing(config: Config, snapshot: str, encoder_id: str, tally: Tally) -> Ite
 def committed(lake: Path, encoder_id: str, config: Config) -> pa.FixedSizeBinaryArray:
     """Keys of the shard's texts that the encoder has embedded in any partition."""
     found = [pa.array([], pa.binary(16))]
-    for partition in partitions.committed(lake, "llm_embeddings", f"encoder={encoder_id}"):
-        for name in partitions.read_commit(lake, "llm_embeddings", partition).files:
-            with pq.ParquetFile(partitions.folder(lake, "llm_embeddings", partition) / name) as file:
+    for table, partition in places(lake, encoder_id, config):
+        for name in partitions.read_commit(lake, table, partition).files:
+            with pq.ParquetFile(partitions.folder(lake, table, partition) / name) as file:
                 for batch in file.iter_batches(columns=["content_hash"]):
                     keys = keys_of(batch["content_hash"])
                     found.append(keys.filter(in_shard(keys, config)))
     return pa.concat_arrays(found)
+
+
+def places(lake: Path, encoder_id: str, config: Config) -> Iterator[tuple[str, str]]:
+    """(table, partition) of what an encoder has embedded; a night knows nothing of what arrived between two of them."""
+    for table in ("llm_embeddings", arrivals.LLM) if config.arriving else ("llm_embeddings",):
+        for partition in partitions.committed(lake, table, f"encoder={encoder_id}"):
+            yield table, partition
 
 
 def keys_of(hashes: pa.Array | pa.ChunkedArray) -> pa.FixedSizeBinaryArray:

@@ -25,7 +25,8 @@ from feature_repo.index import Described, Graph, Index
 from feature_repo.reader import NothingServed, Pointer, Reader, Space
 from feature_repo.spaces import Chunk
 from feature_repo.stores import BROKEN, Fenced, Held, NotPublished
-from jobs.lake import partitions, tables
+from jobs.lake import arrivals, partitions, tables
+from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import titles as titles
 from jobs.lake.items import without_forgotten
 from jobs.lake.partitions import digest_folder, sync_tree, write_json
@@ -76,13 +77,17 @@ def width_of(lake: Path, partition: str) -> int:
     return int(kind.list_size)
 
 
-def chunks(lake: Path, partition: str, rows: int, *, checked: bool = False) -> Iterator[Chunk]:
+def chunks(lake: Path, partition: str, rows: int, *, checked: bool = False, arrived: bool = True) -> Iterator[Chunk]:
     """(item ids, vector_ND) of a partition of `item_embeddings`, at most `rows` at once, without forgotten items.
+
+    What arrived since that snapshot is laid over it, unless it is `arrived` = False.
 
     With `checked`, raises InputError where a row breaks the table's contract or belongs to another space.
     """
     table = item_embeddings(width_of(lake, partition))
-    batches = partitions.scan(lake, table, partition, ("item_id", "embedding") if not checked else None, rows)
+    base = partitions.scan(lake, table, partition, ("item_id", "embedding") if not checked else None, rows)
+    over = arrivals.item_embeddings(width_of(lake, partition))
+    batches = arrivals.laid_over(lake, table, over, partition, base) if arrived else base
     for batch in without_forgotten(lake, watched(table, batches, partition) if checked else batches):
         flat = batch["embedding"].flatten().to_numpy(zero_copy_only=False)
         if batch.num_rows:
@@ -138,7 +143,7 @@ def index_home(lake: Path, space: Space) -> Path:
     return lake / "indexes" / f"space={space.space_id}" / f"ds={space.ds}"
 
 
-def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str:
+def build_index(lake: Path, space: Space, graph: Graph | None, rows: int, *, arrived: bool = True) -> str:
     """Builds the index of a space from the lake and swaps it in at once; returns the digest of its files.
 
     An index of the same rows, vectors, attributes, counts and parameters that is there already is kept. The one before stays
@@ -146,24 +151,26 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int) -> str
     """
     home, partition = index_home(lake, space), partition_of(space.space_id, space.ds)
     source = partitions.read_commit(lake, "item_embeddings", partition).digest
+    over = arrivals.digest(lake, arrivals.VECTORS, partition) if arrived else ""
     # counted, not taken from the pointer: that knows nothing of items forgotten since
-    items = sum(len(ids) for ids, _ in chunks(lake, partition, rows))
+    items = sum(len(ids) for ids, _ in chunks(lake, partition, rows, arrived=arrived))
     snapshot = partitions.latest(lake, ITEMS.name, space.ds)
     made_of = {
         "format": index.FORMAT,
-        "item_embeddings": source,
+        "item_embeddings": source + over,
         "items": items,
         "graph": dataclasses.asdict(graph) if graph else None,
-        "attributes": partitions.read_commit(lake, ITEMS.name, snapshot).digest,
+        "attributes": partitions.read_commit(lake, ITEMS.name, snapshot).digest
+        + (arrivals.digest(lake, ARRIVING_ITEMS.name, snapshot) if over else ""),
         "recent": events_digest(lake, space.ds),
     }
     now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
     if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
         staged = home / f".staged-{uuid.uuid4().hex[:8]}"
         staged.mkdir(parents=True)
-        vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows))
+        vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows, arrived=arrived))
         about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
-        index.build(staged, vectors, items, space.width, graph, described(lake, snapshot, space.ds), about)
+        index.build(staged, vectors, items, space.width, graph, described(lake, snapshot, space.ds, arrived=bool(over)), about)
         digest = digest_folder(staged)
         target = home / digest[:16]
         if target.exists():
@@ -194,11 +201,12 @@ def events_digest(lake: Path, ds: str) -> str:
         return ""
 
 
-def described(lake: Path, snapshot: str, ds: str) -> Described:
+def described(lake: Path, snapshot: str, ds: str, *, arrived: bool = False) -> Described:
     """Attributes of a snapshot's items, and how often each stands among the last events of the lake's users."""
-    parts = [
-        batch.select(["item_id", "attributes"]) for batch in partitions.scan(lake, ITEMS, snapshot, ("item_id", "attributes"))
-    ]
+    rows = partitions.scan(lake, ITEMS, snapshot, ("item_id", "attributes"))
+    if arrived:
+        rows = arrivals.laid_over(lake, ITEMS, ARRIVING_ITEMS, snapshot, rows)
+    parts = [batch.select(["item_id", "attributes"]) for batch in rows]
     items = pa.Table.from_batches(parts).combine_chunks() if parts else pa.table({"item_id": [], "attributes": []})
     item_ids = pa.array([], pa.string()) if not parts else items["item_id"].chunk(0)
     counts = recent_events(lake, ds)

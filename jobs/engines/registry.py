@@ -245,7 +245,10 @@ def fetch(run: Run, kind: str, artifact_id: str) -> Path:
 
 
 def by_alias(run: Run, alias: str) -> dict[str, str] | None:
-    """recommender_id, encoder_id, version and the ds of its training that an alias names, or None while it names nothing."""
+    """recommender_id, encoder_id, version and the ds of its training that an alias names, or None while it names nothing.
+
+    `gated_id` is there where this one was trained on all events after another one was judged: that one's id.
+    """
     if not run.tracking_uri:
         return None
     with connected(run) as client:
@@ -255,7 +258,13 @@ def by_alias(run: Run, alias: str) -> dict[str, str] | None:
             return None
         found = client.get_model_version(RECOMMENDER, known[0].aliases[alias])
         ids = {name: str(found.tags.get(name, "")) for name in ("recommender_id", "encoder_id", "ds")}
-        return {**ids, "version": str(found.version)}
+        judged = {"gated_id": str(found.tags["gated_id"])} if found.tags.get("gated_id") else {}
+        return {**ids, **judged, "version": str(found.version)}
+
+
+def judged_id(found: Mapping[str, str]) -> str:
+    """The recommender that gates judged in place of one that was trained on all events: to compare with, as it saw no test."""
+    return found.get("gated_id") or found["recommender_id"]
 
 
 def champion(run: Run) -> dict[str, str] | None:
@@ -270,15 +279,15 @@ def opponent(run: Run, challenger_id: str) -> str:
     """
     for alias in ("champion", "previous"):
         found = by_alias(run, alias)
-        if found is not None and found["recommender_id"] != challenger_id:
-            return found["recommender_id"]
+        if found is not None and judged_id(found) != challenger_id:
+            return judged_id(found)
     return ""
 
 
 def reference(run: Run, challenger_id: str) -> str:
     """The fixed reference, against which small losses of many nights add up; "" for none, or for the challenger itself."""
     found = by_alias(run, "reference")
-    return found["recommender_id"] if found is not None and found["recommender_id"] != challenger_id else ""
+    return judged_id(found) if found is not None and judged_id(found) != challenger_id else ""
 
 
 def promoted_last(run: Run) -> str:
@@ -300,7 +309,7 @@ def resolve(run: Run, which: str) -> dict[str, str]:
             remedy = "run promote first" if run.tracking_uri else "give run.tracking_uri"
             raise InputError(f"no recommender is {which}: {remedy}, or name a recommender's id or 'latest'")
     else:
-        made = manifests.read(run.lake, run.ds, "rat")["result"] if which == "latest" else {"recommender_id": which}
+        made = manifests.latest(run, "rat") if which == "latest" else {"recommender_id": which}
         found = {"recommender_id": str(made["recommender_id"])}
     return {**found, **identity(fetch(run, "recommender", found["recommender_id"]))}
 

@@ -44,9 +44,8 @@ def run(config: Config) -> Result:
         seed=config.run.seed, unseen=unseen_only(config),
     )  # fmt: skip
     started = time.monotonic()
-    others = {"champion": chosen["champion"], "reference": chosen["reference"]}
-    if others["reference"] == others["champion"]:
-        others["reference"] = ""
+    same = chosen["reference"] == chosen["champion"]
+    others = {"champion": chosen["champion"], "reference": "" if same else chosen["reference"]}
     views = views_of(config, cases)
     by_view = ranks_of(config, challenger, others, catalogue, views)
     ranks = {name: (*found[0], found[1][0]) for name, found in by_view.items()}
@@ -60,13 +59,13 @@ def run(config: Config) -> Result:
         "outcomes": keep_outcomes(config.run, views[-1], {name: by_view[name][-1] for name in by_view}, config.k),
     }  # fmt: skip
     inputs = {"items": catalogue.digest, "sequences": digest, **chosen}
+    rows = {"metrics": commit.rows, "cases": len(cases.users_C), "all_cases": len(views[-1].users_C)}
     result = Result(
         recommender_id=chosen["recommender"], encoder_id=chosen["encoder"], champion_id=chosen["champion"],
         reference_id=chosen["reference"], values=values, differences=differences,
         users=dict(zip(SLICES, figures.n_S.tolist(), strict=True)), leak=leak, leaking=leak.get("r2", 0.0) > config.leak_bound,
         outcomes_id=outputs["outcomes"], negatives_id=outputs["negatives"], ranking_seconds=round(seconds, 3),
-        device=str(challenger.device), inputs=inputs, outputs=outputs,
-        rows={"metrics": commit.rows, "cases": len(cases.users_C), "all_cases": len(views[-1].users_C)},
+        device=str(challenger.device), inputs=inputs, outputs=outputs, rows=rows,
     )  # fmt: skip
     tell(config, result, catalogue)
     record(config, result)

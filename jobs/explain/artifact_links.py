@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.explain.records import first_changed, origin, written_by
 from jobs.explain.result import Link, Verdict
-from jobs.lake import partitions
+from jobs.lake import manifests, partitions
 from jobs.lake.partitions import digest_folder
 from jobs.run import InputError
 
@@ -31,7 +31,9 @@ def recommender_link(lake: Path, identity: str, pointer: Pointer) -> Link:
         text = f"{made}; the encoder and it make the space"
         if turned := known.get("rotation"):
             text += f"; turned towards that of {turned['to']}, residual {turned['residual']}"
-    return artifact_link(lake, "recommender", identity, ("rat",), text, 2)
+        if judged := known.get("gated_id"):
+            text += f"; trained on all events after {judged}, the same on a split, was judged"
+    return artifact_link(lake, "recommender", identity, ("rat", "rat-refit"), text, 2)
 
 
 def encoder_link(lake: Path, identity: str) -> Link:
@@ -71,7 +73,7 @@ def gate_link(lake: Path, recommender_id: str) -> Link:
         step="gate", identity=recommender_id or "unknown", digest="", verdict="unknown", depth=3,
         text="no promotion is recorded: published by hand, or not under this lake",
     )  # fmt: skip
-    manifest = promotion_of(lake, recommender_id)
+    manifest = promotion_of(lake, judged_id(lake, recommender_id))
     if manifest is None:
         return unknown
     text, partition = decision(manifest), f"ds={manifest['ds']}"
@@ -90,10 +92,17 @@ def gate_link(lake: Path, recommender_id: str) -> Link:
     )
 
 
+def judged_id(lake: Path, recommender_id: str) -> str:
+    """The recommender that gates judged: of one trained on all events after that, the one it came from."""
+    path = lake / "models" / "recommender" / recommender_id / "recommender.json"
+    known = json.loads(path.read_text()) if recommender_id and path.exists() else {}
+    return str(known.get("gated_id") or recommender_id)
+
+
 def promotion_of(lake: Path, recommender_id: str) -> dict[str, Any] | None:
     """The newest manifest of `promote` about a recommender."""
-    for path in sorted((lake / "manifests").glob("ds=*/promote.json"), reverse=True):
-        manifest: dict[str, Any] = json.loads(path.read_text())
+    for path in manifests.history(lake, "promote"):
+        manifest = manifests.parsed(path)
         if manifest.get("result", {}).get("recommender_id") == recommender_id:
             return manifest
     return None

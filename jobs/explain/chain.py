@@ -11,7 +11,8 @@ import numpy as np
 from jobs.explain.artifact_links import encoder_card, encoder_link, gate_link, recommender_link
 from jobs.explain.result import Link, Verdict
 from jobs.explain.table_link import row_of
-from jobs.lake import partitions
+from jobs.lake import arrivals, partitions
+from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import content_hash
 from jobs.lake.tables import INTERACTIONS
 from models.text.prompts import as_policy, render
@@ -27,10 +28,16 @@ def chain_of(lake: Path, item_id: str, answer: Answer, made_by: dict[str, str]) 
     """
     pointer, encoder_id = answer.pointer, made_by["encoder_id"]
     served = f"space={pointer.space_id}/ds={pointer.ds}"
-    vector = row_of(lake, "item_embeddings", served, "item_id", item_id, ("project", "forget"), 1)
+    vector = row_of(lake, arrivals.VECTORS, served, "item_id", item_id, ("arriving-project", "forget"), 1)
+    arrived = bool(vector.values)
+    if not arrived:
+        vector = row_of(lake, "item_embeddings", served, "item_id", item_id, ("project", "forget"), 1)
     text_hash = str(vector.values.get("content_hash", ""))
-    snapshot = snapshot_of(lake, vector.manifest, pointer.ds)
-    item = row_of(lake, "items", f"ds={snapshot}", "item_id", item_id, ("extract", "forget"), 2)
+    if arrived:
+        item = row_of(lake, ARRIVING_ITEMS.name, f"ds={pointer.ds}", "item_id", item_id, ("arriving-extract", "forget"), 2)
+    else:
+        snapshot = snapshot_of(lake, vector.manifest, pointer.ds)
+        item = row_of(lake, "items", f"ds={snapshot}", "item_id", item_id, ("extract", "forget"), 2)
     recommender_id = made_by["recommender_id"] or pointer.recommender_id
     links = [
         online_link(answer, vector.values),
@@ -71,9 +78,10 @@ def online_link(answer: Answer, row: dict[str, Any]) -> Link:
 
 def embedding_link(lake: Path, encoder_id: str, text_hash: str) -> Link:
     """The LLM embedding of the item's text, in whichever shard it is."""
-    shards = partitions.committed(lake, "llm_embeddings", f"encoder={encoder_id}") if encoder_id else []
-    for partition in shards:
-        found = row_of(lake, "llm_embeddings", partition, "content_hash", text_hash, ("embed*", "forget"), 2)
+    under = f"encoder={encoder_id}"
+    places = [(name, one) for name in ("llm_embeddings", arrivals.LLM) for one in partitions.committed(lake, name, under)]
+    for table, partition in places if encoder_id else ():
+        found = row_of(lake, table, partition, "content_hash", text_hash, ("embed*", "arriving-embed*", "forget"), 2)
         if found.values or found.unreadable:
             return found.link
     return Link(

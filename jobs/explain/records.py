@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.lake import partitions
+from jobs.lake import manifests, partitions
 from jobs.lake.partitions import digest_file
 
 Found = tuple[Path, dict[str, Any]]
@@ -35,7 +35,7 @@ def find(lake: Path, table: str, partition: str, column: str, value: str) -> Fou
 
 def origin(lake: Path, jobs: Sequence[str], digest: str) -> dict[str, Any] | None:
     """The newest manifest of these jobs (as file patterns) that recorded `digest` as an output."""
-    paths = [path for job in jobs for path in (lake / "manifests").glob(f"ds=*/{job}.json")]
+    paths = [path for job in jobs for path in manifests.history(lake, job)]
     for path in sorted(paths, key=lambda path: path.parent.name, reverse=True):
         manifest: dict[str, Any] = json.loads(path.read_text())
         if manifest.get("status") == "done" and digest in manifest["result"].get("outputs", {}).values():

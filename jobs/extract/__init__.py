@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import functions as F
 
 from jobs.engines.spark import session
-from jobs.extract import judge, shape, volume, window
+from jobs.extract import arrivals, judge, shape, volume, window
 from jobs.extract.config import Config as Config
 from jobs.extract.gates import check_change, check_dates, check_days, check_quarantine
 from jobs.extract.judge import BROADCAST_ITEMS, BY_TIME, DAY, DISK, Judged
@@ -67,22 +67,22 @@ class Result:
     """The split's cut times, UTC (temporal split)."""
 
 
-def run(config: Config) -> Result:
+def run(config: Config) -> Result | arrivals.Result:
     """Takes the snapshot of `run.ds` and replaces its four partitions.
 
     Two runs of one date wait for each other. Raises InputError for a missing table or column, a date with no data, or too much
     quarantine; Refused for a jump in row counts or a day that lacks events; Unavailable for logs that are not there yet.
     """
-    with alone(config.run.lake, f"extract {config.run.ds}"):
+    with alone(config.run.lake, f"{config.manifest} {config.run.ds}"):
         return in_session(config)
 
 
-def in_session(config: Config) -> Result:
+def in_session(config: Config) -> Result | arrivals.Result:
     """The snapshot, by a Spark session of its own."""
     spark = session("extract", config.spark)
     staging = config.run.lake / ".staging" / f"extract-{uuid.uuid4().hex[:8]}"
     try:
-        return snapshot(spark, config, staging)
+        return arrivals.take(spark, config) if config.arriving else snapshot(spark, config, staging)
     finally:
         spark.stop()
         shutil.rmtree(staging, ignore_errors=True)

@@ -71,10 +71,16 @@ class Config:
     refused, and so is one that lost as many since it was last read; the bound is wider where days differ much. 0 judges none."""
     part_rows: int = 2_000_000
     """Rows of one Parquet file, about."""
+    arriving: bool = False
+    """Reads the table of items alone, and keeps what is new or changed since the snapshot of ds: between two nights."""
+    most_arriving: int = 50_000
+    """Items that may arrive between two nights; more are left to the night."""
     spark: dict[str, str] = field(default_factory=dict)
     """Spark settings, for example `"spark.master" = "spark://host:7077"`."""
 
     def __post_init__(self) -> None:
+        if self.most_arriving < 1:
+            raise InputError(f"extract.most_arriving is {self.most_arriving}: it must be at least 1")
         if not 0 <= self.min_day_share < 1 or (self.max_age_days or 0) < 0:
             raise InputError("extract.min_day_share must be at least 0 and below 1, extract.max_age_days at least 0")
 
@@ -82,3 +88,8 @@ class Config:
     def tables(self) -> tuple[str, str]:
         """Names of the tables of items and of events, for ds."""
         return self.items.table.replace("{ds}", self.run.ds), self.interactions.table.replace("{ds}", self.run.ds)
+
+    @property
+    def manifest(self) -> str:
+        """What arrives between nights is no part of a night's record."""
+        return "arriving-extract" if self.arriving else "extract"

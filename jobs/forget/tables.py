@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.forget.names import Ids, batches, named
-from jobs.lake import partitions
+from jobs.lake import arrivals, partitions
 
-TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings")
+TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings", *arrivals.TABLES)
 
 
 def forget_tables(lake: Path, ids: Ids) -> tuple[dict[str, int], dict[str, str], dict[str, str]]:

@@ -1,47 +1,94 @@
-"""Manifests: what a job read and wrote, with the digests (`manifests/ds=DATE/JOB.json`).
+"""Manifests: what a run read and wrote, with the digests; one file a run, never written again.
 
-They chain from an online vector back to the source snapshot.
+`manifests/ds=DATE/NAME.ENDED-RANDOM.json`, so names of one job lie in the order in which its runs ended. Runs of an experiment
+(`run.variant`) lie beside those of the nights and say so. Lakes that are older hold one `NAME.json`, which was replaced by every
+run and tells of earlier ones; it counts as the oldest run. They chain from an online vector back to the source snapshot.
+
+An answer to a person's question stays `NAME.json`, replaced by the next: who was asked about is no history to keep.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.run import InputError
+from jobs.lake.partitions import write_json
+from jobs.run import InputError, Run
 
-KEPT = ("device", "embedded", "resumed", "tokens", "tokens_per_second", "written")
-"""Of a Result, what stays known of a run after the job has run again for the same date."""
-ATTEMPTS = 20
-"""Earlier runs that a manifest tells of, at most."""
-
-
-def path_of(lake: Path, ds: str, job: str) -> Path:
-    """Where a job's manifest of one date lies."""
-    return lake / "manifests" / f"ds={ds}" / f"{job}.json"
+ANSWERS = ("recommend", "explain", "asked-lookup")
+"""Names of runs that answer a question."""
 
 
-def read(lake: Path, ds: str, job: str) -> dict[str, Any]:
-    """The newest manifest of a job at or before `ds` that ended well. Raises InputError where there is none."""
-    found = [
-        path
-        for path in sorted((lake / "manifests").glob(f"ds=*/{job}.json"))
-        if path.parent.name <= f"ds={ds}" and json.loads(path.read_text())["status"] == "done"
-    ]
-    if not found:
-        raise InputError(f"no run of {job!r} at or before {ds} in the lake {lake}: run `python -m jobs {job}` first")
-    value: dict[str, Any] = json.loads(found[-1].read_text())
-    return value
+def path_of(lake: Path, ds: str, name: str) -> Path:
+    """Where an answer lies, and in an older lake the newest run of any name."""
+    return lake / "manifests" / f"ds={ds}" / f"{name}.json"
 
 
-def runs_so_far(manifest: Path) -> list[dict[str, Any]]:
-    """Runs that a manifest, about to be replaced, tells of: their end, time and what they did, oldest first; of many the last."""
+def append(lake: Path, ds: str, name: str, record: Mapping[str, Any]) -> Path:
+    """Writes the manifest of a run that has ended, beside those of other runs. `name` is the job's, or a shard's."""
+    ended = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S%fZ}"
+    path = path_of(lake, ds, name if name in ANSWERS else f"{name}.{ended}-{uuid.uuid4().hex[:6]}")
+    write_json(path, record)
+    return path
+
+
+def name_of(path: Path) -> str:
+    """The name under which a run was written."""
+    return path.name.split(".")[0]
+
+
+def runs(lake: Path, ds: str, name: str) -> list[Path]:
+    """Files of all runs of a name for a date, oldest first."""
+    found = list((lake / "manifests" / f"ds={ds}").glob(f"{name}.*json"))
+    # `NAME.json` is of an older lake: before all that say when they ended
+    return sorted(found, key=lambda path: (path.name.count("."), path.name))
+
+
+def history(lake: Path, name: str, ds: str = "9999-12-31") -> Iterator[Path]:
+    """Files of all runs of a name for dates up to `ds`, newest first; `name` may be a pattern, such as `embed*`."""
+    folders = sorted((path for path in (lake / "manifests").glob("ds=*") if path.name <= f"ds={ds}"), reverse=True)
+    for folder in folders:
+        yield from reversed(runs(lake, folder.name.removeprefix("ds="), name))
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """A manifest; empty where it is no JSON object."""
     try:
-        known = json.loads(manifest.read_text())
-        own = {name: known[name] for name in ("status", "started_at", "seconds")}
-        result = known.get("result") or {}
-        own["result"] = {name: result[name] for name in KEPT if name in result}
-        return [*known.get("earlier", []), own][-ATTEMPTS:]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def variant_of(manifest: Mapping[str, Any]) -> str:
+    """The experiment that a run belongs to; "" for the nights' own."""
+    return str(manifest.get("variant") or "")
+
+
+def read(lake: Path, ds: str, job: str, variant: str = "") -> dict[str, Any]:
+    """The newest run of a job at or before `ds` that ended well: of the experiment, where it has one, else of the nights' own.
+
+    Raises InputError where there is none.
+    """
+    for wanted in dict.fromkeys((variant, "")):
+        for path in history(lake, job, ds):
+            manifest = parsed(path)
+            if manifest.get("status") == "done" and variant_of(manifest) == wanted:
+                return manifest
+    raise InputError(f"no run of {job!r} at or before {ds} in the lake {lake}: run `python -m jobs {job}` first")
+
+
+def of_date(lake: Path, ds: str, name: str) -> dict[str, Any]:
+    """The newest run of a name for one date that ended well, of the nights' own; empty where there is none."""
+    found = (parsed(path) for path in reversed(runs(lake, ds, name)))
+    return next((one for one in found if one.get("status") == "done" and not variant_of(one)), {})
+
+
+def latest(run: Run, job: str) -> dict[str, Any]:
+    """The Result of the newest run of a job at or before the run's date that ended well. Raises InputError without one."""
+    found: dict[str, Any] = read(run.lake, run.ds, job, run.variant)["result"]
+    return found

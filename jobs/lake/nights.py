@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
+
+from jobs.lake import manifests
 
 PATH = (
     "movielens", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
@@ -91,8 +92,13 @@ class JobRun:
         return as_number(self.manifest.get("seconds"))
 
     @property
+    def began(self) -> str:
+        """When it was started, as ISO 8601 in UTC; empty where it does not tell."""
+        return str(self.manifest.get("started_at") or "")
+
+    @property
     def earlier(self) -> tuple[JobRun, ...]:
-        """Runs of the same job and date before this one, oldest first: retries, or the same job in another DAG."""
+        """Other runs of the same job and date, oldest first: retries, reruns, or the same job in another DAG."""
         found = self.manifest.get("earlier")
         kept = found if isinstance(found, list) else []
         return tuple(JobRun(name=self.name, job=self.job, manifest=one) for one in kept if isinstance(one, Mapping))
@@ -150,22 +156,32 @@ def as_number(value: object) -> float:
 
 
 def read_night(lake: Path, ds: str) -> Night:
-    """The manifests of a date, each as far as it can be read."""
-    runs, unreadable = list[JobRun](), list[str]()
+    """The manifests of a date, each as far as it can be read; experiments are left out.
+
+    Of a name with several runs the newest that ended well stands for all, for that is what later jobs read; the others are told
+    of as attempts. Where none did, the newest does.
+    """
+    found, unreadable = dict[str, list[Mapping[str, Any]]](), list[str]()
     for path in sorted((lake / "manifests" / f"ds={ds}").glob("*.json")):
-        job = path.stem.split("-")[0]
-        if job not in PATH:
+        if manifests.name_of(path).split("-")[0] not in PATH:
             continue
-        try:
-            manifest = json.loads(path.read_text())
-        except (OSError, ValueError):
-            manifest = None
-        if isinstance(manifest, Mapping):
-            runs.append(JobRun(name=path.stem, job=job, manifest=manifest))
-        else:
+        manifest = manifests.parsed(path)
+        if not manifest:
             unreadable.append(path.name)
+        elif not manifests.variant_of(manifest):
+            found.setdefault(manifests.name_of(path), [])
+    runs = [standing_for(name, [manifests.parsed(path) for path in manifests.runs(lake, ds, name)]) for name in found]
     runs.sort(key=lambda run: (PATH.index(run.job), run.name))
     return Night(ds=ds, runs=tuple(runs), unreadable=tuple(unreadable))
+
+
+def standing_for(name: str, attempts: Sequence[Mapping[str, Any]]) -> JobRun:
+    """The run that later jobs read, with the other attempts of the same name; `attempts` are oldest first."""
+    own = [one for one in attempts if one and not manifests.variant_of(one)]
+    chosen = next((one for one in reversed(own) if one.get("status") == "done"), own[-1])
+    told = chosen.get("earlier")
+    others = [*(told if isinstance(told, list) else []), *(one for one in own if one is not chosen)]
+    return JobRun(name=name, job=name.split("-")[0], manifest={**chosen, "earlier": others})
 
 
 def nights_before(lake: Path, ds: str, most: int) -> list[Night]:
@@ -176,13 +192,10 @@ def nights_before(lake: Path, ds: str, most: int) -> list[Night]:
 
 def trained_on(lake: Path, ds: str) -> str:
     """Date of the newest training of an encoder at or before `ds`; "" where none is on record."""
-    found = ""
-    for path in sorted((lake / "manifests").glob("ds=*/scft.json")):
-        date = path.parent.name.removeprefix("ds=")
-        try:
-            made = json.loads(path.read_text())
-            if date <= ds and made["status"] == "done" and made["result"]["due"]:
-                found = date
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return found
+    for path in manifests.history(lake, "scft", ds):
+        made = manifests.parsed(path)
+        result = made.get("result")
+        trained = isinstance(result, Mapping) and bool(result.get("due"))
+        if made.get("status") == "done" and trained and not manifests.variant_of(made):
+            return path.parent.name.removeprefix("ds=")
+    return ""

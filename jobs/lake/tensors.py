@@ -110,17 +110,19 @@ def read_histories(run: Run, item_ids: Sequence[str]) -> tuple[Histories, str]:
     return events, partitions.read_commit(run.lake, SEQUENCES.name, partition).digest
 
 
-def embedding_batches(run: Run, encoder_id: str) -> Iterator[tuple[pa.Array, Tensor]]:
+def embedding_batches(
+    run: Run, encoder_id: str, tables: Sequence[str] = ("llm_embeddings",)
+) -> Iterator[tuple[pa.Array, Tensor]]:
     """(content hashes, llm_NE) of everything that an encoder embedded, in bounded batches.
 
     Raises InputError where it has embedded nothing yet.
     """
-    found = partitions.committed(run.lake, "llm_embeddings", f"encoder={encoder_id}")
+    found = [(table, name) for table in tables for name in partitions.committed(run.lake, table, f"encoder={encoder_id}")]
     if not found:
         raise InputError(f"encoder {encoder_id} has no embeddings in the lake {run.lake}: run embed")
-    for partition in found:
-        here = partitions.folder(run.lake, "llm_embeddings", partition)
-        for name in partitions.read_commit(run.lake, "llm_embeddings", partition).files:
+    for table, partition in found:
+        here = partitions.folder(run.lake, table, partition)
+        for name in partitions.read_commit(run.lake, table, partition).files:
             with pq.ParquetFile(here / name) as file:
                 for batch in file.iter_batches(batch_size=65_536, columns=["content_hash", "embedding"]):
                     yield batch["content_hash"], as_matrix(batch["embedding"])
@@ -132,15 +134,17 @@ def as_matrix(vectors: pa.FixedSizeListArray) -> Tensor:
     return torch.from_numpy(flat.copy()).view(len(vectors), vectors.type.list_size)
 
 
-def read_embeddings(run: Run, encoder_id: str, wanted: pa.StringArray) -> Tensor:
+def read_embeddings(run: Run, encoder_id: str, wanted: pa.StringArray, tables: Sequence[str] = ("llm_embeddings",)) -> Tensor:
     """llm_NE of content hashes, in the order given and in the table's float type; equal texts share one embedding.
+
+    Of a text in several of the `tables` the last one counts.
 
     Raises InputError for texts that the encoder has not embedded, with their number, and for values that are not finite.
     """
     unique = wanted.unique()
     llm_UE: Tensor | None = None
     found = np.zeros(len(unique), dtype=bool)
-    for hashes, llm_BE in embedding_batches(run, encoder_id):
+    for hashes, llm_BE in embedding_batches(run, encoder_id, tables):
         if llm_UE is None:
             llm_UE = torch.zeros(len(unique), llm_BE.shape[1], dtype=llm_BE.dtype)
         place = pc.index_in(hashes, value_set=unique).to_numpy(zero_copy_only=False)

@@ -113,7 +113,7 @@ def decide(config: Config) -> Result:
     judged = evaluation(config.run)
     champion = registry.champion(config.run)
     challenger_id = str(judged["recommender_id"])
-    serving = champion["recommender_id"] if champion else ""
+    serving = registry.judged_id(champion) if champion else ""
     outcomes = read_outcomes(artifacts.find(config.run.lake, "outcomes", judged["outcomes_id"]))
     reasons = tuple(gates(config.rules, judged, outcomes))
     decision: Decision
@@ -169,7 +169,7 @@ def result_of(
 
 def evaluation(run: Run) -> dict[str, Any]:
     """The Result of `evaluate` of this date. Raises InputError where there is none, or only one of another date."""
-    made = manifests.read(run.lake, run.ds, "evaluate")
+    made = manifests.read(run.lake, run.ds, "evaluate", run.variant)
     if made["ds"] != run.ds:
         raise InputError(
             f"the newest evaluation is of {made['ds']}, not of {run.ds}: run evaluate for {run.ds}, or promote with "
@@ -193,7 +193,7 @@ def moves(config: Config, champion: dict[str, str] | None, version: str) -> list
 
 def standing(config: Config, judged: dict[str, Any], champion: dict[str, str] | None) -> tuple[Reason, ...]:
     """What speaks against a promotion whatever the figures: the champion is another, newer, or not to be found."""
-    against, serving = judged["champion_id"], champion["recommender_id"] if champion else ""
+    against, serving = judged["champion_id"], registry.judged_id(champion) if champion else ""
     reasons = []
     if serving != against:
         known = against or "no champion", serving or "none"

@@ -5,7 +5,6 @@ Shapes: N items sampled, D width.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -184,9 +183,8 @@ def earlier(lake: Path, before: Sequence[Night]) -> list[dict[str, float]]:
     """Measures of earlier nights, from the manifests of their reports; nights without one are left out."""
     found = []
     for night in before:
-        path = manifests.path_of(lake, night.ds, "report")
         try:
-            values = json.loads(path.read_text())["result"]["drift"]
+            values = manifests.of_date(lake, night.ds, "report")["result"]["drift"]
             found.append({str(name): float(value) for name, value in values.items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

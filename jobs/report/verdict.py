@@ -47,6 +47,12 @@ def open_questions(night: Night) -> list[str]:
         for run in night.runs
         if run.status == "refused"
     ]
+    found += [
+        f"{run.name} ended well, and did not when it was run again: {first_line(one.manifest.get('error'))}"
+        for run in night.runs
+        for one in run.earlier
+        if run.status == "done" and one.status != "done" and one.began > run.began
+    ]
     absent = [job for job in NIGHTLY if not night.all(job)]
     if absent:
         found.append(f"the night is unfinished: {', '.join(absent)} {'has' if len(absent) == 1 else 'have'} not run")

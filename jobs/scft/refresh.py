@@ -5,27 +5,39 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.tables import ITEMS
-from jobs.run import InputError, as_json
+from jobs.run import InputError, Run, as_json
 from jobs.scft.config import Config
+from models.text.base_model import EMBEDDED, base_folder, base_sha256
+
+PROMPTS = ("policy.", "pooling", "layers", "max_tokens")
+"""Settings that shape the embeddings of a base model as it is."""
+APART = ("base", "gates.", "validation", "refresh_share", "max_age_days", "training.tokens", "training.compile")
+"""Settings that shape no weights, and the base's place."""
 
 
 def due(config: Config, snapshot: str) -> tuple[str, dict[str, Any] | None]:
-    """Why an encoder is to be trained, and None; or why not, and the result of the run that trained the one in use."""
+    """Why an encoder is to be trained, and None; or why not, and the result of the run that trained the one in use.
+
+    In use is the newest encoder that the recipe's settings shaped, though others were trained since: as an experiment, or before
+    the recipe went back to what it was.
+    """
     lake, ds = config.run.lake, config.run.ds
-    try:
-        previous: dict[str, Any] = manifests.read(lake, ds, "scft")["result"]
-        artifacts.find(lake, "encoder", previous["encoder_id"])
-        changed = changed_share(lake, previous["snapshot"], snapshot)
-    except InputError:
+    known = list(trainings(lake, ds))
+    if not known:
         return "there is no encoder, or the items that it was trained on are gone", None
-    age = (dt.date.fromisoformat(ds) - dt.date.fromisoformat(previous["trained_ds"])).days
-    if previous["recipe_digest"] != recipe_digest(config):
+    wanted, base = recipe_digest(config), base_identity(config.base)
+    previous = next((one.result for one in known if one.shape == wanted and base in one.bases), None)
+    if previous is None:
         return "the recipe has changed", None
+    age = (dt.date.fromisoformat(ds) - dt.date.fromisoformat(previous["trained_ds"])).days
+    changed = changed_share(lake, previous["snapshot"], snapshot)
     if age >= config.max_age_days:
         return f"the encoder is {age} days old (max_age_days is {config.max_age_days})", None
     if changed > config.refresh_share:
@@ -33,6 +45,33 @@ def due(config: Config, snapshot: str) -> tuple[str, dict[str, Any] | None]:
     if drifted := drift_since(lake, ds, previous["trained_ds"]):
         return drifted, None
     return f"the encoder is {age} days old and {changed:.1%} of the items are new or changed since", previous
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A run that came to an encoder which is still there, with the snapshot that it was trained on."""
+
+    shape: str
+    """Digest of the settings that shaped its weights."""
+    bases: frozenset[str]
+    """Identities of its base model."""
+    result: dict[str, Any]
+
+
+def trainings(lake: Path, ds: str) -> Iterator[Training]:
+    """Those up to `ds`, newest first. The settings that a manifest tells of count, not the digest written then."""
+    for path in manifests.history(lake, "scft", ds):
+        made = manifests.parsed(path)
+        result, settings = made.get("result"), made.get("config")
+        if made.get("status") != "done" or not isinstance(result, dict) or not isinstance(settings, dict):
+            continue
+        try:
+            artifacts.find(lake, "encoder", result["encoder_id"])
+            partitions.read_commit(lake, ITEMS.name, result["snapshot"])
+        except (InputError, KeyError):
+            continue
+        bases = frozenset((str(result.get("inputs", {}).get("base", "")), str(settings.get("base", Config.base))))
+        yield Training(shape=shape_digest(settings), bases=bases, result=result)
 
 
 def drift_since(lake: Path, ds: str, trained_ds: str) -> str:
@@ -55,7 +94,45 @@ def changed_share(lake: Path, before: str, now: str) -> float:
 
 
 def recipe_digest(config: Config) -> str:
-    """Digest of the settings that shape an encoder; when it is due and on what it runs is not among them."""
-    apart = ("run", "refresh_share", "max_age_days", "validation")
-    shaping = {name: value for name, value in as_json(config).items() if name not in apart}
-    return hashlib.sha256(json.dumps([shaping, config.run.seed], sort_keys=True).encode()).hexdigest()[:16]
+    """Digest of a recipe's settings that shape an encoder's weights; the base model's bytes are compared beside it."""
+    return shape_digest(as_json(config))
+
+
+def base_identity(base: str) -> str:
+    """The hash of a base model's weights, so that a folder that moved is the same model and one that was changed is another.
+
+    A name of the hub is its own identity: to ask whether an encoder is due should load nothing.
+    """
+    return base_sha256(base_folder(base)) if base == EMBEDDED or Path(base).is_dir() else base
+
+
+def shape_digest(settings: Mapping[str, Any]) -> str:
+    """Digest of those settings (a Config as JSON) that shape an encoder.
+
+    Left out are where the base lies, on what it runs and how fast, when it is due and what it is judged by; and values that are
+    the defaults, so that a setting which a later version adds changes no digest. Where nothing is trained, only prompts count.
+    """
+    usual = dict(flat(as_json(Config(run=Run(ds="1970-01-01", lake=Path())))))
+    given = {**usual, **dict(flat(settings))}
+    apart = APART if given["training.cluster_weight"] else (*APART, "teacher", "clusters")
+    shaping = {
+        name: value
+        for name, value in given.items()
+        if (name.startswith(PROMPTS) or given["training.steps"])
+        and not name.startswith(apart)
+        and (name not in usual or value != usual[name])
+    }
+    if not given["training.steps"]:
+        shaping["training.steps"] = 0
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as (dotted name, value); of the run only its seed."""
+    for name, value in settings.items():
+        if name == "run":
+            yield "seed", value.get("seed", Run.seed)
+        elif isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

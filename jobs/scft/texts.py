@@ -66,7 +66,7 @@ def teacher_clusters(config: Config, item_ids: Sequence[str]) -> Ints | None:
 
     teacher_id = config.teacher
     if teacher_id == "latest":
-        teacher_id = manifests.read(config.run.lake, config.run.ds, "pretrain")["result"]["teacher_id"]
+        teacher_id = manifests.latest(config.run, "pretrain")["teacher_id"]
     teacher = load_recommender(artifacts.find(config.run.lake, "teacher", teacher_id))
     catalogue = read_catalogue(config.run)
     counts_V = train_counts(read_histories(config.run, catalogue.item_ids)[0])

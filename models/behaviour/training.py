@@ -111,18 +111,18 @@ def train(
     distiller: Distiller | None = None,
     checkpoint: Path | None = None,
     unseen: bool = False,
+    validate_on: Histories | None = None,
 ) -> Trained:
     """Trains in place, on the device of `events`, and leaves the weights of the best epoch.
 
     candidates_M, ascending item indices, are the negatives and the only validation targets; default all items. `unseen` validates
-    among items that the user has not had, as serving ranks. A file at `checkpoint` is resumed from, and written after each
-    validation. Reseeds torch's generators at each epoch. Raises ValueError for nothing to train on, or a loss that is not finite.
+    among items that the user has not had; `validate_on` gives the validation events where `events` has none. A file `checkpoint`
+    is resumed from and kept up to date. Reseeds generators. Raises ValueError for nothing to train on, or a loss not finite.
     """
     rank, processes = join()
-    if candidates_M is None:
-        candidates_M = torch.arange(1, events.catalogue + 1, device=events.items_N.device)
-    task, length_R = make_task(recommender, events, config, max_len, candidates_M, aligner, processes, distiller)
-    validation = make_validation(events, candidates_M, config.validation_users, max_len, unseen)
+    among_M = torch.arange(1, events.catalogue + 1, device=events.items_N.device) if candidates_M is None else candidates_M
+    task, length_R = make_task(recommender, events, config, max_len, among_M, aligner, processes, distiller)
+    validation = make_validation(validate_on or events, among_M, config.validation_users, max_len, unseen)
     stepper = make_stepper(task)
     progress = resumed(recommender, stepper, distiller, checkpoint)
     seconds: list[float] = []
@@ -132,7 +132,7 @@ def train(
         if (progress.epoch + 1) % config.validate_every == 0 or progress.epoch + 1 == config.epochs:
             figures |= validate(recommender, validation, task.autocast)
         progress.add(figures)
-        seconds.append(time.perf_counter() - began)
+        seconds += [time.perf_counter() - began]
         if rank == 0:
             log(figures | {"seconds": seconds[-1]}, progress.epoch)
             if checkpoint is not None and "ndcg" in figures:

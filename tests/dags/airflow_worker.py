@@ -210,7 +210,7 @@ def announces(environment: dict[str, str], dag: str, task: str, results: list[An
     """Whether a task tells other DAGs of each of these Results."""
     said: list[Any] = []
     context = {
-        "params": {"ds": "2026-03-01"}, "dag_run": None,
+        "task": SimpleNamespace(command=["scft", "--ds", "2026-03-01"]),
         "outlet_events": defaultdict(lambda: SimpleNamespace(add=lambda made, extra: said.append(made), extra=None)),
     }  # fmt: skip
     found = []
@@ -219,6 +219,27 @@ def announces(environment: dict[str, str], dag: str, task: str, results: list[An
         bag(environment)[dag].get_task(task)._post_execute_hook(context, result)
         found.append(bool(said))
     return found
+
+
+def rendered(environment: dict[str, str], dag: str, task: str, run_type: str) -> list[str]:
+    """A task's command as Airflow renders it in a run of a kind, 2026-03-02 01:00 UTC."""
+    found = bag(environment)[dag]
+    start = dt.datetime(2026, 3, 2, 1, tzinfo=dt.UTC)
+    given = {
+        "dag_run": SimpleNamespace(logical_date=None, run_after=start, run_type=run_type, data_interval_end=start),
+        "params": {}, "triggering_asset_events": {}, "ti": SimpleNamespace(xcom_pull=lambda _: None), **found.user_defined_macros,
+    }  # fmt: skip
+    return [found.get_template_env().from_string(word).render(given) for word in found.get_task(task).command]
+
+
+def announced(environment: dict[str, str], asset: str) -> list[Any]:
+    """What the events of an asset told, newest first."""
+    from airflow.models.asset import AssetEvent, AssetModel
+    from airflow.utils.session import create_session
+
+    with create_session() as session:
+        events = session.query(AssetEvent).join(AssetModel, AssetEvent.asset_id == AssetModel.id)
+        return [event.extra for event in events.filter(AssetModel.name == asset).order_by(AssetEvent.id.desc()).limit(5)]
 
 
 ANSWERS: dict[str, Callable[..., Any]] = {
@@ -231,6 +252,8 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "answered": answered,
     "questions": questions,
     "announces": announces,
+    "rendered": rendered,
+    "announced": announced,
 }
 
 

@@ -32,6 +32,7 @@ class Stub:
         usual = {
             "promote": {"decision": "promoted", "recommender_id": "r1", "reasons": []},
             "project": {"space_id": "s1"},
+            "rat": {"recommender_id": "r1", "promoted": True},
             "report": {"refresh_encoder": ""},
         }
         (self.folder / "plan.json").write_text(json.dumps({"results": usual | (results or {}), "acts": acts or {}}))

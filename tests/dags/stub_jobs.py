@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
     elif act:
         print(f"{job}: error: planned, with a remedy", file=sys.stderr)
         return int(act)
-    result = plan.get("results", {}).get(job, {"job": job})
+    usual = {"ds": call["ds"], "recommender_id": "r1", "encoder_id": "e1", "space_id": "s1"} if job == "pin" else {"job": job}
+    result = plan.get("results", {}).get(job, usual)
     result = result[min(tries, len(result)) - 1] if isinstance(result, list) else result
     print("a line of no interest\n" + json.dumps(result))
     return 0

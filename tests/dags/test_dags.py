@@ -18,13 +18,14 @@ from tests.dags.conftest import ROOT, Stub, Worker
 FILES = sorted(path.stem for path in (ROOT / "dags").glob("*.py") if not path.stem.startswith("job_"))
 ORDER = {
     "scft_refresh": ["extract", "scft"],
-    "rat_training": ["embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote"],
-    "nightly_embeddings": ["extract", "embed", "project", "publish", "lookup", "report"],
+    "rat_training": ["embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote", "rat"],
+    "nightly_embeddings": ["pin", "extract", "embed", "project", "publish", "lookup", "report"],
+    "hourly_items": ["pin", "extract", "embed", "project", "publish"],
     "maintenance": ["collect", "lookup"],
     "rollback": ["rollback", "lookup"],
     "forget": ["forget", "lookup"],
 }
-GPU = {"scft", "embed", "embed_opponent", "embed_reference", "pretrain", "rat", "evaluate"}
+GPU = {"scft", "embed", "embed_opponent", "embed_reference", "pretrain", "rat", "refit", "evaluate"}
 
 
 def test_dag_files_bring_no_engine_and_none_of_our_own_packages(tmp_path: Path) -> None:
@@ -78,10 +79,36 @@ def test_a_night_starts_with_a_new_champion_or_with_the_logs_whichever_comes(wor
         assert (night["waits_for"], night["any"]) == (["champion", "logs"], "AssetAny")
 
 
-def test_publish_gets_the_space_that_this_run_projected(worker: Worker, stub: Stub) -> None:
-    stub.plan(results={"project": {"space_id": "0123456789abcdef"}})
+def test_one_champion_and_one_date_are_pinned_for_the_whole_night(worker: Worker, stub: Stub) -> None:
+    pinned = {"ds": "2026-03-05", "recommender_id": "12e4", "encoder_id": "77", "space_id": "0123456789abcdef"}
+    stub.plan(results={"pin": pinned, "project": {"space_id": "another"}})
     worker.run("nightly_embeddings")
-    assert next(call["set"] for call in stub.calls() if call["job"] == "publish") == {"publish.space": '"0123456789abcdef"'}
+    calls = {call["job"]: call for call in stub.calls()}
+    assert {name for name, call in calls.items() if call["ds"] != "2026-03-05"} == {"pin"}
+    assert calls["embed"]["set"]["embed.encoder"] == '"77"'
+    assert calls["project"]["set"] == {"project.recommender": '"12e4"'}
+    assert calls["publish"]["set"] == {"publish.space": '"0123456789abcdef"'}
+    assert worker.ask("announced", asset="space")[0] == {"ds": "2026-03-05"}
+
+
+def test_the_hour_goes_by_what_serves_and_touches_no_table_of_the_nights(worker: Worker, stub: Stub) -> None:
+    pinned = {"ds": "2026-03-05", "recommender_id": "12e4", "encoder_id": "77", "space_id": "s"}
+    stub.plan(results={"pin": pinned})
+    assert worker.run("hourly_items", "2026-03-09")["state"] == "success"
+    calls = {call["job"]: call for call in stub.calls()}
+    assert calls["pin"]["set"] == {"pin.which": "serving"}
+    assert {call["ds"] for name, call in calls.items() if name != "pin"} == {"2026-03-05"}
+    assert all(call["set"][f"{name}.arriving"] == "true" for name, call in calls.items() if name != "pin")
+    assert (calls["embed"]["set"]["embed.encoder"], calls["publish"]["set"]["publish.space"]) == ('"77"', '"s"')
+
+
+def test_after_a_promotion_the_newest_snapshot_is_asked_for_and_on_schedule_the_date(worker: Worker) -> None:
+    def asks(run_type: str) -> list[str]:
+        return list(worker.ask("rendered", dag="nightly_embeddings", task="pin", run_type=run_type))[-3:]
+
+    assert asks("asset_triggered") == ["2026-03-01", "--set", "pin.newest=true"]
+    assert asks("scheduled") == ["2026-03-01", "--set", "pin.newest=false"]
+    assert asks("backfill")[-1] == asks("manual")[-1] == "pin.newest=false"
 
 
 def test_a_run_without_logical_date_works_on_its_parameter(worker: Worker, stub: Stub) -> None:
@@ -118,13 +145,14 @@ def test_a_fault_of_the_input_and_a_refusal_are_final(worker: Worker, stub: Stub
     assert done["state"] == "failed"
     assert done["tasks"]["extract"] == ["failed", 1]
     assert done["tasks"]["publish"][0] == done["tasks"]["served"][0] == "upstream_failed"
-    assert [call["job"] for call in stub.calls()] == ["extract", "report"], "the report is made also after a failure"
+    assert [call["job"] for call in stub.calls()] == ["pin", "extract", "report"], "the report is made also after a failure"
 
 
-def test_a_first_night_without_champion_ends_at_embed_with_its_remedy(worker: Worker, stub: Stub) -> None:
-    stub.plan(acts={"embed#0": [2]})
-    done = worker.run("nightly_embeddings")
-    assert done["state"] == "failed" and done["tasks"]["embed#0"] == ["failed", 1]
+def test_a_first_night_without_champion_ends_at_pin_with_its_remedy_and_a_report(worker: Worker, stub: Stub) -> None:
+    stub.plan(acts={"pin": [2]})
+    done = worker.run("nightly_embeddings", "2026-03-04")
+    assert done["state"] == "failed" and done["tasks"]["pin"] == ["failed", 1]
+    assert [(call["job"], call["ds"]) for call in stub.calls()] == [("pin", "2026-03-04"), ("report", "2026-03-04")]
     assert "planned, with a remedy" in worker.log.read_text()
 
 
@@ -150,7 +178,7 @@ def test_a_dag_run_twice_for_one_date_does_the_same_again(worker: Worker, stub: 
     states = [worker.run("nightly_embeddings", *when)["state"] for when in (("2026-03-07",), (None, {"ds": "2026-03-07"}))]
     calls = [call["words"] for call in stub.calls()]
     assert states == ["success", "success"]
-    assert len(calls) == 12 and calls[:6] == calls[6:]
+    assert len(calls) == 14 and calls[:7] == calls[7:]
 
 
 @pytest.mark.parametrize(
@@ -171,10 +199,11 @@ def test_what_a_person_types_reaches_the_job_as_text(
 
 def test_a_promoted_or_refused_challenger_asks_nobody(worker: Worker, stub: Stub) -> None:
     stub.plan()
-    assert worker.run("rat_training")["tasks"]["ask"][0] == "skipped"
+    done = worker.run("rat_training")["tasks"]
+    assert (done["ask"][0], done["refit"][0]) == ("skipped", "success")
     stub.plan(acts={"promote": [3]})
     done = worker.run("rat_training", "2026-03-02")
-    assert done["state"] == "failed" and done["tasks"]["ask"][0] == "upstream_failed"
+    assert done["state"] == "failed" and done["tasks"]["ask"][0] == done["tasks"]["refit"][0] == "upstream_failed"
 
 
 def test_a_persons_yes_and_no_both_reach_promote_and_so_does_silence(worker: Worker) -> None:
@@ -198,6 +227,14 @@ def test_people_are_told_when_they_are_asked_and_reminded_before_the_answer_beco
     assert [asked[name]["days"] for name in ("ask", "ask_again")] == [2, 1]
     assert asked["ask"]["told"] == ["ALERT rat_training.ask: Let recommender r7 serve? Its gates leave it to you."]
     assert "rat_training.ask_again: Reminder: Let recommender r7 serve?" in asked["ask_again"]["told"][0]
+
+
+def test_a_champion_is_announced_once_it_is_trained_on_all_events(worker: Worker) -> None:
+    assert worker.ask("announces", dag="rat_training", task="refit", results=[{"promoted": True}, {"promoted": False}]) == [
+        True,
+        False,
+    ]
+    assert worker.ask("describe")["rat_training"]["tasks"]["promote_by_hand"]["downstream"] == ["refit"]
 
 
 def test_an_encoder_is_announced_only_where_one_was_made(worker: Worker) -> None:

@@ -197,8 +197,8 @@ def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalon
 
     assert standalone.ended("nightly_embeddings", "asset_triggered")[0]["state"] == "success"
     calls = [call for call in standalone.stub.calls() if call["ds"] == "2026-01-05"]
-    chain = ["extract", "scft", "embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote", "promote"]
-    assert [call["job"] for call in calls] == [*chain, "extract", "embed", "project", "publish", "lookup", "report"]
+    chain = ["extract", "scft", "embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote", "promote", "rat"]
+    assert [call["job"] for call in calls] == [*chain, "pin", "extract", "embed", "project", "publish", "lookup", "report"]
     assert [call["set"] for call in calls if call["job"] == "promote"] == [
         {},
         {"promote.approved_by": '"Anonymous"', "promote.overruled_by": '"Anonymous"', "promote.rejected_by": '""'},
@@ -227,7 +227,7 @@ def test_a_backfill_fills_each_date_and_what_serves_stays(standalone: Standalone
         states = standalone.states("nightly_embeddings", run["dag_run_id"])
         assert states["project"] == states["report"] == "success" and states["publish"] == states["lookup"] == "skipped"
     filled = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
-    jobs = ["extract", "embed", "project", "publish", "report"]
+    jobs = ["pin", "extract", "embed", "project", "publish", "report"]
     assert filled == [(ds, job) for ds in ("2025-12-01", "2025-12-02") for job in jobs]
 
 
@@ -251,7 +251,7 @@ def test_a_backfill_beside_the_night_leaves_both_whole(standalone: Standalone) -
     assert standalone.until("the night and both dates", ended) == ["success"] * 3
     calls = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
     for ds in older:
-        assert [job for day, job in calls if day == ds] == ["extract", "embed", "project", "publish", "report"]
-    assert [job for day, job in calls if day == today] == ["extract", "embed", "project", "publish", "lookup", "report"]
+        assert [job for day, job in calls if day == ds] == ["pin", "extract", "embed", "project", "publish", "report"]
+    assert [job for day, job in calls if day == today] == ["pin", "extract", "embed", "project", "publish", "lookup", "report"]
     # each worked on its own date, though the night began before the backfill had ended
     assert calls.index((today, "extract")) < calls.index((older[1], "report"))

@@ -33,7 +33,8 @@ def put(lake: Path, which: Space, seed: int) -> None:
     store, reader = open_writer(settings(lake)), Reader.open(lake)
     with lease(store, "test"):
         spaces.stage(store, reader, which, [(IDS, vectors(seed, which.width))], only_changes=False)
-        spaces.verify(store, reader, which, [(IDS, vectors(seed, which.width))])
+        rows = [(IDS, vectors(seed, which.width))]
+        spaces.verify(store, reader, which, rows, spaces.inspect(rows, which.width, which.codec))
         spaces.flip(store, reader, which)
 
 

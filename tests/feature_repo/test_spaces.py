@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from feature_repo.spaces import Chunk, inspect, outside
+from feature_repo.spaces import Chunk, inspect
+from feature_repo.strangers import outside
 
 GOOD_ND = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
 

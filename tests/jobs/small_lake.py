@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from jobs.lake import manifests, partitions
 from jobs.lake.items import content_hash
-from jobs.lake.partitions import write_json
 from jobs.lake.tables import ATTRIBUTES, ITEMS, SEQUENCES, llm_embeddings
 from jobs.run import Run, as_json
 from models.text.encoder import Spec, save_encoder
@@ -100,7 +99,7 @@ def make(path: Path) -> Run:
     return run
 
 
-def remember(run: Run, job: str, result: object) -> None:
+def remember(run: Run, job: str, result: object, config: object = None) -> None:
     """Writes the manifest that the command line would have written."""
-    manifest = {"ds": run.ds, "status": "done", "result": as_json(result)}
-    write_json(manifests.path_of(run.lake, run.ds, job), manifest)
+    manifest = {"ds": run.ds, "status": "done", "result": as_json(result), "config": as_json(config), "variant": run.variant}
+    manifests.append(run.lake, run.ds, job, manifest)

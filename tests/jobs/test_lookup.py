@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from feature_repo import feature_definitions, spaces
+from feature_repo.reader import Reader, settings
+from feature_repo.stores import lease, open_writer
 from jobs import lookup, publish
 from jobs.lake import partitions
 from jobs.lake.tables import item_embeddings
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 
 A = "a" * 16
 
@@ -69,3 +72,21 @@ def test_an_unknown_item_names_one_that_is_there(lake: Path) -> None:
 def test_before_the_first_publish_the_remedy_is_named(catalogue: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="jobs publish"):
         look(catalogue())
+
+
+def test_a_row_that_the_lake_does_not_know_is_found(lake: Path) -> None:
+    store, space = open_writer(settings(lake)), Reader.open(lake).pointer().space
+    with lease(store, "test"):
+        rows = spaces.embedding_rows(space, ["stranger"], [b"\0" * 64])
+        store.write(feature_definitions.item_embedding, rows)
+    with pytest.raises(Refused, match=r"1 items of space a+ are online and not in .*, for example 'stranger'"):
+        look(lake)
+    assert look(lake, sample=10).compared == 10
+
+
+def test_rows_of_a_publishing_at_work_are_waited_for(lake: Path) -> None:
+    store, space = open_writer(settings(lake)), Reader.open(lake).pointer().space
+    with lease(store, "publish"):
+        store.write(feature_definitions.item_embedding, spaces.embedding_rows(space, ["soon"], [b"\0" * 64]))
+        with pytest.raises(Unavailable, match="another writer holds the lease"):
+            look(lake, lease_wait_s=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
+from jobs.lake import manifests
 from jobs.run import InputError, Older, Refused, Run, Unavailable
 
 
@@ -46,7 +47,9 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def call(monkeypatch: pytest.MonkeyPatch, recipe: Path, *more: str, fails: Exception | None = None) -> int:
+def call(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, *more: str, fails: Exception | None = None, job: str = "recommend"
+) -> int:
     def run(config: Config) -> Result:
         print("a library chats")
         if fails:
@@ -57,7 +60,7 @@ def call(monkeypatch: pytest.MonkeyPatch, recipe: Path, *more: str, fails: Excep
     module.Config, module.Result, module.run = Config, Result, run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "jobs.recommend", module)
     monkeypatch.setattr(importlib, "import_module", lambda name: module)
-    return cli.main(["recommend", "--recipe", str(recipe), "--ds", "2026-01-01", *more])
+    return cli.main([job, "--recipe", str(recipe), "--ds", "2026-01-01", *more])
 
 
 def manifest(recipe: Path) -> dict[str, object]:
@@ -103,17 +106,32 @@ def test_each_kind_of_failure_has_its_status_and_its_manifest(
     assert manifest(recipe)["status"] == word
 
 
-def test_a_manifest_keeps_the_end_and_the_time_of_the_runs_before_and_nothing_they_read(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_answers_the_newest_alone_is_kept(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call(monkeypatch, recipe, fails=RuntimeError("user 4711"))
-    for _ in range(2):
-        call(monkeypatch, recipe, "--set", "recommend.user=secret")
-    manifest = json.loads((recipe.parent / "lake" / "manifests" / "ds=2026-01-01" / "recommend.json").read_text())
-    assert [one["status"] for one in manifest["earlier"]] == ["failed", "done"]
-    assert all(set(one) == {"status", "started_at", "seconds", "result"} for one in manifest["earlier"])
-    assert "4711" not in str(manifest["earlier"])
-    assert "secret" not in str(manifest["earlier"])
+    call(monkeypatch, recipe, "--set", "recommend.user=secret")
+    call(monkeypatch, recipe)
+    (kept,) = (recipe.parent / "lake" / "manifests" / "ds=2026-01-01").iterdir()
+    assert "4711" not in kept.read_text() and "secret" not in kept.read_text()
+
+
+def test_runs_of_a_job_lie_side_by_side_and_a_failure_hides_no_result(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = recipe.parent / "lake"
+    for end in ({}, {"fails": RuntimeError("no memory")}, {}):
+        call(monkeypatch, recipe, job="rat", **end)
+    assert call(monkeypatch, recipe, "--set", "run.variant=wide", job="rat") == 0
+    told = [manifests.parsed(path) for path in manifests.runs(lake, "2026-01-01", "rat")]
+    assert [one["status"] for one in told] == ["done", "failed", "done", "done"]
+    assert [manifests.variant_of(one) for one in told] == ["", "", "", "wide"]
+    assert manifests.read(lake, "2026-01-01", "rat") == told[2]
+    assert manifests.read(lake, "2026-01-01", "rat", "wide") == told[3]
+
+
+def test_an_experiment_takes_no_snapshot_of_its_own(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, recipe, "--set", "run.variant=wide", job="extract") == 2
+    assert "run.variant" in capsys.readouterr().err.splitlines()[-1]
+    assert call(monkeypatch, recipe, "--set", "run.variant=../x", job="rat") == 2
 
 
 @pytest.mark.parametrize(

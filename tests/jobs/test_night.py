@@ -11,7 +11,7 @@ from jobs import night
 from jobs.night import Failed, Night
 from jobs.run import Refused, Run
 
-SERVING = ["embed", "project", "publish", "lookup", "report"]
+SERVING = ["pin", "embed", "project", "publish", "lookup", "report"]
 TRAINING = ["embed", "pretrain", "rat", "embed", "evaluate", "promote"]
 
 
@@ -20,12 +20,14 @@ class Told(Night):
 
     def job(self, name: str, *settings: str) -> dict[str, Any]:
         calls.append(name)
+        told[name] = settings
         if name in fails:
             raise Failed(name, fails[name])
-        return {"due": due[0], "space_id": "12e4", "items": 3, "path": "report.html"}
+        return {"due": due[0], "space_id": "12e4", "encoder_id": "7", "recommender_id": "1e3", "items": 3, "path": "report.html"}
 
 
 calls: list[str] = []
+told: dict[str, tuple[str, ...]] = {}
 fails: dict[str, int] = {}
 due = [False]
 
@@ -45,6 +47,9 @@ TONIGHT = Told(recipe=Path("r.toml"), ds="2026-01-01")
 def test_a_night_with_a_champion_trains_nothing(run: Run) -> None:
     assert night.whole(TONIGHT, run, train=False) == {"space_id": "12e4", "items": 3, "report": "report.html"}
     assert calls == ["extract", "scft", *SERVING]
+    assert (told["embed"], told["project"], told["publish"]) == (
+        ('embed.encoder="7"',), ('project.recommender="1e3"',), ('publish.space="12e4"',),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -54,10 +59,29 @@ def test_a_challenger_is_trained_where_an_encoder_is_new_or_a_person_asks(run: R
     assert calls == ["extract", "scft", *TRAINING, *SERVING]
 
 
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_champion_of_this_date_is_trained_on_all_events_before_it_serves(
+    run: Run, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    # as after a person's yes
+    monkeypatch.setattr(night.registry, "champion", lambda run: {"recommender_id": "r", "ds": "2026-01-01", "gated_id": ""})
+    if status:
+        fails["rat"] = status
+    night.whole(TONIGHT, run, train=False)
+    assert calls == ["extract", "scft", "rat", *SERVING]
+    assert told["rat"] == ("rat.stage=refit",)
+
+
+def test_a_champion_that_knows_all_events_already_is_not_trained_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(night.registry, "champion", lambda run: {"recommender_id": "r", "ds": "2026-01-01", "gated_id": "g"})
+    night.whole(TONIGHT, run, train=False)
+    assert "rat" not in calls
+
+
 def test_a_refused_challenger_leaves_the_champion_serving(run: Run) -> None:
     fails["promote"] = 3
     night.whole(TONIGHT, run, train=True)
-    assert calls[-5:] == SERVING
+    assert calls[-6:] == SERVING
 
 
 def test_without_a_champion_a_person_is_asked_and_the_report_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

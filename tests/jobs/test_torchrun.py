@@ -35,23 +35,28 @@ def test_a_job_with_bad_input_ends_with_2_and_its_remedy_is_the_last_line(tmp_pa
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line]
     assert said[-1].startswith("scft: error: items has no partition at or before 2026-01-01")
-    manifest = json.loads((tmp_path / "lake/manifests/ds=2026-01-01/scft.json").read_text())
+    manifest = newest(tmp_path / "lake", "2026-01-01", "scft")
     assert manifest["status"] == "failed" and "items has no partition" in manifest["error"]
 
 
 def test_where_the_first_process_says_nothing_another_that_failed_writes_the_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, where = tmp_path / "recipe.toml", manifests.path_of(tmp_path / "lake", "2026-01-01", "pretrain")
+    recipe, where = tmp_path / "recipe.toml", manifests.path_of(tmp_path / "lake", "2026-01-01", "pretrain.3000")
     recipe.write_text(f'[run]\nlake = "{tmp_path / "lake"}"\ndevice = "cpu"\n')
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(command_line, "FIRST_SPEAKS_S", 0.1)
     words = ["pretrain", "--recipe", str(recipe), "--ds", "2026-01-01"]
     assert command_line.main(words) == 2
-    assert "items has no partition" in json.loads(where.read_text())["error"]
+    assert "items has no partition" in newest(tmp_path / "lake", "2026-01-01", "pretrain")["error"]
     monkeypatch.setattr(command_line, "load_recipe", spoken(where, command_line.load_recipe))
     assert command_line.main(words) == 2
-    assert json.loads(where.read_text()) == {"of": "the first"}
+    assert newest(tmp_path / "lake", "2026-01-01", "pretrain") == {"of": "the first"}
+
+
+def newest(lake: Path, ds: str, job: str) -> dict[str, Any]:
+    """The manifest of the run that ended last; there is one a run."""
+    return manifests.parsed(manifests.runs(lake, ds, job)[-1])
 
 
 def spoken(where: Path, load: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +99,8 @@ def test_the_training_jobs_end_well_in_two_processes_with_one_artifact_one_resul
     monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
     run = small_lake.make(tmp_path)
     # the small lake's encoder has no weights: of `scft` nothing has run yet
-    manifests.path_of(run.lake, run.ds, "scft").unlink()
+    for path in manifests.runs(run.lake, run.ds, "scft"):
+        path.unlink()
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(lake=run.lake, base=tiny.llama(tmp_path / "base"), encoder=small_lake.ENCODER))
     for job, kind in (("pretrain", "teacher"), ("rat", "recommender"), ("scft", "encoder")):
@@ -104,13 +110,13 @@ def test_the_training_jobs_end_well_in_two_processes_with_one_artifact_one_resul
         (printed,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         (kept,) = set((run.lake / "models" / kind).glob("*")) - before
         assert printed[f"{kind}_id"] == kept.name
-        manifest = json.loads(manifests.path_of(run.lake, run.ds, job).read_text())
+        manifest = newest(run.lake, run.ds, job)
         assert (manifest["status"], manifest["result"]) == ("done", printed)
         assert list((run.lake / "checkpoints").glob("*")) == []
         assert "Traceback" not in done.stderr
     assert printed["due"] and printed["steps"] == 2
-    rat = json.loads(manifests.path_of(run.lake, run.ds, "rat").read_text())["result"]
-    assert rat["teacher_id"] == json.loads(manifests.path_of(run.lake, run.ds, "pretrain").read_text())["result"]["teacher_id"]
+    rat = newest(run.lake, run.ds, "rat")["result"]
+    assert rat["teacher_id"] == newest(run.lake, run.ds, "pretrain")["result"]["teacher_id"]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,13 @@ import pyarrow as pa
 import pytest
 
 from jobs import explain, forget, publish
-from jobs.lake import artifacts, manifests, partitions
+from jobs.lake import arrivals, artifacts, manifests, partitions
+from jobs.lake.arrivals import ARRIVING_ITEMS
+from jobs.lake.items import content_hash
 from jobs.lake.partitions import write_json
 from jobs.lake.tables import ITEMS, METRICS, item_embeddings, llm_embeddings, space_of
 from jobs.run import InputError, Refused, Run
+from tests.jobs.conftest import vectors
 
 DS = "2026-01-01"
 ENCODER_FILES = {
@@ -110,6 +113,23 @@ def test_every_link_of_a_whole_chain_is_verified_against_its_bytes(
     assert "promoted on 2026-01-01: 1 of 1 gates passed, version 3" in shown
     assert "the encoder and it make the space; turned towards that of dddddddddddddddd, residual 0.45" in shown
     assert "shop.films: 40:123 (records, order-free hash)" in shown
+
+
+def test_an_item_that_arrived_between_two_nights_is_walked_back_through_its_own_tables(served: tuple[Path, str]) -> None:
+    lake, space = served
+    texts = [content_hash([("title", "A late one")])]
+    rows = {"item_id": ["late"], "attributes": [[{"name": "title", "value": "A late one"}]], "content_hash": texts,
+            "first_seen_ds": [DS]}  # fmt: skip
+    items = partitions.write(lake, ARRIVING_ITEMS, f"ds={DS}", [pa.table(rows, ITEMS.schema)])
+    emb = partitions.write(lake, arrivals.item_embeddings(16), f"space={space}/ds={DS}", [vectors(space, ["late"], {}, texts)])
+    record(lake, "arriving-extract", outputs={f"arriving_items/ds={DS}": items.digest})
+    record(lake, "arriving-project", outputs={"arriving_embeddings": emb.digest})
+    publish.run(publish.Config(run=Run(ds=DS, lake=lake), space=space, approximate=False, arriving=True))
+    result = ask(lake, "late")
+    verdicts = {link.step: link.verdict for link in result.links}
+    assert verdicts["online vector"] == verdicts["arriving_embeddings"] == verdicts["arriving_items"] == "verified"
+    assert result.text == "A film:\ntitle is A late one; "
+    assert ask(lake, "m7").links[1].step == "item_embeddings"
 
 
 def test_the_text_that_the_llm_read_is_told(served: tuple[Path, str]) -> None:

@@ -110,6 +110,14 @@ def decisions(run: Run) -> list[tuple[str, str, list[str]]]:
     return [(record["decision"], record["recommender_id"], gates) for record, gates in zip(records, failed, strict=True)]
 
 
+def test_an_evaluation_of_another_date_is_not_judged(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    evaluated(run, kept(run, 0))
+    with pytest.raises(InputError, match=r"newest evaluation is of 2026-01-01, not of 2026-01-05"):
+        judge(dataclasses.replace(run, ds="2026-01-05"))
+    assert aliases(run) == {}
+
+
 def crowned(run: Run) -> Path:
     """A recommender that was promoted on an earlier night."""
     first = kept(run, 0)

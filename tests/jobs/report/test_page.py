@@ -197,6 +197,15 @@ def test_what_a_night_cost_holds_the_runs_that_a_later_one_followed(tmp_path: Pa
     assert "Device cost per thousand items embedded 2,062" in text, "82.5 s for 40 texts at 1 a second"
 
 
+def test_a_run_that_failed_after_a_good_one_is_to_be_looked_at_and_hides_nothing(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    again = {"status": "failed", "started_at": f"{DS}T02:00:00+00:00", "seconds": 3.0, "error": "no room"}
+    manifests.append(tmp_path, DS, "publish", again)
+    result, html = tell(tmp_path)
+    assert (result.state, result.points) == ("look", ("publish ended well, and did not when it was run again: no room",))
+    assert "in 2 runs" in shown(html)
+
+
 def test_the_age_of_the_space_is_told_beside_that_of_the_snapshot(tmp_path: Path) -> None:
     whole_night(tmp_path, "2026-02-08")
     whole_night(tmp_path)

@@ -132,7 +132,7 @@ def test_of_two_dates_the_run_s_own_is_trained_on(config: scft.Config) -> None:
     result = scft.run(changed(config, training=dataclasses.replace(FAST, steps=0)))
     assert (result.snapshot, result.rows["texts"]) == (f"ds={DS}", 50)
     assert result.inputs["items"] == partitions.read_commit(config.run.lake, "items", f"ds={DS}").digest
-    remember(on(config, "2026-03-11").run, "scft", result)
+    remember(on(config, "2026-03-11").run, "scft", result, config)
     assert scft.due(config, f"ds={DS}") == ("there is no encoder, or the items that it was trained on are gone", None)
 
 
@@ -141,7 +141,7 @@ def test_of_two_dates_the_run_s_own_is_trained_on(config: scft.Config) -> None:
 
 def test_an_encoder_is_due_by_share_of_new_texts_by_age_and_by_recipe_and_otherwise_stays(config: scft.Config) -> None:
     first = scft.run(config)
-    remember(config.run, "scft", first)
+    remember(config.run, "scft", first, config)
     items = tiny.items(50)
     write_items(config.run.lake, "2026-03-11", [*items[:-2], *[[("title", f"new {number}")] for number in range(2)]])
     again = scft.run(on(config, "2026-03-11"))
@@ -153,9 +153,65 @@ def test_an_encoder_is_due_by_share_of_new_texts_by_age_and_by_recipe_and_otherw
     assert scft.due(on(config, "2026-03-11", max_age_days=0), "ds=2026-03-11")[1] is None
 
 
+def test_after_an_experiment_the_recipe_s_own_encoder_is_found_again(config: scft.Config) -> None:
+    zero = changed(config, training=dataclasses.replace(FAST, steps=0))
+    own = scft.run(config)
+    remember(config.run, "scft", own, config)
+    # not even named: it is the newest run, and would have made the recipe look changed
+    remember(config.run, "scft", scft.run(zero), zero)
+    assert manifests.latest(config.run, "scft")["steps"] == 0
+    again = scft.run(config)
+    assert (again.due, again.encoder_id) == (False, own.encoder_id)
+    remember(config.run, "scft", again, config)
+    assert manifests.latest(config.run, "scft")["encoder_id"] == own.encoder_id
+
+
+def test_what_shapes_no_weights_makes_no_encoder_due(config: scft.Config, tmp_path: Path) -> None:
+    remember(config.run, "scft", scft.run(config), config)
+    shutil.copytree(config.base, tmp_path / "moved")
+    fast = dataclasses.replace(FAST, tokens=99, compile=True)
+    for same in (
+        {"training": fast}, {"gates": Gates()}, {"base": str(tmp_path / "moved")}, {"teacher": "t" * 16}, {"validation": "full"},
+    ):  # fmt: skip
+        assert scft.due(changed(config, **same), f"ds={DS}")[1] is not None, same
+    for other in (
+        {"training": dataclasses.replace(FAST, batch=16)}, {"lora": Lora(r=4, dropout=0.0)}, {"four_bit": True},
+        {"policy": dataclasses.replace(tiny.POLICY, cap=9)}, {"run": dataclasses.replace(config.run, seed=1)},
+        {"base": str(tiny.llama(tmp_path / "other", hidden_size=64, intermediate_size=128))},
+    ):  # fmt: skip
+        assert scft.due(changed(config, **other), f"ds={DS}") == ("the recipe has changed", None), other
+
+
+def test_a_base_model_that_was_changed_in_its_place_makes_an_encoder_due(config: scft.Config, tmp_path: Path) -> None:
+    remember(config.run, "scft", scft.run(config), config)
+    shutil.rmtree(config.base)
+    tiny.llama(Path(config.base), hidden_size=64, intermediate_size=128)
+    assert scft.due(config, f"ds={DS}") == ("the recipe has changed", None)
+
+
+def test_without_a_step_what_only_trains_shapes_nothing(config: scft.Config) -> None:
+    zero = changed(config, training=dataclasses.replace(FAST, steps=0))
+    shapes = {
+        scft.recipe_digest(changed(zero, **same))
+        for same in ({}, {"lora": Lora(r=4)}, {"training": Scft(steps=0)}, {"run": dataclasses.replace(config.run, seed=7)})
+    }
+    assert len(shapes) == 1
+    assert scft.recipe_digest(changed(zero, pooling="last")) not in shapes
+
+
+def test_a_lake_that_is_older_finds_its_encoder(config: scft.Config) -> None:
+    result = scft.run(config)
+    settings = as_json(config)
+    del settings["run"]["variant"]
+    old = {"ds": DS, "status": "done", "result": {**as_json(result), "recipe_digest": "of another code"}, "config": settings}
+    write_json(manifests.path_of(config.run.lake, DS, "scft"), old)
+    assert scft.run(config).encoder_id == result.encoder_id
+    assert not scft.run(config).due
+
+
 def test_drift_that_a_report_found_since_the_training_makes_an_encoder_due(config: scft.Config) -> None:
-    remember(config.run, "scft", scft.run(changed(config, training=dataclasses.replace(FAST, steps=0))))
     same = changed(config, training=dataclasses.replace(FAST, steps=0))
+    remember(config.run, "scft", scft.run(same), same)
     for ds, due in ((DS, False), ("2026-03-12", True)):
         manifest = {"status": "done", "ds": ds, "result": {"refresh_encoder": "token length drifted"}}
         write_json(manifests.path_of(config.run.lake, ds, "report"), manifest)
@@ -164,12 +220,13 @@ def test_drift_that_a_report_found_since_the_training_makes_an_encoder_due(confi
 
 
 def test_an_encoder_that_is_gone_is_trained_again(config: scft.Config) -> None:
-    remember(config.run, "scft", scft.run(changed(config, training=dataclasses.replace(FAST, steps=0))))
+    same = changed(config, training=dataclasses.replace(FAST, steps=0))
+    remember(config.run, "scft", scft.run(same), same)
     for file in (config.run.lake / "models" / "encoder").glob("*/*"):
         file.unlink()
     for folder in (config.run.lake / "models" / "encoder").iterdir():
         folder.rmdir()
-    assert scft.due(config, f"ds={DS}")[1] is None
+    assert scft.due(same, f"ds={DS}")[0].startswith("there is no encoder")
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from feature_repo import feature_definitions
 from feature_repo.reader import Reader, settings
-from feature_repo.stores import SqliteStore, lease, open_writer
+from feature_repo.stores import SqliteStore, key_texts, lease, open_writer
 from jobs import lookup, publish, rollback
 from jobs.engines import online
 from jobs.lake import manifests, partitions
@@ -64,6 +65,46 @@ def test_a_delta_writes_only_what_changed(catalogue: Catalogue) -> None:
     assert look(lake, "2026-01-02").compared == 40
     answer = Reader.open(lake).vectors(["m0", "m40"])
     assert (answer.missing, answer.item_ids) == (["m0"], ["m40"])
+
+
+def test_items_that_left_while_a_space_lay_half_published_are_not_served_from_it(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.run(config(catalogue()))
+    lake = catalogue(space=B)
+
+    def killed(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(publish.spaces, "flip", killed)
+        publish.run(config(lake, space=B))
+    left = [f"m{number}" for number in range(2, 40)]
+    lake = catalogue(ds="2026-01-02", space=B, ids=left)
+    result = publish.run(config(lake, space=B, ds="2026-01-02"))
+    assert (result.kind, result.items, result.verified, result.removed) == ("new space", 38, 38, 2)
+    assert Reader.open(lake).vectors(["m0", "m1", "m2"]).missing == ["m0", "m1"]
+    store = open_writer(settings(lake))
+    keys = {key for keys in store.keys(feature_definitions.item_embedding) for key in keys}
+    assert sum(key_texts(feature_definitions.item_embedding, key)[1] == B for key in keys) == 38
+    assert look(lake, "2026-01-02").compared == 38
+
+
+def test_a_space_that_serves_again_holds_nothing_of_its_first_time(catalogue: Catalogue) -> None:
+    publish.run(config(catalogue()))
+    publish.run(config(catalogue(space=B), space=B))
+    lake = catalogue(ds="2026-01-02", ids=[f"m{number}" for number in range(1, 40)])
+    assert publish.run(config(lake, ds="2026-01-02")).removed == 1
+    assert Reader.open(lake).vectors(["m0"]).missing == ["m0"]
+
+
+def test_a_row_too_many_is_never_pointed_to(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish.run(config(catalogue()))
+    monkeypatch.setattr(publish.strangers, "remove_strangers", lambda *given: 0)
+    lake = catalogue(ds="2026-01-02", ids=[f"m{number}" for number in range(1, 40)])
+    with pytest.raises(Refused, match=r"1 rows of items that it should not have, for example 'm0'"):
+        publish.run(config(lake, ds="2026-01-02"))
+    assert Reader.open(lake).pointer().ds == "2026-01-01"
 
 
 def test_neighbours_that_change_without_a_reason_are_refused_inside_a_space(catalogue: Catalogue) -> None:

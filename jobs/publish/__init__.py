@@ -12,18 +12,18 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from sqlalchemy.exc import OperationalError
 
-from feature_repo import compatibility, feature_definitions, index, offline, spaces
+from feature_repo import compatibility, feature_definitions, index, offline, spaces, strangers
 from feature_repo.compatibility import Compatibility
 from feature_repo.index import Graph
 from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_store, settings
-from feature_repo.stores import Store, lease, open_writer
+from feature_repo.stores import lease, open_writer
 from jobs.engines import online, registry
-from jobs.lake import partitions
+from jobs.lake import arrivals, partitions
 from jobs.lake.items import live_items, tombstones
 from jobs.lake.tables import ITEMS, space_of
+from jobs.publish import beside
 from jobs.run import InputError, Older, Refused, Run, Unavailable
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ class Config:
     run: Run
     space: str = "champion"
     """`champion`, `latest`, `previous`, a recommender's id, or a space's id."""
+    arriving: bool = False
+    """Lays what arrived since the snapshot of ds over the space that serves it (`project.arriving`). Where another space or
+    snapshot serves by now, a night was faster, and nothing is done."""
     codec: Literal["float32", "float16"] = "float32"
     """How vectors lie in the online store: a float32 array, or float16 bytes: half the size, faster, about 3 digits."""
     chunk_rows: int = 1_024
@@ -56,6 +59,11 @@ class Config:
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
 
+    @property
+    def manifest(self) -> str:
+        """What arrives between nights is no part of a night's record."""
+        return "arriving-publish" if self.arriving else "publish"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -67,14 +75,14 @@ class Result:
     previous_space_id: str
     sequence: int
     """How many times the pointer was written."""
-    kind: Literal["new space", "delta", "nothing to do"]
+    kind: Literal["new space", "delta", "nothing to do", "superseded"]
     codec: str
     width: int
     items: int
     written: int
     """Vectors written; the others were online as they are."""
     removed: int
-    """Vectors removed: their items left the catalogue."""
+    """Vectors removed: their items left the catalogue, or were left by a publishing that was killed."""
     verified: int
     """Vectors read back and compared, byte by byte."""
     attributes_written: int
@@ -123,6 +131,8 @@ def run(config: Config) -> Result:
     space_id = made_by["space_id"]
     partition = online.partition_of(space_id, config.run.ds)
     width = online.width_of(lake, partition)
+    if config.arriving and not beside.serves(lake, space_id, config.run.ds):
+        return superseded(config, made_by, width)
     hash_N = inspected(config, partition, width)
     space = Space(space_id=space_id, recommender_id=made_by["recommender_id"], ds=config.run.ds, width=width,
                   codec=config.codec, items=len(hash_N))  # fmt: skip
@@ -134,12 +144,13 @@ def run(config: Config) -> Result:
     clock.lap(
         "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"
     )
-    index_digest = online.build_index(lake, space, config.graph if config.approximate else None, config.chunk_rows)
+    graph = config.graph if config.approximate else None
+    index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving)
     space = dataclasses.replace(space, index=index_digest)
     found = recall(config, space)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
-    if config.offline:
-        write_offline(config, space)
+    if config.offline and not config.arriving:
+        beside.write_offline(lake, space, config.chunk_rows)
         clock.lap("offline", f"history up to {space.ds}")
     with online.refusals():
         figures = put_online(config, space, before, hash_N, clock)
@@ -148,6 +159,17 @@ def run(config: Config) -> Result:
         "outputs": {"index": index_digest, "pointer": online.pointer_text(figures.after)},
     }
     return summed(space, made_by, moved, before, figures, found, clock, digests)
+
+
+def superseded(config: Config, made_by: dict[str, str], width: int) -> Result:
+    """The Result where a night has published since: what arrived is in it, or comes with the next hour."""
+    log.info("space %s of %s serves no longer: nothing to lay over it", made_by["space_id"], config.run.ds)
+    return Result(
+        space_id=made_by["space_id"], encoder_id=made_by["encoder_id"], recommender_id=made_by["recommender_id"],
+        previous_space_id="", sequence=0, kind="superseded", codec=config.codec, width=width, items=0, written=0, removed=0,
+        verified=0, attributes_written=0, compatibility="same space", distance=0.0, residual=0.0, churn={}, recall_at_10=0.0,
+        seconds={}, inputs={}, outputs={}, rows={},
+    )  # fmt: skip
 
 
 def summed(
@@ -203,7 +225,7 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
     """Hashes of the items to publish, every row checked, every item of the catalogue there. Raises InputError, Refused."""
     lake = config.run.lake
     try:
-        hash_N = spaces.inspect(online.chunks(lake, partition, config.chunk_rows, checked=True), width, config.codec)
+        hash_N = spaces.inspect(rows_of(config, partition, checked=True), width, config.codec)
     except InputError:
         raise
     except ValueError as error:
@@ -211,7 +233,7 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
     snapshot = partitions.latest(lake, ITEMS.name, config.run.ds)
     absent, example = 0, ""
     for batch in live_items(lake, snapshot, ("item_id",)):
-        lost = spaces.outside(batch["item_id"].to_pylist(), hash_N)
+        lost = strangers.outside(batch["item_id"].to_pylist(), hash_N)
         absent, example = absent + len(lost), example or next(iter(lost), "")
     if absent:
         raise Refused(
@@ -219,6 +241,11 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
             f"run embed and project for {config.run.ds} first"
         )
     return hash_N
+
+
+def rows_of(config: Config, partition: str, *, checked: bool = False) -> Iterator[spaces.Chunk]:
+    """The rows to publish; a night's are without what arrived."""
+    return online.chunks(config.run.lake, partition, config.chunk_rows, checked=checked, arrived=config.arriving)
 
 
 def compared(config: Config, before: Pointer | None, space: Space) -> Compatibility:
@@ -274,7 +301,7 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
     store, reader = open_writer(settings(lake)), Reader.open(lake)
 
     def rows() -> Iterator[spaces.Chunk]:
-        return online.chunks(lake, online.partition_of(space.space_id, space.ds), config.chunk_rows)
+        return rows_of(config, online.partition_of(space.space_id, space.ds))
 
     with lease(store, "publish", config.lease_wait_s):
         if spaces.current(reader) != before:
@@ -284,15 +311,19 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
         delta = before is not None and before.space_id == space.space_id
         spaces.bury(store, sorted(tombstones(lake)), space.ds)
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
-        removed = remove_absent(config, store, before, hash_N) if before is not None and delta else 0
+        removed = strangers.remove_strangers(store, space.space_id, hash_N)
         clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
-        verified = spaces.verify(store, reader, space, rows())
+        verified = spaces.verify(store, reader, space, rows(), hash_N)
         clock.lap("verify", f"{verified:,} vectors read back, all equal")
-        attributes = write_attributes(config, store, reader) if config.attributes else 0
+        attributes = 0
+        if config.attributes:
+            attributes = beside.write_attributes(lake, store, reader, space.ds, config.chunk_rows, arriving=config.arriving)
         clock.lap("attributes", f"{attributes:,} items written")
+        if not config.arriving:
+            arrivals.drop(lake, space.space_id, space.ds)
         after = spaces.flip(store, reader, space)
         clock.lap("flip", f"space {space.space_id} of {space.ds} serves")
-    if config.offline:
+    if config.offline and not config.arriving:
         offline.write_pointer(Path(offline_folder(lake)), after)
     return Figures(after=after, written=written, removed=removed, verified=verified, attributes=attributes)
 
@@ -309,36 +340,3 @@ def register(lake: Path) -> None:
                     f"Feast's registry can't be written ({error.orig}): is it locked or down? What serves is untouched; run again"
                 ) from error
             time.sleep(1)
-
-
-def remove_absent(config: Config, store: Store, before: Pointer, hash_N: npt.NDArray[np.int64]) -> int:
-    """Removes items of the space that serves which the new snapshot no longer has; before the flip, so a rerun does it too."""
-    lake, partition = config.run.lake, online.partition_of(before.space_id, before.ds)
-    if partition not in partitions.committed(lake, "item_embeddings", f"space={before.space_id}"):
-        return 0
-    lost = (spaces.outside(ids, hash_N) for ids, _ in online.chunks(lake, partition, config.chunk_rows))
-    return sum(spaces.remove_items(store, before.space_id, ids) for ids in lost if ids)
-
-
-def write_attributes(config: Config, store: Store, reader: Reader) -> int:
-    """Brings `item_attributes` up to the catalogue's; returns how many items changed."""
-    return sum(
-        spaces.write_attributes(store, reader, items.to_pylist(), config.run.ds) for items in catalogue(config, config.chunk_rows)
-    )
-
-
-def catalogue(config: Config, rows: int) -> Iterator[pa.Table]:
-    """The items of the snapshot in bounded tables, without forgotten ones."""
-    lake = config.run.lake
-    columns = ("item_id", "attributes", "content_hash")
-    for batch in live_items(lake, partitions.latest(lake, ITEMS.name, config.run.ds), columns, rows):
-        yield pa.Table.from_batches([batch])
-
-
-def write_offline(config: Config, space: Space) -> None:
-    """The history of vectors and items, as Feast's offline store reads it."""
-    lake, home = config.run.lake, Path(offline_folder(config.run.lake))
-    offline.prepare(home)
-    rows = config.chunk_rows * 64  # one row group of Parquet
-    offline.write_vectors(home, space, online.chunks(lake, online.partition_of(space.space_id, space.ds), rows))
-    offline.write_items(home, config.run.ds, catalogue(config, rows))

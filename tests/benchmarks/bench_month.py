@@ -1,0 +1,382 @@
+"""A month of nights replayed by real dates, calm and killed; a night with few new items; an hour between two nights.
+
+    python tests/benchmarks/bench_month.py month --data ../shared/data/ml_latest_small --nights 30 --kills 50
+    python tests/benchmarks/bench_month.py hour --data ../shared/data/ml_latest_small --new 100 --base embedded --items 2000
+
+`month`: every night's jobs run as the command line runs them, each in a process of its own, over a catalogue that grows as
+films are first rated. Every seventh night trains a challenger, which the gates judge unattended. With `--kills` a second lake
+goes through the same month, its jobs killed (-9) at random instants and run again: it must end with the same rows online. Then
+one night brings `--share` new items. Models are tiny: the figures are of the machinery. A JSON line each. Java stays warm between
+the nights, and ends with an `extract` that is killed.
+
+`hour`: from a row in the table of items to an answer from the online store, by fresh processes, model start included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime as dt
+import hashlib
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from feature_repo.reader import Reader  # noqa: E402
+from jobs import night  # noqa: E402
+from jobs.__main__ import main as command_line  # noqa: E402
+from jobs.engines import registry  # noqa: E402
+from jobs.engines.spark import find_java  # noqa: E402
+from jobs.lake import partitions  # noqa: E402
+from jobs.lake.tables import ITEMS  # noqa: E402
+from jobs.night import Failed, Night  # noqa: E402
+from jobs.run import Refused, Run  # noqa: E402
+from tests.models import tiny  # noqa: E402
+
+TABLES = ("items", "interactions", "sequences", "llm_embeddings", "item_embeddings")
+WORK = ("extract", "scft", "pin", "embed", "project", "publish", "lookup")
+RECIPE = """
+[run]
+lake = "{home}/lake"
+tracking_uri = "sqlite:///{home}/mlflow.db"
+device = "cpu"
+[extract]
+max_row_change = 0
+items = {{ table = "{home}/items.parquet", attributes = ["title", "year", "genres"] }}
+interactions = {{ table = "{events}" }}
+spark = {{ "spark.master" = "local[1]", "spark.sql.shuffle.partitions" = "1", "spark.sql.codegen.wholeStage" = "false" }}
+[scft]
+base = "{base}"
+max_tokens = 128
+policy = {{ domain = "The movie has the following attributes:" }}
+gates = {{ recall_drop = 1.0, mean_cosine = 1.0, effective_rank = 1.0 }}
+training = {{ steps = 0 }}
+[backbone]
+width = 16
+max_len = 20
+[pretrain]
+training = {{ epochs = 2, patience = 2, batch = 128, validation_users = 100 }}
+[rat]
+hidden = 32
+whitened_width = 16
+refit_loss = 1.0
+training = {{ epochs = 2, patience = 2, batch = 128, validation_users = 100 }}
+fusion = {{ parts = ["llmemb"] }}
+[evaluate]
+resamples = 100
+events_per_user = 2
+negatives = 20
+[publish]
+graph = {{ neighbours = 8 }}
+"""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Month:
+    """A lake, its tables, and what is done to its jobs."""
+
+    home: Path
+    events: Path
+    base: str
+    items: pd.DataFrame
+    """With the date from which each item is in the catalogue."""
+    kills: int = 0
+    chance: random.Random = dataclasses.field(default_factory=lambda: random.Random(1))
+    usual: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds that a job took in the calm month."""
+    killed: dict[str, int] = dataclasses.field(default_factory=dict)
+    left: int = 0
+    """Job runs that are still to come, about: kills are spread over them."""
+
+    @property
+    def recipe(self) -> Path:
+        """Where the recipe lies."""
+        return self.home / "recipe.toml"
+
+    def prepare(self) -> None:
+        """Writes the recipe."""
+        self.home.mkdir(parents=True)
+        self.recipe.write_text(RECIPE.format(home=self.home, events=self.events, base=self.base))
+
+    def tables(self, ds: str, more: int = 0) -> int:
+        """The catalogue as it was on a date, with `more` new items; how many it has."""
+        now = self.items[self.items["since"] <= ds].drop(columns="since")
+        extra = now.head(more).assign(item_id=lambda rows: "new-" + rows["item_id"], title=lambda rows: rows["title"] + ", again")
+        both = pd.concat([now, extra]) if more else now
+        pq.write_table(pa.Table.from_pandas(both, preserve_index=False), self.home / "items.parquet")
+        return len(both)
+
+    def job(self, words: list[str]) -> tuple[int, dict[str, Any], float]:
+        """(status, Result, seconds) of a job, killed first where it is its turn, however often."""
+        while self.kills > sum(self.killed.values()) and self.chance.random() < self.kills / max(1, self.left):
+            after = self.chance.random() * self.usual.get(words[0], 1.0)
+            status, _, _ = forked(words, self.home, after)
+            if status == -signal.SIGKILL:
+                self.killed[words[0]] = self.killed.get(words[0], 0) + 1
+        self.left -= 1
+        status, result, seconds = forked(words, self.home)
+        while status == 4:  # the scheduler would try again
+            status, result, seconds = forked(words, self.home)
+        return status, result, seconds
+
+
+class Java:
+    """A Java that the copies of this process share, so that not every night waits for its start."""
+
+    gateway: Any = None
+
+    @classmethod
+    def start(cls) -> None:
+        """Starts it, in the place of one that runs."""
+        from pyspark.java_gateway import launch_gateway
+
+        for name in ("PYSPARK_GATEWAY_PORT", "PYSPARK_GATEWAY_SECRET"):
+            os.environ.pop(name, None)
+        if cls.gateway is not None:
+            cls.gateway.proc.kill()
+            cls.gateway.proc.wait()
+        find_java()
+        os.environ.update({"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable})
+        cls.gateway = launch_gateway()
+        known = cls.gateway.gateway_parameters
+        os.environ.update({"PYSPARK_GATEWAY_PORT": str(known.port), "PYSPARK_GATEWAY_SECRET": str(known.auth_token)})
+
+
+def forked(words: list[str], home: Path, kill_after: float | None = None) -> tuple[int, dict[str, Any], float]:
+    """Runs the command line in a copy of this process, which has loaded all that jobs need: (status, Result, seconds)."""
+    out, began = home / "out", time.monotonic()
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        with out.open("w") as stream, (home / "log").open("a") as log:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        try:
+            status = command_line(words)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    while True:
+        done, raw = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if kill_after is not None and time.monotonic() - began > kill_after:
+            os.killpg(child, signal.SIGKILL)
+            _, raw = os.waitpid(child, 0)
+            break
+        time.sleep(0.01)
+    status = -os.WTERMSIG(raw) if os.WIFSIGNALED(raw) else os.WEXITSTATUS(raw)
+    if status < 0 and words[0] == "extract" and Java.gateway is not None:
+        Java.start()
+    lines = out.read_text().splitlines() if status == 0 else []
+    return status, json.loads(lines[-1]) if lines else {}, time.monotonic() - began
+
+
+def champion(run: Run) -> dict[str, str] | None:
+    """The champion, asked in a copy of this process: MLflow's connections must not cross a fork."""
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        os.write(write, json.dumps(registry.champion(run)).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        found: dict[str, str] | None = json.loads(stream.read())
+    os.waitpid(child, 0)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replayed(Night):
+    """A night of the month."""
+
+    month: Month
+    results: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    first: bool
+
+    def job(self, name: str, *settings: str) -> dict[str, Any]:
+        """See `Night`."""
+        if name == "promote" and self.first:
+            settings = (*settings, "promote.approved_by=bench", "promote.overruled_by=bench")
+        words = [name, "--recipe", str(self.recipe), "--ds", self.ds]
+        for setting in settings:
+            words += ["--set", setting]
+        status, result, seconds = self.month.job(words)
+        key = "refit" if "rat.stage=refit" in settings else name
+        self.seconds[key] = round(self.seconds.get(key, 0.0) + seconds, 2)
+        told = result or {"refused": status == 3}
+        if name == "embed":
+            told["embedded"] = told.get("embedded", 0) + self.results.get(key, {}).get("embedded", 0)
+        self.results[key] = told
+        if status:
+            raise Failed(name, status)
+        return result
+
+
+def replay(month: Month, ds: str, *, train: bool, first: bool, more: int = 0) -> dict[str, Any]:
+    """One night; its figures."""
+    items = month.tables(ds, more)
+    one = Replayed(recipe=month.recipe, ds=ds, month=month, results={}, seconds={}, first=first)
+    run = Run(ds=ds, lake=month.home / "lake", tracking_uri=f"sqlite:///{month.home}/mlflow.db")
+    outcome = "served"
+    try:
+        night.serve(one, run, train=train)
+    except (Failed, Refused) as error:
+        outcome = str(error)
+    pointer = Reader.open(run.lake).pointer()
+    told = one.results.get("promote", {})
+    return {
+        "ds": ds, "outcome": outcome, "decision": told.get("decision", "refused" if told.get("refused") else "none"),
+        "space": pointer.space_id, "sequence": pointer.sequence, "serves": pointer.ds, "items": items,
+        "new": one.results.get("extract", {}).get("new_items"), "embedded": one.results.get("embed", {}).get("embedded"),
+        "written": one.results.get("publish", {}).get("written"), "removed": one.results.get("publish", {}).get("removed"),
+        "kind": one.results.get("publish", {}).get("kind"),
+        "lake_bytes": sum(path.stat().st_size for path in run.lake.rglob("*") if path.is_file()), "seconds": one.seconds,
+    }  # fmt: skip
+
+
+def state(month: Month) -> dict[str, str]:
+    """What a month must end with: the pointer, every row and attribute online, and the lake's tables, as digests."""
+    lake = month.home / "lake"
+    reader = Reader.open(lake)
+    pointer = reader.pointer()
+    batches = partitions.scan(lake, ITEMS, f"ds={pointer.ds}", ("item_id",))
+    ids = sorted(item_id for batch in batches for item_id in batch["item_id"].to_pylist())
+    rows = b"".join(item.encode() + (raw or b"") for item, (_, raw) in zip(ids, reader.rows(pointer.space, ids), strict=True))
+    served = f"{pointer.space_id}@{pointer.ds} {pointer.items} {pointer.index}"
+    found = {"rows online": hashlib.sha256(rows).hexdigest(), "pointer": served}
+    for name in TABLES:
+        digests = [partitions.read_commit(lake, name, one).digest for one in partitions.committed(lake, name)]
+        found[name] = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return found
+
+
+def days(first: str, count: int) -> Iterator[str]:
+    """Dates, one after the other."""
+    start = dt.date.fromisoformat(first)
+    yield from (f"{start + dt.timedelta(days=number)}" for number in range(count))
+
+
+def load(data: Path, home: Path, items: int = 0) -> tuple[pd.DataFrame, Path]:
+    """Films with the date from which they are in the catalogue, and the logs."""
+    events = pq.read_table(data / "interactions.parquet").to_pandas()[["user_id", "item_id", "timestamp"]]
+    films = pq.read_table(data / "items.parquet").to_pandas()[["item_id", "title", "year", "genres"]]
+    if items:
+        films = films[films["item_id"].isin(events["item_id"].value_counts().index[:items])]
+        events = events[events["item_id"].isin(films["item_id"])]
+    since = pd.to_datetime(events.groupby("item_id")["timestamp"].min(), unit="s").dt.strftime("%Y-%m-%d")
+    films["since"] = films["item_id"].map(since).fillna("1990-01-01")
+    path = home / "events.parquet"
+    pq.write_table(pa.Table.from_pandas(events, preserve_index=False), path)
+    return films.sort_values("item_id"), path
+
+
+def month_of(arguments: argparse.Namespace, home: Path) -> int:
+    """The month, calm and killed. 1 where they end differently."""
+    for name in (*WORK, "pretrain", "rat", "evaluate", "promote"):
+        importlib.import_module(f"jobs.{name}")
+    import mlflow  # noqa: F401 — loaded once, for every copy of this process
+
+    os.environ["LLMEMB_CACHE"] = str(home / "cache")
+    base = str(tiny.llama(home / "base"))
+    films, events = load(arguments.data, home)
+    calm = Month(home=home / "calm", events=events, base=base, items=films)
+    rough = Month(home=home / "killed", events=events, base=base, items=films, kills=arguments.kills)
+    night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
+    Java.start()
+    dates = list(days(arguments.first, arguments.nights))
+    for month in (calm, rough) if arguments.kills else (calm,):
+        month.prepare()
+        month.left = len(dates) * len(WORK) + 7 * (1 + len(dates) // 7)
+        for number, ds in enumerate(dates):
+            told = replay(month, ds, train=number % 7 == 0, first=number == 0)
+            if month is calm:
+                for name, seconds in told["seconds"].items():
+                    calm.usual[name] = rough.usual[name] = max(calm.usual.get(name, 0.0), seconds)
+            print(json.dumps({"month": month.home.name, **told, "kills": sum(month.killed.values())}, sort_keys=True), flush=True)
+    differ: list[str] = []
+    if arguments.kills:
+        ends = [state(month) for month in (calm, rough)]
+        differ = [name for name in ends[0] if ends[0][name] != ends[1][name]]
+        print(
+            json.dumps({"kills": sum(rough.killed.values()), "by_job": rough.killed, "differ": differ}, sort_keys=True),
+            flush=True,
+        )
+    ds = next(iter(days(f"{dt.date.fromisoformat(dates[-1]) + dt.timedelta(days=1)}", 1)))
+    new = int(arguments.share * (films["since"] <= ds).sum())
+    told = replay(calm, ds, train=False, first=False, more=new)
+    print(json.dumps({"night_with_new_items": new, **told}, sort_keys=True), flush=True)
+    return int(bool(differ))
+
+
+def hour_of(arguments: argparse.Namespace, home: Path) -> int:
+    """An hour: 100 new rows in the table until the store answers with them."""
+    os.environ["LLMEMB_CACHE"] = os.environ.get("LLMEMB_CACHE") or str(home / "cache")
+    base = "embedded" if arguments.base == "embedded" else str(tiny.llama(home / "base"))
+    films, events = load(arguments.data, home, arguments.items)
+    month = Month(home=home / "hour", events=events, base=base, items=films)
+    month.prepare()
+    night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
+    ds = arguments.first
+    first = replay(month, ds, train=True, first=True)
+    print(json.dumps({"first_night": first["seconds"], "items": first["items"]}, sort_keys=True), flush=True)
+    began = time.monotonic()
+    month.tables(ds, arguments.new)
+    words = [sys.executable, "-m", "jobs", "night", "--recipe", str(month.recipe), "--ds", ds, "--arriving"]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    ids = [f"new-{item}" for item in films[films["since"] <= ds]["item_id"].head(arguments.new)]
+    answer = Reader.open(month.home / "lake").vectors(ids)
+    seconds = time.monotonic() - began
+    found = {"base": arguments.base, "new": arguments.new, "answered": len(answer.item_ids), "seconds": round(seconds, 1)}
+    print(
+        json.dumps({**found, "written": told["written"], "items": told["items"], "kind": told["kind"]}, sort_keys=True),
+        flush=True,
+    )
+    return int(len(answer.item_ids) != arguments.new)
+
+
+def main() -> int:
+    """One of the two; 0 without the data, saying so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("month", "hour"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--first", default="2018-08-26")
+    parser.add_argument("--nights", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--share", type=float, default=0.01)
+    parser.add_argument("--new", type=int, default=100)
+    parser.add_argument("--base", choices=("tiny", "embedded"), default="tiny")
+    parser.add_argument("--items", type=int, default=0, help="films of the catalogue, the most rated; 0 takes all")
+    arguments = parser.parse_args()
+    if not (arguments.data / "items.parquet").exists():
+        print(json.dumps({"skipped": f"{arguments.data} holds no items.parquet: give MovieLens latest-small as --data"}))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="month-") as name:
+        return month_of(arguments, Path(name)) if arguments.what == "month" else hour_of(arguments, Path(name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

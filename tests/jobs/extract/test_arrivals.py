@@ -1,0 +1,65 @@
+"""extract between two nights: what is new or changed in the table of items, and nothing of the nights' own tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs import extract
+from jobs.lake import arrivals, partitions
+from jobs.lake.arrivals import ARRIVING_ITEMS
+from jobs.lake.items import bury, content_hash
+from jobs.run import InputError, Refused
+from tests.jobs.extract.test_extract import CATALOGUE, DS, LOGS, config
+from tests.jobs.extract.test_extract import one_session as one_session  # for pytest, which looks fixtures up here
+
+LATE = [
+    ("i0", "Another title", ["war"]),
+    *CATALOGUE[1:4],
+    ("new", "A new one", ["love"]),
+    ("gone", "Forgotten", None),
+    (None, "x", None),
+]
+
+
+def bytes_of(lake: Path) -> dict[str, bytes]:
+    """Every file of the nights' tables."""
+    return {
+        str(path): path.read_bytes() for path in lake.rglob("*.parquet") if not path.parts[len(lake.parts)].startswith("arriving")
+    }
+
+
+def test_new_and_changed_items_arrive_and_no_table_of_the_nights_changes(tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    extract.run(config(tmp_path, CATALOGUE, LOGS))
+    bury(lake, "gone", DS)
+    before = bytes_of(lake)
+    result = extract.run(config(tmp_path, LATE, "no such table", arriving=True))
+    assert isinstance(result, extract.arrivals.Result)
+    assert (result.new_items, result.changed_items, result.quarantined) == (1, 1, 1)
+    rows = {row["item_id"]: row for row in partitions.read(lake, ARRIVING_ITEMS, f"ds={DS}").to_pylist()}
+    assert set(rows) == {"i0", "new"}
+    assert rows["i0"]["content_hash"] == content_hash([("title", "Another title"), ("genres", "war")])
+    assert bytes_of(lake) == before
+    assert partitions.committed(lake, "items") == [f"ds={DS}"]
+
+
+def test_what_arrived_and_went_again_is_gone_and_older_dates_are_cleared(tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    extract.run(config(tmp_path, CATALOGUE, LOGS))
+    bury(lake, "gone", DS)
+    assert extract.run(config(tmp_path, LATE, LOGS, arriving=True)).rows == {ARRIVING_ITEMS.name: 2}
+    assert extract.run(config(tmp_path, CATALOGUE, LOGS, arriving=True)).rows == {ARRIVING_ITEMS.name: 0}
+    extract.run(config(tmp_path, CATALOGUE, LOGS, ds="2026-03-11"))
+    extract.run(config(tmp_path, CATALOGUE, LOGS, ds="2026-03-11", arriving=True))
+    assert partitions.committed(lake, ARRIVING_ITEMS.name) == ["ds=2026-03-11"]
+    assert arrivals.digest(lake, ARRIVING_ITEMS.name, f"ds={DS}") == ""
+
+
+def test_without_the_snapshot_or_with_too_many_items_it_is_left_to_the_night(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run the job that writes items"):
+        extract.run(config(tmp_path, CATALOGUE, LOGS, arriving=True))
+    extract.run(config(tmp_path, CATALOGUE, LOGS))
+    with pytest.raises(Refused, match=r"more than extract\.most_arriving = 1 items"):
+        extract.run(config(tmp_path, LATE, LOGS, arriving=True, most_arriving=1))
