@@ -25,13 +25,15 @@ class RecommenderModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.recommender = load_recommender(Path(context.artifacts["recommender"]))
 
     def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> dict[str, Any]:
-        """{"item_ids": N ids, "embeddings": llm_NE} -> {"vectors": emb_ND}.
+        """{"item_ids": N ids, "embeddings": llm_NE}, or a data frame with one such row -> {"vectors": emb_ND}.
 
         With "histories", lists of item ids, oldest first, it gives {"item_ids": the k best of each, "scores": theirs} among the
         items given; "k" is 10 unless given. Raises ValueError for a history of items that were not given.
         """
+        # MLflow makes a frame of inputs that a signature names
+        model_input = model_input.iloc[0].to_dict() if hasattr(model_input, "iloc") else model_input
         item_ids = [str(item_id) for item_id in model_input["item_ids"]]
-        llm_NE = torch.as_tensor(np.asarray(model_input["embeddings"]))
+        llm_NE = torch.as_tensor(np.stack([np.asarray(row, dtype=np.float32) for row in model_input["embeddings"]]))
         emb_ND = self.recommender.project(llm_NE, item_ids)
         if "histories" not in model_input:
             return {"vectors": emb_ND.numpy()}

@@ -20,6 +20,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
+from jobs.engines.signatures import signature
 from jobs.lake import artifacts, manifests
 from jobs.run import InputError, Run, Unavailable, as_json, code_revision
 
@@ -203,11 +204,12 @@ def add_version(model: str, artifact: Path, code: Path, tags: Mapping[str, str])
     import mlflow
 
     kind = artifact.parent.name
-    # inputs are nested lists and arrays, which MLflow has no signature for and says so; it sets filters of its own
+    # MLflow has something to say of hints in the code file, and sets filters of its own
     with warnings.catch_warnings(record=True):
         logged = mlflow.pyfunc.log_model(
             name=kind,
             python_model=str(code),
+            signature=signature(kind),
             artifacts={kind: str(artifact)},
             code_paths=[str(Path(__file__).parents[2] / "models")],
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS[kind]],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs import rat
 from jobs.engines import recommender_pyfunc
+from jobs.engines.signatures import signature
 from jobs.lake import artifacts
 from jobs.rat.rotation import spans_of
 from models.behaviour.artifact import load_recommender
@@ -36,19 +37,30 @@ EMBEDDINGS = np.random.default_rng(0).normal(size=(20, 12)).astype(np.float16)
 ASKED = {"item_ids": IDS, "embeddings": EMBEDDINGS, "histories": [["i01", "i02"], ["i05"] * 9, []], "k": 3}
 
 
-def test_a_model_saved_by_mlflow_answers_as_the_artifact_does_and_holds_no_pickle(kept: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_model_saved_by_mlflow_answers_as_the_artifact_does_and_holds_no_pickle(
+    kept: Path, tmp_path: Path, signed: bool
+) -> None:
     mlflow.pyfunc.save_model(
         tmp_path / "model",
         python_model=recommender_pyfunc.__file__,
         artifacts={"recommender": str(kept)},
         pip_requirements=["torch"],
+        signature=signature("recommender") if signed else None,
     )
     assert not [file for file in (tmp_path / "model").rglob("*") if file.suffix in (".pkl", ".pickle", ".bin", ".pt")]
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     vectors = load_recommender(kept).project(torch.from_numpy(EMBEDDINGS), IDS)
     assert np.array_equal(model.predict({"item_ids": IDS, "embeddings": EMBEDDINGS})["vectors"], vectors.numpy())
     again = mlflow.pyfunc.load_model(str(tmp_path / "model"))
-    assert model.predict(ASKED) == again.predict(ASKED)
+    assert model.predict(ASKED) == again.predict(ASKED) == direct(kept).predict(None, ASKED)
+
+
+def test_a_signature_names_what_is_missing_before_anything_is_computed(kept: Path, tmp_path: Path) -> None:
+    mlflow.pyfunc.save_model(tmp_path / "model", python_model=recommender_pyfunc.__file__, artifacts={"recommender": str(kept)},
+                             pip_requirements=["torch"], signature=signature("recommender"))  # fmt: skip
+    with pytest.raises(mlflow.exceptions.MlflowException, match="embeddings"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model")).predict({"item_ids": IDS})
 
 
 def direct(kept: Path) -> recommender_pyfunc.RecommenderModel:

@@ -178,6 +178,8 @@ def test_a_registered_recommender_loads_elsewhere_and_scores_alike_without_a_pic
     put(run, artifact)
     with registry.connected(run):
         place = mlflow.artifacts.download_artifacts(f"models:/{registry.RECOMMENDER}/1", dst_path=str(tmp_path / "copy"))
+        known = mlflow.models.get_model_info(f"models:/{registry.RECOMMENDER}/1").signature
+    assert known.inputs.input_names() == ["item_ids", "embeddings", "histories", "k"]
     assert not [file for file in Path(place).rglob("*") if file.suffix in (".pkl", ".pickle", ".bin", ".pt", ".pth")]
     asked = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     np.save(tmp_path / "asked.npy", asked)
