@@ -33,7 +33,7 @@ WAY = (
     "models/text/embedding.py",
     "jobs/project.py",
     "models/behaviour/fused.py",
-    "jobs/publish.py",
+    "jobs/publish/__init__.py",
     "feature_repo/spaces.py",
     "feature_repo/stores.py",
 )
