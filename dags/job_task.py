@@ -24,7 +24,8 @@ from job_process import ROOT, JobProcess, log, setting
 GPU_JOBS = ("scft", "embed", "pretrain", "rat", "evaluate")
 HOURS = {"extract": 6, "scft": 24, "embed": 12, "pretrain": 12, "rat": 12, "evaluate": 4, "publish": 6}
 """How long a try may take; two hours for the others."""
-TAGS = {"scft_refresh": "training", "rat_training": "training", "nightly_embeddings": "serving", "maintenance": "upkeep"}
+TAGS = {"scft_refresh": "training", "rat_training": "training", "nightly_embeddings": "serving",
+        "hourly_items": "serving", "maintenance": "upkeep"}  # fmt: skip
 """What a DAG is for; the others are started by a person."""
 DATE = "{{ snapshot_date(params, dag_run, triggering_asset_events) }}"
 

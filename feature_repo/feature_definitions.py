@@ -3,7 +3,7 @@
 | feature view      | one row per    | written by             |
 |-------------------|----------------|------------------------|
 | `item_embedding`  | (item, space)  | `publish`              |
-| `serving_pointer` | catalogue      | `publish`, `rollback`  |
+| `serving_pointer` | catalogue      | `publish`, `rollback`, `forget` |
 | `item_tombstone`  | forgotten item | `forget`               |
 | `item_attributes` | item           | `publish`              |
 | `user_history`    | user           | pushed by the SRS team |

@@ -109,9 +109,9 @@ def run_dag(name: str) -> list[tuple[str, str, float]]:
 
 
 def manifest(name: str) -> dict[str, Any]:
-    """A job's Result of this date."""
-    newest = max((DEMO / "lake" / "manifests" / f"ds={DS}").glob(f"{name}.*json"))
-    result: dict[str, Any] = json.loads(newest.read_text())["result"]
+    """A job's Result of this date, of its newest run that had one."""
+    runs = [json.loads(path.read_text()) for path in sorted((DEMO / "lake" / "manifests" / f"ds={DS}").glob(f"{name}.*json"))]
+    result: dict[str, Any] = [run["result"] for run in runs if run.get("result")][-1]
     return result
 
 

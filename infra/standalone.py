@@ -27,6 +27,14 @@ from jobs.recipe import load_recipe  # noqa: E402 (the checkout's own)
 PORTS = {"airflow": 8080, "mlflow": 5000, "feast": 8888}
 NAMES = {"airflow": "Airflow", "mlflow": "MLflow", "feast": "Feast"}
 PASSWORDS = "simple_auth_manager_passwords.json.generated"
+# a task whose pool is missing is never started
+AIRFLOW = """
+import os, subprocess, sys
+airflow = [sys.executable, "-m", "airflow"]
+for command in (["db", "migrate"], ["pools", "import", sys.argv[1]]):
+    subprocess.run([*airflow, *command], check=True)
+os.execv(sys.executable, [*airflow, "standalone"])
+"""
 GRACE_S = 20
 """Seconds that each process has to end."""
 
@@ -125,7 +133,7 @@ def environment_of(recipe: Path, lake: Path, ports: Mapping[str, int]) -> dict[s
 
 def commands(run: Mapping[str, Any], lake: Path, ports: Mapping[str, int]) -> dict[str, list[str]]:
     """Airflow first; MLflow's page where the recipe keeps it in a file; Feast's."""
-    found = {"airflow": [sys.executable, "-m", "airflow", "standalone"]}
+    found = {"airflow": [sys.executable, "-c", AIRFLOW, str(ROOT / "infra" / "pools.json")]}
     address = str(run.get("tracking_uri", ""))
     if address.startswith("sqlite:"):
         where = ["--host", "127.0.0.1", "--port", str(ports["mlflow"]), "--workers", "1"]

@@ -102,7 +102,8 @@ def serve(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     champion = registry.champion(run)
     if champion is None:
         say_yes = f"python -m jobs promote --recipe {night.recipe} --ds {night.ds} --set promote.approved_by=NAME"
-        raise Refused(f"nothing serves yet: a person must say yes, see docs/first-champion.md, then: {say_yes}")
+        raise Refused(f"nothing serves yet: a person must say yes, see docs/first-champion.md, then: {say_yes} (and --set "
+                      "promote.overruled_by=NAME where a floor was not beaten)")  # fmt: skip
     if champion.get("ds") == night.ds and not champion.get("gated_id"):
         refit(night)
     # asked once: a promotion meanwhile waits for the next night

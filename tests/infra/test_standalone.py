@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -232,6 +233,9 @@ def test_the_pages_of_airflow_mlflow_and_feast_answer(
         assert "<title>MLflow</title>" in page("mlflow", "/")
         assert "llmemb" in page("feast", "/projects-list.json")
         assert "Feast" in page("feast", "/")
+        with contextlib.closing(sqlite3.connect(next(tmp_path.rglob("airflow.db")))) as database:
+            pools = {name for (name,) in database.execute("SELECT pool FROM slot_pool")}
+        assert pools >= set(json.loads((PROGRAM.parent / "pools.json").read_text()))
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 143
     for port in ports.values():
