@@ -143,7 +143,7 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]
     try:
         running.until("a healthy scheduler", lambda: healthy(running))
         running.token = token(running)
-        running.until("the DAGs", lambda: running.call("GET", "/api/v2/dags")["total_entries"] == 6)
+        running.until("the DAGs", lambda: running.call("GET", "/api/v2/dags")["total_entries"] == 7)
         yield running
     finally:
         os.killpg(process.pid, signal.SIGTERM)

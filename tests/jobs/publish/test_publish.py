@@ -16,8 +16,9 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from feature_repo import feature_definitions
+from feature_repo.keys import key_texts
 from feature_repo.reader import Reader, settings
-from feature_repo.stores import SqliteStore, key_texts, lease, open_writer
+from feature_repo.stores import SqliteStore, lease, open_writer
 from jobs import lookup, publish, rollback
 from jobs.engines import online
 from jobs.lake import manifests, partitions
