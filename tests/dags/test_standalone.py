@@ -219,7 +219,7 @@ def test_a_run_that_is_late_is_told(standalone: Standalone) -> None:
 
 
 def test_a_backfill_fills_each_date_and_what_serves_stays(standalone: Standalone) -> None:
-    standalone.stub.plan(acts={"publish": [3]})
+    standalone.stub.plan(acts={"publish": [5]})
     dates = {"from_date": "2025-12-01T00:00:00Z", "to_date": "2025-12-02T23:00:00Z", "max_active_runs": 1}
     standalone.call("POST", "/api/v2/backfills", {"dag_id": "nightly_embeddings", **dates})
     for run in standalone.ended("nightly_embeddings", "backfill", 2):
@@ -233,7 +233,7 @@ def test_a_backfill_fills_each_date_and_what_serves_stays(standalone: Standalone
 
 def test_a_backfill_beside_the_night_leaves_both_whole(standalone: Standalone) -> None:
     older, today = ("2025-11-01", "2025-11-02"), "2026-01-07"
-    standalone.stub.plan(acts={f"extract@{older[0]}": ["pause"]} | {f"publish@{ds}": [3] for ds in older})
+    standalone.stub.plan(acts={f"extract@{older[0]}": ["pause"]} | {f"publish@{ds}": [5] for ds in older})
     dates = {"from_date": f"{older[0]}T00:00:00Z", "to_date": f"{older[1]}T23:00:00Z", "max_active_runs": 1}
     wanted = {"dag_id": "nightly_embeddings", **dates}
     # 409 until the backfill of the test before is marked as done
