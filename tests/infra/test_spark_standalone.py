@@ -160,7 +160,7 @@ def start(recipe: Path, lake: Path, environment: dict[str, str], *settings: str)
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:
     """The Result of a job that ended well."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=480)
     assert process.returncode == 0, err[-3000:]
     value: dict[str, Any] = json.loads(out.splitlines()[-1])
     return value
@@ -173,6 +173,7 @@ def rows(lake: Path, table: str) -> pa.Table:
     return pa.concat_tables(pq.read_table(folder / name) for name in names)
 
 
+@pytest.mark.timeout(900)  # three extracts, one on a cluster of processes; each wait in it has a deadline of its own
 def test_extract_on_a_cluster_survives_a_worker_and_leaves_the_same_lake(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     running = start(recipe, tmp_path / "cluster", cluster.environment)
     until("executors on both workers", lambda: cluster.busy() == 2)
