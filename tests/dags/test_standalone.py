@@ -228,8 +228,15 @@ def test_a_run_that_is_late_is_told(standalone: Standalone) -> None:
 def test_a_backfill_fills_each_date_and_what_serves_stays(standalone: Standalone) -> None:
     standalone.stub.plan(acts={"publish": [5]})
     dates = {"from_date": "2025-12-01T00:00:00Z", "to_date": "2025-12-02T23:00:00Z", "max_active_runs": 1}
-    standalone.call("POST", "/api/v2/backfills", {"dag_id": "nightly_embeddings", **dates})
-    for run in standalone.ended("nightly_embeddings", "backfill", 2):
+    wanted = {"dag_id": "nightly_embeddings", **dates}
+    # 409 until a backfill before is marked as done
+    standalone.until("a backfill", lambda: standalone.call("POST", "/api/v2/backfills", wanted))
+
+    def ended() -> list[dict[str, Any]]:
+        mine = [run for run in standalone.runs("nightly_embeddings") if run["dag_run_id"].startswith("backfill__2025-12")]
+        return mine if [run["state"] in ("success", "failed") for run in mine] == [True, True] else []
+
+    for run in standalone.until("both dates", ended):
         assert run["state"] == "success"
         states = standalone.states("nightly_embeddings", run["dag_run_id"])
         assert states["project"] == states["report"] == "success" and states["publish"] == states["lookup"] == "skipped"
