@@ -17,6 +17,7 @@ from jobs.rat.rotation import Goal, Rotation
 from jobs.run import as_json
 from models.behaviour.artifact import save_fused, save_recommender
 from models.behaviour.assembly import Assembled, Fusion, Material, assemble, centres
+from models.behaviour.fused import Part
 from models.behaviour.recommender import Recommender
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def counter() -> Callable[[], None]:
 def keep_alone(staged: Path, given: Material, goal: Goal | Rotation, meta: dict[str, object]) -> Rotation:
     """LLMEmb as published: one part, one sequence encoder."""
     part = given.llmemb
-    turn_DD, told = rotation.turn(goal, "llmemb", rows(given, goal, "llmemb"))
+    turn_DD, told = rotation.turn(goal, "llmemb", rows(given, goal, part))
     if turn_DD is not None:
         meta = meta | {"rotation": as_json(told)}
     save_recommender(
@@ -109,18 +110,17 @@ def turned(assembled: Assembled, given: Material, goal: Goal | Rotation) -> tupl
     kept = {part.name: part for part in assembled.parts}
     for name in TRAINED:
         if name in kept:
-            turn_DD, one = rotation.turn(goal, name, rows(given, goal, name, assembled))
+            turn_DD, one = rotation.turn(goal, name, rows(given, goal, kept[name]))
             told = told or one
             if turn_DD is not None:
                 turns[name] = turn_DD
     return turns, told or Rotation(note="no part is trained: nothing to turn")
 
 
-def rows(given: Material, goal: Goal | Rotation, name: str, assembled: Assembled | None = None) -> Tensor:
+def rows(given: Material, goal: Goal | Rotation, part: Part) -> Tensor:
     """new_ND of a part, of the goal's items."""
     if isinstance(goal, Rotation):
         return torch.zeros(0, 0)
-    part = given.llmemb if assembled is None else next(part for part in assembled.parts if part.name == name)
     device = given.white_NK.device
     row_N = torch.from_numpy(goal.row_N).to(device)
     with torch.no_grad():

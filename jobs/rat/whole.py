@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from jobs.lake.tensors import Catalogue, checkpoint_path, progress_log, read_embeddings
-from jobs.rat import rotation
+from jobs.rat import fuse, rotation
 from jobs.rat.fuse import TRAINED
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import as_json
 from models.behaviour import fusion
-from models.behaviour.artifact import save_fused, save_recommender
-from models.behaviour.assembly import Material, part_options
+from models.behaviour.artifact import save_fused
+from models.behaviour.assembly import Material, part_options, scored
 from models.behaviour.data import Histories, train_counts
 from models.behaviour.fused import FusedRecommender, Part, Weights
-from models.behaviour.fusion import Scores
 from models.behaviour.items import IdItems
 from models.behaviour.progress import Trained
 from models.behaviour.recommender import LoadedRecommender, Recommender, build_sequence
@@ -114,18 +113,14 @@ class Work:
         goal = rotation.find(self.config.run, self.settings.rotate_to, self.catalogue, self.settings.backbone.width)
         own = Part(name="llmemb", items=llmemb.items, sequence=llmemb.sequence, backbone=self.settings.backbone,
                    config=self.item_config())  # fmt: skip
+        given = self.material(own, teacher)
         if not isinstance(self.judged.loaded, FusedRecommender):
-            turn_DD, told = rotation.turn(goal, "llmemb", self.goal_rows(own, goal))
-            save_recommender(
-                staged, llmemb, item_ids=self.catalogue.item_ids, backbone=self.settings.backbone, items=own.config,
-                whitening=self.judged.whitening, turn_DD=turn_DD,
-                meta=meta if turn_DD is None else meta | {"rotation": as_json(told)},
-            )  # fmt: skip
+            fuse.keep_alone(staged, given, goal, meta)
             return
-        made = [self.part(known, member, own, teacher) for known, member in
+        made = [self.part(known, member, given) for known, member in
                 zip(self.judged.loaded.meta["parts"], self.judged.loaded.members, strict=True)]  # fmt: skip
-        turns, told = self.turns(made, goal)
-        weights, means = self.weights(made)
+        turns, told = self.turns(made, given, goal)
+        weights, means = self.weights(made, given)
         centres = {name: share * (means[name] @ turns[name] if name in turns else means[name])
                    for name, share in weights.centre.items()}  # fmt: skip
         save_fused(
@@ -140,18 +135,18 @@ class Work:
             return next((dict(part["items"]) for part in loaded.meta["parts"] if part["name"] == "llmemb"), {})
         return dict(loaded.meta["items"])
 
-    def part(self, known: Mapping[str, Any], member: LoadedRecommender, own: Part, teacher: Recommender | None) -> Part:
+    def part(self, known: Mapping[str, Any], member: LoadedRecommender, given: Material) -> Part:
         """One part of all events: trained, shrunk or counted anew, as validation chose; text stays as it was."""
         name, told = str(known["name"]), self.judged.told["fused"]
         if name == "llmemb":
-            return own
+            return given.llmemb
         if name == "text":
             return Part(name=name, items=member.items, sequence=member.sequence, backbone=member.backbone, config=known["items"],
                         fading=known.get("fading"))  # fmt: skip
         fusion_, kind = self.settings.fusion, told.get("counted", "")
         if name == "counting" and kind:
             fusion_ = dataclasses.replace(fusion_, counting=(kind,))
-        options = part_options(fusion_, self.material(own, teacher), name, self.white_NK)
+        options = part_options(fusion_, given, name, self.white_NK)
         return next(part for (value, _), part in options.items() if value == told["chosen"].get(name, value))
 
     def material(self, own: Part, teacher: Recommender | None) -> Material:
@@ -167,41 +162,24 @@ class Work:
             unseen=self.config.run.exclude_seen,
         )  # fmt: skip
 
-    def turns(self, made: Sequence[Part], goal: Goal | Rotation) -> tuple[dict[str, Tensor], Rotation]:
+    def turns(self, made: Sequence[Part], given: Material, goal: Goal | Rotation) -> tuple[dict[str, Tensor], Rotation]:
         """turn_DD of each trained part towards the space that served, and how near the first one came."""
         turns, told = dict[str, Tensor](), Rotation(note="nothing to turn")
         for part in sorted((part for part in made if part.name in TRAINED), key=lambda part: TRAINED.index(part.name)):
-            turn_DD, one = rotation.turn(goal, part.name, self.goal_rows(part, goal))
+            turn_DD, one = rotation.turn(goal, part.name, fuse.rows(given, goal, part))
             if turn_DD is not None:
                 told = told if turns else one
                 turns[part.name] = turn_DD
         return turns, told
 
-    def goal_rows(self, part: Part, goal: Goal | Rotation) -> Tensor:
-        """new_ND of the goal's items."""
-        if isinstance(goal, Rotation):
-            return torch.zeros(0, 0)
-        row_N = torch.from_numpy(goal.row_N).to(self.device)
-        with torch.no_grad():
-            alone = part.loaded(self.catalogue.item_ids, self.judged.whitening, self.device)
-            return alone.from_white(self.white_NK[row_N - 1], row_N)
-
-    def weights(self, made: Sequence[Part]) -> tuple[Weights, dict[str, Tensor]]:
+    def weights(self, made: Sequence[Part], given: Material) -> tuple[Weights, dict[str, Tensor]]:
         """The weights that validation chose, over the spread that each part's scores have now; and mean user vectors."""
         told = self.judged.told["fused"]
         longest = max(part.backbone.max_len for part in made)
         sample = fusion.sample_cases(self.split, self.counts_V, max_len=longest, unseen=self.config.run.exclude_seen,
                                      width=sum(part.backbone.width for part in made))  # fmt: skip
-        scores = {part.name: self.scored(sample, part) for part in made}
+        scores = {part.name: scored(given, sample, part, self.white_NK) for part in made}
         _, columns = fusion.candidates(sample, list(scores.values()))
         scale = {name: told["weights"][name] / column.spread for name, column in zip(scores, columns, strict=True)}
         weights = Weights(scale=scale, gates=tuple(told["gates"]), centre=dict(told["centre"]))
         return weights, {name: one.user_CD.mean(0) for name, one in scores.items()}
-
-    def scored(self, sample: fusion.Sample, part: Part) -> Scores:
-        """The part's side of the sample, as it would serve."""
-        alone = part.loaded(self.catalogue.item_ids, self.judged.whitening, self.device)
-        row_N = torch.arange(1, len(self.counts_V), device=self.device)
-        with torch.no_grad():
-            table_VD = torch.nn.functional.pad(alone.from_white(self.white_NK, row_N).float(), (0, 0, 1, 0))
-        return fusion.scored(sample, table_VD, alone.encode)
