@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # a shell starts what runs in its background with SIGINT ignored, and that is inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, line in lines.items():

@@ -189,6 +189,15 @@ def test_what_is_set_already_stays(standalone: ModuleType, tmp_path: Path, monke
 # -------------------------------------------------------------------------------------------------------------- how it ends
 
 
+@pytest.fixture
+def in_the_background() -> Iterator[None]:
+    """SIGINT is ignored and passed on so, as in what a shell starts in its background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_background")
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_addresses_and_the_password_are_told_and_a_signal_ends_every_process(
     ports: dict[str, int], tmp_path: Path, sent: signal.Signals
