@@ -108,6 +108,15 @@ def refused(encoder: Mapping[str, Any]) -> str:
     return ", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else "") if left else "none"
 
 
+BESIDE_BASE = {
+    "better": "better than its base model",
+    "no different": "no differently from its base model, which would do as well",
+    "base": "as its base model, which it is",
+    "unknown": "beside its base model nobody knows how",
+}
+"""What the verdict of `scft` means to a person who approves."""
+
+
 def trained(
     encoder: Mapping[str, Any], scft: Mapping[str, Any], rat: Mapping[str, Any], recommender: Mapping[str, Any]
 ) -> Iterator[str]:
@@ -115,6 +124,10 @@ def trained(
     lora = known(encoder, "lora")
     yield f"SCFT: {'LoRA r ' + str(lora['r']) if isinstance(lora, Mapping) else 'none, the base model as it is'}, best step " \
           f"{known(scft, 'result', 'best_step')} of {known(scft, 'result', 'steps')}."  # fmt: skip
+    worth = known(scft, "result", "worth")
+    if isinstance(worth, Mapping) and worth:
+        yield f"Without any training on top, the encoder ranks {BESIDE_BASE.get(str(worth.get('verdict')), 'unknown')} " \
+              f"({worth.get('why')})."  # fmt: skip
     yield f"RAT: {known(rat, 'config', 'training', 'loss')} loss, best epoch {known(rat, 'result', 'best_epoch')}, validation " \
           f"NDCG@10 {figure(known(rat, 'result', 'validation_ndcg'))}; whitening keeps " \
           f"{figure(known(recommender, 'explained_variance'))} of the variance."  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.lake import partitions
@@ -14,6 +14,7 @@ from jobs.scft.judge import keep
 from jobs.scft.refresh import due, recipe_digest
 from jobs.scft.texts import read_texts, teacher_clusters, user_pairs
 from jobs.scft.tuning import build, sized, tune
+from jobs.scft.worth import Sample, sample_of
 from models.processes import join, same_everywhere
 from models.text.lora import update_norm
 from models.text.scft import Tuned
@@ -58,6 +59,9 @@ class Result:
     inputs: dict[str, str]
     outputs: dict[str, str]
     rows: dict[str, int]
+    worth: dict[str, Any] = field(default_factory=dict)
+    """What it foretells without any training on top, beside its base model and the encoder in use before: `verdict` (better,
+    no different, unknown, base), `why`, and NDCG@10 with differences by slice. Empty where an older manifest does not tell."""
     device: str = ""
     """That it was trained on; empty where an older manifest does not tell."""
 
@@ -92,18 +96,20 @@ def trained(config: Config, snapshot: str) -> dict[str, Any]:
     encoder = build(config, device)
     texts = encoder.tokenize(shuffle_texts(items, config.run.seed) if config.shuffle_texts else items)
     inputs = {"items": partitions.read_commit(config.run.lake, ITEMS.name, snapshot).digest, "base": encoder.spec.base_sha256}
-    pair_P2, sequences = user_pairs(config, hashes)
+    pairs, sequences = user_pairs(config, hashes)
     inputs |= sequences
     training, tuned = sized(config, device), None
+    sample: Sample | str = "nothing was trained"
     checkpoint = checkpoint_path("scft", config, inputs, config.run.lake)
     if training.steps:
+        sample = sample_of(config, snapshot, device)
         clusters_I = teacher_clusters(config, item_ids)
-        tuned = tune(encoder, texts, training, config.run.seed, clusters_I, pair_P2, checkpoint)
+        tuned = tune(encoder, texts, training, config.run.seed, clusters_I, pairs, checkpoint, sample)
     if rank == 0:
-        facts = keep(config, encoder, texts, training, tuned, inputs)
+        facts = keep(config, encoder, texts, training, tuned, inputs, sample)
         checkpoint.unlink(missing_ok=True)
     else:
-        facts = {"encoder_id": "0" * 16, "figures": {}, "base_figures": {}, "moved": 0.0, "version": None}
+        facts = {"encoder_id": "0" * 16, "figures": {}, "base_figures": {}, "moved": 0.0, "version": None, "worth": {}}
     facts["encoder_id"] = same_everywhere(facts["encoder_id"], device)
     common = {"empty": texts.empty, "device": str(device), "inputs": inputs, "rows": {"texts": len(texts)}}
     return facts | course(config, tuned, facts) | common | {"outputs": {"encoder": facts["encoder_id"]}}

@@ -34,6 +34,13 @@ class Config:
     """`device` takes fewer held-out items and candidates on a CPU, which would be at it for many minutes; `full` as many as
     `training` says."""
     gates: Gates = field(default_factory=Gates)
+    accept: Literal["no worse", "better"] = "no worse"
+    """An encoder is refused that ranks validation events surely worse than its base does, without any training on top; with
+    `better`, also one that isn't surely better."""
+    cold_share: float = 0.1
+    """Share of the items that users teach nothing of, so that what an encoder is worth for new items can be measured."""
+    worth_items: int = 0
+    """Items of the sample on which that is measured; 0 is 1,500 on a CPU and 50,000 on a GPU."""
     four_bit: bool = False
     """Holds the base in 4 bits while training (needs bitsandbytes)."""
     teacher: str = "latest"
@@ -47,13 +54,15 @@ class Config:
     refresh_share: float = 0.05
     """Trains again once this share of the items is new or changed since the encoder's snapshot."""
     max_age_days: int = 30
-    """Trains again at this age, whatever changed; 0 trains at every run."""
+    """Trains again at this age, whatever changed, unless the encoder was no better than its base; 0 trains at every run."""
 
     def __post_init__(self) -> None:
         if self.max_items < 4 or self.layers < 0 or self.clusters < 2 or not 0 <= self.refresh_share <= 1:
             raise InputError(
                 "scft: max_items must be at least 4, layers at least 0, clusters at least 2, refresh_share a share in [0, 1]"
             )
+        if not 0 <= self.cold_share < 1 or self.worth_items < 0:
+            raise InputError(f"scft: cold_share = {self.cold_share} must be a share in [0, 1), worth_items at least 0")
         if self.four_bit and self.training.fp8:
             raise InputError(
                 "scft: the frozen weights are held in 4 bits or multiplied in 8: set four_bit or training.fp8 to false"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from jobs.engines import registry
 from jobs.lake import artifacts
 from jobs.run import Refused, as_json
 from jobs.scft.config import Config
+from jobs.scft.refresh import trainings
 from jobs.scft.tuning import validation_size, watched
+from jobs.scft.worth import BASE, BEFORE, NEW, Sample, weighed
 from models.text.base_model import load_base
 from models.text.embedding import embed
 from models.text.encoder import Encoder, load_encoder, save_encoder
@@ -23,7 +26,13 @@ from models.text.view_retrieval import Validation, autocast_like_base, hold_out_
 
 
 def keep(
-    config: Config, encoder: Encoder, texts: Texts, training: Scft, tuned: Tuned | None, inputs: dict[str, str]
+    config: Config,
+    encoder: Encoder,
+    texts: Texts,
+    training: Scft,
+    tuned: Tuned | None,
+    inputs: dict[str, str],
+    sample: Sample | str,
 ) -> dict[str, Any]:
     """Writes the artifact, judges it as it reads back, keeps and registers it; the Result's fields that come of it.
 
@@ -43,9 +52,26 @@ def keep(
     wrong = refusals(figures, before, moved, config.gates, candidates=len(emb_CE), zero_shot=tuned is None)
     if wrong:
         raise Refused(f"the encoder is refused: {'; '.join(wrong)}")
+    worth = {"verdict": "base", "why": "it is the base model as it is"} if tuned is None else compared(config, loaded, sample)
     encoder_id = artifacts.keep(config.run.lake, "encoder", staged)
-    version = register(config, encoder_id, figures, inputs, curve_of(tuned))
-    return {"encoder_id": encoder_id, "figures": figures, "base_figures": before, "moved": moved, "version": version}
+    version = register(config, encoder_id, figures, inputs, curve_of(tuned), worth["verdict"])
+    return {"encoder_id": encoder_id, "figures": figures, "base_figures": before, "moved": moved, "version": version,
+            "worth": worth}  # fmt: skip
+
+
+def compared(config: Config, loaded: Encoder, sample: Sample | str) -> dict[str, Any]:
+    """What the encoder is worth beside its base model and the encoder in use before. Raises Refused as `weighed` does."""
+    device = loaded.device
+
+    def base() -> Encoder:
+        model, tokenizer, _ = load_base(config.base, device=device, layers=config.layers)
+        return Encoder(model, tokenizer, dataclasses.replace(loaded.spec, lora=None)).eval()
+
+    encoders: dict[str, Callable[[], Encoder]] = {NEW: lambda: loaded, BASE: base}
+    if (before := next(trainings(config.run.lake, config.run.ds), None)) is not None:
+        folder = artifacts.find(config.run.lake, "encoder", before.result["encoder_id"])
+        encoders[BEFORE] = lambda: load_encoder(folder, device=device)
+    return weighed(config, sample, encoders)
 
 
 def base_embeddings(config: Config, encoder: Encoder, validation: Validation) -> NDArray[np.float32]:
@@ -67,7 +93,12 @@ def curve_of(tuned: Tuned | None) -> list[dict[str, float]]:
 
 
 def register(
-    config: Config, encoder_id: str, figures: dict[str, float], inputs: dict[str, str], curve: Sequence[Mapping[str, float]]
+    config: Config,
+    encoder_id: str,
+    figures: dict[str, float],
+    inputs: dict[str, str],
+    curve: Sequence[Mapping[str, float]],
+    worth: str,
 ) -> str | None:
     """The encoder's version in MLflow's registry, as a pyfunc that embeds raw attribute records; None without MLflow."""
     if not config.run.tracking_uri:
@@ -81,5 +112,6 @@ def register(
         registry.ENCODER,
         registry.ENCODER_CODE,
         inputs=inputs,
+        tags={"worth": worth},
         curve=curve,
     )

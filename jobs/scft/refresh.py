@@ -18,7 +18,8 @@ from models.text.base_model import EMBEDDED, base_folder, base_sha256
 
 PROMPTS = ("policy.", "pooling", "layers", "max_tokens")
 """Settings that shape the embeddings of a base model as it is."""
-APART = ("base", "gates.", "validation", "refresh_share", "max_age_days", "training.tokens", "training.compile")
+APART = ("base", "gates.", "validation", "accept", "worth_items", "refresh_share", "max_age_days", "training.tokens",
+         "training.compile")  # fmt: skip
 """Settings that shape no weights, and the base's place."""
 
 
@@ -38,13 +39,15 @@ def due(config: Config, snapshot: str) -> tuple[str, dict[str, Any] | None]:
         return "the recipe has changed", None
     age = (dt.date.fromisoformat(ds) - dt.date.fromisoformat(previous["trained_ds"])).days
     changed = changed_share(lake, previous["snapshot"], snapshot)
-    if age >= config.max_age_days:
+    same = previous.get("worth", {}).get("verdict") == "no different"
+    if age >= config.max_age_days and not (same and config.max_age_days):
         return f"the encoder is {age} days old (max_age_days is {config.max_age_days})", None
     if changed > config.refresh_share:
         return f"{changed:.1%} of the items are new or changed (refresh_share is {config.refresh_share:.1%})", None
     if drifted := drift_since(lake, ds, previous["trained_ds"]):
         return drifted, None
-    return f"the encoder is {age} days old and {changed:.1%} of the items are new or changed since", previous
+    kept = ", and no better than its base: age alone trains none again" if same and age >= config.max_age_days else ""
+    return f"the encoder is {age} days old and {changed:.1%} of the items are new or changed since{kept}", previous
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,8 @@ def shape_digest(settings: Mapping[str, Any]) -> str:
     usual = dict(flat(as_json(Config(run=Run(ds="1970-01-01", lake=Path())))))
     given = {**usual, **dict(flat(settings))}
     apart = APART if given["training.cluster_weight"] else (*APART, "teacher", "clusters")
+    if not given["training.pair_share"]:
+        apart = (*apart, "cold_share", "training.pair_support", "training.popularity")
     shaping = {
         name: value
         for name, value in given.items()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 import torch.nn.functional as F
 
 from jobs.lake import artifacts, manifests, partitions
@@ -16,8 +17,9 @@ from jobs.lake.tensors import read_catalogue, read_histories
 from jobs.run import InputError
 from jobs.scft.config import Config
 from models.behaviour.artifact import load_recommender
-from models.behaviour.data import neighbours, train_counts
+from models.behaviour.data import followers, held_out, train_counts, without_items
 from models.text.prompts import Ints
+from models.text.scft_batches import Pairs
 
 Attributes = list[tuple[str, str]]
 
@@ -38,21 +40,24 @@ def read_texts(config: Config, snapshot: str) -> tuple[list[str], list[str], lis
     return [found[text][0] for text in hashes], hashes, [found[text][1] for text in hashes]
 
 
-def user_pairs(config: Config, hashes: Sequence[str]) -> tuple[Ints | None, dict[str, str]]:
-    """pair_P2: the texts of items that users took one after the other, by train rows alone, and the sequences' digest.
+def user_pairs(config: Config, hashes: Sequence[str]) -> tuple[Pairs | None, dict[str, str]]:
+    """The texts of items that users took one after the other, by train rows alone, and the sequences' digest.
 
-    None where they are not asked for. Raises InputError where there are no sequences or no such items.
+    Items that are held out as cold are left out. None where pairs are not asked for. Raises InputError where there are no
+    sequences or no such items.
     """
     if not (config.training.steps and config.training.pair_share):
         return None, {}
     catalogue = read_catalogue(config.run)
     events, digest = read_histories(config.run, catalogue.item_ids)
+    events = without_items(events, held_out(catalogue.item_ids, config.cold_share, config.run.seed))
     row_I = pc.fill_null(pc.index_in(catalogue.content_hashes, value_set=pa.array(hashes, pa.string())), -1).to_numpy()
-    pair_P2: Ints = row_I.astype(np.int64)[neighbours(events).numpy() - 1]
-    pair_P2 = pair_P2[(pair_P2 >= 0).all(axis=1) & (pair_P2[:, 0] != pair_P2[:, 1])]
-    if not len(pair_P2):
+    index_P = followers(events)
+    pair_P2: Ints = row_I.astype(np.int64)[torch.stack([events.items_N[index_P - 1], events.items_N[index_P]], 1).numpy() - 1]
+    kept_P = (pair_P2 >= 0).all(axis=1) & (pair_P2[:, 0] != pair_P2[:, 1])
+    if not kept_P.any():
         raise InputError("no user took two items one after the other in the train rows: set training.pair_share to 0")
-    return pair_P2, {"sequences": digest}
+    return Pairs(pair_P2=pair_P2[kept_P], user_P=events.user_N[index_P].numpy()[kept_P]), {"sequences": digest}
 
 
 def teacher_clusters(config: Config, item_ids: Sequence[str]) -> Ints | None:

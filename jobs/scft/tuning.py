@@ -15,11 +15,13 @@ import torch
 
 from jobs.progress import Progress
 from jobs.scft.config import Config
+from jobs.scft.worth import Sample
 from models.text.base_model import base_sha256, load_base, tokenizer_sha256
 from models.text.encoder import Encoder, Spec
 from models.text.lora import add_lora
 from models.text.prompts import Ints, Texts
 from models.text.scft import Interrupted, Scft, Tuned, fine_tune
+from models.text.scft_batches import Pairs
 from models.text.view_retrieval import HELD_OUT
 
 log = logging.getLogger(__name__)
@@ -64,14 +66,16 @@ def tune(
     training: Scft,
     seed: int,
     cluster_I: Ints | None,
-    pair_P2: Ints | None,
+    pairs: Pairs | None,
     checkpoint: Path,
+    sample: Sample | str,
 ) -> Tuned:
-    """Trains; SIGTERM saves and leaves with status 143."""
+    """Trains; SIGTERM saves and leaves with status 143. What users teach is validated by what it foretells."""
+    worth = sample.ndcg if not isinstance(sample, str) and (pairs is not None or training.whiten) else None
     with terminated() as stop, watched(encoder, validation_size(texts, training)):
         try:
             return fine_tune(encoder, texts, training, seed=seed, log=progress(training.steps), cluster_I=cluster_I,
-                         pair_P2=pair_P2, checkpoint=checkpoint, stop=stop)  # fmt: skip
+                         pairs=pairs, checkpoint=checkpoint, stop=stop, worth=worth)  # fmt: skip
         except Interrupted as error:
             log.info("%s", error)
             raise SystemExit(143) from error

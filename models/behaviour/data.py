@@ -157,13 +157,18 @@ def train_counts(events: Histories) -> Tensor:
     return torch.bincount(events.items_N[in_train_N], minlength=events.catalogue + 1)
 
 
-def neighbours(events: Histories) -> Tensor:
-    """pair_P2: the items of every two events that follow one another in a user's train rows, unless they are the same."""
+def followers(events: Histories) -> Tensor:
+    """index_P: the train events that follow another item in their user's history; that other is the event before."""
     train_N = events.position_N < events.train_end_U[events.user_N]
     # the last event of a user is followed by another's first
-    follows_P = train_N[1:] & (events.position_N[1:] > 0)
-    pair_P2 = torch.stack([events.items_N[:-1], events.items_N[1:]], dim=1)[follows_P]
-    return pair_P2[pair_P2[:, 0] != pair_P2[:, 1]]
+    follows_P = train_N[1:] & (events.position_N[1:] > 0) & (events.items_N[1:] != events.items_N[:-1])
+    return follows_P.nonzero().flatten() + 1
+
+
+def neighbours(events: Histories) -> Tensor:
+    """pair_P2: the items of every two events that follow one another in a user's train rows, unless they are the same."""
+    index_P = followers(events)
+    return torch.stack([events.items_N[index_P - 1], events.items_N[index_P]], dim=1)
 
 
 def item_groups(counts_V: Tensor, head_share: float = HEAD_SHARE) -> Tensor:

@@ -15,17 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def info_nce(a_BE: Tensor, b_BE: Tensor, scale: Tensor, same_BB: Tensor) -> Tensor:
+def info_nce(a_BE: Tensor, b_BE: Tensor, scale: Tensor, same_BB: Tensor, often_B: Tensor | None = None) -> Tensor:
     """Views a and b of B items -> the loss: symmetric InfoNCE on cosine similarity.
 
     Each view a must find its item's view b among all views b, and the other way round. `scale` is 1 / temperature. `same_BB`
     marks pairs that must not count as negatives of each other; the diagonal is always the positive.
     METHOD §1; van den Oord et al. 2018.
+
+    With `often_B`, b is what came after a, and only a looks for b: `often_B` says how often b comes as a negative (its
+    logarithm), and is taken off, so that what is popular isn't pushed away for being drawn often (Yi et al. 2019, §3).
     """
     logits_BB = scale * F.normalize(a_BE, dim=1) @ F.normalize(b_BE, dim=1).T
     itself_BB = torch.eye(len(a_BE), dtype=torch.bool, device=a_BE.device)
     logits_BB = logits_BB.masked_fill(same_BB & ~itself_BB, float("-inf"))
     label_B = torch.arange(len(a_BE), device=a_BE.device)
+    if often_B is not None:
+        return F.cross_entropy(logits_BB - often_B, label_B)
     return (F.cross_entropy(logits_BB, label_B) + F.cross_entropy(logits_BB.T, label_B)) / 2
 
 

@@ -30,64 +30,15 @@ from models.text.encoder import Encoder
 from models.text.lora import load_lora, lora_state
 from models.text.lora_dropout import Seeds
 from models.text.memory import Memory
+from models.text.moments import Moments
 from models.text.packing import to_device
 from models.text.prompts import Ints, Prompts, Texts, take
-from models.text.scft_batches import Batches, Drawn, Partners
+from models.text.scft_batches import Batches, Drawn, Pairs, Partners, often
 from models.text.scft_checkpoint import read_checkpoint, write_checkpoint
-from models.text.view_retrieval import Validation, autocast_like_base, hold_out_views, validate_together
+from models.text.scft_settings import Scft as Scft
+from models.text.view_retrieval import Validation, autocast_like_base, evaluating, hold_out_views, validate_together
 
 Log = Callable[[dict[str, float], int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scft:
-    """How an encoder is fine-tuned (METHOD §1)."""
-
-    steps: int = 4000
-    """Steps at most; 0 keeps the base model as it is (zero-shot)."""
-    batch: int = 512
-    """Items of a step over all GPUs: each one must be told from all others."""
-    ratio: float = 0.4
-    """Share of an item's attributes that a view drops, on average; never all."""
-    temperature: float = 0.05
-    learn_temperature: bool = False
-    """Trains the temperature too, from `temperature` on."""
-    learning_rate: float = 2e-4
-    warm_up: float = 0.05
-    """Share of the steps over which the learning rate rises; then it falls along a cosine to a tenth."""
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    tokens: int = 0
-    """Tokens of a micro-batch on one GPU; 0 takes what fits into memory. Smaller ones cost time, and change no number."""
-    compile: bool = True
-    """On CUDA, compiles the model's layers. It takes a minute or two at the start, and pays in all but short trainings."""
-    fp8: bool = False
-    """Multiplies with the frozen weights in 8 bits (NVIDIA GPUs of compute capability 8.9 or later). The gates judge without."""
-    validate_every: int = 250
-    patience: int = 4
-    """Validations without a better rank before training stops."""
-    validation_items: int = 1000
-    """Items kept out of training, at most. Validation searches their views in the catalogue."""
-    candidates: int = 10_000
-    """Items of the catalogue that validation searches through, at most."""
-    cluster_weight: float = 0.0
-    """Weight of a second loss: predict from an item's text its cluster among the teacher's vectors (P2Rec, 2406.00333)."""
-    pair_share: float = 0.0
-    """Share of a step's items that meet a view of another item instead of a second one of their own. The other item is one that
-    users took right before or after it (as NoteLLM pairs notes, 2403.01744)."""
-
-    def __post_init__(self) -> None:
-        if self.batch < 2:
-            raise ValueError("batch = 1 has no negatives to learn from: give at least 2")
-        if not 0 <= self.ratio < 1:
-            raise ValueError(f"ratio = {self.ratio} must lie in [0, 1): a view never drops all attributes")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature = {self.temperature} must be positive; usual are 0.05 to 0.1")
-        if self.cluster_weight < 0:
-            raise ValueError(f"cluster_weight = {self.cluster_weight} must be at least 0, which leaves the clusters out")
-        if not 0 <= self.pair_share <= 1:
-            raise ValueError(f"pair_share = {self.pair_share} must lie in [0, 1]; 0 leaves the users out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +71,22 @@ def fine_tune(
     seed: int,
     log: Log,
     cluster_I: Ints | None = None,
-    pair_P2: Ints | None = None,
+    pairs: Pairs | None = None,
     checkpoint: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
+    worth: Callable[[Encoder], float] | None = None,
 ) -> Tuned:
     """An encoder with untrained LoRA weights, and a catalogue -> the best weights, which are also left in the encoder.
 
     `cluster_I` is the number of each item's cluster, -1 where it has none; needed where config.cluster_weight is not 0.
-    `pair_P2` are items that users took one after the other; needed where config.pair_share is not 0.
+    `pairs` are items that users took one after the other; needed where config.pair_share is not 0.
+    `worth` says what an encoder is good for; the best weights are those of its highest value, without it those of the best mrr.
     `checkpoint` is a file. It is written at each validation and when `stop` returns true; then Interrupted is raised. Where it
     exists, training goes on from it. Under torch.distributed every process calls this with the same arguments.
     Raises ValueError for a loss that is not finite, a batch that the processes cannot share, or too few texts.
     """
     validation, items = hold_out_views(texts, config, encoder.limit, seed)
-    trainer = Trainer(encoder, texts, items, config, seed, cluster_I, pair_P2)
+    trainer = Trainer(encoder, texts, items, config, seed, cluster_I, pairs, worth)
     # the first process decides for all: another one may not see its file
     if state := from_first(lambda: checkpoint.read_bytes() if checkpoint and checkpoint.exists() else b""):
         trainer.load(state)
@@ -165,17 +118,20 @@ class Trainer:
         config: Scft,
         seed: int,
         cluster_I: Ints | None = None,
-        pair_P2: Ints | None = None,
+        pairs: Pairs | None = None,
+        worth: Callable[[Encoder], float] | None = None,
     ) -> None:
         if config.cluster_weight and cluster_I is None:
             raise ValueError("cluster_weight needs the teacher's clusters: none were given")
-        if config.pair_share and pair_P2 is None:
+        if config.pair_share and pairs is None:
             raise ValueError("pair_share needs the items that users took one after the other: none were given")
-        self.encoder, self.texts, self.config, self.seed = encoder, texts, config, seed
+        self.encoder, self.texts, self.config, self.seed, self.worth = encoder, texts, config, seed, worth
         if config.fp8:
             fp8.convert(encoder.model, trained_through=True)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.batches = self.batches_of(items, pair_P2)
+        self.batches = self.batches_of(items, pairs if config.pair_share else None)
+        self.often_I = often(self.batches, len(texts), config)
+        self.moments = Moments(encoder, texts, seed) if config.whiten else None
         self.weights = [p for p in encoder.model.parameters() if p.requires_grad]
         self.scale = torch.tensor(math.log(1 / config.temperature), device=encoder.device, requires_grad=config.learn_temperature)
         self.cluster_I = cluster_I if config.cluster_weight else None
@@ -191,12 +147,19 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best, self.best_step, self.tokens_done = lora_state(encoder.model), 0, 0
 
-    def batches_of(self, items: Ints, pair_P2: Ints | None) -> Batches:
-        """Items to train on, and pairs -> what draws the batches. Raises ValueError for a batch that processes cannot share."""
+    def batches_of(self, items: Ints, pairs: Pairs | None) -> Batches:
+        """Items to train on, and pairs -> what draws the batches.
+
+        Raises ValueError for a batch that processes cannot share, or where no pair is left.
+        """
         config, world = self.config, self.world
         size = min(config.batch, len(items)) // world * world
         if size < 2 or (config.batch % world and config.batch <= len(items)):
             raise ValueError(f"batch = {config.batch} cannot be shared by {world} processes: give a multiple of {world}")
+        partners = Partners(pairs.pair_P2, items, self.texts.text_I, pairs.user_P, config.pair_support) if pairs else None
+        if partners is not None and not len(partners):
+            raise ValueError(f"no pair of items to train on was taken by {config.pair_support} users: lower pair_support, or set "
+                             "pair_share to 0")  # fmt: skip
         return Batches(
             texts=self.texts,
             items=items,
@@ -204,7 +167,7 @@ class Trainer:
             ratio=config.ratio,
             limit=self.encoder.limit,
             seed=self.seed,
-            partners=Partners(pair_P2, items, self.texts.text_I) if config.pair_share and pair_P2 is not None else None,
+            partners=partners,
             pair_share=config.pair_share,
         )
 
@@ -229,8 +192,13 @@ class Trainer:
         share = len(drawn.items) // self.world * 2
         own = take(drawn.rows, np.arange(self.rank * share, (self.rank + 1) * share))
 
+        often_B = None if self.often_I is None else to_device(self.often_I[drawn.partners], self.encoder.device)
+        if self.moments and self.step % self.config.whiten_every == 0:
+            self.moments.take()
+
         def loss_of(all_RE: Tensor) -> Tensor:
-            return info_nce(all_RE[0::2], all_RE[1::2], self.scale.exp(), same_BB) + self.cluster_loss(all_RE, drawn)
+            view_RE = self.moments.whiten(all_RE) if self.moments else all_RE
+            return info_nce(view_RE[0::2], view_RE[1::2], self.scale.exp(), same_BB, often_B) + self.cluster_loss(all_RE, drawn)
 
         if not self.encoder.training:
             self.encoder.train()
@@ -280,18 +248,23 @@ class Trainer:
         self.optimizer.step()
 
     def validate(self, validation: Validation, log: Log) -> None:
-        """Records the figures of a validation. Keeps the weights if their mrr is the best so far."""
+        """Records the figures of a validation. Keeps the weights if they are worth most so far, or without `worth` by mrr."""
         quality = validate_together(
             self.encoder, validation, lambda done, total: log({"validated": float(done), "prompts": float(total)}, self.step)
         )
-        best = max((entry["mrr"] for entry in self.history[1:]), default=-math.inf)
+        by = "mrr"
+        if self.worth is not None:
+            by, value = "worth", partial(self.worth, self.encoder)
+            with evaluating(self.encoder):
+                quality[by] = float(from_first(lambda: str(value()).encode()))
+        best = max((entry[by] for entry in self.history[1:]), default=-math.inf)
         self.history.append({"step": float(self.step), **quality})
-        if self.step and quality["mrr"] > best:
+        if self.step and quality[by] > best:
             self.best, self.best_step = lora_state(self.encoder.model), self.step
         log({f"validation_{name}": value for name, value in quality.items()}, self.step)
 
     def stale(self) -> bool:
-        """Whether the last config.patience validations brought no better mrr."""
+        """Whether the last config.patience validations brought nothing better."""
         later = [entry for entry in self.history[1:] if entry["step"] > self.best_step]
         return len(later) >= self.config.patience
 
@@ -316,6 +289,8 @@ class Trainer:
         groups: dict[str, dict[Any, Tensor]] = {"lora": {**lora_state(self.encoder.model)}, "best": {**self.best}}
         groups |= {"scale": {"": self.scale.detach()}, "head": {n: value.detach() for n, value in enumerate(self.head)}}
         groups |= {f"adam.{number}": state for number, state in self.optimizer.state_dict()["state"].items()}
+        if self.moments:
+            groups["moments"] = self.moments.state()
         known = {"losses": self.losses, "history": self.history, "best_step": self.best_step, "tokens": self.tokens_done}
         write_checkpoint(path, groups, known)
 
@@ -330,11 +305,13 @@ class Trainer:
             self.scale.copy_(groups["scale"][""])
             for number, value in enumerate(self.head):
                 value.copy_(groups["head"][str(number)])
-        moments: dict[int, dict[str, Tensor]] = {}
+        if self.moments:
+            self.moments.load(groups["moments"])
+        adam: dict[int, dict[str, Tensor]] = {}
         for name, value in groups.get("adam", {}).items():
             place, _, key = name.partition(".")
-            moments.setdefault(int(place), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            adam.setdefault(int(place), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
 
 
 def speedometer(trainer: Trainer) -> Callable[[], float]:

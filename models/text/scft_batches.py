@@ -10,11 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.text.prompts import Ints, Prompts, Texts
 from models.text.views import views
+
+
+class PairSettings(Protocol):
+    """What pairs need of a training's settings (models.text.scft.Scft has them)."""
+
+    @property
+    def pair_share(self) -> float:
+        """Share of a batch that is pairs."""
+
+    @property
+    def popularity(self) -> float:
+        """How far pairs are freed of popularity."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,15 @@ class Drawn:
     rows: Prompts
     keys: Ints
     """Views with the same attributes have equal keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Items that users took one after the other, in the order in which they took them."""
+
+    pair_P2: Ints
+    user_P: Ints
+    """Whose each pair is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,50 +68,77 @@ class Batches:
     seed: int
     partners: Partners | None = None
     pair_share: float = 0.0
-    """Share of items that meet a partner's view instead of a second one of their own."""
+    """Share of a batch that is pairs that users took, instead of two views of one item."""
 
     def draw(self, step: int) -> Drawn:
-        """A step's number -> its batch. Items come in endless shuffled passes, so all batches have the same size."""
+        """A step's number -> its batch. Items come in endless shuffled passes, so all batches have the same size.
+
+        The last ones of a batch are pairs that users took, where there are any: `pair_share` of it.
+        """
         places = np.arange(step * self.size, (step + 1) * self.size)
         passes = places // len(self.items)
         order = {number: np.random.default_rng([self.seed, 1, number]).permutation(self.items) for number in np.unique(passes)}
         items = np.asarray([order[number][place % len(self.items)] for number, place in zip(passes, places, strict=True)])
-        partners = items
-        if self.partners:
-            partners = self.partners.draw(items, self.pair_share, np.random.default_rng([self.seed, 5, step]))
+        partners = items.copy()
+        if self.partners and (count := round(self.pair_share * self.size)):
+            drawn = self.partners.draw(count, np.random.default_rng([self.seed, 5, step]))
+            items[-count:], partners[-count:] = drawn.T
         both = np.stack([items, partners], axis=1).ravel()
         rows, keys = views(self.texts, both, self.ratio, self.limit, np.random.default_rng([self.seed, 2, step]))
         return Drawn(step, items, partners, rows, keys)
 
 
 class Partners:
-    """For every item the items that users took right before or after it, as often as they did.
+    """Pairs of items that users took one after the other; each user weighs as much as any other, all their pairs together.
 
-    Training takes one item of those with equal texts, the first: in pairs it stands for all of them. Pairs of equal texts, and
-    pairs with an item that is not trained on, are left out.
+    Training takes one item of those with equal texts, the first: in pairs it stands for all of them. Pairs of equal texts, pairs
+    with an item that is not trained on, and pairs that fewer than `support` users took are left out.
     """
 
-    def __init__(self, pair_P2: Ints, items: Ints, text_I: Ints) -> None:
+    def __init__(self, pair_P2: Ints, items: Ints, text_I: Ints, user_P: Ints | None = None, support: int = 1) -> None:
         catalogue = len(text_I)
+        user_P = np.arange(len(pair_P2)) if user_P is None else user_P
         _, first, number_I = np.unique(text_I, return_index=True, return_inverse=True)
         pair_P2 = first[number_I][pair_P2]
-        pair_P2 = pair_P2[pair_P2[:, 0] != pair_P2[:, 1]]
         trained_I = np.zeros(catalogue, dtype=bool)
         trained_I[items] = True
-        pair_P2 = pair_P2[trained_I[pair_P2].all(axis=1)]
-        one_P, self.other_P = np.concatenate([pair_P2, pair_P2[:, ::-1]]).T
-        order = np.argsort(one_P, kind="stable")
-        self.other_P, self.count_I = self.other_P[order], np.bincount(one_P, minlength=catalogue)
-        self.start_I = self.count_I.cumsum() - self.count_I
+        kept_P = (pair_P2[:, 0] != pair_P2[:, 1]) & trained_I[pair_P2].all(axis=1)
+        pair_P2, user_P = pair_P2[kept_P], user_P[kept_P]
+        if support > 1:
+            by_user = np.unique(np.column_stack([pair_P2, user_P]), axis=0)
+            _, row_Q, count = np.unique(by_user[:, :2], axis=0, return_inverse=True, return_counts=True)
+            enough = {tuple(pair) for pair in by_user[count[row_Q.ravel()] >= support][:, :2].tolist()}
+            kept_P = np.fromiter((tuple(pair) in enough for pair in pair_P2.tolist()), bool, len(pair_P2))
+            pair_P2, user_P = pair_P2[kept_P], user_P[kept_P]
+        self.pair_P2 = pair_P2
+        _, of_P, count_U = np.unique(user_P, return_inverse=True, return_counts=True)
+        self.weight_P = 1 / count_U[of_P.ravel()]
+        self.until_P = self.weight_P.cumsum()
 
-    def draw(self, items: Ints, share: float, random: np.random.Generator) -> Ints:
-        """Items -> a partner for a share of them. The others, and items without partners, get themselves."""
-        place_B, drawn_B = random.random((2, len(items)))
-        count_B = self.count_I[items]
-        met_B = (drawn_B < share) & (count_B > 0)
-        result = items.copy()
-        result[met_B] = self.other_P[(self.start_I[items] + place_B * count_B).astype(np.int64)[met_B]]
-        return result
+    def __len__(self) -> int:
+        return len(self.pair_P2)
+
+    def draw(self, count: int, random: np.random.Generator) -> Ints:
+        """pair_B2: what was taken first, and what came next; a user is drawn, then one of their pairs."""
+        places = np.searchsorted(self.until_P, random.random(count) * self.until_P[-1], side="right")
+        pair_B2: Ints = self.pair_P2[np.minimum(places, len(self) - 1)]
+        return pair_B2
+
+    def share_of(self, catalogue: int) -> NDArray[np.float64]:
+        """How often each item is what came next, as a share of all draws."""
+        share_I: NDArray[np.float64] = np.bincount(self.pair_P2[:, 1], self.weight_P, catalogue) / self.weight_P.sum()
+        return share_I
+
+
+def often(batches: Batches, catalogue: int, settings: PairSettings) -> NDArray[np.float32] | None:
+    """often_I: the logarithm of how often an item is the second of a pair, times settings.popularity; None without pairs."""
+    if batches.partners is None or not settings.pair_share:
+        return None
+    alone = np.zeros(catalogue)
+    alone[batches.items] = 1 / len(batches.items)
+    share_I = settings.pair_share * batches.partners.share_of(catalogue) + (1 - settings.pair_share) * alone
+    # an item that is never drawn is no negative: its value is never read, but must be finite
+    return (settings.popularity * np.log(np.maximum(share_I, 1 / (1000 * catalogue)))).astype(np.float32)
 
 
 def shuffle_texts(items: Sequence[Sequence[tuple[str, str]]], seed: int) -> list[list[tuple[str, str]]]:

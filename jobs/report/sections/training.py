@@ -49,7 +49,11 @@ def against_base(scft: Mapping[str, Any]) -> Table:
     """The figures of an encoder beside those of its base model."""
     base, own = scft.get("base_figures", {}), scft.get("figures", {})
     rows = [[name, number(base.get(name)), number(own.get(name))] for name in own if name != "step"]
-    return Table(caption="The encoder against its base model", head=["Figure", "Base", "After SCFT"], rows=rows)
+    worth = table_of(scft, "worth")
+    told, plain = (table_of(table_of(worth, "ndcg"), name) for name in ("new", "base"))
+    rows += [[f"NDCG@10 without any training, {name}", number(plain.get(name)), number(value)] for name, value in told.items()]
+    said = f"; ranking without any training it is: {worth.get('verdict')} ({worth.get('why')})" if worth else ""
+    return Table(caption=f"The encoder against its base model{said}", head=["Figure", "Base", "After SCFT"], rows=rows)
 
 
 def parts_table(rat: Mapping[str, Any]) -> Table | None:

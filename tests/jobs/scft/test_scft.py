@@ -21,8 +21,10 @@ from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.partitions import write_json
 from jobs.lake.tables import ATTRIBUTES, ITEMS, SEQUENCES
+from jobs.lake.tensors import read_catalogue
 from jobs.run import InputError, Refused, Run, as_json
 from jobs.scft import judge, tuning
+from models.behaviour.data import held_out
 from models.behaviour.training import Training
 from models.text import base_model, fp8
 from models.text.encoder import load_encoder, read_spec
@@ -357,12 +359,19 @@ def test_pairs_are_the_texts_of_items_that_users_took_one_after_the_other_in_tra
     run = small_lake.make(tmp_path)
     config = scft.Config(run=run, training=Scft(steps=2, batch=4, pair_share=0.5))
     item_ids, hashes, _ = scft.read_texts(config, f"ds={DS}")
-    pair_P2, inputs = scft.user_pairs(config, hashes)
-    assert pair_P2 is not None and set(inputs) == {"sequences"}
+    pairs, inputs = scft.user_pairs(dataclasses.replace(config, cold_share=0.0), hashes)
+    assert pairs is not None and set(inputs) == {"sequences"}
     number = {text: int(item[0][1].split()[1]) for text, item in zip(hashes, scft.read_texts(config, f"ds={DS}")[2], strict=True)}
-    met = {tuple(number[hashes[row]] for row in pair) for pair in pair_P2.tolist()}
+    met = {tuple(number[hashes[row]] for row in pair) for pair in pairs.pair_P2.tolist()}
     # users walk in a circle of 19; i18 has the text of i17, and nobody touches i19
     assert met == {(one, one + 1) for one in range(17)} | {(17, 0)}
+    assert len(set(pairs.user_P.tolist())) > 1
+    # items that are held out as cold teach nothing
+    half, _ = scft.user_pairs(dataclasses.replace(config, cold_share=0.5), hashes)
+    cold_V = held_out(read_catalogue(run).item_ids, 0.5, run.seed)
+    cold = {item for item, held in zip(read_catalogue(run).item_ids, cold_V[1:].tolist(), strict=True) if held}
+    assert half is not None and {item_ids[row] for row in half.pair_P2.ravel()}.isdisjoint(cold - {"i17", "i18"})
+    assert 0 < len(half.pair_P2) < len(pairs.pair_P2)
     assert scft.user_pairs(dataclasses.replace(config, training=Scft()), hashes) == (None, {})
     with pytest.raises(InputError, match="pair_share"):
         scft.user_pairs(config, hashes[:1])

@@ -23,10 +23,11 @@ from models.text import view_retrieval
 from models.text.embedding import embed, embed_together
 from models.text.encoder import Encoder
 from models.text.lora import Lora, lora_state
+from models.text.moments import whitening
 from models.text.packing import Step
 from models.text.prompts import Attributes, Texts, prompts, tokenize
 from models.text.scft import Interrupted, Scft, Trainer, Tuned, fine_tune
-from models.text.scft_batches import Partners, shuffle_texts
+from models.text.scft_batches import Pairs, Partners, shuffle_texts
 from models.text.view_retrieval import Gates, effective_rank, hold_out_views, refusals, target_ranks, validate_views, view_figures
 from tests.models import tiny
 
@@ -127,37 +128,74 @@ def test_pairs_bring_together_what_users_took_together_and_resume(base: Path, tm
     # red goes with dull and blue with loud, which no text says
     marks = [[("mark", ("red", "dull", "blue", "loud")[number % 4])] for number in range(40)]
     items = [[*own, *item[:1]] for own, item in zip(marks, tiny.items(40), strict=True)]
-    pair_P2 = np.stack([np.arange(0, 40, 2), np.arange(1, 40, 2)], axis=1)
-    paired, _ = tuned(base, config, items=items, pair_P2=pair_P2, dropout=0.0)
+    pairs = Pairs(pair_P2=np.stack([np.arange(0, 40, 2), np.arange(1, 40, 2)], axis=1), user_P=np.arange(20))
+    paired, _ = tuned(base, config, items=items, pairs=pairs, dropout=0.0)
     assert np.mean(paired.losses[-20:]) < 0.8 * math.log(8)
     file, steps = tmp_path / "state.safetensors", iter(range(99))
     with pytest.raises(Interrupted):
-        tuned(base, config, items=items, pair_P2=pair_P2, dropout=0.0, checkpoint=file, stop=lambda: next(steps) >= 3)
-    assert tuned(base, config, items=items, pair_P2=pair_P2, dropout=0.0, checkpoint=file)[0].losses == paired.losses
+        tuned(base, config, items=items, pairs=pairs, dropout=0.0, checkpoint=file, stop=lambda: next(steps) >= 3)
+    assert tuned(base, config, items=items, pairs=pairs, dropout=0.0, checkpoint=file)[0].losses == paired.losses
     with pytest.raises(ValueError, match="none were given"):
         tuned(base, config, items=items)
 
 
-def test_partners_are_drawn_as_often_as_users_took_them_and_never_from_items_kept_for_validation() -> None:
+def test_pairs_are_drawn_user_by_user_and_never_with_items_kept_for_validation() -> None:
     pair_P2 = np.array([[0, 1], [0, 1], [0, 1], [2, 0], [3, 0], [4, 5]])
-    partners = Partners(pair_P2, items=np.array([0, 1, 2, 4, 6]), text_I=np.arange(7))
-    drawn = partners.draw(np.zeros(4000, dtype=np.int64), 1.0, np.random.default_rng(0))
-    assert set(drawn.tolist()) == {1, 2}
-    assert (drawn == 1).mean() == pytest.approx(0.75, abs=0.03)
-    assert partners.draw(np.array([1, 2, 4, 6]), 1.0, np.random.default_rng(0)).tolist() == [0, 0, 4, 6]
-    half = partners.draw(np.zeros(4000, dtype=np.int64), 0.5, np.random.default_rng(0))
-    assert (half == 0).mean() == pytest.approx(0.5, abs=0.03)
-    nobody = Partners(np.zeros((0, 2), dtype=np.int64), items=np.arange(3), text_I=np.arange(3))
-    assert nobody.draw(np.arange(3), 1.0, np.random.default_rng(0)).tolist() == [0, 1, 2]
+    partners = Partners(pair_P2, np.array([0, 1, 2, 4, 6]), np.arange(7), user_P=np.array([7, 7, 7, 8, 8, 9]))
+    drawn_B2 = partners.draw(4000, np.random.default_rng(0))
+    # three pairs of one user weigh as much as the one that is left of another's
+    assert set(map(tuple, drawn_B2.tolist())) == {(0, 1), (2, 0)}
+    assert (drawn_B2[:, 0] == 0).mean() == pytest.approx(0.5, abs=0.03)
+    assert partners.share_of(7).tolist() == [0.5, 0.5, 0, 0, 0, 0, 0]
+
+
+def test_pairs_that_too_few_users_took_are_left_out() -> None:
+    pair_P2, user_P = np.array([[0, 1], [0, 1], [2, 0], [2, 0]]), np.array([7, 8, 9, 9])
+    assert len(Partners(pair_P2, np.arange(3), np.arange(3), user_P)) == 4
+    kept = Partners(pair_P2, np.arange(3), np.arange(3), user_P, support=2)
+    assert kept.pair_P2.tolist() == [[0, 1], [0, 1]]
+    assert not len(Partners(pair_P2, np.arange(3), np.arange(3), user_P, support=3))
 
 
 def test_an_item_stands_in_pairs_for_all_items_with_its_text() -> None:
     # items 1 and 4 read the same, as do 2 and 3: training takes 1 and 2
     text_I = np.array([0, 1, 2, 2, 1])
     pair_P2 = np.array([[0, 4], [3, 0], [1, 4], [4, 3]])
-    partners = Partners(pair_P2, items=np.array([0, 1, 2]), text_I=text_I)
-    drawn = [set(partners.draw(np.full(400, item), 1.0, np.random.default_rng(0)).tolist()) for item in range(3)]
-    assert drawn == [{1, 2}, {0, 2}, {0, 1}]
+    partners = Partners(pair_P2, np.array([0, 1, 2]), text_I)
+    assert partners.pair_P2.tolist() == [[0, 1], [2, 0], [1, 2]]
+
+
+def test_a_loss_on_whitened_embeddings_is_another_one_and_resumes_between_two_takes(base: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, whiten=True, whiten_every=4)
+    told, _ = tuned(base, config)
+    assert told.losses != tuned(base)[0].losses
+    file, steps = tmp_path / "state.safetensors", iter(range(99))
+    with pytest.raises(Interrupted):
+        tuned(base, config, checkpoint=file, stop=lambda: next(steps) >= 1)
+    assert tuned(base, config, checkpoint=file)[0].losses == told.losses
+
+
+def test_whitening_gives_every_strong_direction_variance_one_and_names_what_is_not_finite() -> None:
+    emb_NE = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 5, 3, 2, 1, 1]) + 7
+    mean_E, map_EE = whitening(emb_NE)
+    white_NE = (emb_NE - mean_E) @ map_EE
+    torch.testing.assert_close(white_NE.T @ white_NE / 4000, torch.eye(6), atol=0.2, rtol=0)
+    torch.testing.assert_close(map_EE, map_EE.T)
+    with pytest.raises(ValueError, match="not finite"):
+        whitening(emb_NE.index_fill(0, torch.tensor([5]), float("inf")))
+
+
+def test_the_weights_kept_are_those_that_are_worth_most(base: Path) -> None:
+    values = iter([0.5, 0.1, 0.3, 0.2])
+    config = dataclasses.replace(SMALL, steps=9, patience=9)
+    kept, _ = tuned(base, config, worth=lambda _: next(values))
+    assert kept.best_step == 6 and [entry["worth"] for entry in kept.history] == [0.5, 0.1, 0.3, 0.2]
+
+
+def test_pairs_none_of_which_is_left_are_refused_by_name(base: Path) -> None:
+    pairs = Pairs(pair_P2=np.array([[0, 1], [2, 3]]), user_P=np.array([0, 1]))
+    with pytest.raises(ValueError, match="taken by 2 users"):
+        tuned(base, dataclasses.replace(SMALL, pair_share=0.5, pair_support=2), pairs=pairs)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])

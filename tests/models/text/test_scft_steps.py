@@ -22,6 +22,7 @@ from models.text.encoder import Encoder
 from models.text.lora import Lora, lora_state
 from models.text.prompts import Attributes
 from models.text.scft import Interrupted, Scft, Trainer, Tuned, fine_tune
+from models.text.scft_batches import Pairs
 from models.text.view_retrieval import hold_out_views
 from models.text.views import views
 from tests.models import tiny
@@ -64,11 +65,11 @@ def poor() -> list[Attributes]:
 @pytest.mark.parametrize("kind", ["texts", "views", "partners"])
 def test_a_steps_loss_leaves_out_negatives_that_read_the_same(base: Path, kind: str) -> None:
     items = twins() if kind == "texts" else poor()
-    config = dataclasses.replace(STEADY, ratio=0.5 if kind == "views" else 0.0, pair_share=float(kind == "partners"))
+    config = dataclasses.replace(STEADY, ratio=0.5 if kind == "views" else 0.0, pair_share=0.5 * (kind == "partners"))
     # every odd item was taken right after item 0
-    pair_P2 = np.asarray([[0, odd] for odd in (1, 3, 5, 7)]) if kind == "partners" else None
+    pairs = Pairs(pair_P2=np.asarray([[0, odd] for odd in (1, 3, 5, 7)]), user_P=np.arange(4)) if kind == "partners" else None
     encoder = moved(base, dropout=0.0)
-    trainer = Trainer(encoder, encoder.tokenize(items), np.arange(8), config, 1, pair_P2=pair_P2)
+    trainer = Trainer(encoder, encoder.tokenize(items), np.arange(8), config, 1, pairs=pairs)
     drawn = trainer.batches.draw(0)
     with torch.no_grad():
         all_RE = trainer.forward(drawn.rows, 0)
@@ -78,17 +79,21 @@ def test_a_steps_loss_leaves_out_negatives_that_read_the_same(base: Path, kind: 
         alike[one, other] = text[one] == text[other] or partner[one] == partner[other] or text[one] == partner[other]
         alike[one, other] |= drawn.keys[2 * one] == drawn.keys[2 * other + 1]
     assert (alike & ~np.eye(8, dtype=bool)).any(), "the fixture has no false negative"
-    wanted, blind = (symmetric(all_RE, config.temperature, mask) for mask in (alike, np.eye(8, dtype=bool)))
+    often_B = None if pairs is None else np.log([0.5 / 4 * (item % 2) + 0.5 / 8 for item in drawn.partners.tolist()])
+    wanted, blind = (expected(all_RE, config.temperature, mask, often_B) for mask in (alike, np.eye(8, dtype=bool)))
     assert trainer.train_step() == pytest.approx(wanted, rel=1e-3)
     assert abs(blind - wanted) > 0.02 * wanted, "the loss can't tell"
 
 
-def symmetric(all_RE: Tensor, temperature: float, alike: np.ndarray) -> float:
-    """InfoNCE row by row, in both directions."""
+def expected(all_RE: Tensor, temperature: float, alike: np.ndarray, often_B: np.ndarray | None) -> float:
+    """InfoNCE row by row: in both directions, or for pairs from the first to the second alone, freed of popularity."""
     logits = F.normalize(all_RE[0::2], dim=1) @ F.normalize(all_RE[1::2], dim=1).T / temperature
+    if often_B is not None:
+        logits = logits - torch.from_numpy(often_B).float()
     losses = []
     for own in range(len(logits)):
-        for seen, mask in ((logits[own], alike[own]), (logits[:, own], alike[:, own])):
+        ways = ((logits[own], alike[own]), (logits[:, own], alike[:, own]))
+        for seen, mask in ways if often_B is None else ways[:1]:
             others = [other for other in range(len(logits)) if other == own or not mask[other]]
             losses.append(float(seen[others].logsumexp(0) - seen[own]))
     return float(np.mean(losses))
