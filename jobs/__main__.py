@@ -31,6 +31,7 @@ from jobs.run import InputError, Older, Refused, Run, as_json, code_revision
 COMMANDS = {
     "new": "DIR: writes a recipe for your own tables, questions answered",
     "check": "--recipe FILE: tells in seconds what would fail later",
+    "worth": "--recipe FILE --ds DATE: is tuning the LLM worth its GPU time on your catalogue and logs",
     "night": "--recipe FILE --ds DATE: runs the jobs of a night in their order",
 }
 """What is no job: takes arguments of its own and leaves no manifest."""

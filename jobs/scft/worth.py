@@ -88,8 +88,9 @@ def weighed(config: Config, sample: Sample | str, encoders: dict[str, Callable[[
     log.info("without any training, the encoder ranks %s than its base: %s",
              {"better": "better", "worse": "worse"}.get(said, "no differently"), why)  # fmt: skip
     if said == "worse" or (said != "better" and config.accept == "better"):
+        beside = "worse" if said == "worse" else "not surely better"
         raise Refused(
-            f"the encoder is refused: ranking validation events without any training, it is {'worse' if said == 'worse' else 'not surely better'} than its base: {why}; "
+            f"the encoder is refused: ranking validation events without any training, it is {beside} than its base: {why}; "
             "train it otherwise (docs/own-llm.md), or use the base as it is: scft.training.steps = 0"
         )
     return as_result(said, why, worth)

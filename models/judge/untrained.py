@@ -9,7 +9,7 @@ Shapes: C cases, N items of the sample, E width of an encoder, V items + 1 (row 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,14 +124,22 @@ def untrained_ndcg(trial: Trial, llm_NE: Tensor) -> Tensor:
 
 def weigh(trial: Trial, encoders: Mapping[str, Tensor], seed: int = 0) -> Worth:
     """llm_NE of each encoder by name -> what they are worth, the first beside each of the others."""
-    names, slices_SC = list(encoders), trial.cases.slices_SC.cpu()
-    found = bootstrap(torch.stack([untrained_ndcg(trial, encoders[name]) for name in names], dim=1), slices_SC, seed=seed)
+    first, *others = encoders
+    ndcg_C = {name: untrained_ndcg(trial, llm_NE) for name, llm_NE in encoders.items()}
+    return compared(trial, ndcg_C, [(first, other) for other in others], seed)
+
+
+def compared(trial: Trial, ndcg_C: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], seed: int = 0) -> Worth:
+    """ndcg_C by name -> means by slice, and the differences of the pairs whose names are both there and differ."""
+    column, slices_SC = {name: number for number, name in enumerate(ndcg_C)}, trial.cases.slices_SC.cpu()
+    found = bootstrap(torch.stack(list(ndcg_C.values()), dim=1), slices_SC, seed=seed)
     some = {slice_: SLICES.index(slice_) for slice_ in TOLD if bool(slices_SC[SLICES.index(slice_)].any())}
-    ndcg = {name: {key: float(found.mean_SK[place, column]) for key, place in some.items()} for column, name in enumerate(names)}
+    ndcg = {name: {key: float(found.mean_SK[place, k]) for key, place in some.items()} for name, k in column.items()}
     less = {}
-    for column, other in enumerate(names[1:], start=1):
-        pairs = {key: estimate(found, place, 0, minus=column) for key, place in some.items()}
-        less[f"{names[0]} - {other}"] = {key: (one.value, one.low, one.high) for key, one in pairs.items()}
+    for one, other in pairs:
+        if one != other and one in column and other in column:
+            ends = {key: estimate(found, place, column[one], minus=column[other]) for key, place in some.items()}
+            less[f"{one} - {other}"] = {key: (end.value, end.low, end.high) for key, end in ends.items()}
     return Worth(users=int(found.n_S[0]), ndcg=ndcg, less=less)
 
 
