@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.text.prompts import Ints, Prompts, Texts
+from models.text.prompts import Ints, Prompts, Texts, prompts
 from models.text.views import views
 
 
@@ -79,13 +79,19 @@ class Batches:
         passes = places // len(self.items)
         order = {number: np.random.default_rng([self.seed, 1, number]).permutation(self.items) for number in np.unique(passes)}
         items = np.asarray([order[number][place % len(self.items)] for number, place in zip(passes, places, strict=True)])
-        partners = items.copy()
-        if self.partners and (count := round(self.pair_share * self.size)):
-            drawn = self.partners.draw(count, np.random.default_rng([self.seed, 5, step]))
-            items[-count:], partners[-count:] = drawn.T
-        both = np.stack([items, partners], axis=1).ravel()
+        pairs = round(self.pair_share * self.size) if self.partners else 0
+        alone = items[: self.size - pairs]
+        both = np.repeat(alone, 2)
         rows, keys = views(self.texts, both, self.ratio, self.limit, np.random.default_rng([self.seed, 2, step]))
-        return Drawn(step, items, partners, rows, keys)
+        if not self.partners or not pairs:
+            return Drawn(step, alone, alone, rows, keys)
+        # what users took is read as `embed` will read it: whole, its attributes in their order
+        pair_B2 = self.partners.draw(pairs, np.random.default_rng([self.seed, 5, step]))
+        whole, _ = prompts(self.texts, pair_B2.ravel(), self.limit)
+        rows = Prompts(np.concatenate([rows.token_T, whole.token_T]), np.concatenate([rows.length_B, whole.length_B]))
+        keys = np.concatenate([keys, -1 - self.texts.text_I[pair_B2.ravel()]])
+        first, second = (np.concatenate([alone, column]) for column in pair_B2.T)
+        return Drawn(step, first, second, rows, keys)
 
 
 class Partners:

@@ -41,7 +41,7 @@ class Scft:
     """Weight of a second loss: predict from an item's text its cluster among the teacher's vectors (P2Rec, 2406.00333)."""
     pair_share: float = 0.0
     """Share of a step that is pairs of items that users took one after the other, instead of two views of one item (as NoteLLM
-    pairs notes, 2403.01744). Each user weighs as much as any other."""
+    pairs notes, 2403.01744), whole. Each user weighs as much as any other."""
     pair_support: int = 1
     """Users who must have taken a pair, at least."""
     popularity: float = 1.0

@@ -27,7 +27,7 @@ from models.text.moments import whitening
 from models.text.packing import Step
 from models.text.prompts import Attributes, Texts, prompts, tokenize
 from models.text.scft import Interrupted, Scft, Trainer, Tuned, fine_tune
-from models.text.scft_batches import Pairs, Partners, shuffle_texts
+from models.text.scft_batches import Batches, Pairs, Partners, shuffle_texts
 from models.text.view_retrieval import Gates, effective_rank, hold_out_views, refusals, target_ranks, validate_views, view_figures
 from tests.models import tiny
 
@@ -147,6 +147,23 @@ def test_pairs_are_drawn_user_by_user_and_never_with_items_kept_for_validation()
     assert set(map(tuple, drawn_B2.tolist())) == {(0, 1), (2, 0)}
     assert (drawn_B2[:, 0] == 0).mean() == pytest.approx(0.5, abs=0.03)
     assert partners.share_of(7).tolist() == [0.5, 0.5, 0, 0, 0, 0, 0]
+
+
+def test_a_batch_holds_its_share_of_pairs_in_their_order_and_reads_them_whole(base: Path) -> None:
+    encoder = tiny.encoder(base)
+    texts = encoder.tokenize(tiny.items(40))
+    pair_P2 = np.array([[3, 8], [8, 5]])
+    partners = Partners(pair_P2, np.arange(40), texts.text_I)
+    made = Batches(texts=texts, items=np.arange(40), size=8, ratio=0.5, limit=encoder.limit, seed=1, partners=partners,
+                   pair_share=0.25)  # fmt: skip
+    drawn = made.draw(3)
+    assert len(drawn.items) == 8 and np.array_equal(drawn.items[:6], drawn.partners[:6])
+    assert all([first, second] in pair_P2.tolist() for first, second in zip(drawn.items[6:], drawn.partners[6:], strict=True))
+    whole, _ = prompts(texts, np.stack([drawn.items[6:], drawn.partners[6:]], axis=1).ravel(), encoder.limit)
+    assert np.array_equal(drawn.rows.token_T[-len(whole.token_T) :], whole.token_T)
+    assert len(drawn.rows.length_B) == len(drawn.keys) == 16 and len(drawn.rows.token_T) == drawn.rows.length_B.sum()
+    again = made.draw(3)
+    assert np.array_equal(again.rows.token_T, drawn.rows.token_T) and np.array_equal(again.items, drawn.items)
 
 
 def test_pairs_that_too_few_users_took_are_left_out() -> None:
