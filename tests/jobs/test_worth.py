@@ -20,7 +20,7 @@ def recipe(config: scft.Config, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.toml"
     path.write_text(
         f'[run]\nlake = "{config.run.lake}"\ndevice = "cpu"\n[scft]\nbase = "{config.base}"\nmax_tokens = 256\n'
-        f"policy = {{ allow = {json.dumps(list(config.policy.allow))} }}\n"
+        f"policy = {{ domain = {json.dumps(config.policy.domain)} }}\n"
     )
     return path
 
