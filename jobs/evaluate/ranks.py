@@ -59,12 +59,21 @@ def rankers(config: Config, challenger: Loaded, others: dict[str, str], catalogu
 def ranks_of(
     config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, views: Sequence[Cases]
 ) -> dict[str, list[Ranks]]:
-    """Of each model its ranks of every view's cases."""
-    counted = [floor_ranks(cases) for cases in views]
+    """Of each model its ranks of every view's cases; a last view that has the cases of the first is not ranked again."""
+    again = same_cases(views[0], views[-1])
+    ranked_views = views[:-1] if again else views
+    counted = [floor_ranks(cases) for cases in ranked_views]
     found = {name: [ranks[name] for ranks in counted] for name in counted[0]}
     for name, ranker in rankers(config, challenger, others, catalogue):
-        found[name] = [ranker(cases) for cases in views]
-    return found
+        found[name] = [ranker(cases) for cases in ranked_views]
+    return {name: [*ranks, ranks[0]] for name, ranks in found.items()} if again else found
+
+
+def same_cases(one: Cases, other: Cases) -> bool:
+    """Whether two views ask for the same events in the same order, ranked alike: so it is where users have one held-out event."""
+    return (
+        one.unseen == other.unseen and torch.equal(one.users_C, other.users_C) and torch.equal(one.position_C, other.position_C)
+    )
 
 
 def texts(run: Run, catalogue: Catalogue) -> list[str]:
