@@ -22,6 +22,7 @@ from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, 
 
 WIDTH = 16
 Catalogue = Callable[..., Path]
+from tests.power_cut import cuts as cuts
 
 
 @pytest.fixture(autouse=True)
