@@ -25,7 +25,7 @@ from feature_repo.index import Described, Graph, Index
 from feature_repo.reader import NothingServed, Pointer, Reader, Space
 from feature_repo.spaces import Chunk
 from feature_repo.stores import BROKEN, Fenced, Held, NotPublished
-from jobs.lake import arrivals, partitions, tables
+from jobs.lake import arrivals, manifests, partitions, tables
 from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import titles as titles
 from jobs.lake.items import without_forgotten
@@ -164,13 +164,16 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int, *, arr
         + (arrivals.digest(lake, ARRIVING_ITEMS.name, snapshot) if over else ""),
         "recent": events_digest(lake, space.ds),
     }
+    if lists := lists_of(lake, snapshot):
+        made_of["lists"] = lists
     now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
     if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
         staged = home / f".staged-{uuid.uuid4().hex[:8]}"
         staged.mkdir(parents=True)
         vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows, arrived=arrived))
+        known = described(lake, snapshot, space.ds, arrived=bool(over))
         about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
-        index.build(staged, vectors, items, space.width, graph, described(lake, snapshot, space.ds, arrived=bool(over)), about)
+        index.build(staged, vectors, items, space.width, graph, known, about)
         digest = digest_folder(staged)
         target = home / digest[:16]
         if target.exists():
@@ -212,7 +215,13 @@ def described(lake: Path, snapshot: str, ds: str, *, arrived: bool = False) -> D
     counts = recent_events(lake, ds)
     recent = pa.array([counts.get(item_id, 0) for item_id in item_ids.to_pylist()], pa.int64())
     attributes = items["attributes"].chunk(0).cast(index.PAIRS) if parts else pa.array([], index.PAIRS)
-    return Described(item_ids=item_ids, attributes=attributes, recent=recent)
+    return Described(item_ids=item_ids, attributes=attributes, recent=recent, lists=lists_of(lake, snapshot))
+
+
+def lists_of(lake: Path, snapshot: str) -> dict[str, str]:
+    """Attributes of a snapshot that hold several values, and what parts them: as the `extract` of its date says."""
+    told = manifests.of_date(lake, snapshot.removeprefix("ds="), "extract").get("result") or {}
+    return dict(told.get("lists") or {})
 
 
 def recent_events(lake: Path, ds: str) -> Counter[str]:

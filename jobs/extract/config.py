@@ -20,6 +20,17 @@ class ItemSource:
     """The column with the item's id, as the events write it; numbers are read as texts."""
     attributes: tuple[str, ...]
     """Attribute columns in the order of the prompt: texts, numbers, or lists of them."""
+    lists: dict[str, str] = field(default_factory=dict)
+    """Text columns that hold several values, and what parts them: `{ genres = "|" }`. Filters of serving find an item by each of
+    them. Columns of arrays need no entry."""
+
+    def __post_init__(self) -> None:
+        for name, between in self.lists.items():
+            if name not in self.attributes or not between:
+                raise InputError(
+                    f"extract.items.lists has {name} = {between!r}: name one of the attributes ({', '.join(self.attributes)}) and "
+                    "the text that stands between its values"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
