@@ -28,8 +28,8 @@ class ItemSource:
         for name, between in self.lists.items():
             if name not in self.attributes or not between:
                 raise InputError(
-                    f"extract.items.lists has {name} = {between!r}: name one of the attributes ({', '.join(self.attributes)}) and "
-                    "the text that stands between its values"
+                    f"extract.items.lists has {name} = {between!r}: name one of the attributes ({', '.join(self.attributes)}) "
+                    "and the text that stands between its values"
                 )
 
 
