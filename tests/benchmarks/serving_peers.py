@@ -116,5 +116,6 @@ def timed(query: Query, rows: Sequence[int], ids: Sequence[str], emb_ND: Matrix)
         score_N[row] = -np.inf
         wanted = {ids[at] for at in np.argpartition(-score_N, K - 1)[: K - 1]}
         hits.append(len(wanted.intersection(answer)) / (K - 1))
-    return {"p50_ms": round(float(np.percentile(seconds, 50)) * 1000, 2), "p99_ms": round(float(np.percentile(seconds, 99)) * 1000, 2),
-            "a_second": round(len(seconds) / sum(seconds), 1), "recall_at_10": round(float(np.mean(hits)), 4)}  # fmt: skip
+    p50, p99 = (round(float(np.percentile(seconds, share)) * 1000, 2) for share in (50, 99))
+    recall = round(float(np.mean(hits)), 4)
+    return {"p50_ms": p50, "p99_ms": p99, "a_second": round(len(seconds) / sum(seconds), 1), "recall_at_10": recall}
