@@ -129,9 +129,9 @@ def test_held_out_events_are_ranked_again_for_the_gates_only_where_a_user_has_se
     asked: list[int] = []
     rank = ranks.ranked
 
-    def counted(recommender: Any, table_VD: Any, cases: Any) -> Any:
+    def counted(name: str, recommender: Any, table_VD: Any, cases: Any) -> Any:
         asked.append(len(cases.users_C))
-        return rank(recommender, table_VD, cases)
+        return rank(name, recommender, table_VD, cases)
 
     monkeypatch.setattr(ranks, "ranked", counted)
     result = judge(lake)
