@@ -150,22 +150,11 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int, *, arr
     for hosts that serve from it: `prune_index` or `collect` removes it.
     """
     home, partition = index_home(lake, space), partition_of(space.space_id, space.ds)
-    source = partitions.read_commit(lake, "item_embeddings", partition).digest
     over = arrivals.digest(lake, arrivals.VECTORS, partition) if arrived else ""
     # counted, not taken from the pointer: that knows nothing of items forgotten since
     items = sum(len(ids) for ids, _ in chunks(lake, partition, rows, arrived=arrived))
     snapshot = partitions.latest(lake, ITEMS.name, space.ds)
-    made_of = {
-        "format": index.FORMAT,
-        "item_embeddings": source + over,
-        "items": items,
-        "graph": dataclasses.asdict(graph) if graph else None,
-        "attributes": partitions.read_commit(lake, ITEMS.name, snapshot).digest
-        + (arrivals.digest(lake, ARRIVING_ITEMS.name, snapshot) if over else ""),
-        "recent": events_digest(lake, space.ds),
-    }
-    if lists := lists_of(lake, snapshot):
-        made_of["lists"] = lists
+    made_of = sources(lake, space, snapshot, over) | {"items": items, "graph": dataclasses.asdict(graph) if graph else None}
     now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
     if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
         staged = home / f".staged-{uuid.uuid4().hex[:8]}"
@@ -184,6 +173,20 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int, *, arr
         now = {"made_of": made_of, "folder": target.name, "digest": digest}
         write_json(home / INDEX, now)
     return str(now["digest"])
+
+
+def sources(lake: Path, space: Space, snapshot: str, over: str) -> dict[str, object]:
+    """What an index is made of, beside its parameters; `over` is the digest of the vectors that arrived."""
+    vectors = partitions.read_commit(lake, "item_embeddings", partition_of(space.space_id, space.ds)).digest
+    attributes = partitions.read_commit(lake, ITEMS.name, snapshot).digest
+    found: dict[str, object] = {
+        "format": index.FORMAT,
+        "item_embeddings": vectors + over,
+        "attributes": attributes + (arrivals.digest(lake, ARRIVING_ITEMS.name, snapshot) if over else ""),
+        "recent": events_digest(lake, space.ds),
+    }
+    lists = lists_of(lake, snapshot)
+    return found | {"lists": lists} if lists else found
 
 
 def prune_index(home: Path, older_s: float = 0.0) -> None:
