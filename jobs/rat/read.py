@@ -20,7 +20,6 @@ from models.behaviour.artifact import load_recommender
 from models.behaviour.data import Histories, held_out, train_counts, without_items
 from models.behaviour.recommender import LoadedRecommender
 from models.behaviour.whitening import Whitening, fit_whitening
-from models.text.encoder import read_spec
 
 LEAST_WHITE = 32
 """Directions that whitening may keep of a catalogue however small."""
@@ -58,7 +57,7 @@ class Read:
 def read_all(config: Config, device: torch.device) -> Read:
     """Reads the lake. Raises InputError for an encoder that learned from items which are to be held out."""
     encoder_id, teacher_id = chosen(config)
-    if config.cold_share and read_spec(artifacts.find(config.run.lake, "encoder", encoder_id)).from_users:
+    if config.cold_share and learned_from_users(config, encoder_id):
         raise InputError(f"encoder {encoder_id} learned from users' histories, also of items that rat.cold_share "
                          f"{config.cold_share} holds out: train one with training.pair_share and cluster_weight 0")  # fmt: skip
     catalogue = read_catalogue(config.run)
@@ -81,6 +80,14 @@ def read_all(config: Config, device: torch.device) -> Read:
         counts_V=train_counts(events), white_NK=white_NK, whitening=whitening, inputs=inputs,
         taught=read_teacher(config, teacher_id, catalogue, device) if asked else None,
     )  # fmt: skip
+
+
+def learned_from_users(config: Config, encoder_id: str) -> bool:
+    """Whether an encoder has seen users' histories."""
+    # the LLM's libraries take seconds to load, and nothing else here needs them
+    from models.text.encoder import read_spec
+
+    return read_spec(artifacts.find(config.run.lake, "encoder", encoder_id)).from_users
 
 
 def chosen(config: Config) -> tuple[str, str]:
