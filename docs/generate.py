@@ -46,6 +46,8 @@ FIRST = (
     "extract.interactions.timestamp", "extract.interactions.unit", "scft.base", "scft.policy.domain",
 )  # fmt: skip
 """What nobody can leave as it is, in the order in which a new recipe names it."""
+USUAL = ("scft.training.steps", "pretrain.training.epochs", "rat.training.epochs")
+"""Nested keys that most people set all the same: how long a model trains."""
 PLAIN = ("items", "interactions", "policy", "spark", "floors")
 """Nested tables whose keys are no matter for experts."""
 WORDS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
@@ -148,6 +150,8 @@ def level(table: str, key: Key) -> str:
     """Who needs a key."""
     if f"{table}.{key.name}" in FIRST:
         return "**first**"
+    if f"{table}.{key.name}" in USUAL:
+        return "usual"
     expert = table in SHARED or ("." in key.name and key.name.partition(".")[0] not in PLAIN)
     return "expert" if expert else "usual"
 

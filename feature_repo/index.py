@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ class Described:
     """Of type `PAIRS`, in the order of `item_ids`."""
     recent: pa.Array
     """Events of late, int64, in the order of `item_ids`: what is popular."""
+    lists: Mapping[str, str] = field(default_factory=dict)
+    """Attributes that hold several values in one text, and what parts them: `{"genres": ", "}`."""
 
 
 NOTHING = Described(item_ids=pa.array([], pa.string()), attributes=pa.array([], PAIRS), recent=pa.array([], pa.int64()))
@@ -100,6 +102,7 @@ def build(
     if graph is not None:
         faiss.write_index(grown(vector_ND, graph), str(folder / GRAPH))
     known = {"format": FORMAT, "items": items, "width": width, "approximate": graph is not None, **(about or {})}
+    known |= {"lists": dict(described.lists)} if described.lists else {}
     (folder / ABOUT).write_text(json.dumps(known, indent=1, sort_keys=True))
 
 
@@ -217,14 +220,22 @@ class Index:
         return {pair["name"]: pair["value"] for pair in pairs}
 
     def having(self, name: str, values: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """mask_N of the items whose attribute has one of some values. Raises KeyError for an attribute that no item has."""
+        """mask_N of the items whose attribute has one of some values, as a whole or, of a list, among others.
+
+        Raises KeyError for an attribute that no item has.
+        """
         mask_N, known, start = np.zeros(len(self), np.bool_), False, 0
+        wanted, between = pa.array(values, pa.string()), self.about.get("lists", {}).get(name)
         for chunk in self.items["attributes"].chunks:
             flat = chunk.flatten()
             named = pc.equal(flat.field("name"), name)
             known = known or bool(pc.any(named).as_py())
-            hit = pc.and_(named, pc.is_in(flat.field("value"), value_set=pa.array(values, pa.string())))
-            mask_N[start + pc.list_parent_indices(chunk).filter(hit).to_numpy()] = True
+            rows, texts = pc.list_parent_indices(chunk).filter(named), flat.field("value").filter(named)
+            mask_N[start + rows.filter(pc.is_in(texts, value_set=wanted)).to_numpy()] = True
+            if between:
+                parts = pc.split_pattern(texts, between)
+                hit = pc.is_in(pc.utf8_trim_whitespace(parts.flatten()), value_set=wanted)
+                mask_N[start + rows.take(pc.list_parent_indices(parts).filter(hit)).to_numpy()] = True
             start += len(chunk)
         if not known:
             raise KeyError(name)

@@ -1,10 +1,15 @@
-"""Feast's offline tables: Parquet files with an event timestamp, one a snapshot, for retrieval as of a point in time."""
+"""Feast's offline tables: Parquet files with an event timestamp, one a snapshot, for retrieval as of a point in time.
+
+A file is on the disk before it has its name, and its name before `write` returns: a power cut leaves the old file or the new one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import errno
 import json
+import os
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -62,14 +67,37 @@ def prepare(home: Path) -> None:
 
 def write(home: Path, name: str, file: str, parts: Iterable[pa.Table]) -> None:
     """Replaces one file of a table at once; memory holds one part."""
-    (home / name).mkdir(parents=True, exist_ok=True)
+    make_folder(home / name)
     for leftover in (home / name).glob(f".{file}-*"):  # of a writer that was killed
         leftover.unlink(missing_ok=True)
     aside = home / name / f".{file}-{uuid.uuid4().hex[:8]}"
     with pq.ParquetWriter(aside, TABLES[name], compression="zstd", compression_level=1) as writer:
         for part in parts:
             writer.write_table(part.select(TABLES[name].names).cast(TABLES[name]))
+    sync(aside)
     aside.replace(home / name / f"{file}.parquet")
+    sync(home / name)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # file systems that keep no folders in memory say that there is nothing to sync
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """A folder with those above it, as far as they are missing, their names on the disk."""
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in made:
+        sync(place.parent)
 
 
 def moments(moment: dt.datetime, rows: int) -> pa.Array:

@@ -30,6 +30,12 @@ from jobs.run import InputError, Run, as_json
 from models.behaviour.artifact import Loaded, load_recommender
 
 JOBS = ("extract", "scft", "embed", "pretrain", "rat", "evaluate", "project")
+SPARK = {
+    "spark.master": "local[2]",
+    "spark.sql.shuffle.partitions": "2",
+    # starts quickly and compiles little: frames that fit into this process are few rows to Spark
+    "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+}
 FEW_DAYS = 10
 """Logs of fewer days are split by each user's last two events, not by time."""
 
@@ -102,7 +108,7 @@ def recipe_of(home: Path, items: pd.DataFrame, events: pd.DataFrame, base: str) 
             "items": {"table": f"{home}/items.parquet", "attributes": [str(name) for name in items.columns if name != "item_id"]},
             "interactions": {"table": f"{home}/events.parquet"},
             "split": "temporal" if days >= FEW_DAYS else "leave_one_out",
-            "spark": {"spark.master": "local[2]"},
+            "spark": SPARK,
         },
         "scft": {"base": base, "max_tokens": 128, "training": {"steps": 0}},
         "embed": {"encoder": "latest"},

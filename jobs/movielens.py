@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 
 from jobs.engines.spark import session
 from jobs.lake.partitions import digest_file
@@ -55,8 +56,7 @@ def run(config: Config) -> Result:
     spark.sql(f"CREATE DATABASE IF NOT EXISTS {config.database}")
     outputs: dict[str, str] = {}
     for name, frame in tables.items():
-        columns = {column: frame[column].tolist() for column in frame.columns}
-        rows = spark.createDataFrame(list(zip(*columns.values(), strict=True)), list(columns))
+        rows = spark.createDataFrame(pa.Table.from_pandas(frame, preserve_index=False))
         rows.coalesce(1).write.mode("overwrite").format("parquet").saveAsTable(f"{config.database}.{name}")
         outputs[f"{config.database}.{name}"] = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
         log.info("%s.%s: %s rows", config.database, name, f"{len(frame):,}")

@@ -1,6 +1,7 @@
-"""The registry, or the online store -> which models and date a night goes by, asked once: its other jobs are told.
+"""The registry, or the online store -> ids of the models, and the date, that all jobs of a night use.
 
-Where `embed`, `project` and `publish` each asked for the champion, a promotion in between would mix two of them.
+The night asks once, at its start. If `embed`, `project` and `publish` each asked for the champion and another model were promoted
+in between, they would mix two models.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What the night goes by."""
+    """Which models and date the night uses."""
 
     run: Run
     which: Literal["champion", "serving"] = "champion"
-    """`champion`: of the registry, whose space the night brings online; `serving`: of the space that is online."""
+    """`champion`: the models of the registry's champion, whose space the night brings online; `serving`: the models of the space
+    that is online now."""
     newest: bool = False
-    """Works on the newest snapshot of the lake, where that is newer than ds: for a promotion that a person approved days
-    after its training. `serving` always works on the snapshot that is online."""
+    """Uses the newest snapshot of the lake if that is newer than ds. This is for a model that a person approved days after its
+    training. `serving` always uses the snapshot that is online."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What the other jobs of the night are called with."""
+    """What the night gives to its other jobs."""
 
     ds: str
     recommender_id: str
@@ -43,14 +45,16 @@ class Result:
 
 
 def run(config: Config) -> Result:
-    """Asks once. Raises InputError where there is no champion yet, or nothing serves."""
+    """Finds the models and the date. Raises InputError where there is no champion yet, or nothing serves."""
     if config.which == "serving":
         result = serving(config.run)
     else:
         found = registry.resolve(config.run, "champion")
         ids = {name: found[name] for name in ("recommender_id", "encoder_id")}
         result = pinned(newest(config.run) if config.newest else config.run.ds, ids)
-    log.info("recommender %s, encoder %s, %s", result.recommender_id, result.encoder_id, result.ds)
+    log.info(
+        "the night uses recommender %s and encoder %s, on the items of %s", result.recommender_id, result.encoder_id, result.ds
+    )
     return result
 
 
@@ -63,7 +67,8 @@ def serving(run: Run) -> Result:
     ids = online.recommender_of(run.lake, pointer.space_id)
     if not ids["encoder_id"]:
         raise InputError(
-            f"no recommender of the lake makes the space that serves, {pointer.space_id}: publish a space of this lake"
+            f"space {pointer.space_id} serves, but this lake has no recommender of that space: set run.lake to the lake that it "
+            "was published from, or publish a space of this lake"
         )
     return pinned(pointer.ds, ids)
 

@@ -19,7 +19,7 @@ C = TypeVar("C")
 
 JOBS = {
     "movielens": "loads MovieLens-100k into Spark tables, as a catalogue to try everything on",
-    "pin": "the registry -> the champion that a night's other jobs go by, asked once",
+    "pin": "asks the registry once which champion serves -> its ids, which all other jobs of the night use",
     "extract": "Spark tables -> items, interactions, sequences, quarantine",
     "scft": "items -> an encoder (LoRA weights), fine-tuned on the items' own attributes",
     "embed": "items, an encoder -> llm_embeddings (only texts not embedded yet)",

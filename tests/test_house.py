@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -64,3 +67,47 @@ def test_tests_stand_where_the_code_stands() -> None:
         if room.parts and room.parts[0] in ROOMS:
             assert room in folders or room == Path("models"), f"{path}: there is no folder {room}"
             assert room / path.stem.removeprefix("test_") not in folders, f"{path}: its place is {room}/{path.stem[5:]}/"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    """tests/benchmarks/bench_house.py."""
+    spec = importlib.util.spec_from_file_location("bench_house", ROOT / "tests" / "benchmarks" / "bench_house.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_the_house_is_at_most_a_tenth_off(bench: ModuleType) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    for name, now in bench.rows(bench.measured(ROOT)).items():
+        told = re.search(rf"^\| {re.escape(name)} \|.*\| ([^|]*) \|$", page, re.MULTILINE)
+        assert told, name
+        pairs = zip(re.findall(r"[\d.]+", told[1].replace(",", "")), re.findall(r"[\d.]+", now.replace(",", "")), strict=True)
+        for was, figure in pairs:
+            assert abs(float(was) - float(figure)) <= 0.1 * float(figure), (
+                f"{name}: the table says {told[1]}, it is {now}: run python tests/benchmarks/bench_house.py --write"
+            )
+
+
+def test_writing_the_table_changes_its_last_column_alone(bench: ModuleType) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    found = bench.measured(ROOT) | {"lint": {"seconds": 12.4, "core_seconds": 3.6}}
+    changed = bench.written(page, found | {"files": 12345}, "2030-01-02")
+    assert "| 2030-01-02 |" in changed and "| files | 76 | 12,345 |" in changed
+    assert "| `make lint` without a cache | 65 s (37 s of one core) | 12 s (4 s of one core) |" in changed
+    assert len(changed.splitlines()) == len(page.splitlines())
+    with pytest.raises(ValueError, match="has no row"):
+        bench.written(page.replace("| files |", "| file |"), found, "2030-01-02")
+
+
+def test_the_command_lints_what_make_lint_lints(bench: ModuleType) -> None:
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    run = [line.strip().removeprefix("$(BIN)/").split() for line in recipe[1].splitlines()]
+    assert run == [[word for word in line if word not in ("--no-cache", "--cache-dir", "/dev/null")] for line in bench.LINT]
+
+
+def test_no_files_import_one_another_in_a_circle(bench: ModuleType) -> None:
+    assert bench.measured(ROOT)["circles"] == []

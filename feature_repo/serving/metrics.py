@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 """Whether workers count together: prometheus_client decides when it is first imported, and Feast sets the variable later."""
@@ -34,7 +36,25 @@ BATCH = Histogram("llmemb_batch_size", "Requests that were answered together", b
 def exposition() -> bytes:
     """All metrics, of all workers."""
     if SHARED:
+        bury(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
     return generate_latest(REGISTRY)
+
+
+def bury(folder: Path) -> None:
+    """Takes gauges of workers that died out of a folder: what they were is no longer so. What they counted stays."""
+    for pid in {int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_live*_*.db")}:
+        if not works(pid):
+            with contextlib.suppress(FileNotFoundError):  # another worker was faster
+                mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+
+
+def works(pid: int) -> bool:
+    """Whether a process lives and is a worker beside this one: its number may have been given to another program."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return False
+    return state not in "ZX" and int(parent) == os.getppid()

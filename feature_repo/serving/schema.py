@@ -24,7 +24,7 @@ class Recommend(BaseModel):
         json_schema_extra={
             "examples": [
                 {"user_id": "459", "k": 10},
-                {"history": ["50", "181", "258"], "k": 5, "filters": {"genre": ["Comedy", "Drama"]}, "explain": True},
+                {"history": ["50", "181", "258"], "k": 5, "filters": {"genres": ["Comedy", "Drama"]}, "explain": True},
             ]
         },
     )
@@ -35,7 +35,12 @@ class Recommend(BaseModel):
     k: int = Field(10, ge=1, description="items to answer")
     exclude_seen: bool = Field(True, description="leaves out items of the history")
     exclude: list[Id] = Field([], max_length=LONGEST_HISTORY, description="more items to leave out")
-    filters: Filters = Field({}, description="attribute -> values, of which an item must have one, for every attribute")
+    filters: Filters = Field(
+        {},
+        description="attribute -> values, of which an item must have one, for every attribute; of an attribute that is a list "
+        "(`genres`: Action, Comedy) each of its values counts",
+        examples=[{"genres": ["Comedy", "Drama"], "release_year": ["1995"]}],
+    )
     explain: bool = Field(False, description="tells what each part of the recommender brought to a score")
     attributes: list[str] = Field([], max_length=32, description="attributes to answer beside each item, for example `title`")
 
@@ -50,7 +55,11 @@ class Recommend(BaseModel):
 class Similar(BaseModel):
     """Neighbours of which items, and how many."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"item_ids": ["50"], "k": 10}]})
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"item_ids": ["50"], "k": 10, "filters": {"genres": ["Comedy"]}}]},
+    )
     item_ids: list[Id] = Field(min_length=1, max_length=100)
     k: int = Field(10, ge=1)
     filters: Filters = Field({}, description="as in /recommend")

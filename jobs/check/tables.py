@@ -31,7 +31,11 @@ def look(extract: Mapping[str, Any]) -> Iterator[Finding]:
     yield Finding("ok", "items", f"{items['table']}: {len(ids):,} items, columns {', '.join([item_id, *attributes])}")
     twice = len(ids) - len(set(ids))
     if twice:
-        yield Finding("look", "items", f"{twice:,} records share an item_id with another: the fullest one of each is kept")
+        yield Finding(
+            "look",
+            "items",
+            f"{twice:,} records have the item_id of another record: of each item_id the fullest record is kept",
+        )
     sample = head(events["table"], "extract.interactions.table", [user, item, time], settings, SAMPLE, only=[user, item, time])
     yield Finding("ok", "events", f"{events['table']}: columns {user}, {item}, {time}")
     yield overlap(set(ids), texts(sample[item]))
@@ -63,12 +67,13 @@ def texts(column: pa.ChunkedArray) -> list[str]:
 def overlap(known: set[str], met: Sequence[str]) -> Finding:
     """How many events are of items that the catalogue has."""
     share = sum(item in known for item in met) / max(len(met), 1)
-    text = f"{share:.1%} of {len(met):,} events looked at are of items in the catalogue"
+    text = f"{share:.1%} of {len(met):,} events in the sample are of an item that the items table has"
     if share >= 0.95:
         return Finding("ok", "overlap of ids", text)
     example = next((item for item in met if item not in known), "none")
     remedy = (
-        f"{text}; an id of the events is {example!r}, one of the items {min(known, default='none')!r}: are they written alike?"
+        f"{text}; the events have for example the id {example!r}, the items {min(known, default='none')!r}: both tables must "
+        "write an id in the same way"
     )
     return Finding("wrong" if share < 0.5 else "look", "overlap of ids", remedy)
 
@@ -76,13 +81,17 @@ def overlap(known: set[str], met: Sequence[str]) -> Finding:
 def unit(column: pa.ChunkedArray, said: str) -> Finding:
     """Whether the times make sense in the unit that the recipe says."""
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_string(column.type)):
-        return Finding("ok", "unit of time", f"a column of {column.type}: no unit is needed")
+        return Finding("ok", "unit of time", f"the column has the type {column.type}, which needs no unit")
     middle = pc.quantile(column.cast(pa.float64(), safe=False), 0.5)[0].as_py()
     fitting = [name for name, count in UNITS.items() if middle is not None and plausible(middle / count)]
     if said in fitting:
-        return Finding("ok", "unit of time", f"in {said} the events are of about {moment(middle / UNITS[said])}")
-    remedy = f'set extract.interactions.unit = "{fitting[0]}"' if fitting else "no unit makes a date of it: is it a time at all?"
-    return Finding("wrong", "unit of time", f"{middle!r} is no time in {said}: {remedy}")
+        return Finding("ok", "unit of time", f"read in {said}, a typical event is of {moment(middle / UNITS[said])}")
+    remedy = (
+        f'set extract.interactions.unit = "{fitting[0]}"'
+        if fitting
+        else "no unit gives a date between 1990 and today; does extract.interactions.timestamp name the column of the time?"
+    )
+    return Finding("wrong", "unit of time", f"a typical time is {middle!r}, which is no date if read in {said}: {remedy}")
 
 
 def plausible(seconds: float) -> bool:

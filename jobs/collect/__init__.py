@@ -28,8 +28,9 @@ class Config:
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
     snapshot_days: int | None = None
-    """Snapshots (`items`, `interactions`, `sequences`, `quarantine`) and vectors of spaces of dates further back than this are
-    removed, but for those that a live or previous space, an alias, the newest training or a report needs; none keeps all."""
+    """Snapshots (`items`, `interactions`, `sequences`, `quarantine`), vectors of spaces and what arrived between nights, of dates
+    further back than this, are removed, but for those that a live or previous space, an alias, the newest training or a report
+    needs; so are checkpoints of trainings that nobody resumed for as long. None keeps all."""
     embedding_days: int | None = None
     """The same for `llm_embeddings` of encoders that no space, alias or newest run needs, counted from their last write."""
     offline_days: int | None = None
@@ -108,6 +109,8 @@ def sweep(config: Config, done: spaces.Collected) -> dict[Path, int]:
     rules = (
         (retention.old_snapshots, config.snapshot_days),
         (retention.old_vectors, config.snapshot_days),
+        (retention.old_arrivals, config.snapshot_days),
+        (retention.old_checkpoints, config.snapshot_days),
         (retention.old_embeddings, config.embedding_days),
         (retention.old_rows, config.offline_days),
     )
@@ -132,7 +135,7 @@ def tally(lake: Path, gone: dict[Path, int]) -> dict[str, int]:
     """Bytes by table."""
     found = dict[str, int]()
     for path, took in gone.items():
-        table = name_of(lake, path).split("/ds=")[0].split("/space=")[0].split("/encoder=")[0]
+        table = name_of(lake, path).split("/")[0]
         table = "feast_offline" if path.suffix == ".parquet" else table
         found[table] = found.get(table, 0) + took
     return found

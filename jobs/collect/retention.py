@@ -1,4 +1,4 @@
-"""Old snapshots, embeddings and Feast's offline rows of the lake: what may go, and what never may.
+"""Old snapshots, embeddings, what arrived for them, checkpoints and Feast's offline rows: what may go, and what never may.
 
 Never: the newest partition of a table; what a space that is online, or the champion, the previous and the reference of the
 registry are made of; the snapshots of the newest training, evaluation and encoder; the first and the newest date of a space that
@@ -18,7 +18,7 @@ from pathlib import Path
 from feature_repo.reader import Space, offline_folder
 from jobs.engines import registry
 from jobs.engines.online import recommender_of
-from jobs.lake import manifests, partitions
+from jobs.lake import arrivals, manifests, partitions
 from jobs.lake.locks import alone
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, space_of
 from jobs.run import InputError, Run, Unavailable
@@ -102,6 +102,27 @@ def old_embeddings(run: Run, needs: Needed, days: int) -> Iterator[Path]:
             yield home
 
 
+def old_arrivals(run: Run, needs: Needed, days: int) -> Iterator[Path]:
+    """Folders of what arrived for a snapshot that nobody needs: items, their embeddings, their vectors."""
+    for name in arrivals.TABLES:
+        for home in sorted((run.lake / name).glob("**/ds=*")):
+            ds, space = home.name.removeprefix("ds="), home.parent.name.removeprefix("space=")
+            stays = ds in needs.dates and (name != arrivals.VECTORS or space in needs.spaces)
+            if not stays and is_old(run, home, ds, days):
+                yield home
+
+
+def old_checkpoints(run: Run, needs: Needed, days: int) -> Iterator[Path]:
+    """Checkpoints of trainings that were killed and not resumed for so long.
+
+    A checkpoint is found again by its date, settings and inputs alone: where these have changed nobody resumes it, and its own
+    training, which removes it at its end, never runs again.
+    """
+    for path in sorted((run.lake / "checkpoints").glob("*")):
+        if path.is_file() and time.time() - path.stat().st_mtime >= days * DAY:
+            yield path
+
+
 def old_rows(run: Run, needs: Needed, days: int) -> Iterator[Path]:
     """Files of Feast's offline tables that nobody needs; what served when, and tombstones, stay for good."""
     home = Path(offline_folder(run.lake))
@@ -118,8 +139,8 @@ def old_rows(run: Run, needs: Needed, days: int) -> Iterator[Path]:
 def is_old(run: Run, path: Path, ds: str, days: int) -> bool:
     """Whether a date lies so many days before ds, and was written as long ago."""
     last = dt.date.fromisoformat(run.ds) - dt.timedelta(days=days)
-    commit = path / partitions.COMMIT
-    written = (commit if commit.exists() else path).stat().st_mtime
+    commits = [commit.stat().st_mtime for commit in path.rglob(partitions.COMMIT)]
+    written = max(commits, default=path.stat().st_mtime)
     return ds < f"{last}" and time.time() - written >= days * DAY
 
 

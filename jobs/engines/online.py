@@ -25,7 +25,7 @@ from feature_repo.index import Described, Graph, Index
 from feature_repo.reader import NothingServed, Pointer, Reader, Space
 from feature_repo.spaces import Chunk
 from feature_repo.stores import BROKEN, Fenced, Held, NotPublished
-from jobs.lake import arrivals, partitions, tables
+from jobs.lake import arrivals, manifests, partitions, tables
 from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import titles as titles
 from jobs.lake.items import without_forgotten
@@ -150,27 +150,19 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int, *, arr
     for hosts that serve from it: `prune_index` or `collect` removes it.
     """
     home, partition = index_home(lake, space), partition_of(space.space_id, space.ds)
-    source = partitions.read_commit(lake, "item_embeddings", partition).digest
     over = arrivals.digest(lake, arrivals.VECTORS, partition) if arrived else ""
     # counted, not taken from the pointer: that knows nothing of items forgotten since
     items = sum(len(ids) for ids, _ in chunks(lake, partition, rows, arrived=arrived))
     snapshot = partitions.latest(lake, ITEMS.name, space.ds)
-    made_of = {
-        "format": index.FORMAT,
-        "item_embeddings": source + over,
-        "items": items,
-        "graph": dataclasses.asdict(graph) if graph else None,
-        "attributes": partitions.read_commit(lake, ITEMS.name, snapshot).digest
-        + (arrivals.digest(lake, ARRIVING_ITEMS.name, snapshot) if over else ""),
-        "recent": events_digest(lake, space.ds),
-    }
+    made_of = sources(lake, space, snapshot, over) | {"items": items, "graph": dataclasses.asdict(graph) if graph else None}
     now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
     if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
         staged = home / f".staged-{uuid.uuid4().hex[:8]}"
         staged.mkdir(parents=True)
         vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows, arrived=arrived))
+        known = described(lake, snapshot, space.ds, arrived=bool(over))
         about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
-        index.build(staged, vectors, items, space.width, graph, described(lake, snapshot, space.ds, arrived=bool(over)), about)
+        index.build(staged, vectors, items, space.width, graph, known, about)
         digest = digest_folder(staged)
         target = home / digest[:16]
         if target.exists():
@@ -181,6 +173,20 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int, *, arr
         now = {"made_of": made_of, "folder": target.name, "digest": digest}
         write_json(home / INDEX, now)
     return str(now["digest"])
+
+
+def sources(lake: Path, space: Space, snapshot: str, over: str) -> dict[str, object]:
+    """What an index is made of, beside its parameters; `over` is the digest of the vectors that arrived."""
+    vectors = partitions.read_commit(lake, "item_embeddings", partition_of(space.space_id, space.ds)).digest
+    attributes = partitions.read_commit(lake, ITEMS.name, snapshot).digest
+    found: dict[str, object] = {
+        "format": index.FORMAT,
+        "item_embeddings": vectors + over,
+        "attributes": attributes + (arrivals.digest(lake, ARRIVING_ITEMS.name, snapshot) if over else ""),
+        "recent": events_digest(lake, space.ds),
+    }
+    lists = lists_of(lake, snapshot)
+    return found | {"lists": lists} if lists else found
 
 
 def prune_index(home: Path, older_s: float = 0.0) -> None:
@@ -212,7 +218,13 @@ def described(lake: Path, snapshot: str, ds: str, *, arrived: bool = False) -> D
     counts = recent_events(lake, ds)
     recent = pa.array([counts.get(item_id, 0) for item_id in item_ids.to_pylist()], pa.int64())
     attributes = items["attributes"].chunk(0).cast(index.PAIRS) if parts else pa.array([], index.PAIRS)
-    return Described(item_ids=item_ids, attributes=attributes, recent=recent)
+    return Described(item_ids=item_ids, attributes=attributes, recent=recent, lists=lists_of(lake, snapshot))
+
+
+def lists_of(lake: Path, snapshot: str) -> dict[str, str]:
+    """Attributes of a snapshot that hold several values, and what parts them: as the `extract` of its date says."""
+    told = manifests.of_date(lake, snapshot.removeprefix("ds="), "extract").get("result") or {}
+    return dict(told.get("lists") or {})
 
 
 def recent_events(lake: Path, ds: str) -> Counter[str]:

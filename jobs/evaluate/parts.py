@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-
-from torch import Tensor
-
 from models.behaviour.fused import FusedRecommender
-from models.judge.evaluation import Cases, Ranks, vector_ranks
 
 
-def part_rankers(recommender: FusedRecommender, table_VD: Tensor) -> Iterator[tuple[str, Callable[[Cases], Ranks]]]:
-    """(name, ranker): `only_NAME` for each part, `up_to_NAME` for the sums that are neither one part nor all."""
+def part_spans(recommender: FusedRecommender) -> dict[str, tuple[int, int]]:
+    """Columns (first, after the last) of `only_NAME` for each part, and of `up_to_NAME` for other sums than one part or all."""
+    found: dict[str, tuple[int, int]] = {}
     for number, part in enumerate(recommender.parts):
-        yield f"only_{part.name}", partial(columns_ranked, recommender, table_VD, part.start, part.stop)
+        found[f"only_{part.name}"] = (part.start, part.stop)
         if 0 < number < len(recommender.parts) - 1:
-            yield f"up_to_{part.name}", partial(columns_ranked, recommender, table_VD, 0, part.stop)
-
-
-def columns_ranked(recommender: FusedRecommender, table_VD: Tensor, start: int, stop: int, cases: Cases) -> Ranks:
-    """Ranks by some columns of the vectors alone."""
-
-    def encode(emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
-        return recommender.encode_some(emb_BLD, valid_BL, start, stop)
-
-    return vector_ranks(cases, table_VD, encode, recommender.backbone.max_len)
+            found[f"up_to_{part.name}"] = (0, part.stop)
+    return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jobs.engines import registry
 from jobs.evaluate.config import CHALLENGER, Config
-from jobs.evaluate.parts import part_rankers
+from jobs.evaluate.parts import part_spans
 from jobs.lake import artifacts, partitions
 from jobs.lake.items import live_items
 from jobs.lake.tables import ITEMS
@@ -18,12 +18,13 @@ from jobs.lake.tensors import Catalogue, read_embeddings
 from jobs.run import Run
 from models.behaviour.artifact import Loaded, load_recommender
 from models.behaviour.fused import FusedRecommender
-from models.judge.evaluation import Cases, Ranks, floor_ranks, vector_ranks
+from models.judge.evaluation import Cases, Ranks, floor_ranks, span_ranks, vector_ranks
 from models.judge.text_floor import text_ranks, tfidf_table
 from models.text.prompts import LEAKS, normalised_name
 
 BATCH = 65_536
-Ranker = Callable[[Cases], Ranks]
+Ranker = Callable[[Cases], dict[str, Ranks]]
+"""Cases -> ranks by the model's name; of several models where one pass makes them."""
 
 
 def opened(run: Run, recommender_id: str, device: torch.device) -> Loaded:
@@ -31,40 +32,48 @@ def opened(run: Run, recommender_id: str, device: torch.device) -> Loaded:
     return load_recommender(registry.fetch(run, "recommender", recommender_id), device)
 
 
-def rankers(config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue) -> Iterator[tuple[str, Ranker]]:
-    """(name, ranker) of the text floor, the ID-only teacher, the baselines, the challenger, its parts, and the others.
+def rankers(config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue) -> Iterator[Ranker]:
+    """Rankers of the text floor, the ID-only teacher, the baselines, the challenger, its parts, and the others.
 
     Each model's vectors are made once, whatever is ranked by them, and one model is in memory at a time.
     """
     floor_VD = tfidf_table(texts(config.run, catalogue))
     if floor_VD is not None:
-        yield "tfidf_text", partial(text_ranks, table_VD=floor_VD.to(challenger.device))
+        yield partial(floor_ranked, floor_VD.to(challenger.device))
     teacher_id = challenger.meta.get("teacher_id", "none")
     if teacher_id != "none":
         teacher = load_recommender(artifacts.find(config.run.lake, "teacher", teacher_id), challenger.device)
-        yield "id_only", partial(ranked, teacher, id_table(teacher, catalogue))
+        yield partial(ranked, "id_only", teacher, id_table(teacher, catalogue))
     for name, recommender_id in config.baselines.items():
         baseline = opened(config.run, recommender_id, challenger.device)
-        yield name, partial(ranked, baseline, text_table(config.run, baseline, catalogue))
-    table_VD = text_table(config.run, challenger, catalogue)
-    yield CHALLENGER, partial(ranked, challenger, table_VD)
-    if isinstance(challenger, FusedRecommender):
-        yield from part_rankers(challenger, table_VD)
+        yield partial(ranked, name, baseline, text_table(config.run, baseline, catalogue))
+    yield partial(ranked, CHALLENGER, challenger, text_table(config.run, challenger, catalogue))
     for name, other_id in others.items():
         if other_id:
             other = opened(config.run, other_id, challenger.device)
-            yield name, partial(ranked, other, text_table(config.run, other, catalogue))
+            yield partial(ranked, name, other, text_table(config.run, other, catalogue))
 
 
 def ranks_of(
     config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, views: Sequence[Cases]
 ) -> dict[str, list[Ranks]]:
-    """Of each model its ranks of every view's cases."""
-    counted = [floor_ranks(cases) for cases in views]
+    """Of each model its ranks of every view's cases; a last view that has the cases of the first is not ranked again."""
+    again = same_cases(views[0], views[-1])
+    ranked_views = views[:-1] if again else views
+    counted = [floor_ranks(cases) for cases in ranked_views]
     found = {name: [ranks[name] for ranks in counted] for name in counted[0]}
-    for name, ranker in rankers(config, challenger, others, catalogue):
-        found[name] = [ranker(cases) for cases in views]
-    return found
+    for ranker in rankers(config, challenger, others, catalogue):
+        for cases in ranked_views:
+            for name, ranks in ranker(cases).items():
+                found.setdefault(name, []).append(ranks)
+    return {name: [*ranks, ranks[0]] for name, ranks in found.items()} if again else found
+
+
+def same_cases(one: Cases, other: Cases) -> bool:
+    """Whether two views ask for the same events in the same order, ranked alike: so it is where users have one held-out event."""
+    return (
+        one.unseen == other.unseen and torch.equal(one.users_C, other.users_C) and torch.equal(one.position_C, other.position_C)
+    )
 
 
 def texts(run: Run, catalogue: Catalogue) -> list[str]:
@@ -77,9 +86,18 @@ def texts(run: Run, catalogue: Catalogue) -> list[str]:
     return [said.get(item_id, "") for item_id in catalogue.item_ids]
 
 
-def ranked(recommender: Loaded, table_VD: Tensor, cases: Cases) -> Ranks:
-    """Ranks of the cases under a recommender."""
-    return vector_ranks(cases, table_VD, recommender.encode, recommender.backbone.max_len)
+def floor_ranked(floor_VD: Tensor, cases: Cases) -> dict[str, Ranks]:
+    """Ranks of the cases by plain text."""
+    return {"tfidf_text": text_ranks(cases, floor_VD)}
+
+
+def ranked(name: str, recommender: Loaded, table_VD: Tensor, cases: Cases) -> dict[str, Ranks]:
+    """Ranks of the cases under a recommender; of the challenger, where it is of parts, under these too."""
+    length = recommender.backbone.max_len
+    if name != CHALLENGER or not isinstance(recommender, FusedRecommender):
+        return {name: vector_ranks(cases, table_VD, recommender.encode, length)}
+    spans = {name: (0, recommender.width), **part_spans(recommender)}
+    return dict(zip(spans, span_ranks(cases, table_VD, recommender.encode, length, list(spans.values())), strict=True))
 
 
 def id_table(teacher: Loaded, catalogue: Catalogue) -> Tensor:

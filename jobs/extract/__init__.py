@@ -61,6 +61,8 @@ class Result:
     changed_items: int
     fill: dict[str, float]
     """Share of the items that have each attribute."""
+    lists: dict[str, str]
+    """Attributes that hold several values in one text, and what parts them."""
     days: dict[str, int]
     """Events kept of each of the last days."""
     cuts: dict[str, str]
@@ -115,6 +117,7 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
         new_items=new,
         changed_items=changed,
         fill=shape.fill(items, config.items.attributes),
+        lists=judge.lists(spark, config),
         days={volume.date(day): count for day, count in days if day > volume.day_number(config.run.ds) - volume.HISTORY_DAYS},
         cuts={name: shape.date(cut) for name, cut in zip(("valid", "test"), cuts, strict=True)} if cuts else {},
     )

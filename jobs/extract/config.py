@@ -17,8 +17,20 @@ class ItemSource:
     catalogue of its own date: `shop.items_{ds}`, `s3a://shop/items/dt={ds}`, or of a source that keeps its past (Delta, Iceberg)
     `shop.items TIMESTAMP AS OF '{ds} 23:59:59'`, `shop.items VERSION AS OF 'night-{ds}'`."""
     item_id: str = "item_id"
+    """The column with the item's id, as the events write it; numbers are read as texts."""
     attributes: tuple[str, ...]
     """Attribute columns in the order of the prompt: texts, numbers, or lists of them."""
+    lists: dict[str, str] = field(default_factory=dict)
+    """Text columns that hold several values, and what parts them: `{ genres = "|" }`. Filters of serving find an item by each of
+    them. Columns of arrays need no entry."""
+
+    def __post_init__(self) -> None:
+        for name, between in self.lists.items():
+            if name not in self.attributes or not between:
+                raise InputError(
+                    f"extract.items.lists has {name} = {between!r}: name one of the attributes ({', '.join(self.attributes)}) "
+                    "and the text that stands between its values"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +40,13 @@ class InteractionSource:
     table: str
     """As for items; `{ds}` is the date here too."""
     user_id: str = "user_id"
+    """The column with the user's id."""
     item_id: str = "item_id"
+    """The column with the id of the item that the event is about."""
     timestamp: str = "timestamp"
     """A number in `unit` since 1970, or a date or timestamp column."""
     unit: Literal["s", "ms", "us"] = "s"
+    """Unit of a timestamp that is a number: seconds, milliseconds or microseconds. Date and timestamp columns need none."""
     partition: str = ""
     """The column that parts the table by day (dates, 2026-03-01 or 20260301). With it a night reads the newest partitions alone
     and takes earlier events from the last snapshot; without it, the whole table."""

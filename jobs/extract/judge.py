@@ -30,6 +30,9 @@ PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 
 DISK = StorageLevel.DISK_ONLY
 
+BETWEEN = ", "
+"""Stands between the values of a list in the text of its attribute."""
+
 BROADCAST_ITEMS = 1_000_000
 """Catalogues up to this size go to every executor, about 100 MB; larger ones are joined by a shuffle."""
 
@@ -82,10 +85,18 @@ def judge_items(spark: SparkSession, config: Config) -> DataFrame:
     )
 
 
+def lists(spark: SparkSession, config: Config) -> dict[str, str]:
+    """Attributes that hold several values, and what parts them in their text: arrays, and what the recipe says."""
+    names = config.items
+    rows = source(spark, config.tables[0], "extract.items.table", [names.item_id, *names.attributes])
+    arrays = (name for name in names.attributes if rows.schema[name].dataType.typeName() == "array")
+    return dict.fromkeys(arrays, BETWEEN) | names.lists
+
+
 def text(value: Column, kind: str) -> Column:
     """A column's value as prompt text: lists joined by commas, structures as JSON, blank as null."""
     if kind == "array":
-        value = F.array_join(F.filter(value.cast("array<string>"), lambda part: F.length(F.trim(part)) > 0), ", ")
+        value = F.array_join(F.filter(value.cast("array<string>"), lambda part: F.length(F.trim(part)) > 0), BETWEEN)
     elif kind in ("struct", "map"):
         value = F.to_json(value)
     return F.nullif(F.trim(value.cast("string")), F.lit(""))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jobs.rat import rotation
 from jobs.rat.rotation import Goal, Rotation
 from jobs.run import as_json
 from models.behaviour.artifact import save_fused, save_recommender
-from models.behaviour.assembly import Assembled, Fusion, Material, assemble, centres
+from models.behaviour.assembly import Fusion, Material, assemble, centres
 from models.behaviour.fused import Part
 from models.behaviour.recommender import Recommender
 
@@ -60,12 +60,13 @@ def keep(staged: Path, fusion: Fusion, given: Material, goal: Goal | Rotation, m
             weights={"llmemb": 1.0}, widths={"llmemb": given.llmemb.backbone.width}
         )
     assembled = assemble(fusion, given)
-    turns, told = turned(assembled, given, goal)
+    turns, told = turned(assembled.parts, given, goal)
     if turns:
         meta = meta | {"rotation": as_json(told)}
     save_fused(
         staged, assembled.parts, assembled.found.weights, item_ids=given.item_ids, counts_V=given.counts_V,
-        whitening=given.whitening, turns=turns, centres=centres(assembled, turns), meta=meta,
+        whitening=given.whitening, turns=turns, centres=centres(assembled.found.weights.centre, assembled.mean_users, turns),
+        meta=meta,
     )  # fmt: skip
     found = assembled.found
     fused = Fused(
@@ -103,11 +104,11 @@ def keep_alone(staged: Path, given: Material, goal: Goal | Rotation, meta: dict[
     return told
 
 
-def turned(assembled: Assembled, given: Material, goal: Goal | Rotation) -> tuple[dict[str, Tensor], Rotation]:
+def turned(parts: Sequence[Part], given: Material, goal: Goal | Rotation) -> tuple[dict[str, Tensor], Rotation]:
     """turn_DD of each trained part towards the same part of the space that served, and how near the main one came."""
     turns: dict[str, Tensor] = {}
     told: Rotation | None = None
-    kept = {part.name: part for part in assembled.parts}
+    kept = {part.name: part for part in parts}
     for name in TRAINED:
         if name in kept:
             turn_DD, one = rotation.turn(goal, name, rows(given, goal, kept[name]))

@@ -13,12 +13,13 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs.engines import registry
 from jobs.lake import artifacts, manifests
 from jobs.lake.locks import alone
 from jobs.lake.tensors import pick_device, read_catalogue, read_histories
+from jobs.rat.config import Config
 from jobs.rat.whole import Judged, Work
 from jobs.recipe import build
 from jobs.run import InputError, Refused, Run, as_json
@@ -27,9 +28,6 @@ from models.behaviour.data import train_counts
 from models.behaviour.progress import Trained
 from models.behaviour.training import Training
 from models.processes import join
-
-if TYPE_CHECKING:
-    from jobs.rat import Config
 
 log = logging.getLogger(__name__)
 WAIT_S = 60.0
@@ -81,8 +79,6 @@ def run(config: Config) -> Result:
 
 def found(run: Run, recommender_id: str) -> Judged:
     """The recommender and how it was trained. Raises InputError where the lake does not tell."""
-    from jobs.rat import Config
-
     folder = registry.fetch(run, "recommender", recommender_id)
     manifest = made_by(run, "rat", "recommender_id", recommender_id)
     settings = build(Config, {**manifest["config"], "run": run}, "rat")

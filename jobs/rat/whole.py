@@ -9,19 +9,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jobs.lake.tensors import Catalogue, checkpoint_path, progress_log, read_embeddings
-from jobs.rat import fuse, rotation
-from jobs.rat.fuse import TRAINED
-from jobs.rat.rotation import Goal, Rotation
+from jobs.rat import fuse, make, rotation
+from jobs.rat.config import Config
 from jobs.run import as_json
 from models.behaviour import fusion
 from models.behaviour.artifact import save_fused
-from models.behaviour.assembly import Material, part_options, scored
+from models.behaviour.assembly import Material, centres, part_options, scored
 from models.behaviour.data import Histories, train_counts
 from models.behaviour.fused import FusedRecommender, Part, Weights
 from models.behaviour.items import IdItems
@@ -29,9 +28,6 @@ from models.behaviour.progress import Trained
 from models.behaviour.recommender import LoadedRecommender, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
 from models.behaviour.whitening import Whitening
-
-if TYPE_CHECKING:
-    from jobs.rat import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +60,6 @@ class Work:
         llm_NE = read_embeddings(config.run, judged.told["encoder_id"], catalogue.content_hashes).to(self.device)
         with torch.no_grad():
             self.white_NK = judged.whitening(llm_NE)
-        self.llm_NE = llm_NE
         self.checkpoints: list[Path] = []
 
     def train(self, name: str, recommender: Recommender, training: Training, epochs: int, aligner: Aligner | None) -> Trained:
@@ -89,19 +84,14 @@ class Work:
 
     def llmemb(self, teacher: Recommender | None) -> tuple[Recommender, Trained]:
         """The llmemb part of all events, aligned to the teacher of all events."""
-        from jobs import rat
-
         torch.manual_seed(self.config.run.seed)
         sequence = build_sequence(self.settings.backbone, self.settings.adapter)
-        recommender = Recommender(rat.make_items(self.settings, self.judged.whitening, self.llm_NE), sequence)
+        recommender = Recommender(make.make_items(self.settings, self.white_NK), sequence)
         aligner = None
-        if teacher is not None and self.settings.alpha:
-            weight_V = self.counts_V / (self.counts_V + self.settings.popularity_prior).clamp_min(1e-9)
-            aligner = Aligner(
-                teacher_VD=teacher.item_table().detach(), weight_V=weight_V, alpha=self.settings.alpha,
-                temperature=self.settings.temperature, text_V=rat.texts_of(self.catalogue).to(self.device),
-            )  # fmt: skip
-        trained = self.train("llmemb", recommender, rat.training_of(self.settings), self.judged.told["best_epoch"], aligner)
+        if teacher is not None:
+            known_V = torch.ones_like(self.counts_V, dtype=torch.bool)
+            aligner = make.make_aligner(self.settings, teacher.item_table().detach(), known_V, self.catalogue, self.counts_V)
+        trained = self.train("llmemb", recommender, make.training_of(self.settings), self.judged.told["best_epoch"], aligner)
         return recommender.eval(), trained
 
     def keep(self, staged: Path, teacher: Recommender | None, llmemb: Recommender) -> None:
@@ -119,13 +109,12 @@ class Work:
             return
         made = [self.part(known, member, given) for known, member in
                 zip(self.judged.loaded.meta["parts"], self.judged.loaded.members, strict=True)]  # fmt: skip
-        turns, told = self.turns(made, given, goal)
+        turns, told = fuse.turned(made, given, goal)
         weights, means = self.weights(made, given)
-        centres = {name: share * (means[name] @ turns[name] if name in turns else means[name])
-                   for name, share in weights.centre.items()}  # fmt: skip
         save_fused(
             staged, made, weights, item_ids=self.catalogue.item_ids, counts_V=self.counts_V, whitening=self.judged.whitening,
-            turns=turns, centres=centres, meta=meta | {"rotation": as_json(told)} if turns else meta,
+            turns=turns, centres=centres(weights.centre, means, turns),
+            meta=meta | {"rotation": as_json(told)} if turns else meta,
         )  # fmt: skip
 
     def item_config(self) -> dict[str, Any]:
@@ -161,16 +150,6 @@ class Work:
             item_ids=self.catalogue.item_ids, llmemb=own, teacher=alone, teacher_VD=None if alone is None else alone.table(),
             unseen=self.config.run.exclude_seen,
         )  # fmt: skip
-
-    def turns(self, made: Sequence[Part], given: Material, goal: Goal | Rotation) -> tuple[dict[str, Tensor], Rotation]:
-        """turn_DD of each trained part towards the space that served, and how near the first one came."""
-        turns, told = dict[str, Tensor](), Rotation(note="nothing to turn")
-        for part in sorted((part for part in made if part.name in TRAINED), key=lambda part: TRAINED.index(part.name)):
-            turn_DD, one = rotation.turn(goal, part.name, fuse.rows(given, goal, part))
-            if turn_DD is not None:
-                told = told if turns else one
-                turns[part.name] = turn_DD
-        return turns, told
 
     def weights(self, made: Sequence[Part], given: Material) -> tuple[Weights, dict[str, Tensor]]:
         """The weights that validation chose, over the spread that each part's scores have now; and mean user vectors."""

@@ -217,10 +217,10 @@ def text_gains(
     return gains, without
 
 
-def centres(assembled: Assembled, turns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def centres(shares: Mapping[str, float], mean_users: Mapping[str, Tensor], turns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """centre_D of each centred part: its share of the mean user vector, turned as the part's vectors are."""
     made = {}
-    for name, share in assembled.found.weights.centre.items():
-        mean_D = assembled.mean_users[name]
+    for name, share in shares.items():
+        mean_D = mean_users[name]
         made[name] = share * (mean_D @ turns[name] if name in turns else mean_D)
     return made

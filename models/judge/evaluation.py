@@ -5,7 +5,7 @@ Shapes: C cases, B cases of a chunk, L positions, V items + 1 (row 0 is padding)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,22 +125,31 @@ def touched_before(events: Histories, users_C: Tensor, position_C: Tensor, targe
     return events.position_N[first_C] < position_C
 
 
-@torch.no_grad()
 def vector_ranks(cases: Cases, table_VD: Tensor, encode: Encode, max_len: int) -> Ranks:
     """Ranks under a sequence encoder over item vectors; scores are dot products."""
-    full, sampled = [], []
+    return span_ranks(cases, table_VD, encode, max_len, [(0, table_VD.shape[1])])[0]
+
+
+@torch.no_grad()
+def span_ranks(cases: Cases, table_VD: Tensor, encode: Encode, max_len: int, spans: Sequence[tuple[int, int]]) -> list[Ranks]:
+    """As `vector_ranks`, of each of some ranges of columns (first, after the last) alone; histories are encoded once."""
+    found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in spans]
     width = table_VD.shape[1]
     fixed = max(max_len**2, (cases.negative_CN.shape[1] + max_len) * width)
     for some, longest in cases.chunks(fixed, width if cases.unseen else 0):
         target_B = cases.target_C[some]
         input_BL = inputs_before(cases.events, cases.users_C[some], cases.position_C[some], min(max_len, longest))
         user_BD = encode(F.embedding(input_BL, table_VD), input_BL != 0).float()
-        full.append(table_ranks(user_BD, table_VD, target_B, cases.touched(some, longest) if cases.unseen else None))
+        touched_BL = cases.touched(some, longest) if cases.unseen else None
         asked_BM = torch.cat([target_B[:, None], cases.negative_CN[some]], dim=1)
-        # one sum a pair, each in the same order: equal vectors give equal scores
-        scores_BM = (user_BD[:, None] * table_VD[asked_BM]).sum(-1)
-        sampled.append(sampled_ranks(scores_BM[:, 0], scores_BM[:, 1:]))
-    return torch.cat(full), torch.cat(sampled)
+        for (start, stop), (full, sampled) in zip(spans, found, strict=True):
+            part_BD = torch.zeros_like(user_BD)
+            part_BD[:, start:stop] = user_BD[:, start:stop]
+            full.append(table_ranks(part_BD, table_VD, target_B, touched_BL))
+            # one sum a pair, each in the same order: equal vectors give equal scores
+            scores_BM = (part_BD[:, None] * table_VD[asked_BM]).sum(-1)
+            sampled.append(sampled_ranks(scores_BM[:, 0], scores_BM[:, 1:]))
+    return [(torch.cat(full), torch.cat(sampled)) for full, sampled in found]
 
 
 def floor_ranks(cases: Cases) -> dict[str, Ranks]:

@@ -86,17 +86,18 @@ def table_ranks(user_BD: Tensor, table_VD: Tensor, target_B: Tensor, hidden_BL: 
     step = max(1, SCORES // max(1, len(user_BD)))
     for start in range(1, len(table_VD), step):
         ahead_BI = user_BD @ table_VD[start : start + step].T - own_B1
-        place_B = target_B - start
-        here = ((place_B >= 0) & (place_B < ahead_BI.shape[1])).nonzero().flatten()
-        ahead_BI[here, place_B[here]] = -torch.inf
+        leave_out(ahead_BI, target_B[:, None] - start)
+        if hidden_BL is not None:
+            leave_out(ahead_BI, hidden_BL - start)
         above_B, level_B = above(ahead_BI, near_B1)
         ahead_B, tied_B = ahead_B + above_B, tied_B + level_B
-    if hidden_BL is not None:
-        ahead_BL = (user_BD[:, None] * table_VD[hidden_BL]).sum(-1) - own_B1
-        ahead_BL[(hidden_BL == 0) | (hidden_BL == target_B[:, None])] = -torch.inf
-        above_B, level_B = above(ahead_BL, near_B1)
-        ahead_B, tied_B = (ahead_B - above_B).clamp_min(0), (tied_B - level_B).clamp_min(0)
     return block(ahead_B, tied_B)
+
+
+def leave_out(ahead_BI: Tensor, place_BL: Tensor) -> None:
+    """Sets some places of each row to -inf; those outside of the block are of other blocks."""
+    row_P, column_P = ((place_BL >= 0) & (place_BL < ahead_BI.shape[1])).nonzero(as_tuple=True)
+    ahead_BI[row_P, place_BL[row_P, column_P]] = -torch.inf
 
 
 def above(ahead_BI: Tensor, near_B1: Tensor) -> tuple[Tensor, Tensor]:

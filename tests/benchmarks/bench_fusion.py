@@ -161,7 +161,9 @@ def fused(given: Material, config: Fusion, llm_NE: Tensor) -> tuple[Assembled, A
     assembled = assemble(config, given)
     with tempfile.TemporaryDirectory() as home:
         save_fused(Path(home), assembled.parts, assembled.found.weights, item_ids=given.item_ids, counts_V=given.counts_V,
-                   whitening=given.whitening, centres=centres(assembled, {}), meta={"encoder_id": "bench"})  # fmt: skip
+                   whitening=given.whitening,
+                   centres=centres(assembled.found.weights.centre, assembled.mean_users, {}),
+                   meta={"encoder_id": "bench"})  # fmt: skip
         recommender = load_recommender(Path(home), given.white_NK.device)
     emb_ND = recommender.project(llm_NE, given.item_ids)
     return assembled, recommender, torch.nn.functional.pad(emb_ND, (0, 0, 1, 0))

@@ -1,21 +1,30 @@
 """How the house is built: lines of files and functions, circles of imports, and the files that one item's way leads through.
 
     python tests/benchmarks/bench_house.py                                       # this checkout
+    python tests/benchmarks/bench_house.py --lint --write                        # `make lint` timed too; into CONTRIBUTING.md
     git worktree add /tmp/old 6fdad22 && python tests/benchmarks/bench_house.py --folder /tmp/old \\
         --way jobs/extract.py,jobs/contracts.py                                  # another one, with its own way
 
 Reads the syntax trees of the five rooms; imports inside functions and for types count too. A circle is
-two or more files of which each reaches each. Prints one JSON line.
+two or more files of which each reaches each. `--lint` runs what `make lint` runs, without caches: its seconds on the clock, and
+those of one core. `--write` puts the figures into the last column of the table in CONTRIBUTING.md. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import datetime as dt
 import json
+import os
+import resource
 import statistics
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import networkx
 
@@ -40,26 +49,90 @@ WAY = (
 """Files to open, in order, to follow one item from its table to its online vector."""
 
 
+PAGE = ROOT / "CONTRIBUTING.md"
+TITLE = "| | before the rooms (commit 6fdad22) | "
+"""How the head of the table in CONTRIBUTING.md starts; the date follows."""
+LINT = (
+    ("ruff", "check", "--no-cache", "."),
+    ("ruff", "format", "--check", "--no-cache", "."),
+    ("mypy", "--cache-dir", os.devnull),
+    ("lint-imports", "--no-cache"),
+)
+"""What `make lint` runs, without what earlier runs left."""
+
+
 def main() -> int:
     """Measures one folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT)
     parser.add_argument("--way", default=",".join(WAY))
+    parser.add_argument("--lint", action="store_true", help="times `make lint` too; run it on a quiet machine")
+    parser.add_argument("--write", action="store_true", help="puts the figures into CONTRIBUTING.md")
     arguments = parser.parse_args()
-    files = {path: path.read_text() for room in ROOMS for path in sorted((arguments.folder / room).rglob("*.py"))}
+    found = measured(arguments.folder, arguments.way.split(","))
+    if arguments.lint:
+        found["lint"] = lint(arguments.folder)
+    if arguments.write:
+        PAGE.write_text(written(PAGE.read_text(), found, f"{dt.datetime.now(dt.UTC):%Y-%m-%d}"))
+    print(json.dumps(found))
+    return 0
+
+
+def measured(folder: Path, way: Sequence[str] = WAY) -> dict[str, Any]:
+    """All figures but those of `make lint`."""
+    files = {path: path.read_text() for room in ROOMS for path in sorted((folder / room).rglob("*.py"))}
     lines = {path: len(text.splitlines()) for path, text in files.items()}
     functions = [length for text in files.values() for length in function_lines(text)]
-    way = [arguments.folder / name for name in arguments.way.split(",")]
-    result = {
+    return {
         "files": len(files),
         "file_lines": {"longest": max(lines.values()), "median": statistics.median(lines.values())},
         "functions": len(functions),
         "function_lines": {"longest": max(functions), "median": statistics.median(functions)},
-        "circles": [sorted(circle) for circle in circles(arguments.folder, files)],
-        "way": {"files": len(way), "lines": sum(lines[path] for path in way)},
+        "circles": [sorted(circle) for circle in circles(folder, files)],
+        "way": {"files": len(way), "lines": sum(lines[folder / name] for name in way)},
     }
-    print(json.dumps(result))
-    return 0
+
+
+def lint(folder: Path) -> dict[str, float]:
+    """Seconds of `make lint` on the clock, and of one core. Raises CalledProcessError where it finds something."""
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    for command in LINT:
+        subprocess.run(
+            [Path(sys.executable).parent / command[0], *command[1:]], cwd=folder, check=True, stdout=subprocess.DEVNULL
+        )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    core = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": round(time.monotonic() - started, 1), "core_seconds": round(core, 1)}
+
+
+def rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """The last column of the table, by the first; `make lint` only where it was timed."""
+    longest = {name: f"{found[name]['longest']:g}, {found[name]['median']:g}" for name in ("file_lines", "function_lines")}
+    told = {
+        "files": f"{found['files']:,}",
+        "lines of a file: longest, median": longest["file_lines"],
+        "functions": f"{found['functions']:,}",
+        "lines of a function: longest, median": longest["function_lines"],
+        "circles of files": f"{len(found['circles'])}",
+        "files that one item's way leads through, and their lines": f"{found['way']['files']}, {found['way']['lines']:,}",
+    }
+    if "lint" in found:
+        told["`make lint` without a cache"] = (
+            f"{found['lint']['seconds']:.0f} s ({found['lint']['core_seconds']:.0f} s of one core)"
+        )
+    return told
+
+
+def written(page: str, found: Mapping[str, Any], date: str) -> str:
+    """CONTRIBUTING's text with the figures in the last column of its table. Raises ValueError for a row that it lacks."""
+    lines = page.splitlines()
+    for name, value in {"": date, **rows(found)}.items():
+        start = f"| {name} |" if name else TITLE
+        at = next((at for at, line in enumerate(lines) if line.startswith(start)), None)
+        if at is None:
+            raise ValueError(f"CONTRIBUTING.md has no row {start!r}: write one, with three cells")
+        lines[at] = f"{lines[at].rstrip('| ').rpartition('|')[0]}| {value} |"
+    return "\n".join(lines) + "\n"
 
 
 def function_lines(text: str) -> Iterator[int]:

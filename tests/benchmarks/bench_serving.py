@@ -2,7 +2,10 @@
 
     python tests/benchmarks/bench_serving.py                                   100,000 x 128 in Redis
     python tests/benchmarks/bench_serving.py --width 384 --build 80 --links 16
-    python tests/benchmarks/bench_serving.py --only start --items 1000000      start to ready, and memory
+    python tests/benchmarks/bench_serving.py --only start --items 1000000      start to ready, memory, recall by breadth
+    python tests/benchmarks/bench_serving.py --only flips                      100 flips under load
+    python tests/benchmarks/bench_serving.py --only faults                     store slow, hanging, flushed, killed under load
+    python tests/benchmarks/bench_serving.py --only peers                      /similar beside other stores: see serving_peers.py
 
 Requests are sent at moments fixed beforehand (a Poisson process), whether answers came or not, and a latency counts from that
 moment: a service that stalls can't hide it (no coordinated omission). All on 127.0.0.1; the load runs in this process, the
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import http.client
 import json
 import os
 import subprocess
@@ -31,7 +35,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "infra"))
 
-from bench_publish import online_store  # beside this file
+import serving_faults  # beside this file
+import serving_peers
+from bench_publish import online_store
 from serve import ask, free_port, serving  # in infra/
 
 from feature_repo import index, spaces
@@ -285,17 +291,63 @@ def wait_port(port: int) -> None:
     raise RuntimeError("Feast's server did not start")
 
 
+def faults(lake: Path, arguments: argparse.Namespace, histories: list[list[str]]) -> None:
+    """A service of its own, behind a proxy that breaks the way to the store."""
+    import redis
+
+    from tests.feature_repo.serving.proxy import between
+
+    online = json.loads(os.environ["LLMEMB_ONLINE_STORE"])
+    store = int(online["connection_string"].split(":")[1])
+    ids = [f"B{number:09d}" for number in range(arguments.items)]
+
+    def push_again() -> None:
+        os.environ["LLMEMB_ONLINE_STORE"] = json.dumps(online)
+        push(lake, ids)
+
+    with between(store) as proxy:
+        os.environ["LLMEMB_ONLINE_STORE"] = json.dumps({**online, "connection_string": f"127.0.0.1:{proxy.port}"})
+        with serving(lake, WORKERS=str(arguments.workers), POLL_S="0.2") as (url, _):
+            answers = serving_faults.Answers(lambda path, **body: ask(url, path, **body), histories)
+            load = serving_faults.under_load(open_loop, int(url.rsplit(":", 1)[1]), arguments.rates[0], arguments.seconds)
+            serving_faults.faults(load, answers, proxy, redis.Redis(port=store), push_again, tell)
+
+
+def peers(url: str, lake: Path, ids: list[str], emb_ND: Matrix) -> None:
+    """One client's latency of /similar, over HTTP, and of each peer that is here."""
+    import redis
+
+    rows = np.random.default_rng(11).choice(len(ids), 500, replace=False).tolist()
+    line = http.client.HTTPConnection(url.removeprefix("http://"))
+
+    def ours(row: int) -> list[str]:
+        body = json.dumps({"item_ids": [ids[row]], "k": serving_peers.K - 1})
+        line.request("POST", "/similar", body, {"Content-Type": "application/json"})
+        return [item["item_id"] for item in json.load(line.getresponse())["neighbours"][ids[row]]]
+
+    tell("similar", store="ours, over HTTP", **serving_peers.timed(ours, rows, ids, emb_ND))
+    port = int(json.loads(os.environ["LLMEMB_ONLINE_STORE"])["connection_string"].split(":")[1])
+    for name, query, built_s in serving_peers.peers(redis.Redis(port=port), lake, ids, emb_ND):
+        tell("similar", store=name, build_s=round(built_s, 1), **serving_peers.timed(query, rows, ids, emb_ND))
+
+
 def recalls(lake: Path, space: Space) -> None:
-    """Of the graph, vectors near those of items as queries."""
+    """Of the graph, vectors near those of items as queries, at the breadth of the serving process and at others."""
     built = index.Index(lake / "indexes" / f"space={space.space_id}" / f"ds={space.ds}" / space.index[:16])
     draw = np.random.default_rng(5)
     rows = draw.choice(len(built), 300, replace=False)
     query_QD = np.asarray(built.vector_ND[rows]) + 0.3 * draw.standard_normal((300, space.width), np.float32) / space.width**0.5
-    values = {f"recall_at_{count}": round(index.recall(built, query_QD.astype(np.float32), count), 4) for count in (10, 100)}
-    started = time.perf_counter()
-    for at in range(300):
-        built.approximate(query_QD[at : at + 1], 10)
-    tell("recall", **values, search_ms=round((time.perf_counter() - started) / 300 * 1000, 2))
+    exact = {count: built.exact(query_QD.astype(np.float32), count)[0] for count in (10, 100)}
+    for breadth in (100, 200, 400, 800):
+        values = {}
+        for count, exact_QK in exact.items():
+            found_QK, _ = built.approximate(query_QD, count, breadth)
+            hits = [np.isin(wanted, found).mean() for wanted, found in zip(exact_QK, found_QK, strict=True)]
+            values[f"recall_at_{count}"] = round(float(np.mean(hits)), 4)
+        started = time.perf_counter()
+        for at in range(300):
+            built.approximate(query_QD[at : at + 1], 10, breadth)
+        tell("recall", items=len(built), breadth=breadth, **values, search_ms=round((time.perf_counter() - started) / 0.3, 2))
 
 
 def memory(process: subprocess.Popen[bytes], items: int, seconds: float) -> None:
@@ -316,7 +368,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--flips", type=int, default=100)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--only", choices=("start", "load", "flips", "feast", "recall"))
+    parser.add_argument("--only", choices=("start", "load", "flips", "feast", "recall", "faults", "peers"))
     arguments = parser.parse_args()
 
     def wanted(name: str) -> bool:
@@ -334,15 +386,18 @@ def main() -> None:
         with serving(lake, WORKERS=str(arguments.workers), POLL_S="0.2") as (url, process):
             ask(url, "/recommend", user_id="u1")
             memory(process, arguments.items, time.perf_counter() - started)
-            space, _ = published[-1]
+            space, emb_ND = published[-1]
             for kind, work in (
                 ("recall", lambda: recalls(lake, space)),
+                ("peers", lambda: peers(url, lake, ids, emb_ND)),
                 ("load", lambda: loads(url, process, arguments, ids)),
                 ("feast", lambda: beside_feast(url, lake, space, histories)),
                 ("flips", lambda: flips(url, lake, arguments, {one.space_id: table for one, table in published}, ids)),
             ):
-                if wanted(kind):
+                if wanted(kind) or (kind == "recall" and arguments.only == "start"):
                     work()
+        if wanted("faults"):
+            faults(lake, arguments, histories)
 
 
 if __name__ == "__main__":

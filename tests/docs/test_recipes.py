@@ -58,6 +58,20 @@ def test_the_keys_to_set_first_exist_stand_first_and_are_marked(generate: Module
         assert f"| `{key}` | **first** |" in rest
 
 
+def test_every_key_to_set_first_has_a_meaning(generate: ModuleType) -> None:
+    for name in generate.FIRST:
+        table, _, key = name.partition(".")
+        assert next(found.text for found in generate.keys(table) if found.name == key), f"{name}: write a text under its field"
+
+
+def test_how_long_a_model_trains_is_no_matter_for_experts_alone(generate: ModuleType) -> None:
+    for name in generate.USUAL:
+        table, _, key = name.partition(".")
+        found = next(found for found in generate.keys(table) if found.name == key)
+        assert generate.level(table, found) == "usual"
+    assert generate.level("scft", next(key for key in generate.keys("scft") if key.name == "training.clip")) == "expert"
+
+
 def test_every_key_of_the_recipes_that_are_shipped_is_on_the_page(generate: ModuleType) -> None:
     for recipe in (ROOT / "jobs" / "recipes").glob("*.toml"):
         for table, values in tomllib.loads(recipe.read_text()).items():

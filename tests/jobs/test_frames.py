@@ -1,13 +1,13 @@
-"""The front door: two frames in, three frames out, by the same jobs; the page of documentation that shows it runs."""
+"""The front door: two frames in, three frames out, by the same jobs; the notebook that shows it runs in a kernel of its own."""
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
-import numpy as np
+import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
 from jobs import frames
 from jobs.run import InputError
@@ -17,18 +17,40 @@ ITEMS = pd.DataFrame({"item_id": ["a"], "title": ["A"]})
 EVENTS = pd.DataFrame({"user_id": ["u"], "item_id": ["a"], "timestamp": [1]})
 
 
-def test_the_example_of_the_documentation_runs_and_gives_three_frames() -> None:
-    shown = runpy.run_path(str(ROOT / "docs" / "ten_lines.py"))
-    answer, items = shown["answer"], shown["items"]
-    assert len(answer.embeddings) == len(items)
-    assert all(np.isfinite(vector).all() for vector in answer.embeddings["embedding"])
-    assert set(answer.embeddings.query("item_id == '79'")["group"]) == {"cold"}
-    counts = answer.recommendations.groupby("user_id").size()
-    assert (len(counts), set(counts)) == (60, {5})
-    had = set(zip(shown["events"]["user_id"].astype(str), shown["events"]["item_id"].astype(str), strict=True))
-    assert not had & set(zip(answer.recommendations["user_id"], answer.recommendations["item_id"], strict=True))
-    assert answer.recommendations["score"].groupby(answer.recommendations["user_id"]).is_monotonic_decreasing.all()
-    assert {"llmemb", "popularity"} <= set(answer.metrics["model"])
+HELD = """
+import numpy as np
+assert len(answer.embeddings) == len(items)
+assert all(np.isfinite(vector).all() for vector in answer.embeddings["embedding"])
+assert set(answer.embeddings.query("item_id == '79'")["group"]) == {"cold"}
+counts = answer.recommendations.groupby("user_id").size()
+assert (len(counts), set(counts)) == (60, {5})
+had = set(zip(events["user_id"].astype(str), events["item_id"].astype(str), strict=True))
+assert not had & set(zip(answer.recommendations["user_id"], answer.recommendations["item_id"], strict=True))
+assert answer.recommendations["score"].groupby(answer.recommendations["user_id"]).is_monotonic_decreasing.all()
+assert {"llmemb", "popularity"} <= set(answer.metrics["model"])
+"""
+"""What the notebook's frames must hold; a last cell of the test's own, since they live in the kernel."""
+
+
+@pytest.fixture(scope="module")
+def notebook() -> nbformat.NotebookNode:
+    """The notebook as it is shipped."""
+    return nbformat.read(ROOT / "docs" / "ten_lines.ipynb", as_version=4)
+
+
+def test_the_notebook_of_the_documentation_runs_and_gives_three_frames(notebook: nbformat.NotebookNode) -> None:
+    asked = nbformat.from_dict({**notebook, "cells": [*notebook.cells, nbformat.v4.new_code_cell(HELD)]})
+    ran = NotebookClient(asked, timeout=280, resources={"metadata": {"path": str(ROOT)}}).execute()
+    shown = [
+        cell.outputs[-1].data for cell in ran.cells if cell.cell_type == "code" and cell.outputs and "data" in cell.outputs[-1]
+    ]
+    assert len(shown) == 3 and all("<table" in data["text/html"] for data in shown), "three frames are shown as tables"
+
+
+def test_the_notebook_is_shipped_without_outputs(notebook: nbformat.NotebookNode) -> None:
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert cell.cell_type == "markdown" or (cell.outputs, cell.execution_count) == ([], None), "clear outputs before a commit"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""pin: whom and what date a night goes by, asked once."""
+"""pin: which models and date a night uses, asked once."""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs import __main__ as command_line
-from jobs.lake import manifests
+from jobs.engines import registry
+from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.partitions import write_json
-from tests.jobs import small_lake
+from jobs.lake.tables import SEQUENCES
+from models.behaviour.artifact import load_recommender
+from tests.jobs import small_lake, small_registry
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +123,42 @@ def test_the_training_jobs_end_well_in_two_processes_with_one_artifact_one_resul
     assert printed["due"] and printed["steps"] == 2
     rat = newest(run.lake, run.ds, "rat")["result"]
     assert rat["teacher_id"] == newest(run.lake, run.ds, "pretrain")["result"]["teacher_id"]
+
+
+def test_the_champion_is_trained_on_all_events_by_two_processes_as_by_one(tmp_path: Path) -> None:
+    lake = small_lake.make(tmp_path).lake
+    partitions.write(lake, SEQUENCES, f"ds={small_lake.DS}", [small_lake.sequence_rows(tested="i19")])
+    run = dataclasses.replace(small_registry.fresh(tmp_path, small_lake.DS), lake=lake)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(lake=lake, base="none", encoder=small_lake.ENCODER) + "refit_loss = 9.0\n")
+    words = ("--recipe", str(recipe), "--ds", run.ds, "--set", f"run.tracking_uri={run.tracking_uri}")
+    for job in ("pretrain", "rat"):
+        done = launched("-m", "jobs", job, *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+    judged = newest(lake, run.ds, "rat")["result"]
+    registry.set_aliases(run, [("champion", judged["model_version"])])
+    shutil.copytree(lake, tmp_path / "one" / "lake")
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "one" / "mlflow.db")
+
+    done = launched("-m", "jobs", "rat", *words, "--set", "rat.stage=refit")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (printed,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(manifests.runs(lake, run.ds, "rat-refit")) == 1 and newest(lake, run.ds, "rat-refit")["result"] == printed
+    champion = registry.champion(run)
+    assert champion is not None and printed["promoted"]
+    assert (champion["recommender_id"], champion["gated_id"]) == (printed["recommender_id"], judged["recommender_id"])
+    assert list((lake / "checkpoints").glob("*")) == []
+
+    alone = (*words, "--set", f"run.lake={tmp_path / 'one' / 'lake'}", "--set", "rat.stage=refit",
+             "--set", f"run.tracking_uri=sqlite:///{tmp_path / 'one' / 'mlflow.db'}")  # fmt: skip
+    assert command_line.main(["rat", *alone]) == 0
+    single = newest(tmp_path / "one" / "lake", run.ds, "rat-refit")["result"]
+    assert printed["loss_ratio"] == pytest.approx(single["loss_ratio"], abs=1e-3)
+    homes = ((lake, printed), (tmp_path / "one" / "lake", single))
+    two, one = (load_recommender(artifacts.find(home, "recommender", told["recommender_id"])) for home, told in homes)
+    llm_NE = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    ids = ["i00", "i19", "never seen"]
+    torch.testing.assert_close(two.project(llm_NE, ids), one.project(llm_NE, ids), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,15 @@ def test_filters_leave_the_best_of_what_they_allow(client: Client, lake: Path) -
     assert status == 422 and "no item has an attribute 'colour'" in answer["error"]
 
 
+def test_a_filter_finds_an_item_by_each_value_of_its_list(client: Client, lake: Path) -> None:
+    odd = {item_id for item_id in item_ids(200) if int(item_id[1:]) % 2}
+    for body in ({"history": HISTORY}, {"history": []}):
+        _, answer = client.post("/recommend", k=100, filters={"tags": ["even"]}, **body)
+        assert {item["item_id"] for item in answer["items"]} == set(item_ids(200)) - odd - set(body["history"])
+    assert len(client.post("/recommend", history=[], k=200, filters={"tags": ["odd"]})[1]["items"]) == 200, "all hold it"
+    assert client.post("/recommend", history=HISTORY, filters={"tags": ["eve"]})[1]["items"] == [], "no part of a value"
+
+
 def test_who_is_unknown_gets_what_is_popular_and_is_told_so(client: Client) -> None:
     for body, cause in (
         ({"user_id": "nobody"}, "unknown_user"),

@@ -44,11 +44,18 @@ def vectors(seed: int, count: int, width: int = WIDTH) -> np.ndarray[Any, np.dty
 
 def described(ids: Sequence[str]) -> index.Described:
     pairs = [
-        [{"name": "title", "value": f"Film {item_id}"}, {"name": "genre", "value": "ABC"[int(item_id[1:]) % 3]}]
+        [
+            {"name": "title", "value": f"Film {item_id}"},
+            {"name": "genre", "value": "ABC"[int(item_id[1:]) % 3]},
+            {"name": "tags", "value": ", ".join(["even", "odd"][int(item_id[1:]) % 2 : 2])},
+        ]
         for item_id in ids
     ]
     return index.Described(
-        item_ids=pa.array(ids), attributes=pa.array(pairs, index.PAIRS), recent=pa.array([len(ids) - n for n in range(len(ids))])
+        item_ids=pa.array(ids),
+        attributes=pa.array(pairs, index.PAIRS),
+        recent=pa.array([len(ids) - n for n in range(len(ids))]),
+        lists={"tags": ", "},
     )
 
 

@@ -21,9 +21,9 @@ from feature_repo.stores import lease, open_writer
 from jobs import collect, lookup, publish, rollback
 from jobs.collect import retention
 from jobs.engines import registry
-from jobs.lake import partitions
+from jobs.lake import arrivals, partitions
 from jobs.lake.locks import alone
-from jobs.lake.tables import llm_embeddings
+from jobs.lake.tables import ITEMS, llm_embeddings
 from jobs.run import InputError, Run, Unavailable
 from tests.jobs.small_lake import remember
 
@@ -167,6 +167,51 @@ def test_a_dry_run_prints_the_bytes_and_removes_nothing(old: Path, capsys: pytes
     assert (done.lake_removed, done.lake_bytes) == (planned.lake_removed, planned.lake_bytes)
     gone = sum(size for path, size in before.items() if not path.exists())
     assert 0 < gone <= sum(done.lake_bytes.values())
+
+
+def arrived(lake: Path, ds: str) -> None:
+    """What an hour brings for a snapshot: a text, its embedding, and its vector in spaces A and C."""
+    rows = partitions.read(lake, ITEMS, f"ds={ds}").slice(0, 1)
+    partitions.write(lake, arrivals.ARRIVING_ITEMS, f"ds={ds}", [rows])
+    texts = arrivals.llm_embeddings(2)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(2, np.float16)), 2)
+    text = {"item_id": ["m1"], "content_hash": ["h"], "embedding": vectors}
+    partitions.write(lake, texts, f"encoder=e1/ds={ds}/shard=0", [pa.table(text, texts.schema)])
+    for space in (A, C):
+        name = f"space={space}/ds={ds}"
+        here = partitions.folder(lake, arrivals.VECTORS, name)
+        shutil.copytree(partitions.folder(lake, "item_embeddings", name), here)
+    for path in [path for name in arrivals.TABLES for path in (lake / name).rglob("*")]:
+        os.utime(path, (LONG_AGO, LONG_AGO))
+
+
+def test_what_arrived_goes_with_its_snapshot_and_stays_with_the_one_that_serves(old: Path) -> None:
+    for ds in ("2026-01-04", "2026-01-05", "2026-01-03", "2026-01-08"):  # A of 01-03 served before, B serves 01-08
+        arrived(old, ds)
+    os.utime(old / arrivals.LLM / "encoder=e1" / "ds=2026-01-05" / "shard=0" / partitions.COMMIT)  # an hour is at it again
+    planned = tidy(old, dry_run=True)
+    wanted = {f"arriving_items/ds=2026-01-0{day}" for day in (4, 5)}
+    wanted |= {f"arriving_embeddings/space={space}/ds=2026-01-0{day}" for space in (A, C) for day in (4, 5)}
+    wanted |= {f"arriving_embeddings/space={C}/ds=2026-01-03", "arriving_llm_embeddings/encoder=e1/ds=2026-01-04"}
+    assert {name for name in planned.lake_removed if name.startswith("arriving")} == wanted
+    assert all(planned.lake_bytes[name] > 0 for name in arrivals.TABLES)
+    done = tidy(old)
+    assert (done.lake_removed, done.lake_bytes) == (planned.lake_removed, planned.lake_bytes)
+    assert dates_of(old, arrivals.ARRIVING_ITEMS.name) == ["2026-01-03", "2026-01-08"]
+    assert {"2026-01-03", "2026-01-08"} == set(dates_of(old, f"{arrivals.VECTORS}/space={A}"))
+
+
+def test_a_checkpoint_that_nobody_resumes_goes_and_one_at_work_stays(old: Path) -> None:
+    home = old / "checkpoints"
+    home.mkdir()
+    for name in ("rat-old.safetensors", "scft-old.aside", "rat-at-work.safetensors"):
+        (home / name).write_bytes(b"0123456789")
+        os.utime(home / name, (LONG_AGO, LONG_AGO) if "old" in name else None)
+    assert tidy(old, snapshot_days=None).lake_bytes.get("checkpoints") is None
+    assert tidy(old, dry_run=True).lake_bytes["checkpoints"] == 20
+    assert len(list(home.iterdir())) == 3
+    assert tidy(old).lake_bytes["checkpoints"] == 20
+    assert [path.name for path in home.iterdir()] == ["rat-at-work.safetensors"]
 
 
 def test_what_a_backfill_has_just_written_and_what_the_recipe_does_not_name_stays(old: Path) -> None:

@@ -119,6 +119,26 @@ def test_each_model_makes_its_vectors_once_however_often_it_ranks(lake: Run, mon
     assert sorted(made_of) == [1, 42]
 
 
+@pytest.mark.parametrize(("each", "views"), [(1, 2), (2, 3)])
+def test_held_out_events_are_ranked_again_for_the_gates_only_where_a_user_has_several(
+    lake: Run, monkeypatch: pytest.MonkeyPatch, each: int, views: int
+) -> None:
+    if each > 1:
+        rows = sequence_rows()
+        partitions.write(lake.lake, SEQUENCES, f"ds={DS}", [rows.set_column(4, "valid_end", rows["train_end"])])
+    asked: list[int] = []
+    rank = ranks.ranked
+
+    def counted(name: str, recommender: Any, table_VD: Any, cases: Any) -> Any:
+        asked.append(len(cases.users_C))
+        return rank(name, recommender, table_VD, cases)
+
+    monkeypatch.setattr(ranks, "ranked", counted)
+    result = judge(lake)
+    assert len(asked) == 2 * views, "the teacher and the challenger"
+    assert result.rows["all_cases"] == each * result.rows["cases"] == max(asked)
+
+
 def test_a_rerun_leaves_the_same_table_and_the_same_negatives(lake: Run) -> None:
     first, second = judge(lake), judge(lake)
     assert dataclasses.replace(second, ranking_seconds=first.ranking_seconds) == first

@@ -89,6 +89,16 @@ def test_good_input_becomes_three_tables_that_keep_their_contracts(tmp_path: Pat
     assert 0 < sum(row["train_end"] for row in users.values()) < 20
     assert result.rows == {"items": 5, "interactions": 20, "sequences": 4, "quarantine": 0}
     assert result.fill == {"title": 1.0, "genres": 1.0}
+    assert result.lists == {"genres": ", "}, "filters of serving are told which texts are lists"
+
+
+def test_a_text_that_holds_several_values_is_a_list_where_the_recipe_says_so(tmp_path: Path) -> None:
+    table = item_table(tmp_path / "items.parquet", CATALOGUE)
+    items = {"table": table, "attributes": ["title", "genres"], "lists": {"title": "|"}}
+    assert extract.run(config(tmp_path, table, LOGS, items=items)).lists == {"genres": ", ", "title": "|"}
+    for lists in ({"brand": "|"}, {"title": ""}):
+        with pytest.raises(InputError, match=r"extract\.items\.lists has"):
+            config(tmp_path, table, LOGS, items=items | {"lists": lists})
 
 
 def test_an_event_at_the_cut_belongs_to_the_later_part(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from jobs.lake import manifests, partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import ITEMS, item_embeddings
 from jobs.run import InputError, Older, Refused, Run, Unavailable
+from tests.jobs.small_lake import remember
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 Catalogue = Callable[..., Path]
@@ -395,6 +396,17 @@ def test_the_index_holds_attributes_and_what_was_taken_of_late(catalogue: Catalo
     counts = dict(zip(index.item_ids, index.items["recent"].to_pylist(), strict=True))
     assert (counts["m0"], counts["m3"], counts["m8"], counts["m9"]) == (1, 2, 1, 0)
     assert index.attributes_of(3) == {"title": "Film m3, cut 0"}
+
+
+def test_the_index_knows_which_attributes_are_lists_and_is_built_anew_when_that_changes(catalogue: Catalogue) -> None:
+    lake = catalogue()
+    before = publish.run(config(lake)).outputs["index"]
+    remember(Run(ds="2026-01-01", lake=lake), "extract", {"lists": {"title": " "}})
+    after = publish.run(config(lake)).outputs["index"]
+    assert after != before and publish.run(config(lake)).outputs["index"] == after
+    index = online.open_index(lake, Reader.open(lake).pointer().space)
+    text = index.attributes_of(0)["title"]
+    assert index.having("title", [text]).any() and index.having("title", text.split()[:1]).any()
 
 
 def test_an_index_in_use_stays_when_another_takes_its_place(catalogue: Catalogue) -> None:

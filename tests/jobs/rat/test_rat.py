@@ -17,12 +17,16 @@ from jobs import pretrain, rat
 from jobs.lake import artifacts, partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import SEQUENCES, llm_embeddings
+from jobs.lake.tensors import Catalogue, read_catalogue, read_embeddings
+from jobs.rat import read
+from jobs.rat.make import make_aligner, make_items
 from jobs.run import InputError, Run
 from models.behaviour.artifact import load_recommender
 from models.behaviour.assembly import Fusion
 from models.behaviour.data import held_out
 from models.behaviour.recommender import Backbone
-from models.behaviour.training import Training
+from models.behaviour.training import Aligner, Training
+from models.behaviour.whitening import Whitening
 from tests.jobs.small_lake import DS, ENCODER, LATER, keep_encoder, make, remember, sequence_rows
 
 SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
@@ -132,18 +136,42 @@ def test_without_a_teacher_there_is_no_alignment(small_lake: Run) -> None:
     assert together.history[0]["loss"] > alone.history[0]["loss"]
 
 
+def aligner_of(some: rat.Config, catalogue: Catalogue, counts_V: torch.Tensor) -> Aligner | None:
+    taught = read.read_teacher(some, read.chosen(some)[1], catalogue, counts_V.device)
+    return make_aligner(some, taught.table_VD, taught.known_V, catalogue, counts_V)
+
+
+def test_the_teacher_is_read_once_and_texts_are_whitened_once(small_lake: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught(small_lake)
+    calls = {"teacher": 0, "white": 0}
+    load, white = read.load_recommender, Whitening.forward
+
+    def loaded(*words: Any) -> Any:
+        calls["teacher"] += 1
+        return load(*words)
+
+    def whitened(self: Whitening, llm_NE: torch.Tensor) -> torch.Tensor:
+        calls["white"] += 1
+        return white(self, llm_NE)
+
+    monkeypatch.setattr(read, "load_recommender", loaded)
+    monkeypatch.setattr(Whitening, "forward", whitened)
+    rat.run(config(small_lake))
+    assert calls == {"teacher": 1, "white": 1}
+
+
 def test_cold_items_and_items_the_teacher_lacks_do_not_align(small_lake: Run) -> None:
     taught(small_lake)
-    catalogue = rat.read_catalogue(small_lake)
+    catalogue = read_catalogue(small_lake)
     counts = torch.ones(21, dtype=torch.int64)
     counts[[0, 20]] = 0
-    aligner = rat.make_aligner(config(small_lake), rat.chosen(config(small_lake))[1], catalogue, counts)
+    aligner = aligner_of(config(small_lake), catalogue, counts)
     assert aligner is not None
     assert (aligner.weight_V == 0).nonzero().flatten().tolist() == [0, 20]
-    grown = rat.Catalogue(
+    grown = Catalogue(
         item_ids=("brand new", *catalogue.item_ids[1:]), content_hashes=catalogue.content_hashes, digest=catalogue.digest
     )
-    aligner = rat.make_aligner(config(small_lake), rat.chosen(config(small_lake))[1], grown, torch.ones_like(counts))
+    aligner = aligner_of(config(small_lake), grown, torch.ones_like(counts))
     assert aligner is not None
     assert aligner.weight_V[1] == 0
     assert aligner.weight_V[2] > 0
@@ -152,8 +180,7 @@ def test_cold_items_and_items_the_teacher_lacks_do_not_align(small_lake: Run) ->
 def test_the_weight_of_alignment_grows_with_train_popularity(small_lake: Run) -> None:
     taught(small_lake)
     counts = torch.arange(21)
-    chosen = rat.chosen(config(small_lake))[1]
-    aligner = rat.make_aligner(config(small_lake, popularity_prior=5), chosen, rat.read_catalogue(small_lake), counts)
+    aligner = aligner_of(config(small_lake, popularity_prior=5), read_catalogue(small_lake), counts)
     assert aligner is not None
     assert aligner.weight_V[[5, 20]].tolist() == pytest.approx([0.5, 0.8])
 
@@ -250,8 +277,8 @@ def test_a_value_that_is_not_finite_in_the_table_is_refused(small_lake: Run) -> 
 
 
 def test_equal_texts_share_one_embedding_row(small_lake: Run) -> None:
-    catalogue = rat.read_catalogue(small_lake)
-    llm = rat.read_embeddings(small_lake, ENCODER, catalogue.content_hashes)
+    catalogue = read_catalogue(small_lake)
+    llm = read_embeddings(small_lake, ENCODER, catalogue.content_hashes)
     assert torch.equal(llm[17], llm[18])
     assert not torch.equal(llm[16], llm[17])
 
@@ -273,5 +300,5 @@ def test_values_out_of_range_are_refused_by_name(small_lake: Run, key: str, valu
 @pytest.mark.parametrize("cosine", [0.0, 0.07])
 def test_the_vectors_that_train_are_those_that_the_artifact_serves(small_lake: Run, cosine: float) -> None:
     some = config(small_lake, training=Training(epochs=1, batch=8, negatives=4, cosine=cosine))
-    llm_NE = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
-    assert rat.make_items(some, rat.fit_whitening(llm_NE, 8), llm_NE).unit is (cosine > 0)  # type: ignore[attr-defined]
+    white_NK = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    assert make_items(some, white_NK).unit is (cosine > 0)  # type: ignore[attr-defined]

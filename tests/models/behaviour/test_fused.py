@@ -1,13 +1,12 @@
 """A recommender of parts: one vector, one dot product, and each part can be told from the sum."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from models.behaviour.artifact import load_recommender, save_fused
-from models.behaviour.assembly import Fusion, Material, assemble, centres, part_options
+from models.behaviour.assembly import Fusion, Material, centres, part_options
 from models.behaviour.fused import BANDS, FusedRecommender, Weights
 from tests.models.behaviour.small_world import COLD, ITEMS, material, texts
 
@@ -109,16 +108,12 @@ def test_a_fused_recommender_has_no_table_of_its_own(tmp_path: Path, given: Mate
         fused.table()
 
 
-def test_centres_are_turned_as_their_parts_are(given: Material) -> None:
-    assembled = assemble(Fusion(text_width=5, counting_width=4, controls=False), given)
+def test_centres_are_turned_as_their_parts_are() -> None:
     turn_DD = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
-    found = dataclasses.replace(
-        assembled.found, weights=dataclasses.replace(assembled.found.weights, centre={"collaborative": 0.5})
-    )
-    mean_D = torch.randn(8)
-    some = dataclasses.replace(assembled, found=found, mean_users={"collaborative": mean_D})
-    torch.testing.assert_close(centres(some, {})["collaborative"], 0.5 * mean_D)
-    torch.testing.assert_close(centres(some, {"collaborative": turn_DD})["collaborative"], 0.5 * mean_D @ turn_DD)
+    shares, means = {"collaborative": 0.5}, {"collaborative": torch.randn(8), "llmemb": torch.randn(8)}
+    mean_D = means["collaborative"]
+    torch.testing.assert_close(centres(shares, means, {}), {"collaborative": 0.5 * mean_D})
+    torch.testing.assert_close(centres(shares, means, {"collaborative": turn_DD}), {"collaborative": 0.5 * mean_D @ turn_DD})
 
 
 def test_a_user_without_any_event_has_a_finite_vector(tmp_path: Path, given: Material) -> None:

@@ -10,7 +10,7 @@ import torch
 from models.behaviour.data import Histories, histories
 from models.behaviour.items import IdItems
 from models.behaviour.recommender import Backbone, Recommender, build_sequence
-from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, vector_ranks
+from models.judge.evaluation import SLICES, Cases, floor_ranks, make_cases, span_ranks, vector_ranks
 from tests.models.tiny import scores_of
 
 
@@ -60,6 +60,29 @@ def test_a_target_repeated_only_later_is_new() -> None:
         "valid", negatives=1, paper_tail=4, chunk=9, seed=0,
     )  # fmt: skip
     assert in_slice(cases, "repeat") == [False]
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_parts_of_the_columns_rank_as_if_the_others_were_zero_and_histories_are_encoded_once(unseen: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lists = [torch.randint(1, 10, (4 + user % 3,), generator=generator).tolist() for user in range(30)]
+    cases = cases_of(lists, [len(items) - 1 for items in lists], 9, unseen=unseen, chunk=7)
+    table_VD = torch.nn.functional.pad(torch.randn(9, 6, generator=generator), (0, 0, 1, 0))
+    encoded = [0]
+
+    def encode(emb_BLD: torch.Tensor, valid_BL: torch.Tensor) -> torch.Tensor:
+        encoded[0] += len(emb_BLD)
+        return emb_BLD.sum(1)
+
+    def alone(start: int, stop: int) -> Any:
+        keep_D = torch.zeros(6).index_fill_(0, torch.arange(start, stop), 1.0)
+        return vector_ranks(cases, table_VD, lambda emb_BLD, valid_BL: emb_BLD.sum(1) * keep_D, 5)
+
+    spans = [(0, 6), (0, 2), (2, 6)]
+    found = span_ranks(cases, table_VD, encode, 5, spans)
+    assert encoded == [30]
+    for span, (full_C2, sampled_C2) in zip(spans, found, strict=True):
+        assert torch.equal(full_C2, alone(*span)[0]) and torch.equal(sampled_C2, alone(*span)[1])
 
 
 def test_an_empty_test_part_is_refused_with_the_remedy() -> None:

@@ -123,6 +123,20 @@ def test_ranks_made_in_blocks_equal_ranks_over_the_whole_table(monkeypatch: pyte
     assert torch.equal(table_ranks(user_BD, table_VD, target_B), full_ranks(whole_BV, target_B))
 
 
+@pytest.mark.parametrize("scores", [20, 10_000])
+def test_items_to_leave_out_are_no_rivals_in_whatever_block_they_lie(monkeypatch: pytest.MonkeyPatch, scores: int) -> None:
+    monkeypatch.setattr("models.judge.metrics.SCORES", scores)
+    generator = torch.Generator().manual_seed(0)
+    user_BD, table_VD = torch.randn(5, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    target_B = torch.tensor([1, 39, 7, 20, 3])
+    hidden_BL = torch.tensor([[0, 2, 3, 39], [0, 0, 0, 1], [0, 0, 0, 0], [20, 21, 22, 23], [0, 1, 2, 30]])
+    whole_BV = (user_BD @ table_VD.T).scatter(1, hidden_BL, -torch.inf)
+    whole_BV[:, 0] = -torch.inf
+    whole_BV.scatter_(1, target_B[:, None], (user_BD * table_VD[target_B]).sum(1, keepdim=True))
+    masked_BV = whole_BV == -torch.inf
+    assert torch.equal(table_ranks(user_BD, table_VD, target_B, hidden_BL), full_ranks(whole_BV, target_B, masked_BV))
+
+
 def test_equal_vectors_tie_however_their_scores_are_rounded() -> None:
     generator = torch.Generator().manual_seed(0)
     row_1D = torch.randn(1, 200, generator=generator)

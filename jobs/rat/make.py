@@ -1,0 +1,67 @@
+"""What is read -> the pieces of a training: item source, alignment, parts. Written once, for the judged and for all events.
+
+Shapes: N items, V items + 1 (row 0 is padding), K whitened width, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.lake.tensors import Catalogue
+from jobs.rat.config import Config
+from models.behaviour.assembly import Fusion
+from models.behaviour.items import Items, MlpAdapter, NullSpaceItems, ResidualItems, TextItems
+from models.behaviour.llm_esr import DualItems
+from models.behaviour.training import Aligner, Training
+
+
+def make_items(config: Config, white_NK: Tensor) -> Items:
+    """The item source of the configured adapter over the catalogue's whitened embeddings."""
+    unit = config.training.cosine > 0
+    if config.adapter == "null_space":
+        return NullSpaceItems(white_NK, config.backbone.width, config.text_width, unit=unit)
+    if config.adapter == "llm_esr":
+        return DualItems(white_NK, config.hidden, config.backbone.width)
+    adapter = MlpAdapter(white_NK.shape[1], config.hidden, config.backbone.width)
+    if config.adapter == "residual":
+        return ResidualItems(white_NK, adapter, config.backbone.width, config.drop_ids, unit=unit)
+    return TextItems(white_NK, adapter, unit=unit)
+
+
+def training_of(config: Config) -> Training:
+    """The configured training. LLM-ESR is a baseline of dot products, as published."""
+    return dataclasses.replace(config.training, cosine=0.0) if config.adapter == "llm_esr" else config.training
+
+
+def make_aligner(config: Config, teacher_VD: Tensor, known_V: Tensor, catalogue: Catalogue, counts_V: Tensor) -> Aligner | None:
+    """The alignment to a teacher's table; items that it lacks (`known_V`) weigh nothing. None where the recipe has none."""
+    if config.alpha == 0 or config.adapter == "llm_esr":
+        return None
+    weight_V = counts_V / (counts_V + config.popularity_prior).clamp_min(1e-9) * known_V
+    text_V = texts_of(catalogue).to(counts_V.device)
+    return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=config.alpha, temperature=config.temperature, text_V=text_V)
+
+
+def texts_of(catalogue: Catalogue) -> Tensor:
+    """text_V: a number for each different text of the catalogue, -1 for padding."""
+    texts = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
+    return torch.cat([torch.tensor([-1]), torch.from_numpy(texts.astype("int64"))])
+
+
+def fusion_of(config: Config) -> Fusion:
+    """The configured fusion. LLM-ESR is a baseline that stands alone."""
+    return Fusion(parts=("llmemb",)) if config.adapter == "llm_esr" else config.fusion
+
+
+def item_config(config: Config) -> dict[str, Any]:
+    """What builds the item source again from an artifact."""
+    items: dict[str, Any] = {"kind": config.adapter} | (
+        {"text_width": config.text_width, "added": True} if config.adapter == "null_space" else {"hidden": config.hidden}
+    )
+    if config.adapter != "llm_esr" and config.training.cosine:
+        items["unit"] = True
+    return items
