@@ -19,8 +19,8 @@ from feast.protos.feast.types.Value_pb2 import StringList, Value
 
 from feature_repo import feature_definitions as views
 from feature_repo.keys import key_prefix, key_text, key_texts, serialized
+from feature_repo.leases import SCAN, NotPublished, Store
 from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of
-from feature_repo.stores import SCAN, NotPublished, Store
 from feature_repo.strangers import DELETES, batched, strangers
 from feature_repo.transport import entity_keys
 
@@ -124,13 +124,13 @@ def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk], 
         count += len(ids)
     if surplus := [item_id for ids in strangers(store, space.space_id, hash_N) for item_id in ids]:
         raise Unverified(
-            f"space {space.space_id}: {len(surplus):,} rows of items that it should not have, for example {surplus[0]!r}; what "
-            "serves is untouched. Does another program write to the store? Run again"
+            f"space {space.space_id}: {len(surplus):,} rows of items that it should not have, for example {surplus[0]!r}. Does "
+            "another program write to the store? Run again"
         )
     if wrong or count != space.items:
         raise Unverified(
             f"space {space.space_id}: {wrong:,} of {count:,} vectors read back differ from those written ({example}), "
-            f"{space.items:,} expected; what serves is untouched. Is the store full, evicting, or written by others? Run again"
+            f"{space.items:,} expected. Is the store full, evicting, or written by others? Run again"
         )
     return count
 
@@ -147,9 +147,10 @@ def current(reader: Reader) -> Pointer | None:
 
 
 def flip(store: Store, reader: Reader, space: Space) -> Pointer:
-    """Lets a verified space serve: one write. Serving it already as it is, nothing is written. Raises Fenced."""
+    """Lets a verified space serve: one write. Serving it already as it is, nothing is written. Raises Fenced, Unreplicated."""
     now = current(reader)
     if now is not None and now.space == space:
+        store.settle()  # the run that wrote it may have died before replicas had it
         return now
     same = now is not None and now.space_id == space.space_id
     previous = None if now is None else now.previous if same else now.space
@@ -159,7 +160,11 @@ def flip(store: Store, reader: Reader, space: Space) -> Pointer:
 def point(
     store: Store, reader: Reader, space: Space, previous: Space | None, now: Pointer | None, withheld: Sequence[str] = ()
 ) -> Pointer:
-    """Writes the pointer and reads it back. Its timestamp always moves on, also when the snapshot's date does not."""
+    """Writes the pointer, reads it back, and waits for replicas.
+
+    Its timestamp always moves on, also when the snapshot's date does not. Raises Fenced; Unreplicated where it serves by now, but
+    a failover could undo it.
+    """
     moment = end_of(space.ds)
     if now is not None:
         moment = max(moment, now.written + dt.timedelta(seconds=1))
@@ -181,19 +186,25 @@ def point(
         raise Unverified(
             f"the pointer names space {after.space_id} after {space.space_id} was written: another writer is at work"
         )
+    store.settle()
     return after
 
 
 def rollback(store: Store, reader: Reader, sample: Sequence[str] = ()) -> Pointer:
     """Lets the space before serve again: one write. A second rollback undoes the first.
 
-    Raises NotPublished where there is no space before, or none of the `sample` items is found in it any more.
+    Raises NotPublished where there is no space before, or it lacks items of the `sample`, all of which it had.
     """
     now = reader.pointer()
     if now.previous is None:
         raise NotPublished(f"space {now.space_id} is the first that was published: there is none to go back to")
-    if sample and all(raw is None for _, raw in reader.rows(now.previous, sample)):
-        raise NotPublished(f"space {now.previous.space_id} is no longer in the store: publish it again")
+    rows = reader.rows(now.previous, sample)
+    absent = [item_id for item_id, (_, raw) in zip(sample, rows, strict=True) if raw is None]
+    if lost := sorted(set(absent) - reader.forgotten(absent)):
+        raise NotPublished(
+            f"space {now.previous.space_id} is no longer whole in the store: of {len(sample):,} of its items {len(lost):,} are "
+            f"absent, for example {lost[0]!r}; publish it again"
+        )
     return point(store, reader, now.previous, now.space, now)
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from feature_repo import feature_definitions as views
 from feature_repo.keys import key_texts, serialized
-from feature_repo.stores import Store
+from feature_repo.leases import Store
 from feature_repo.transport import entity_keys
 
 DELETES = 1_000

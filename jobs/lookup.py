@@ -33,6 +33,11 @@ class Config:
     """Vectors compared, spread over the catalogue; 0 compares all."""
     url: str = ""
     """Reads through Feast's feature server, for example `http://localhost:6566`; empty reads the store itself."""
+    space: str = ""
+    """The space that this night published; empty asks nothing. See `sequence`."""
+    sequence: int = 0
+    """The write of the pointer that this night made (`publish`, `rollback` say it); 0 asks nothing. Where the store tells of an
+    earlier write, or of this one with another space, it has lost what was published, as in a failover: refused."""
     max_age_days: float = 0.0
     """A space whose snapshot ended longer ago is refused; 0 allows any age."""
     lease_wait_s: float = 60.0
@@ -49,6 +54,8 @@ class Result:
     """What a client sees."""
 
     space_id: str
+    sequence: int
+    """How many times the pointer was written."""
     recommender_id: str
     serves_ds: str
     age_days: float
@@ -73,10 +80,11 @@ def run(config: Config) -> Result:
     """Compares what is online with `item_embeddings` of the space that serves.
 
     Raises InputError where nothing serves, or the item is unknown or forgotten; Refused where a vector differs or is missing,
-    or the space is too old.
+    the store lost what was published, or the space is too old.
     """
     lake, reader = config.run.lake, Reader.over_http(config.url) if config.url else Reader.open(config.run.lake)
     pointer = online.served(reader)
+    refuse_lost(config, pointer)
     age_days = checked_age(config, pointer)
     partition = online.partition_of(pointer.space_id, pointer.ds)
     compared, milliseconds, first = compare(config, reader, partition, pointer.codec, pointer.items)
@@ -88,6 +96,7 @@ def run(config: Config) -> Result:
         raise InputError(f"lookup.item {item!r} {why}: take one of items/ds={pointer.ds}, for example {first!r}")
     result = Result(
         space_id=pointer.space_id,
+        sequence=pointer.sequence,
         recommender_id=pointer.recommender_id,
         serves_ds=pointer.ds,
         age_days=age_days,
@@ -109,6 +118,21 @@ def run(config: Config) -> Result:
     log.info("%s vectors of space %s (%s) equal the lake's", f"{compared:,}", pointer.space_id, pointer.ds)
     log.info("%s: [%s, …] width %d", item, ", ".join(f"{value:.4f}" for value in result.vector), pointer.width)
     return result
+
+
+def refuse_lost(config: Config, pointer: Pointer) -> None:
+    """Raises Refused where the store has lost the write of the pointer that it is asked for; a later one is only told."""
+    if not config.sequence:
+        return
+    other = bool(config.space) and config.space != pointer.space_id
+    if pointer.sequence < config.sequence or (pointer.sequence == config.sequence and other):
+        raise Refused(
+            f"space {pointer.space_id} serves by write {pointer.sequence} of the pointer, but {config.space or 'another one'} "
+            f"was published by write {config.sequence}: the store lost it. Did a replica take over? Run publish again, and see "
+            "docs/security.md on LLMEMB_REPLICAS"
+        )
+    if other:
+        log.warning("space %s serves by a later write than that of %s: somebody has moved on", pointer.space_id, config.space)
 
 
 def checked_age(config: Config, pointer: Pointer) -> float:

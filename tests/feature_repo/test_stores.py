@@ -163,7 +163,8 @@ def test_a_delete_leaves_other_views_of_the_same_item(lake: Path) -> None:
 
 
 def test_more_keys_than_one_page_are_all_listed(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("feature_repo.stores.SCAN", 7)
+    for module in ("sqlite_store", "redis_store"):
+        monkeypatch.setattr(f"feature_repo.{module}.SCAN", 7)
     store = open_writer(settings(lake))
     with lease(store, "test"):
         store.write(item_embedding, rows(*(f"i{number}" for number in range(50))))
