@@ -23,7 +23,7 @@ from jobs.engines import online, registry
 from jobs.lake import arrivals, partitions
 from jobs.lake.items import live_items, tombstones
 from jobs.lake.tables import ITEMS, space_of
-from jobs.publish import beside
+from jobs.publish import beside, undo
 from jobs.run import InputError, Older, Refused, Run, Unavailable
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ class Config:
     arriving: bool = False
     """Lays what arrived since the snapshot of ds over the space that serves it (`project.arriving`). Where another space or
     snapshot serves by now, a night was faster, and nothing is done."""
+    restore: bool = False
+    """Brings back the snapshot of ds, older than what serves, inside the space that serves: the way back from a bad delta, which
+    `rollback` can't undo, as it overwrote its rows. The next night goes on from there."""
     codec: Literal["float32", "float16"] = "float32"
     """How vectors lie in the online store: a float32 array, or float16 bytes: half the size, faster, about 3 digits."""
     chunk_rows: int = 1_024
@@ -127,13 +130,16 @@ def run(config: Config) -> Result:
     then stays as it was.
     """
     lake, clock = config.run.lake, Clock()
+    if config.restore and config.arriving:
+        raise InputError("publish.restore and publish.arriving exclude each other: restore a snapshot, the hour follows")
+    forgotten = tombstones(lake)
     made_by = resolve(config)
     space_id = made_by["space_id"]
     partition = online.partition_of(space_id, config.run.ds)
     width = online.width_of(lake, partition)
     if config.arriving and not beside.serves(lake, space_id, config.run.ds):
         return superseded(config, made_by, width)
-    hash_N = inspected(config, partition, width)
+    hash_N = inspected(config, partition, width, forgotten)
     space = Space(space_id=space_id, recommender_id=made_by["recommender_id"], ds=config.run.ds, width=width,
                   codec=config.codec, items=len(hash_N))  # fmt: skip
     clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
@@ -145,7 +151,7 @@ def run(config: Config) -> Result:
         "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"
     )
     graph = config.graph if config.approximate else None
-    index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving)
+    index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving, forgotten=forgotten)
     space = dataclasses.replace(space, index=index_digest)
     found = recall(config, space)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
@@ -153,7 +159,7 @@ def run(config: Config) -> Result:
         beside.write_offline(lake, space, config.chunk_rows)
         clock.lap("offline", f"history up to {space.ds}")
     with online.refusals():
-        figures = put_online(config, space, before, hash_N, clock)
+        figures = put_online(config, space, before, hash_N, forgotten, clock)
     digests = {
         "inputs": {"item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest},
         "outputs": {"index": index_digest, "pointer": online.pointer_text(figures.after)},
@@ -221,11 +227,11 @@ def resolve(config: Config) -> dict[str, str]:
     return {"space_id": space_of(ids["encoder_id"], ids["recommender_id"]), **ids}
 
 
-def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int64]:
+def inspected(config: Config, partition: str, width: int, forgotten: frozenset[str]) -> npt.NDArray[np.int64]:
     """Hashes of the items to publish, every row checked, every item of the catalogue there. Raises InputError, Refused."""
     lake = config.run.lake
     try:
-        hash_N = spaces.inspect(rows_of(config, partition, checked=True), width, config.codec)
+        hash_N = spaces.inspect(rows_of(config, partition, forgotten, checked=True), width, config.codec)
     except InputError:
         raise
     except ValueError as error:
@@ -243,17 +249,24 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
     return hash_N
 
 
-def rows_of(config: Config, partition: str, *, checked: bool = False) -> Iterator[spaces.Chunk]:
+def rows_of(config: Config, partition: str, forgotten: frozenset[str], *, checked: bool = False) -> Iterator[spaces.Chunk]:
     """The rows to publish; a night's are without what arrived."""
-    return online.chunks(config.run.lake, partition, config.chunk_rows, checked=checked, arrived=config.arriving)
+    return online.chunks(
+        config.run.lake, partition, config.chunk_rows, checked=checked, arrived=config.arriving, forgotten=forgotten
+    )
 
 
 def compared(config: Config, before: Pointer | None, space: Space) -> Compatibility:
     """The new rows against those that serve. Raises Refused for an older ds, or neighbours that changed without a reason."""
+    if config.restore:
+        return undo.allowed(config.run.lake, before, space, config.churn_items)
     if before is None:
         return Compatibility(kind="first", distance=0.0, residual=0.0, churn={}, items=0)
     if space.ds < before.ds:
-        raise Older(f"ds {space.ds} is older than what serves ({before.ds}): `rollback` goes back, publish does not")
+        raise Older(
+            f"ds {space.ds} is older than what serves ({before.ds}): `rollback` goes back to the space before, publish.restore "
+            "to an earlier date of the same space"
+        )
     same = before.space_id == space.space_id
     if same and space.width != before.width:
         raise Refused(
@@ -295,25 +308,30 @@ class Figures:
     attributes: int
 
 
-def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt.NDArray[np.int64], clock: Clock) -> Figures:
+def put_online(
+    config: Config, space: Space, before: Pointer | None, hash_N: npt.NDArray[np.int64], forgotten: frozenset[str], clock: Clock
+) -> Figures:
     """Stages, verifies and flips, under the lease. Raises NotPublished, Refused."""
     lake = config.run.lake
     store, reader = open_writer(settings(lake)), Reader.open(lake)
 
     def rows() -> Iterator[spaces.Chunk]:
-        return rows_of(config, online.partition_of(space.space_id, space.ds))
+        return rows_of(config, online.partition_of(space.space_id, space.ds), forgotten)
 
     with lease(store, "publish", config.lease_wait_s):
         if spaces.current(reader) != before:
             raise Unavailable(
                 "another writer moved the pointer since this publish began: look at what serves now, then run again"
             )
+        if tombstones(lake) != forgotten:  # who forgets later waits for this lease, and finds the rows
+            raise Unavailable("items were forgotten since this publish began: run again")
         delta = before is not None and before.space_id == space.space_id
-        spaces.bury(store, sorted(tombstones(lake)), space.ds)
+        spaces.bury(store, sorted(forgotten), space.ds)
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
         removed = strangers.remove_strangers(store, space.space_id, hash_N)
         clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
-        verified = spaces.verify(store, reader, space, rows(), hash_N)
+        with undo.on_failure(lake, store, reader, before if delta else None, config.chunk_rows):
+            verified = spaces.verify(store, reader, space, rows(), hash_N)
         clock.lap("verify", f"{verified:,} vectors read back, all equal")
         attributes = 0
         if config.attributes:
