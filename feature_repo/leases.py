@@ -63,7 +63,19 @@ class Store(Protocol):
         """Removes one view's values of some serialized keys. Raises Fenced."""
 
     def keys(self, view: FeatureView, start: bytes = b"") -> Iterator[list[bytes]]:
-        """Serialized keys of a view that begin with `start` (or its join keys), in bounded lists."""
+        """Serialized keys of a view that begin with `start` (or its join keys), in bounded lists. May read all keys there are."""
+
+    def spaces(self) -> dict[str, int]:
+        """Every space with rows, published or half-staged, and how many."""
+
+    def members(self, space_id: str) -> Iterator[list[str]]:
+        """Ids of the items with a row in a space, in bounded lists; some may come twice."""
+
+    def rows_of(self, item_id: str) -> list[bytes]:
+        """Serialized keys of an item's rows, of all spaces."""
+
+    def free_bytes(self) -> int | None:
+        """What the store can still take; None where it does not tell."""
 
     def notes(self) -> dict[str, str]:
         """What writers noted for later ones: since when a space does not serve."""

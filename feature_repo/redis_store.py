@@ -11,7 +11,8 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import redis
@@ -20,8 +21,10 @@ from feast.infra.online_stores.helpers import _mmh3
 from feast.infra.online_stores.redis import RedisOnlineStore
 from redis.exceptions import NoPermissionError
 
+from feature_repo.feature_definitions import item_embedding
 from feature_repo.keys import key_prefix
 from feature_repo.leases import SCAN, Fenced, Rows, Unreplicated, fenced, held, owned_by
+from feature_repo.roster import Roster, pairs_in, pairs_of
 
 
 class FencedClient:
@@ -29,6 +32,8 @@ class FencedClient:
 
     def __init__(self, client: Any, key: str, lease: bytes, ttl_ms: int, server: str) -> None:
         self.client, self.key, self.lease, self.ttl_ms, self.server = client, key, lease, ttl_ms, server
+        self.also: Callable[[Any], None] | None = None
+        """What each transaction does besides."""
 
     def pipeline(self, transaction: bool = True) -> Any:
         """A transaction, begun: EXEC fails if the lease changes between this check and it."""
@@ -51,6 +56,8 @@ class FencedClient:
             raise
         pipe.multi()
         pipe.pexpire(self.key, self.ttl_ms)
+        if self.also:
+            self.also(pipe)
         return pipe
 
 
@@ -92,6 +99,7 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
             f"{config.project}:{name}" for name in ("lease", "token", "notes", "settled")
         )
         self.fenced = FencedClient(self.plain, self.lease_key, b"", self.ttl_ms, "")
+        self.roster = Roster(self.plain, config.project)
 
     def _get_client(self, online_store_config: Any) -> Any:
         return self.fenced
@@ -110,6 +118,7 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         self.fenced = FencedClient(self.plain, self.lease_key, mine, self.ttl_ms, self.server())
         try:
             self.settle()
+            self.adopt()
         except BaseException:
             with contextlib.suppress(Fenced, redis.RedisError):
                 self.release()
@@ -164,12 +173,27 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         with self.transaction() as pipe:
             pipe.delete(self.lease_key)
 
+    def adopt(self) -> None:
+        """Lists the rows of a store that an older version wrote: once, reading all its keys."""
+        if self.roster.whole:
+            return
+        for keys in self.keys(item_embedding):
+            with self.transaction() as pipe:
+                self.roster.add(pipe, pairs_in(keys))
+        with self.transaction() as pipe:
+            pipe.set(self.roster.whole_key, 1)
+
     def write(self, view: FeatureView, rows: Rows) -> None:
         """See `Store`."""
+        if view.name == item_embedding.name:
+            pairs = pairs_of(rows)
+            self.fenced.also = lambda pipe: self.roster.add(pipe, pairs)
         try:
             self.online_write_batch(self.config, view, rows, None)
         except redis.WatchError as error:
             raise fenced(token_of(self.fenced.lease), "another") from error
+        finally:
+            self.fenced.also = None
 
     def delete(self, view: FeatureView, keys: Sequence[bytes]) -> None:
         """See `Store`. Views with the same entity share a Redis hash: only this view's fields go."""
@@ -177,6 +201,8 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         with self.transaction() as pipe:
             for key in keys:
                 pipe.hdel(key + self.config.project.encode(), *fields, f"_ts:{view.name}")
+            if view.name == item_embedding.name:
+                self.roster.strike(pipe, pairs_in(keys))
 
     def keys(self, view: FeatureView, start: bytes = b"") -> Iterator[list[bytes]]:
         """See `Store`. Redis may list a key twice."""
@@ -192,6 +218,39 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
             yield [key.removesuffix(project) for key, there in zip(found, has, strict=True) if there]
             if not cursor:
                 return
+
+    def spaces(self) -> dict[str, int]:
+        """See `Store`."""
+        if self.roster.whole:
+            return self.roster.counts()
+        return Counter(space_id for keys in self.keys(item_embedding) for _, space_id in pairs_in(set(keys)))
+
+    def members(self, space_id: str) -> Iterator[list[str]]:
+        """See `Store`."""
+        if self.roster.whole:
+            yield from self.roster.members(space_id)
+            return
+        for keys in self.keys(item_embedding):
+            yield [item_id for item_id, own in pairs_in(set(keys)) if own == space_id]
+
+    def rows_of(self, item_id: str) -> list[bytes]:
+        """See `Store`."""
+        if not self.roster.whole:
+            return sorted({key for keys in self.keys(item_embedding, key_prefix(item_embedding, item_id)) for key in keys})
+        keys, project = self.roster.keys_of(item_id), self.config.project.encode()
+        with self.plain.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hexists(key + project, f"_ts:{item_embedding.name}")
+            return [key for key, there in zip(keys, pipe.execute(), strict=True) if there]
+
+    def free_bytes(self) -> int | None:
+        """See `Store`. Without a limit of its own, Redis has what its machine has."""
+        try:
+            told = self.plain.info("memory")
+        except NoPermissionError:
+            return None
+        most = told.get("maxmemory") or told.get("total_system_memory")
+        return max(0, int(most) - int(told["used_memory"])) if most else None
 
     def notes(self) -> dict[str, str]:
         """See `Store`."""

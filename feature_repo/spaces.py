@@ -18,10 +18,10 @@ import numpy.typing as npt
 from feast.protos.feast.types.Value_pb2 import StringList, Value
 
 from feature_repo import feature_definitions as views
-from feature_repo.keys import key_prefix, key_text, key_texts, serialized
+from feature_repo.keys import serialized
 from feature_repo.leases import SCAN, NotPublished, Store
 from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of
-from feature_repo.strangers import DELETES, batched, strangers
+from feature_repo.strangers import DELETES, batched, remove_items, strangers
 from feature_repo.transport import entity_keys
 
 Chunk = tuple[Sequence[str], npt.NDArray[np.float32]]
@@ -257,25 +257,12 @@ def write_attributes(store: Store, reader: Reader, items: Sequence[Mapping[str, 
 # ---------------------------------------------------------------------------------------------------------------- leaving
 
 
-def spaces_online(store: Store) -> dict[str, int]:
-    """Every space with rows in the store and how many, published or half-staged. Reads all keys. Raises Fenced."""
-    counts: dict[str, int] = {}
-    for keys in store.keys(views.item_embedding):
-        store.renew()
-        for key in keys:
-            space_id = key_texts(views.item_embedding, key)[1]
-            counts[space_id] = counts.get(space_id, 0) + 1
-    return counts
-
-
-def remove_rows(store: Store, start: bytes = b"", end: bytes = b"") -> int:
-    """Removes rows of `item_embedding` whose serialized key begins and ends so; returns how many. Raises Fenced."""
+def remove_space(store: Store, space_id: str) -> int:
+    """Removes all rows of a space; returns how many. Raises Fenced."""
     removed = 0
-    for keys in store.keys(views.item_embedding, start):
+    for ids in store.members(space_id):
         store.renew()
-        for part in batched([key for key in set(keys) if key.startswith(start) and key.endswith(end)], DELETES):
-            store.delete(views.item_embedding, part)
-            removed += len(part)
+        removed += remove_items(store, space_id, sorted(set(ids)))
     return removed
 
 
@@ -298,7 +285,7 @@ def collect(store: Store, reader: Reader, grace: dt.timedelta) -> Collected:
     """
     pointer, now = current(reader), dt.datetime.now(dt.UTC)
     kept = live(pointer) if pointer else {}
-    online, notes = spaces_online(store), store.notes()
+    online, notes = store.spaces(), store.notes()
     for space_id in set(notes) - (set(online) - set(kept)):
         store.note(space_id, None)
     removed: dict[str, int] = {}
@@ -308,7 +295,7 @@ def collect(store: Store, reader: Reader, grace: dt.timedelta) -> Collected:
         if space_id not in notes:
             store.note(space_id, now.isoformat())
         if now - since >= grace:
-            removed[space_id] = remove_rows(store, end=key_text(space_id))
+            removed[space_id] = remove_space(store, space_id)
             store.note(space_id, None)
         else:
             waiting[space_id] = round((grace - (now - since)).total_seconds() / 3600, 2)
@@ -329,7 +316,10 @@ def forget(store: Store, item_id: str, ds: str) -> int:
     bury(store, [item_id], ds)
     for key in entity_keys({"item_id": [item_id]}):
         store.delete(views.item_attributes, [serialized(key)])
-    return remove_rows(store, start=key_prefix(views.item_embedding, item_id))
+    keys = store.rows_of(item_id)
+    for part in batched(keys, DELETES):
+        store.delete(views.item_embedding, part)
+    return len(keys)
 
 
 def bury(store: Store, item_ids: Sequence[str], ds: str) -> None:
@@ -342,4 +332,4 @@ def bury(store: Store, item_ids: Sequence[str], ds: str) -> None:
 
 def vectors_of(store: Store, item_id: str) -> int:
     """How many vectors of an item are in the store, in any space: the proof of `forget`."""
-    return sum(len(set(keys)) for keys in store.keys(views.item_embedding, key_prefix(views.item_embedding, item_id)))
+    return len(store.rows_of(item_id))

@@ -190,7 +190,7 @@ def refuse_surplus(config: Config, reader: Reader, pointer: Pointer, partition: 
 
 def surplus(store: Store, pointer: Pointer, hash_N: npt.NDArray[np.int64]) -> list[str]:
     """Items with a row in the space that serves which are not among the hashes."""
-    return [item_id for ids in strangers.strangers(store, pointer.space_id, hash_N) for item_id in ids]
+    return [item_id for ids in strangers.strangers(store, pointer.space_id, hash_N, all_keys=True) for item_id in ids]
 
 
 def check_answer(answer: Answer, chosen: list[str], wanted: list[bytes], partition: str) -> None:

@@ -92,8 +92,8 @@ def apply(recipe: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if has_password(text):
         raise InputError(
-            f"--set {path}: an address with a password in an argument list is seen by every user of this machine: put it into the "
-            "environment, and write $NAME in the recipe"
+            f"--set {path}: an address with a password in an argument list is seen by every user of this machine: put it into "
+            "the environment, and write $NAME in the recipe"
         )
     keys = path.split(".")
     if not equals or len(keys) < 2 or not all(keys):

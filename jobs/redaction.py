@@ -20,8 +20,7 @@ NAMED = re.compile(
 )
 """`password=…` in a connection string, a query, a header or JSON."""
 KEYS = re.compile(
-    r"(?:.*[-_.])?(?:password|passwd|passphrase|secret|token|api[-_]?key|access[-_]?key|secret[-_]?key|credentials?)",
-    re.IGNORECASE,
+    r"(?:.*[-_.])?(?:password|passwd|passphrase|secret|token|(?:api|access|secret)[-_]?key|credentials?)", re.IGNORECASE
 )
 """Names of values that are secret as a whole, such as Spark's `fs.s3a.secret.key`."""
 

@@ -107,29 +107,13 @@ class Result:
     rows: dict[str, int]
 
 
-class Clock:
-    """Seconds of each step, told as they end."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.monotonic()
-
-    def lap(self, step: str, what: str) -> None:
-        """Ends a step and says what it did."""
-        now = time.monotonic()
-        self.seconds[step] = round(now - self.last, 4)
-        self.last = now
-        log.info("%s: %s in %.2f s", step, what, self.seconds[step])
-
-
 def run(config: Config) -> Result:
     """Puts a space online whole, verified, and lets it serve; or brings the changes of a night into the space that serves.
 
-    Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where another writer is at
-    work, what is read back differs, or the serving space has another width; Older where ds is older than what serves. The pointer
-    then stays as it was.
+    Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where what is read back is
+    different or has no room, or the serving space has another width; Older where ds is older than what serves. The pointer stays then.
     """
-    lake, clock = config.run.lake, Clock()
+    lake, clock = config.run.lake, beside.Clock()
     if config.restore and config.arriving:
         raise InputError("publish.restore and publish.arriving exclude each other: restore a snapshot, the hour follows")
     forgotten = tombstones(lake)
@@ -180,7 +164,7 @@ def superseded(config: Config, made_by: dict[str, str], width: int) -> Result:
 
 def summed(
     space: Space, made_by: dict[str, str], moved: Compatibility, before: Pointer | None, figures: Figures, found: float,
-    clock: Clock, digests: dict[str, dict[str, str]],
+    clock: beside.Clock, digests: dict[str, dict[str, str]],
 ) -> Result:  # fmt: skip
     """The Result of a publish; `found` is the recall of the approximate index."""
     after = figures.after
@@ -309,7 +293,12 @@ class Figures:
 
 
 def put_online(
-    config: Config, space: Space, before: Pointer | None, hash_N: npt.NDArray[np.int64], forgotten: frozenset[str], clock: Clock
+    config: Config,
+    space: Space,
+    before: Pointer | None,
+    hash_N: npt.NDArray[np.int64],
+    forgotten: frozenset[str],
+    clock: beside.Clock,
 ) -> Figures:
     """Stages, verifies and flips, under the lease. Raises NotPublished, Refused."""
     lake = config.run.lake
@@ -326,6 +315,7 @@ def put_online(
         if tombstones(lake) != forgotten:  # who forgets later waits for this lease, and finds the rows
             raise Unavailable("items were forgotten since this publish began: run again")
         delta = before is not None and before.space_id == space.space_id
+        beside.refuse_full(lake, store, reader, space)
         spaces.bury(store, sorted(forgotten), space.ds)
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
         removed = strangers.remove_strangers(store, space.space_id, hash_N)

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from feature_repo import spaces
-from feature_repo.keys import key_text
 from feature_repo.reader import Reader, settings
-from feature_repo.spaces import remove_rows
+from feature_repo.spaces import remove_space
 from feature_repo.stores import lease, open_writer
 from feature_repo.strangers import remove_items
 from jobs import lookup, publish, rollback
@@ -96,7 +95,7 @@ def test_a_space_that_is_gone_is_not_pointed_to(catalogue: Callable[..., Path]) 
     put(lake, B)
     store = open_writer(settings(lake))
     with lease(store, "test"):
-        assert remove_rows(store, end=key_text(A)) == 40
+        assert remove_space(store, A) == 40
     with pytest.raises(Refused, match=r"no longer whole in the store: .* publish it again"):
         back(lake)
     assert Reader.open(lake).pointer().space_id == B

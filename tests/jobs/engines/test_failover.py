@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import redis
 
-from feature_repo import spaces
 from feature_repo.reader import Reader, settings
 from feature_repo.redis_store import RedisStore
 from feature_repo.stores import lease, open_writer
@@ -109,7 +108,7 @@ def test_collect(lake: Path, servers: Failover, monkeypatch: pytest.MonkeyPatch)
     collect.run(collect.Config(run=run_of(lake), grace_days=0, lease_wait_s=10))
     store = open_writer(settings(lake))
     with lease(store, "test"):
-        assert spaces.spaces_online(store) == {B: 40, C: 40}
+        assert store.spaces() == {B: 40, C: 40}
 
 
 def test_rollback(lake: Path, servers: Failover, monkeypatch: pytest.MonkeyPatch) -> None:
