@@ -110,8 +110,8 @@ class Result:
 def run(config: Config) -> Result:
     """Puts a space online whole, verified, and lets it serve; or brings the changes of a night into the space that serves.
 
-    Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where what is read back is
-    different or has no room, or the serving space has another width; Older where ds is older than what serves. The pointer stays then.
+    Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where what is read back
+    differs or has no room, or the serving space has another width; Older where ds is older than what serves. The pointer stays.
     """
     lake, clock = config.run.lake, beside.Clock()
     if config.restore and config.arriving:
