@@ -115,9 +115,14 @@ def run(config: Config) -> Result:
         outputs={},
         rows={},
     )
-    log.info("%s vectors of space %s (%s) equal the lake's", f"{compared:,}", pointer.space_id, pointer.ds)
-    log.info("%s: [%s, …] width %d", item, ", ".join(f"{value:.4f}" for value in result.vector), pointer.width)
+    tell(result)
     return result
+
+
+def tell(result: Result) -> None:
+    """What was compared and what the item's vector is like, for a person."""
+    log.info("%s vectors of space %s (%s) equal the lake's", f"{result.compared:,}", result.space_id, result.serves_ds)
+    log.info("%s: [%s, …] width %d", result.item, ", ".join(f"{value:.4f}" for value in result.vector), result.width)
 
 
 def refuse_lost(config: Config, pointer: Pointer) -> None:

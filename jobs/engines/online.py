@@ -179,16 +179,22 @@ def build_index(
         vectors = ((list(ids), emb_ND) for ids, emb_ND in given)
         about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
         index.build(staged, vectors, items, space.width, graph, described(lake, snapshot, space.ds, arrived=bool(over)), about)
-        digest = digest_folder(staged)
-        target = home / digest[:16]
-        if target.exists():
-            shutil.rmtree(staged)
-        else:
-            sync_tree(staged)  # on the disk before the file that names it
-            staged.rename(target)
-        now = {"made_of": made_of, "folder": target.name, "digest": digest}
+        digest = settled(staged)
+        now = {"made_of": made_of, "folder": digest[:16], "digest": digest}
         write_json(home / INDEX, now)
     return str(now["digest"])
+
+
+def settled(staged: Path) -> str:
+    """Names a folder after its digest, unless one of that name is there; returns the digest."""
+    digest = digest_folder(staged)
+    target = staged.parent / digest[:16]
+    if target.exists():
+        shutil.rmtree(staged)
+    else:
+        sync_tree(staged)  # on the disk before the file that names it
+        staged.rename(target)
+    return digest
 
 
 def prune_index(home: Path, older_s: float = 0.0) -> None:

@@ -113,10 +113,6 @@ def run(config: Config) -> Result:
         rows={name: -count for name, count in removed.items()},
     )
     tell(result)
-    if result.left_online or result.left_in_lake:
-        raise Refused(
-            f"an item is still in {result.left_in_lake or 'the online store'}: is another job writing? Run forget again"
-        )
     return result
 
 
@@ -176,8 +172,12 @@ def repoint(config: Config, digests: dict[str, str]) -> None:
 
 
 def tell(result: Result) -> None:
-    """What went and the proof, for a person."""
+    """What went and the proof, for a person. Raises Refused where the proof fails."""
     log.info("removed: %s vectors online, rows of the lake %s", result.online_removed, result.lake_removed or "none")
     log.info("proof: %s vectors online, files that name it: %s", result.left_online, result.left_in_lake or "none")
     if result.named_by_models:
         log.warning("trained before, so they list its id until the next training: %s", result.named_by_models)
+    if result.left_online or result.left_in_lake:
+        raise Refused(
+            f"an item is still in {result.left_in_lake or 'the online store'}: is another job writing? Run forget again"
+        )

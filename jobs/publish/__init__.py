@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy.exc import OperationalError
 
-from feature_repo import compatibility, feature_definitions, index, offline, spaces, strangers
+from feature_repo import compatibility, feature_definitions, offline, spaces, strangers
 from feature_repo.compatibility import Compatibility
 from feature_repo.index import Graph
 from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_store, settings
@@ -61,6 +61,10 @@ class Config:
     """Items compared for churn, chosen by their ids: bounds memory."""
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
+
+    def __post_init__(self) -> None:
+        if self.restore and self.arriving:
+            raise InputError("publish.restore and publish.arriving exclude each other: restore a snapshot, the hour follows")
 
     @property
     def manifest(self) -> str:
@@ -114,8 +118,6 @@ def run(config: Config) -> Result:
     differs or has no room, or the serving space has another width; Older where ds is older than what serves. The pointer stays.
     """
     lake, clock = config.run.lake, beside.Clock()
-    if config.restore and config.arriving:
-        raise InputError("publish.restore and publish.arriving exclude each other: restore a snapshot, the hour follows")
     forgotten = tombstones(lake)
     made_by = resolve(config)
     space_id = made_by["space_id"]
@@ -137,7 +139,7 @@ def run(config: Config) -> Result:
     graph = config.graph if config.approximate else None
     index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving, forgotten=forgotten)
     space = dataclasses.replace(space, index=index_digest)
-    found = recall(config, space)
+    found = beside.recall(lake, space, graph)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
     if config.offline and not config.arriving:
         beside.write_offline(lake, space, config.chunk_rows)
@@ -269,15 +271,6 @@ def compared(config: Config, before: Pointer | None, space: Space) -> Compatibil
     return moved
 
 
-def recall(config: Config, space: Space) -> float:
-    """Recall at 10 of the approximate index, items as queries."""
-    if not config.approximate:
-        return 0.0
-    built = online.open_index(config.run.lake, space)
-    rows = np.linspace(0, space.items - 1, min(256, space.items)).astype(np.int64)
-    return index.recall(built, np.asarray(built.vector_ND[rows]), 10, config.graph.breadth_search)
-
-
 # ---------------------------------------------------------------------------------------------------------------- online
 
 
@@ -308,12 +301,7 @@ def put_online(
         return rows_of(config, online.partition_of(space.space_id, space.ds), forgotten)
 
     with lease(store, "publish", config.lease_wait_s):
-        if spaces.current(reader) != before:
-            raise Unavailable(
-                "another writer moved the pointer since this publish began: look at what serves now, then run again"
-            )
-        if tombstones(lake) != forgotten:  # who forgets later waits for this lease, and finds the rows
-            raise Unavailable("items were forgotten since this publish began: run again")
+        refuse_moved(lake, reader, before, forgotten)
         delta = before is not None and before.space_id == space.space_id
         beside.refuse_full(lake, store, reader, space)
         spaces.bury(store, sorted(forgotten), space.ds)
@@ -334,6 +322,14 @@ def put_online(
     if config.offline and not config.arriving:
         offline.write_pointer(Path(offline_folder(lake)), after)
     return Figures(after=after, written=written, removed=removed, verified=verified, attributes=attributes)
+
+
+def refuse_moved(lake: Path, reader: Reader, before: Pointer | None, forgotten: frozenset[str]) -> None:
+    """Raises Unavailable where another writer was faster, or a `forget`: a later one waits for the lease, and finds the rows."""
+    if spaces.current(reader) != before:
+        raise Unavailable("another writer moved the pointer since this publish began: look at what serves now, then run again")
+    if tombstones(lake) != forgotten:
+        raise Unavailable("items were forgotten since this publish began: run again")
 
 
 def register(lake: Path) -> None:

@@ -260,14 +260,14 @@ def test_an_unknown_id_is_refused_and_nothing_is_buried(lake: Path) -> None:
 def test_an_unknown_id_can_be_kept_away_before_it_comes(lake: Path, catalogue: Callable[..., Path]) -> None:
     forget.run(forget.Config(run=Run(ds=DS, lake=lake), item="m99", unknown=True, lease_wait_s=0))
     gone(lake, "m99")  # known by its tombstone: a rerun needs no second word
-    catalogue(ids=["m1", "m99"])
+    catalogue(ids=[*(f"m{number}" for number in range(10)), "m99"])
     publish.run(publish.Config(run=Run(ds=DS, lake=lake), space=A, max_churn=1.0))
     assert Reader.open(lake).vectors(["m99"]).deleted == ["m99"]
 
 
 def test_an_item_that_is_online_alone_is_known(lake: Path, catalogue: Callable[..., Path]) -> None:
-    catalogue(ids=["m1", "m2", "m5"])
-    catalogue(ids=["m1", "m2", "m5"], space=B)
+    for space in (A, B):
+        catalogue(ids=[f"m{number}" for number in range(10)], space=space)
     assert known.is_online(lake, "m30")
     assert gone(lake, "m30").online_removed == 2
 
