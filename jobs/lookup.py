@@ -89,7 +89,7 @@ def run(config: Config) -> Result:
     partition = online.partition_of(pointer.space_id, pointer.ds)
     compared, milliseconds, first = compare(config, reader, partition, pointer.codec, pointer.items)
     refuse_surplus(config, reader, pointer, partition)
-    item = str(config.item) or first
+    item, commit = str(config.item) or first, partitions.read_commit(lake, "item_embeddings", partition)
     shown = reader.vectors([item])
     if not shown.item_ids:
         why = "was forgotten" if shown.deleted else "is not in the space that serves"
@@ -108,10 +108,7 @@ def run(config: Config) -> Result:
         norm=round(float(np.linalg.norm(shown.vector_ND[0])), 6),
         read_ms_p50=round(float(np.percentile(milliseconds, 50)), 3),
         read_ms_p99=round(float(np.percentile(milliseconds, 99)), 3),
-        inputs={
-            "item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest,
-            "pointer": online.pointer_text(pointer),
-        },
+        inputs={"item_embeddings": commit.digest, "pointer": online.pointer_text(pointer)},
         outputs={},
         rows={},
     )

@@ -486,8 +486,7 @@ def lead_away(
     until(lambda: masters.running[masters.master] is not master and masters.leads(masters.master), "another master")
     masters.mend()
     if sleeps:
-        tally.slept += 1
-        tally.failed += ended(start(work, lake, masters.settings)) != 0
+        tally.slept += ended(start(work, lake, masters.settings)) == 0  # else the sleeper holds a lock of the lake
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGCONT)
     if child:

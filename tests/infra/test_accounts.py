@@ -102,7 +102,7 @@ def test_nobody_moves_an_alias_without_an_account_that_may(tmp_path: Path, monke
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         admin = as_user(ADMIN, PASSWORD)
         admin.create_registered_model(MODEL)
-        admin.create_model_version(MODEL, source=f"{uri}/x", run_id=None)
+        admin.create_model_version(MODEL, source="mlflow-artifacts:/models/x", run_id=None)
         accounts = get_app_client("basic-auth", tracking_uri=uri)
         for name in ("jobs", "analyst"):
             accounts.create_user(name, f"the password of {name}")

@@ -205,9 +205,9 @@ def test_airflow_s_people_come_in_by_an_auth_manager_that_is_installed() -> None
     settings = variables(KUBERNETES / "cluster.env")
     module, _, name = settings["AIRFLOW__CORE__AUTH_MANAGER"].rpartition(".")
     assert "Simple" not in name
-    code = f"import importlib; print(getattr(importlib.import_module({module!r}), {name!r}).__mro__[-3].__name__)"
+    code = f"import importlib; print(getattr(importlib.import_module({module!r}), {name!r}).__mro__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1:] == ["BaseAuthManager"], done.stderr[-2000:]
+    assert "BaseAuthManager" in done.stdout, done.stderr[-2000:]
     assert "login" in re.search(r"scheduler=([\w,-]+)", (ROOT / "Makefile").read_text())[1].split(",")  # type: ignore[index]
 
 
