@@ -14,7 +14,7 @@ COMMON = (
     *("VIRTUAL_ENV", "PYTHON*", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
     *("OMP_*", "MKL_*", "OPENBLAS_*", "NUMEXPR_*", "CUDA_*", "NVIDIA_*", "NCCL_*", "TORCH*", "PYTORCH_*", "LLMEMB_*", "HF_*"),
-    *("TRANSFORMERS_*", "MLFLOW_*"),
+    *("TRANSFORMERS_*", "TOKENIZERS_*", "MLFLOW_*"),
 )
 SPARK = ("SPARK_*", "PYSPARK_*", "JAVA_HOME", "JAVA_TOOL_OPTIONS", "HADOOP_*", "YARN_*", "KRB5*")
 STORES = ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY", "LLMEMB_FEAST_AUTH")
@@ -32,6 +32,7 @@ OWN = {
     "pretrain": REGISTRY,
     "rat": REGISTRY,
     "evaluate": REGISTRY + HUB,
+    **dict.fromkeys(("codes", "bakeoff", "rerank", "generate"), REGISTRY),
     "promote": REGISTRY,
     "project": REGISTRY,
     "pin": REGISTRY + STORES,

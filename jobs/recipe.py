@@ -145,7 +145,10 @@ def expand(value: Any, where: str) -> Any:
     if isinstance(value, str) and "$" in value:
         text = os.path.expandvars(value)
         if "$" in text:
-            raise InputError(f"recipe {where}: {value!r} names an environment variable that is not set")
+            raise InputError(
+                f"recipe {where}: {value!r} names an environment variable that is not set (in Airflow a job inherits a recipe's "
+                "own variables where LLMEMB_PASS_ENV names them: docs/security.md)"
+            )
         return text
     return value
 

@@ -29,7 +29,7 @@ class Told(Night):
             "encoder_id": "7",
             "recommender_id": "1e3",
             "items": 3,
-            "path": "r.html",
+            "path": "report.html",
             "sequence": 7,
         }
 
