@@ -374,6 +374,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", choices=("sqlite", "redis", "sentinel"), default="sqlite")
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=0.0, help="ends after so long, with fewer kills; 0 does not")
     parser.add_argument("--readers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -402,8 +403,9 @@ def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters:
     lakes = [home / "calm", home / "killed"]
     stop, counts, told = FORK.Event(), FORK.Array("q", len(COUNTS)), FORK.Array("q", 2)
     readers: list[Any] = []
+    began = time.monotonic()
     for kind, work in operations(world, chance, lakes):
-        if tally.kills.total() >= arguments.kills:
+        if tally.kills.total() >= arguments.kills or 0 < arguments.minutes * 60 < time.monotonic() - began:
             break
         tally.rounds += 1
         started = time.monotonic()

@@ -32,7 +32,7 @@ def test_killed_and_run_again_all_ends_equal(store: str, tmp_path: Path, monkeyp
     spec.loader.exec_module(harness)
     masters: list[Failover] = []
     with harness.servers(store, tmp_path, masters) as online:
-        result = harness.shift(argparse.Namespace(store=store, kills=3, readers=1, seed=7), tmp_path, online, masters)
+        result = harness.shift(argparse.Namespace(store=store, kills=3, minutes=0, readers=1, seed=7), tmp_path, online, masters)
     assert result["kills"] >= 3
     assert result["reads"] > 0
     assert {name: result[name] for name in harness.FAILURES} == dict.fromkeys(harness.FAILURES, 0)

@@ -23,7 +23,7 @@ from jobs.engines import online
 from jobs.forget import known
 from jobs.lake import manifests, partitions
 from jobs.lake.items import bury, tombstones
-from jobs.lake.locks import at_work
+from jobs.lake.locks import at_work, others_ended
 from jobs.lake.partitions import write_json
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, llm_embeddings
 from jobs.run import InputError, Refused, Run, Unavailable
@@ -273,22 +273,24 @@ def test_an_item_that_is_online_alone_is_known(lake: Path, catalogue: Callable[.
 
 
 def test_a_job_that_began_before_is_waited_for_and_what_it_wrote_is_searched(lake: Path) -> None:
-    """`extract` has read its source before the tombstone, and commits after it."""
-    begun, buried = threading.Event(), threading.Event()
+    """`extract` has read its source before the tombstone, and commits when `forget` has been waiting for a while."""
+    begun, asked = threading.Event(), threading.Event()
     rows = partitions.read(lake, INTERACTIONS, f"ds={DS}")
 
     def extracts() -> None:
         with at_work(lake, "extract"):
             begun.set()
-            assert buried.wait(60)
+            asked.wait(10)
+            asked.clear()
+            asked.wait(0.5)
             partitions.write(lake, INTERACTIONS, "ds=2026-01-02", [rows])
 
-    def told(lake: Path, item: str, ds: str) -> None:
-        bury(lake, item, ds)
-        buried.set()
+    def waits(lake: Path, wait_s: float) -> bool:
+        asked.set()
+        return others_ended(lake, wait_s)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forget, "bury", told)
+        patch.setattr(forget, "others_ended", waits)
         job = threading.Thread(target=extracts)
         job.start()
         begun.wait(60)
