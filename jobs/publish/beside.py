@@ -21,8 +21,8 @@ from jobs.lake.tables import ITEMS
 from jobs.run import Refused
 
 log = logging.getLogger("jobs.publish")
-ROW_BYTES = 520
-"""Bytes of a row in Redis besides its vector, with its place on the list of its space."""
+ROW_BYTES = 570
+"""Bytes of a row in Redis besides its vector, with its place on the list of its space: of ids of 32 characters, measured."""
 ROW_GROUP = 64
 """Chunks of a row group of the offline tables."""
 

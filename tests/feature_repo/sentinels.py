@@ -92,6 +92,11 @@ class Failover:
         port: int = Sentinel([("127.0.0.1", self.watch)]).discover_master(MASTER)[1]
         return port
 
+    def changes(self) -> int:
+        """How often another server became master."""
+        told: dict[str, int] = self.sentinel.sentinel_master(MASTER)
+        return int(told["config-epoch"])
+
     def leads(self, port: int) -> bool:
         """Whether a server says itself that it is master."""
         return bool(redis.Redis(port=port).info("replication")["role"] == "master")

@@ -55,7 +55,8 @@ def test_the_checker_of_order_finds_what_end_states_hide(monkeypatch: pytest.Mon
 
     def faults(*seen: tuple[Answer, int, int]) -> set[str]:
         watcher = harness.Watcher(5)
-        return {name for one in seen for name, count in watcher.judge(*one).items() if count}
+        found = [watcher.judge(given, acknowledged, epoch, epoch) for given, acknowledged, epoch in seen]
+        return {name for one in found for name, count in one.items() if count}
 
     assert faults((answer("a", 1, 0), 0, 0), (answer("a", 1, 2), 1, 0), (answer("b", 2, 1), 2, 0)) == set()
     assert faults((answer("a", 1, 0, of="b"), 0, 0)) == {"mixed"}
