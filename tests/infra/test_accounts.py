@@ -102,7 +102,8 @@ def test_nobody_moves_an_alias_without_an_account_that_may(tmp_path: Path, monke
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         admin = as_user(ADMIN, PASSWORD)
         admin.create_registered_model(MODEL)
-        admin.create_model_version(MODEL, source="mlflow-artifacts:/models/x", run_id=None)
+        run = admin.create_run(admin.create_experiment("nights"))
+        admin.create_model_version(MODEL, source=f"{run.info.artifact_uri}/model", run_id=run.info.run_id)
         accounts = get_app_client("basic-auth", tracking_uri=uri)
         for name in ("jobs", "analyst"):
             accounts.create_user(name, f"the password of {name}")
