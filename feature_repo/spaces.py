@@ -209,9 +209,12 @@ def rollback(store: Store, reader: Reader, sample: Sequence[str] = ()) -> Pointe
 
 
 def withhold(store: Store, reader: Reader, item_id: str) -> Pointer:
-    """Tells every process that serves from an index to leave an item out, before that index is built anew: one write."""
+    """Tells every process that serves from an index to leave an item out, before that index is built anew: one write.
+
+    An item without a row in any space is in no index either, or withheld already: run again after its end, nothing is written.
+    """
     now = reader.pointer()
-    if item_id in now.withheld:
+    if item_id in now.withheld or not store.rows_of(item_id):
         return now
     return point(store, reader, now.space, now.previous, now, [*now.withheld, item_id])
 

@@ -356,3 +356,12 @@ def test_the_command_line_shows_that_a_job_is_at_work(lake: Path, tmp_path: Path
     for job in ("lookup", "forget"):
         assert main([job, "--recipe", str(recipe), "--ds", DS]) == 2
     assert shown == [["at-work-lookup"], []]
+
+
+def test_run_again_after_its_end_it_moves_nothing(lake: Path) -> None:
+    before = Reader.open(lake).pointer()
+    gone(lake)
+    after = Reader.open(lake).pointer()
+    assert after.sequence > before.sequence and after.withheld == ()
+    gone(lake)
+    assert Reader.open(lake).pointer() == after
