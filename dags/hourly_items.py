@@ -17,7 +17,7 @@ It starts hourly, and at once where another DAG makes the asset `llmemb://catalo
 lay anything over, and `pin` says so.
 """
 DS = "{{ ti.xcom_pull('pin')['ds'] }}"
-TOLD = "{{{{ ti.xcom_pull('pin')['{}'] | tojson }}}}"
+TOLD = "{{{{ ti.xcom_pull('pin')['{}'] | toml }}}}"
 
 with job_dag("hourly_items", schedule=schedule("HOURLY_CRON", "30 * * * *", asset("catalogue")), doc=DOC):
     (

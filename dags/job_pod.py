@@ -1,6 +1,6 @@
 """One job as a pod. What the pod is like, image, resources, tolerations, volumes, secrets, stands in a template of the platform:
-`pod-spark.yaml`, `pod-gpu.yaml` or `pod-cpu.yaml` in the folder LLMEMB_PODS, or `pod-JOB.yaml` for a job that is to be unlike the
-others of its kind. Here only the job's arguments are added."""
+`pod-spark.yaml`, `pod-gpu.yaml`, `pod-store.yaml` or `pod-cpu.yaml` in the folder LLMEMB_PODS, or `pod-JOB.yaml` for a job that
+is to be unlike the others of its kind. Here only the job's arguments are added."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperato
 from airflow.sdk.exceptions import AirflowException
 from job_process import ROOT, judge, setting
 
+STORE_JOBS = ("pin", "publish", "lookup", "recommend", "explain", "collect", "rollback", "forget")
+"""Jobs that get the secrets of the online store; no other does."""
 TAIL = 100
 """Raw log lines that are asked for: a node breaks a line at 16 KiB, and libraries that end may say more than the job does."""
 
@@ -21,11 +23,13 @@ def pod_arguments(job: str, *, gpu: bool) -> dict[str, Any]:
     """What the operator is told of a job's pod."""
     kind = "spark" if job == "extract" else "gpu" if gpu else "cpu"
     templates = Path(setting("PODS", str(ROOT / "infra" / "kubernetes")))
-    own = templates / f"pod-{job}.yaml"
+    own, of_kind = templates / f"pod-{job}.yaml", templates / f"pod-{kind}.yaml"
+    if job in STORE_JOBS and (templates / "pod-store.yaml").exists():  # folders of an older version have none
+        of_kind = templates / "pod-store.yaml"
     return {
         "name": f"llmemb-{job}",
         "labels": {"app.kubernetes.io/name": "llmemb", "app.kubernetes.io/component": job},
-        "pod_template_file": str(own if own.exists() else templates / f"pod-{kind}.yaml"),
+        "pod_template_file": str(own if own.exists() else of_kind),
         "image": os.environ.get(f"LLMEMB_IMAGE_{kind.upper()}"),
         "namespace": os.environ.get("LLMEMB_NAMESPACE"),
         "env_vars": {"LLMEMB_IMAGE_SPARK": setting("IMAGE_SPARK")} if kind == "spark" else {},  # its executors' image

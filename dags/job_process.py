@@ -17,6 +17,7 @@ from typing import Any
 
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+from job_environment import environment_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 30
@@ -48,7 +49,14 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
         started, printed, last = time.monotonic(), deque[str](maxlen=1), ""
         # a session of its own: stopping it stops what it started, a Spark driver or the ranks of a training
         self.child = subprocess.Popen(
-            line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+            line,
+            cwd=ROOT,
+            env=environment_of(self.command[0], os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
         try:
             assert self.child.stdout and self.child.stderr

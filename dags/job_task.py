@@ -66,6 +66,7 @@ def job_dag(dag_id: str, *, schedule: Any, doc: str, params: Mapping[str, Param]
         max_active_runs=1,
         params={"ds": Param(None, type=["null", "string"], format="date", description="Date of the snapshot"), **(params or {})},
         user_defined_macros={"snapshot_date": snapshot_date},
+        user_defined_filters={"toml": toml},
         default_args={
             "retries": int(setting("RETRIES", "3")),
             "retry_delay": dt.timedelta(seconds=float(setting("RETRY_S", "30"))),
@@ -108,7 +109,7 @@ def job_task(
 
     `ds` is the date, the run's own (`snapshot_date`) unless an earlier task says it.
     `shards` of at least 1 maps the task, one shard a task instance. `settings` are the command's `--set job.key=value`;
-    what people or jobs fill in goes through `tojson`, or an item 405 would be a number, and a space 12e45678 a large one.
+    what people or jobs fill in goes through the filter `toml`, or item 405 would be a number, and space 12e45678 a large one.
     `makes` tells other DAGs of a success, and with `when` only of one whose Result passes it.
     """
     command = [name, "--recipe", setting("RECIPE", str(ROOT / "jobs" / "recipes" / "prod.toml")), "--ds", ds or DATE]
@@ -132,6 +133,36 @@ def job_task(
         return operator(**airflow, **{argument: command})
     portions = [[*command, "--set", f"{name}.shards={shards}", "--set", f"{name}.shard={shard}"] for shard in range(shards)]
     return operator.partial(**airflow).expand(**{argument: portions})
+
+
+def told_by(task_id: str) -> dict[str, str]:
+    """Settings of `lookup`: which space, and which write of the pointer, the Result of an earlier task says that serves."""
+    result = f"(ti.xcom_pull('{task_id}') or {{}})"
+    return {
+        "space": f"{{{{ {result}.get('space_id', '') | toml }}}}",
+        "sequence": f"{{{{ {result}.get('sequence', 0) | toml }}}}",
+    }
+
+
+def toml(value: Any) -> str:
+    """A value as the command line reads it, in ASCII: what JSON or a shell, a pod or Jinja could change is escaped.
+
+    Raises ValueError for half a character (a lone surrogate), and for what is no text, number, truth or list of those.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(toml(one) for one in value)}]"
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{value!r} can't be written as TOML: give a whole text")
+    return '"' + "".join(letter if plain(letter) else f"\\U{ord(letter):08x}" for letter in value) + '"'
+
+
+def plain(letter: str) -> bool:
+    """Whether a letter stands for itself everywhere: Kubernetes would replace `$(NAME)`, Jinja `{{`."""
+    return " " <= letter <= "~" and letter not in '"\\${}'
 
 
 def snapshot_date(params: Mapping[str, Any], dag_run: Any, asset_events: Any = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from airflow.sdk import Param
 from job_process import setting
-from job_task import job_dag, job_task, schedule
+from job_task import job_dag, job_task, schedule, told_by
 
 with job_dag(
     "maintenance",
@@ -19,7 +19,10 @@ with job_dag(
     doc="Serves another space again: the one before, or the one given. One write, no copy.",
     params={"space": Param("", type="string", description="The space to go back to; empty takes the one before")},
 ):
-    job_task("rollback", settings={"space": "{{ params.space | tojson }}"}) >> job_task("lookup")
+    # what is gone back to may be of any age
+    job_task("rollback", settings={"space": "{{ params.space | toml }}"}) >> job_task(
+        "lookup", settings={**told_by("rollback"), "max_age_days": "0"}
+    )
 
 with job_dag(
     "forget",
@@ -28,8 +31,14 @@ with job_dag(
     params={
         "item": Param("", type="string", description="An item's id"),
         "items": Param([], type="array", items={"type": "string", "minLength": 1}, description="Further ids"),
+        "unknown": Param(False, type="boolean", description="Also ids that nothing knows, so that they never come"),
     },
 ):
-    job_task("forget", settings={"item": "{{ params.item | tojson }}", "items": "{{ params['items'] | tojson }}"}) >> job_task(
-        "lookup"
-    )
+    job_task(
+        "forget",
+        settings={
+            "item": "{{ params.item | toml }}",
+            "items": "{{ params['items'] | toml }}",
+            "unknown": "{{ params.unknown | toml }}",
+        },
+    ) >> job_task("lookup", settings={"max_age_days": "0"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import TriggerRule
 from job_process import setting
-from job_task import asset, job_dag, job_task, schedule
+from job_task import asset, job_dag, job_task, schedule, told_by
 
 DOC = """
 `pin` asks once who is champion, and whatever is promoted meanwhile waits for the next night. `extract` takes a snapshot, `embed`
@@ -22,16 +22,16 @@ A range of dates: `airflow backfill create --dag-id nightly_embeddings --from-da
 
 PINNED = "{{ (ti.xcom_pull('pin') or {}).get('ds') or snapshot_date(params, dag_run, triggering_asset_events) }}"
 """The date that `pin` says; the run's own for the report of a run whose `pin` failed."""
-TOLD = "{{{{ ti.xcom_pull('pin')['{}'] | tojson }}}}"
+TOLD = "{{{{ ti.xcom_pull('pin')['{}'] | toml }}}}"
 
 with job_dag(
     "nightly_embeddings",
     schedule=schedule("NIGHTLY_CRON", "0 1 * * *", asset("champion"), asset("logs")),
     doc=DOC,
 ):
-    lookup = job_task("lookup", ds=PINNED)
+    lookup = job_task("lookup", ds=PINNED, settings=told_by("publish"))
     (
-        job_task("pin", settings={"newest": "{{ (dag_run.run_type == 'asset_triggered') | tojson }}"})
+        job_task("pin", settings={"newest": "{{ (dag_run.run_type == 'asset_triggered') | toml }}"})
         >> job_task("extract", ds=PINNED, makes=asset("sequences"))
         >> job_task("embed", ds=PINNED, settings={"encoder": TOLD.format("encoder_id")}, shards=int(setting("SHARDS", "1")))
         >> job_task("project", ds=PINNED, settings={"recommender": TOLD.format("recommender_id")})

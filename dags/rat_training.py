@@ -35,7 +35,7 @@ LATER = "Ask again"
 ANSWERED = """
 {%- set answer = ti.xcom_pull("ask_again") or ti.xcom_pull("ask") -%}
 {%- set who = (answer["responded_by_user"] or {"name": "nobody in time"})["name"] -%}
-{{ (who if answer["chosen_options"] == ["OPTION"] else "") | tojson }}"""
+{{ (who if answer["chosen_options"] == ["OPTION"] else "") | toml }}"""
 """Who chose OPTION, empty where nobody did."""
 
 

@@ -18,10 +18,10 @@ import numpy.typing as npt
 from feast.protos.feast.types.Value_pb2 import StringList, Value
 
 from feature_repo import feature_definitions as views
-from feature_repo.keys import key_prefix, key_text, key_texts, serialized
+from feature_repo.keys import serialized
+from feature_repo.leases import SCAN, NotPublished, Store
 from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of
-from feature_repo.stores import SCAN, NotPublished, Store
-from feature_repo.strangers import DELETES, batched, strangers
+from feature_repo.strangers import DELETES, batched, remove_items, strangers
 from feature_repo.transport import entity_keys
 
 Chunk = tuple[Sequence[str], npt.NDArray[np.float32]]
@@ -124,13 +124,13 @@ def verify(store: Store, reader: Reader, space: Space, chunks: Iterable[Chunk], 
         count += len(ids)
     if surplus := [item_id for ids in strangers(store, space.space_id, hash_N) for item_id in ids]:
         raise Unverified(
-            f"space {space.space_id}: {len(surplus):,} rows of items that it should not have, for example {surplus[0]!r}; what "
-            "serves is untouched. Does another program write to the store? Run again"
+            f"space {space.space_id}: {len(surplus):,} rows of items that it should not have, for example {surplus[0]!r}. Does "
+            "another program write to the store? Run again"
         )
     if wrong or count != space.items:
         raise Unverified(
             f"space {space.space_id}: {wrong:,} of {count:,} vectors read back differ from those written ({example}), "
-            f"{space.items:,} expected; what serves is untouched. Is the store full, evicting, or written by others? Run again"
+            f"{space.items:,} expected. Is the store full, evicting, or written by others? Run again"
         )
     return count
 
@@ -147,9 +147,10 @@ def current(reader: Reader) -> Pointer | None:
 
 
 def flip(store: Store, reader: Reader, space: Space) -> Pointer:
-    """Lets a verified space serve: one write. Serving it already as it is, nothing is written. Raises Fenced."""
+    """Lets a verified space serve: one write. Serving it already as it is, nothing is written. Raises Fenced, Unreplicated."""
     now = current(reader)
     if now is not None and now.space == space:
+        store.settle()  # the run that wrote it may have died before replicas had it
         return now
     same = now is not None and now.space_id == space.space_id
     previous = None if now is None else now.previous if same else now.space
@@ -159,7 +160,11 @@ def flip(store: Store, reader: Reader, space: Space) -> Pointer:
 def point(
     store: Store, reader: Reader, space: Space, previous: Space | None, now: Pointer | None, withheld: Sequence[str] = ()
 ) -> Pointer:
-    """Writes the pointer and reads it back. Its timestamp always moves on, also when the snapshot's date does not."""
+    """Writes the pointer, reads it back, and waits for replicas.
+
+    Its timestamp always moves on, also when the snapshot's date does not. Raises Fenced; Unreplicated where it serves by now, but
+    a failover could undo it.
+    """
     moment = end_of(space.ds)
     if now is not None:
         moment = max(moment, now.written + dt.timedelta(seconds=1))
@@ -181,26 +186,35 @@ def point(
         raise Unverified(
             f"the pointer names space {after.space_id} after {space.space_id} was written: another writer is at work"
         )
+    store.settle()
     return after
 
 
 def rollback(store: Store, reader: Reader, sample: Sequence[str] = ()) -> Pointer:
     """Lets the space before serve again: one write. A second rollback undoes the first.
 
-    Raises NotPublished where there is no space before, or none of the `sample` items is found in it any more.
+    Raises NotPublished where there is no space before, or it lacks items of the `sample`, all of which it had.
     """
     now = reader.pointer()
     if now.previous is None:
         raise NotPublished(f"space {now.space_id} is the first that was published: there is none to go back to")
-    if sample and all(raw is None for _, raw in reader.rows(now.previous, sample)):
-        raise NotPublished(f"space {now.previous.space_id} is no longer in the store: publish it again")
+    rows = reader.rows(now.previous, sample)
+    absent = [item_id for item_id, (_, raw) in zip(sample, rows, strict=True) if raw is None]
+    if lost := sorted(set(absent) - reader.forgotten(absent)):
+        raise NotPublished(
+            f"space {now.previous.space_id} is no longer whole in the store: of {len(sample):,} of its items {len(lost):,} are "
+            f"absent, for example {lost[0]!r}; publish it again"
+        )
     return point(store, reader, now.previous, now.space, now)
 
 
 def withhold(store: Store, reader: Reader, item_id: str) -> Pointer:
-    """Tells every process that serves from an index to leave an item out, before that index is built anew: one write."""
+    """Tells every process that serves from an index to leave an item out, before that index is built anew: one write.
+
+    An item without a row in any space is in no index either, or withheld already: run again after its end, nothing is written.
+    """
     now = reader.pointer()
-    if item_id in now.withheld:
+    if item_id in now.withheld or not store.rows_of(item_id):
         return now
     return point(store, reader, now.space, now.previous, now, [*now.withheld, item_id])
 
@@ -246,25 +260,12 @@ def write_attributes(store: Store, reader: Reader, items: Sequence[Mapping[str, 
 # ---------------------------------------------------------------------------------------------------------------- leaving
 
 
-def spaces_online(store: Store) -> dict[str, int]:
-    """Every space with rows in the store and how many, published or half-staged. Reads all keys. Raises Fenced."""
-    counts: dict[str, int] = {}
-    for keys in store.keys(views.item_embedding):
-        store.renew()
-        for key in keys:
-            space_id = key_texts(views.item_embedding, key)[1]
-            counts[space_id] = counts.get(space_id, 0) + 1
-    return counts
-
-
-def remove_rows(store: Store, start: bytes = b"", end: bytes = b"") -> int:
-    """Removes rows of `item_embedding` whose serialized key begins and ends so; returns how many. Raises Fenced."""
+def remove_space(store: Store, space_id: str) -> int:
+    """Removes all rows of a space; returns how many. Raises Fenced."""
     removed = 0
-    for keys in store.keys(views.item_embedding, start):
+    for ids in store.members(space_id):
         store.renew()
-        for part in batched([key for key in set(keys) if key.startswith(start) and key.endswith(end)], DELETES):
-            store.delete(views.item_embedding, part)
-            removed += len(part)
+        removed += remove_items(store, space_id, sorted(set(ids)))
     return removed
 
 
@@ -287,7 +288,7 @@ def collect(store: Store, reader: Reader, grace: dt.timedelta) -> Collected:
     """
     pointer, now = current(reader), dt.datetime.now(dt.UTC)
     kept = live(pointer) if pointer else {}
-    online, notes = spaces_online(store), store.notes()
+    online, notes = store.spaces(), store.notes()
     for space_id in set(notes) - (set(online) - set(kept)):
         store.note(space_id, None)
     removed: dict[str, int] = {}
@@ -297,7 +298,7 @@ def collect(store: Store, reader: Reader, grace: dt.timedelta) -> Collected:
         if space_id not in notes:
             store.note(space_id, now.isoformat())
         if now - since >= grace:
-            removed[space_id] = remove_rows(store, end=key_text(space_id))
+            removed[space_id] = remove_space(store, space_id)
             store.note(space_id, None)
         else:
             waiting[space_id] = round((grace - (now - since)).total_seconds() / 3600, 2)
@@ -318,7 +319,10 @@ def forget(store: Store, item_id: str, ds: str) -> int:
     bury(store, [item_id], ds)
     for key in entity_keys({"item_id": [item_id]}):
         store.delete(views.item_attributes, [serialized(key)])
-    return remove_rows(store, start=key_prefix(views.item_embedding, item_id))
+    keys = store.rows_of(item_id)
+    for part in batched(keys, DELETES):
+        store.delete(views.item_embedding, part)
+    return len(keys)
 
 
 def bury(store: Store, item_ids: Sequence[str], ds: str) -> None:
@@ -331,4 +335,4 @@ def bury(store: Store, item_ids: Sequence[str], ds: str) -> None:
 
 def vectors_of(store: Store, item_id: str) -> int:
     """How many vectors of an item are in the store, in any space: the proof of `forget`."""
-    return sum(len(set(keys)) for keys in store.keys(views.item_embedding, key_prefix(views.item_embedding, item_id)))
+    return len(store.rows_of(item_id))

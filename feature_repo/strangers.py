@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from feature_repo import feature_definitions as views
 from feature_repo.keys import key_texts, serialized
-from feature_repo.stores import Store
+from feature_repo.leases import Store
 from feature_repo.transport import entity_keys
 
 DELETES = 1_000
@@ -23,8 +23,15 @@ def outside(ids: Sequence[str], hash_N: npt.NDArray[np.int64]) -> list[str]:
     return [ids[int(number)] for number in np.flatnonzero(hash_N[at_N] != asked_N)]
 
 
-def strangers(store: Store, space_id: str, hash_N: npt.NDArray[np.int64]) -> Iterator[list[str]]:
-    """Items with a row in a space that are not among `hash_N` (of `inspect`), in bounded lists. Reads all keys of the store."""
+def strangers(store: Store, space_id: str, hash_N: npt.NDArray[np.int64], *, all_keys: bool = False) -> Iterator[list[str]]:
+    """Items with a row in a space that are not among `hash_N` (of `inspect`), in bounded lists.
+
+    With `all_keys` every key of the store is read: it finds also rows that another program wrote and no list names.
+    """
+    if not all_keys:
+        for ids in store.members(space_id):
+            yield outside(ids, hash_N)
+        return
     for keys in store.keys(views.item_embedding):
         found = [key_texts(views.item_embedding, key) for key in set(keys)]
         yield outside([item_id for item_id, own in found if own == space_id], hash_N)

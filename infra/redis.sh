@@ -10,7 +10,7 @@ reads="+hget +hmget +hgetall +hexists +exists"
 umask 077
 cat > "$users" <<END
 user default off
-user publisher on #$(hash "$REDIS_PASSWORD") ~* resetchannels -@all +@read +@write +@transaction +@connection -@dangerous -@blocking
+user publisher on #$(hash "$REDIS_PASSWORD") ~* resetchannels -@all +@read +@write +@transaction +@connection -@dangerous -@blocking +wait +info
 user reader on #$(hash "$REDIS_READER_PASSWORD") %R~* resetchannels -@all $connects $reads
 user srs on #$(hash "$REDIS_SRS_PASSWORD") %R~* %RW~????????????user_id* resetchannels -@all $connects $reads +hset +expire
 END

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs import logs
-from jobs.lake import manifests
+from jobs.lake import locks, manifests
 from jobs.recipe import JOBS as JOBS
 from jobs.recipe import SHARED as SHARED
 from jobs.recipe import apply as apply
 from jobs.recipe import build as build
 from jobs.recipe import load_recipe as load_recipe
 from jobs.recipe import values_of as values_of
+from jobs.redaction import redacted
 from jobs.run import InputError, Older, Refused, Run, as_json, code_revision
 
 COMMANDS = {
@@ -35,6 +36,8 @@ COMMANDS = {
     "night": "--recipe FILE --ds DATE: runs the jobs of a night in their order",
 }
 """What is no job: takes arguments of its own and leaves no manifest."""
+UNSEEN = ("forget", "scft", "pretrain", "rat")
+"""Jobs that `forget` doesn't wait for: itself, and trainings, whose artifacts may name what they were trained on."""
 FIRST_SPEAKS_S = 5.0
 """How long a process that failed waits for the first one's manifest."""
 
@@ -55,7 +58,7 @@ def command(words: Sequence[str]) -> int:
         status: int = importlib.import_module(f"jobs.{words[0]}").main(words[1:])
     except (ValueError, Refused) as error:
         status = 3 if isinstance(error, Refused) else 2
-        complain(words[0], str(error), status)
+        complain(words[0], redacted(str(error)), status)
     return status
 
 
@@ -81,11 +84,13 @@ def run_job(arguments: argparse.Namespace) -> int:
             # a job that has several parts for a date, shards say, names each
             name = getattr(config, "manifest", arguments.job)
             record |= {"config": as_json(config), "recipe_sha256": digest(recipe), "code_revision": code_revision()}
-            result = module.run(config)
+            with contextlib.nullcontext() if arguments.job in UNSEEN else locks.at_work(run.lake, arguments.job):
+                result = module.run(config)
         record |= {"status": "done", "result": as_json(result)}
         record |= {name: as_json(getattr(result, name)) for name in ("inputs", "outputs", "rows")}
     except Exception as error:
         status, complaint = judged(error, record)
+        complaint = redacted(complaint)
     finally:
         if where is not None and (first_process() or (record["status"] != "done" and not first_spoke(where, name, started))):
             record |= {"started_at": started.isoformat(), "seconds": round(time.monotonic() - clock, 3)}
@@ -110,7 +115,7 @@ def judged(error: Exception, record: dict[str, Any]) -> tuple[int, str]:
         record |= {"error": str(error)}
         return 2, str(error)
     record |= {"error": f"{type(error).__name__}: {error}"}
-    traceback.print_exception(error)
+    sys.stderr.write(redacted("".join(traceback.format_exception(error))))
     return 1, str(error)
 
 

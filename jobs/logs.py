@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.redaction import redacted
+
 FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "job": str,
     "ds": str,
@@ -108,7 +110,7 @@ class Text(logging.Formatter):
         """The line of a record; a text of several lines stays one record."""
         clock = f"{moment(record):%H:%M:%S}"
         line = f"{clock} {record.levelname:<7} {record.name.removeprefix(f'{ROOT}.')}: {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return redacted(f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
 
 
 class Json(logging.Formatter):
@@ -121,9 +123,9 @@ class Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The JSON line of a record."""
         shown = {"time": moment(record).isoformat(timespec="milliseconds"), "level": record.levelname, "logger": record.name}
-        message = {"message": record.getMessage()}
+        message = {"message": redacted(record.getMessage())}
         if record.exc_info:
-            message["exception"] = self.formatException(record.exc_info)
+            message["exception"] = redacted(self.formatException(record.exc_info))
         return json.dumps({**shown, **self.about, **message, **allowed(getattr(record, "manifest", {}))}, sort_keys=True)
 
 

@@ -33,6 +33,11 @@ class Config:
     """Vectors compared, spread over the catalogue; 0 compares all."""
     url: str = ""
     """Reads through Feast's feature server, for example `http://localhost:6566`; empty reads the store itself."""
+    space: str = ""
+    """The space that this night published; empty asks nothing. See `sequence`."""
+    sequence: int = 0
+    """The write of the pointer that this night made (`publish`, `rollback` say it); 0 asks nothing. Where the store tells of an
+    earlier write, or of this one with another space, it has lost what was published, as in a failover: refused."""
     max_age_days: float = 0.0
     """A space whose snapshot ended longer ago is refused; 0 allows any age."""
     lease_wait_s: float = 60.0
@@ -49,6 +54,8 @@ class Result:
     """What a client sees."""
 
     space_id: str
+    sequence: int
+    """How many times the pointer was written."""
     recommender_id: str
     serves_ds: str
     age_days: float
@@ -73,21 +80,23 @@ def run(config: Config) -> Result:
     """Compares what is online with `item_embeddings` of the space that serves.
 
     Raises InputError where nothing serves, or the item is unknown or forgotten; Refused where a vector differs or is missing,
-    or the space is too old.
+    the store lost what was published, or the space is too old.
     """
     lake, reader = config.run.lake, Reader.over_http(config.url) if config.url else Reader.open(config.run.lake)
     pointer = online.served(reader)
+    refuse_lost(config, pointer)
     age_days = checked_age(config, pointer)
     partition = online.partition_of(pointer.space_id, pointer.ds)
     compared, milliseconds, first = compare(config, reader, partition, pointer.codec, pointer.items)
     refuse_surplus(config, reader, pointer, partition)
-    item = str(config.item) or first
+    item, commit = str(config.item) or first, partitions.read_commit(lake, "item_embeddings", partition)
     shown = reader.vectors([item])
     if not shown.item_ids:
         why = "was forgotten" if shown.deleted else "is not in the space that serves"
         raise InputError(f"lookup.item {item!r} {why}: take one of items/ds={pointer.ds}, for example {first!r}")
     result = Result(
         space_id=pointer.space_id,
+        sequence=pointer.sequence,
         recommender_id=pointer.recommender_id,
         serves_ds=pointer.ds,
         age_days=age_days,
@@ -99,16 +108,33 @@ def run(config: Config) -> Result:
         norm=round(float(np.linalg.norm(shown.vector_ND[0])), 6),
         read_ms_p50=round(float(np.percentile(milliseconds, 50)), 3),
         read_ms_p99=round(float(np.percentile(milliseconds, 99)), 3),
-        inputs={
-            "item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest,
-            "pointer": online.pointer_text(pointer),
-        },
+        inputs={"item_embeddings": commit.digest, "pointer": online.pointer_text(pointer)},
         outputs={},
         rows={},
     )
-    log.info("%s vectors of space %s (%s) equal the lake's", f"{compared:,}", pointer.space_id, pointer.ds)
-    log.info("%s: [%s, …] width %d", item, ", ".join(f"{value:.4f}" for value in result.vector), pointer.width)
+    tell(result)
     return result
+
+
+def tell(result: Result) -> None:
+    """What was compared and what the item's vector is like, for a person."""
+    log.info("%s vectors of space %s (%s) equal the lake's", f"{result.compared:,}", result.space_id, result.serves_ds)
+    log.info("%s: [%s, …] width %d", result.item, ", ".join(f"{value:.4f}" for value in result.vector), result.width)
+
+
+def refuse_lost(config: Config, pointer: Pointer) -> None:
+    """Raises Refused where the store has lost the write of the pointer that it is asked for; a later one is only told."""
+    if not config.sequence:
+        return
+    other = bool(config.space) and config.space != pointer.space_id
+    if pointer.sequence < config.sequence or (pointer.sequence == config.sequence and other):
+        raise Refused(
+            f"space {pointer.space_id} serves by write {pointer.sequence} of the pointer, but {config.space or 'another one'} "
+            f"was published by write {config.sequence}: the store lost it. Did a replica take over? Run publish again, and see "
+            "docs/security.md on LLMEMB_REPLICAS"
+        )
+    if other:
+        log.warning("space %s serves by a later write than that of %s: somebody has moved on", pointer.space_id, config.space)
 
 
 def checked_age(config: Config, pointer: Pointer) -> float:
@@ -166,7 +192,7 @@ def refuse_surplus(config: Config, reader: Reader, pointer: Pointer, partition: 
 
 def surplus(store: Store, pointer: Pointer, hash_N: npt.NDArray[np.int64]) -> list[str]:
     """Items with a row in the space that serves which are not among the hashes."""
-    return [item_id for ids in strangers.strangers(store, pointer.space_id, hash_N) for item_id in ids]
+    return [item_id for ids in strangers.strangers(store, pointer.space_id, hash_N, all_keys=True) for item_id in ids]
 
 
 def check_answer(answer: Answer, chosen: list[str], wanted: list[bytes], partition: str) -> None:

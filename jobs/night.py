@@ -111,7 +111,7 @@ def serve(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     night.job("embed", f'embed.encoder="{pinned["encoder_id"]}"')
     night.job("project", f'project.recommender="{pinned["recommender_id"]}"')
     served = night.job("publish", f'publish.space="{pinned["space_id"]}"')
-    night.job("lookup")
+    night.job("lookup", f'lookup.space="{served["space_id"]}"', f"lookup.sequence={served['sequence']}")
     return served
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 import types
 import typing
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from jobs.redaction import has_password
 from jobs.run import InputError
 
 C = TypeVar("C")
@@ -74,16 +76,29 @@ def values_of(recipe: Mapping[str, Any], job: str) -> dict[str, Any]:
     return values
 
 
+class Said(str):
+    """A text of the command line: what the shell has left of it is meant as it is, a `$` too."""
+
+
+ODD = re.compile(r"\+[\d_]+|-0|-?\d[\d_]*_[\d_]*|0[xob][\da-fA-F_]+")
+"""Whole numbers that TOML reads as another text than was written: an id `1_000` would become 1000."""
+
+
 def apply(recipe: dict[str, Any], override: str) -> None:
-    """Sets `job.key=value`; the value is read as TOML, and as plain text where it isn't."""
+    """Sets `job.key=value`; the value is read as TOML, and as plain text where it doesn't begin like TOML's texts and lists.
+
+    Raises InputError for a form of another kind, and for what could be taken for another text than was meant.
+    """
     path, equals, text = override.partition("=")
+    if has_password(text):
+        raise InputError(
+            f"--set {path}: an address with a password in an argument list is seen by every user of this machine: put it into "
+            "the environment, and write $NAME in the recipe"
+        )
     keys = path.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         raise InputError(f"--set {override!r}: write it as job.key=value, for example --set recommend.user=405")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = said(override, text)
     table = recipe
     for key in keys[:-1]:
         table = table.setdefault(key, {})
@@ -92,8 +107,37 @@ def apply(recipe: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
+def said(override: str, text: str) -> Any:
+    """The value of an override. Raises InputError for half a quoted text, and for a number that is written oddly."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError as error:
+        if text.lstrip()[:1] in ('"', "'", "[", "{"):
+            raise InputError(f"--set {override!r} begins like TOML and is none ({error}): mend its quotes and escapes") from error
+        parsed = {"value": text}
+    value = parsed["value"] if len(parsed) == 1 else text
+    if not isinstance(value, str):
+        bare = re.sub(r"\"(\\.|[^\"\\])*\"|'[^']*'", "", text)
+        if odd := [word for word in re.split(r"[\s,\[\]{}=]+", bare.partition("#")[0]) if ODD.fullmatch(word)]:
+            raise InputError(f"--set {override!r}: write {odd[0]} as a plain number, or in quotes if it is a text")
+        if "#" in bare:
+            raise InputError(f"--set {override!r}: what follows # would be left out; write a text in quotes")
+    return marked(value)
+
+
+def marked(value: Any) -> Any:
+    """The same value with its texts as `Said`."""
+    if isinstance(value, dict):
+        return {key: marked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [marked(item) for item in value]
+    return Said(value) if isinstance(value, str) else value
+
+
 def expand(value: Any, where: str) -> Any:
-    """Environment variables written `$NAME` or `${NAME}` in the recipe's texts."""
+    """Environment variables written `$NAME` or `${NAME}` in the recipe's texts; those of the command line stay as they are."""
+    if isinstance(value, Said):
+        return str(value)
     if isinstance(value, dict):
         return {key: expand(item, where) for key, item in value.items()}
     if isinstance(value, list):
@@ -101,7 +145,10 @@ def expand(value: Any, where: str) -> Any:
     if isinstance(value, str) and "$" in value:
         text = os.path.expandvars(value)
         if "$" in text:
-            raise InputError(f"recipe {where}: {value!r} names an environment variable that is not set")
+            raise InputError(
+                f"recipe {where}: {value!r} names an environment variable that is not set (in Airflow a job inherits a recipe's "
+                "own variables where LLMEMB_PASS_ENV names them: docs/security.md)"
+            )
         return text
     return value
 
@@ -112,6 +159,7 @@ def build(cls: type[C], values: Mapping[str, Any], table: str) -> C:
     Raises InputError that names the key: unknown (with those there are), missing, or of the wrong type.
     """
     refuse_unknown(cls, values, table)
+    refuse_disguised(cls, values, table)
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
@@ -130,3 +178,18 @@ def refuse_unknown(cls: Any, values: Mapping[str, Any], table: str) -> None:
         nested = [part for part in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(part)]
         if isinstance(value, dict) and nested and not isinstance(hints[key], types.GenericAlias):
             refuse_unknown(nested[0], value, f"{table}.{key}")
+
+
+def refuse_disguised(cls: Any, values: Mapping[str, Any], table: str) -> None:
+    """Raises InputError where an id was read as `true` or as a fraction: `1e3` would be the id 1000."""
+    for key, hint in typing.get_type_hints(cls).items():
+        found = values.get(key)
+        for value in found if isinstance(found, list) else [found]:
+            if isinstance(value, bool | float) and text_or_number(hint):
+                raise InputError(f"recipe: {table}.{key} is {value}, neither a text nor a whole number: write an id in quotes")
+
+
+def text_or_number(hint: Any) -> bool:
+    """Whether a type takes a text as well as a whole number, as ids do; or several of them."""
+    parts = typing.get_args(hint)
+    return {str, int} <= set(parts) or any(text_or_number(part) for part in parts)

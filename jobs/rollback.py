@@ -27,6 +27,8 @@ class Config:
     run may be repeated: serving already, it stays."""
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
+    sample: int = 1_000
+    """Items, spread over the space to go back to, that must still be there."""
     demote: bool = True
     """Swaps the aliases champion and previous too, where they name what served and what serves again: else the next night would
     publish the same champion once more."""
@@ -54,8 +56,8 @@ class Result:
 def run(config: Config) -> Result:
     """Lets the space before serve again.
 
-    Raises InputError where nothing serves; Refused where there is no space before, it was collected, or another writer is at
-    work.
+    Raises InputError where nothing serves; Refused where there is no space before, or it lacks items; Unavailable where another
+    writer is at work.
     """
     lake = config.run.lake
     reader, store = Reader.open(lake), open_writer(settings(lake))
@@ -89,7 +91,7 @@ def back(config: Config, store: Store, reader: Reader, before: Pointer) -> Point
     last = before.previous
     if last and config.space not in ("", last.space_id):
         raise Refused(f"rollback.space {config.space} is not the one before, {last.space_id}: publish it instead")
-    return spaces.rollback(store, reader, online.sample_ids(config.run.lake, last, 100) if last else [])
+    return spaces.rollback(store, reader, online.sample_ids(config.run.lake, last, config.sample) if last else [])
 
 
 def follow(config: Config, before: Pointer, after: Pointer) -> str:

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from jobs.redaction import without_secrets
+
 
 class InputError(ValueError):
     """The recipe or its input is at fault: the message names the value and the remedy (exit status 2)."""
@@ -87,11 +89,16 @@ def code_revision() -> str:
 
 
 def as_json(value: object) -> Any:
+    """A dataclass, path or mapping as plain JSON values, without secrets: it is kept in manifests, MLflow and logs."""
+    return without_secrets(plain(value))
+
+
+def plain(value: object) -> Any:
     """A dataclass, path or mapping as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: as_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -80,7 +80,7 @@ def run(config: Config) -> Result:
     indexes = 0
     with online.refusals(), lease(store, "collect", config.lease_wait_s):
         if config.dry_run:
-            waiting = dict.fromkeys(spaces.spaces_online(store), 0.0)
+            waiting = dict.fromkeys(store.spaces(), 0.0)
             done = spaces.Collected(removed={}, waiting=waiting, kept=spaces.live(pointer))
         else:
             done = spaces.collect(store, reader, grace)

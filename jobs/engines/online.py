@@ -24,16 +24,17 @@ from feature_repo.compatibility import Matrix
 from feature_repo.index import Described, Graph, Index
 from feature_repo.reader import NothingServed, Pointer, Reader, Space
 from feature_repo.spaces import Chunk
-from feature_repo.stores import BROKEN, Fenced, Held, NotPublished
+from feature_repo.stores import BROKEN, Fenced, Held, NotPublished, Unreplicated
 from jobs.lake import arrivals, manifests, partitions, tables
 from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import titles as titles
-from jobs.lake.items import without_forgotten
+from jobs.lake.items import tombstones, without_forgotten
 from jobs.lake.partitions import digest_folder, sync_tree, write_json
 from jobs.lake.tables import ITEMS, SEQUENCES, Table, item_embeddings, space_of
 from jobs.run import InputError, Refused, Unavailable
 
 INDEX = "_index.json"
+Forgotten = frozenset[str] | None
 RECENT_DAYS = 30
 """Days before the last event whose events count towards what is popular."""
 
@@ -43,7 +44,7 @@ def refusals() -> Iterator[None]:
     """What the feature repository refuses is a refusal of the job; a store that fails is told in a line, and may be retried."""
     try:
         yield
-    except (Held, Fenced) as error:  # another writer is at it: what this one began, a later run may end
+    except (Held, Fenced, Unreplicated) as error:  # another writer is at it: what this one began, a later run may end
         raise Unavailable(str(error)) from error
     except NotPublished as error:
         raise Refused(str(error)) from error
@@ -77,10 +78,13 @@ def width_of(lake: Path, partition: str) -> int:
     return int(kind.list_size)
 
 
-def chunks(lake: Path, partition: str, rows: int, *, checked: bool = False, arrived: bool = True) -> Iterator[Chunk]:
+def chunks(
+    lake: Path, partition: str, rows: int, *, checked: bool = False, arrived: bool = True, forgotten: Forgotten = None
+) -> Iterator[Chunk]:
     """(item ids, vector_ND) of a partition of `item_embeddings`, at most `rows` at once, without forgotten items.
 
-    What arrived since that snapshot is laid over it, unless it is `arrived` = False.
+    What arrived since that snapshot is laid over it, unless it is `arrived` = False. Who reads the rows several times gives the
+    `forgotten` of the first time, or the next could be others.
 
     With `checked`, raises InputError where a row breaks the table's contract or belongs to another space.
     """
@@ -88,7 +92,7 @@ def chunks(lake: Path, partition: str, rows: int, *, checked: bool = False, arri
     base = partitions.scan(lake, table, partition, ("item_id", "embedding") if not checked else None, rows)
     over = arrivals.item_embeddings(width_of(lake, partition))
     batches = arrivals.laid_over(lake, table, over, partition, base) if arrived else base
-    for batch in without_forgotten(lake, watched(table, batches, partition) if checked else batches):
+    for batch in without_forgotten(lake, watched(table, batches, partition) if checked else batches, forgotten):
         flat = batch["embedding"].flatten().to_numpy(zero_copy_only=False)
         if batch.num_rows:
             yield batch["item_id"].to_pylist(), flat.reshape(batch.num_rows, -1)
@@ -143,7 +147,9 @@ def index_home(lake: Path, space: Space) -> Path:
     return lake / "indexes" / f"space={space.space_id}" / f"ds={space.ds}"
 
 
-def build_index(lake: Path, space: Space, graph: Graph | None, rows: int, *, arrived: bool = True) -> str:
+def build_index(
+    lake: Path, space: Space, graph: Graph | None, rows: int, *, arrived: bool = True, forgotten: Forgotten = None
+) -> str:
     """Builds the index of a space from the lake and swaps it in at once; returns the digest of its files.
 
     An index of the same rows, vectors, attributes, counts and parameters that is there already is kept. The one before stays
@@ -151,26 +157,22 @@ def build_index(lake: Path, space: Space, graph: Graph | None, rows: int, *, arr
     """
     home, partition = index_home(lake, space), partition_of(space.space_id, space.ds)
     over = arrivals.digest(lake, arrivals.VECTORS, partition) if arrived else ""
+    forgotten = tombstones(lake) if forgotten is None else forgotten
     # counted, not taken from the pointer: that knows nothing of items forgotten since
-    items = sum(len(ids) for ids, _ in chunks(lake, partition, rows, arrived=arrived))
+    items = sum(len(ids) for ids, _ in chunks(lake, partition, rows, arrived=arrived, forgotten=forgotten))
     snapshot = partitions.latest(lake, ITEMS.name, space.ds)
     made_of = sources(lake, space, snapshot, over) | {"items": items, "graph": dataclasses.asdict(graph) if graph else None}
     now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
     if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
         staged = home / f".staged-{uuid.uuid4().hex[:8]}"
         staged.mkdir(parents=True)
-        vectors = ((list(ids), emb_ND) for ids, emb_ND in chunks(lake, partition, rows, arrived=arrived))
+        given = chunks(lake, partition, rows, arrived=arrived, forgotten=forgotten)
+        vectors = ((list(ids), emb_ND) for ids, emb_ND in given)
         known = described(lake, snapshot, space.ds, arrived=bool(over))
         about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
         index.build(staged, vectors, items, space.width, graph, known, about)
-        digest = digest_folder(staged)
-        target = home / digest[:16]
-        if target.exists():
-            shutil.rmtree(staged)
-        else:
-            sync_tree(staged)  # on the disk before the file that names it
-            staged.rename(target)
-        now = {"made_of": made_of, "folder": target.name, "digest": digest}
+        digest = settled(staged)
+        now = {"made_of": made_of, "folder": digest[:16], "digest": digest}
         write_json(home / INDEX, now)
     return str(now["digest"])
 
@@ -187,6 +189,18 @@ def sources(lake: Path, space: Space, snapshot: str, over: str) -> dict[str, obj
     }
     lists = lists_of(lake, snapshot)
     return found | {"lists": lists} if lists else found
+
+
+def settled(staged: Path) -> str:
+    """Names a folder after its digest, unless one of that name is there; returns the digest."""
+    digest = digest_folder(staged)
+    target = staged.parent / digest[:16]
+    if target.exists():
+        shutil.rmtree(staged)
+    else:
+        sync_tree(staged)  # on the disk before the file that names it
+        staged.rename(target)
+    return digest
 
 
 def prune_index(home: Path, older_s: float = 0.0) -> None:
@@ -273,11 +287,16 @@ def recommender_of(lake: Path, space_id: str) -> dict[str, str]:
 
 
 def sample_ids(lake: Path, space: Space, count: int) -> list[str]:
-    """The first ids of a space's partition, or none where the lake does not hold it."""
+    """About `count` ids, at most twice as many, spread over a space's partition; none where the lake does not hold it.
+
+    What arrived between nights is left out: it may never have been published.
+    """
+    step, found, seen = max(1, space.items // count), list[str](), 0
     with contextlib.suppress(InputError):
-        for ids, _ in chunks(lake, partition_of(space.space_id, space.ds), count):
-            return list(ids)
-    return []
+        for ids, _ in chunks(lake, partition_of(space.space_id, space.ds), 4_096, arrived=False):
+            found += ids[-seen % step :: step]
+            seen += len(ids)
+    return found
 
 
 def pointer_text(pointer: Pointer) -> str:

@@ -37,7 +37,7 @@ def origin(lake: Path, jobs: Sequence[str], digest: str) -> dict[str, Any] | Non
     """The newest manifest of these jobs (as file patterns) that recorded `digest` as an output."""
     paths = [path for job in jobs for path in manifests.history(lake, job)]
     for path in sorted(paths, key=lambda path: path.parent.name, reverse=True):
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest = manifests.parsed(path)
         if manifest.get("status") == "done" and digest in manifest["result"].get("outputs", {}).values():
             return manifest
     return None

@@ -11,9 +11,10 @@ from feature_repo.index import Graph
 from feature_repo.reader import Reader, offline_folder, settings
 from feature_repo.stores import lease, open_writer
 from jobs.engines import online
-from jobs.forget import proof, tables
+from jobs.forget import known, proof, tables
 from jobs.forget.names import Ids
 from jobs.lake.items import bury
+from jobs.lake.locks import others_ended
 from jobs.run import InputError, Refused, Run
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,13 @@ class Config:
     """As in `publish`: indexes of live spaces are built anew without the item."""
     graph: Graph = field(default_factory=Graph)
     """As in `publish`."""
+    unknown: bool = False
+    """Also ids that neither the lake nor the online store knows: they are kept away before they ever come. Else such an id is
+    refused, as it is more likely a slip than a wish."""
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
+    jobs_wait_s: float = 3_600.0
+    """How long to wait for jobs that were at work when the tombstones were written: what they write may hold the items."""
 
     @property
     def ids(self) -> Ids:
@@ -72,13 +78,19 @@ class Result:
 def run(config: Config) -> Result:
     """Tombstone first, then the stores, the lake, history and indexes; run again after a kill, it finishes.
 
-    Raises InputError for an empty id; Refused where something of the item is still found, or another writer is at work.
+    Holds against jobs that run at the same moment: who began before the tombstones were written is waited for, and what it wrote
+    is searched; who begins later reads them. Raises InputError for an empty or unknown id; Refused where something of the item is
+    still found; Unavailable where another writer is at work, or a job does not end in time: run again, it finishes.
     """
     ids, lake = config.ids, config.run.lake
+    if not config.unknown:
+        known.refuse_unknown(lake, ids)
     for item in sorted(ids):
         bury(lake, item, config.run.ds)
     with online.refusals():
         emptied = forget_online(config, ids)
+        if others_ended(lake, config.jobs_wait_s):
+            emptied += forget_online(config, ids)
     removed, inputs, outputs = tables.forget_tables(lake, ids)
     if gone := offline.forget(Path(offline_folder(lake)), ids):
         removed["feast_offline"] = gone
@@ -101,10 +113,6 @@ def run(config: Config) -> Result:
         rows={name: -count for name, count in removed.items()},
     )
     tell(result)
-    if result.left_online or result.left_in_lake:
-        raise Refused(
-            f"an item is still in {result.left_in_lake or 'the online store'}: is another job writing? Run forget again"
-        )
     return result
 
 
@@ -121,7 +129,9 @@ def forget_online(config: Config, ids: Ids) -> int:
         # first the processes that serve from memory: they leave it out within a second
         for item in sorted(ids):
             spaces.withhold(store, Reader.open(lake), item)
-        return sum(spaces.forget(store, item, config.run.ds) for item in sorted(ids))
+        emptied = sum(spaces.forget(store, item, config.run.ds) for item in sorted(ids))
+        store.settle()
+        return emptied
 
 
 def still_online(config: Config, ids: Ids) -> int:
@@ -162,8 +172,12 @@ def repoint(config: Config, digests: dict[str, str]) -> None:
 
 
 def tell(result: Result) -> None:
-    """What went and the proof, for a person."""
+    """What went and the proof, for a person. Raises Refused where the proof fails."""
     log.info("removed: %s vectors online, rows of the lake %s", result.online_removed, result.lake_removed or "none")
     log.info("proof: %s vectors online, files that name it: %s", result.left_online, result.left_in_lake or "none")
     if result.named_by_models:
         log.warning("trained before, so they list its id until the next training: %s", result.named_by_models)
+    if result.left_online or result.left_in_lake:
+        raise Refused(
+            f"an item is still in {result.left_in_lake or 'the online store'}: is another job writing? Run forget again"
+        )

@@ -37,9 +37,11 @@ def bury(lake: Path, item_id: str, ds: str) -> None:
     write_json(lake / "tombstones" / f"{name}.json", {"item_id": item_id, "forgotten_ds": ds})
 
 
-def without_forgotten(lake: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Batches that have a column `item_id`, without the rows of forgotten items."""
-    gone = pa.array(sorted(tombstones(lake)), pa.string())
+def without_forgotten(
+    lake: Path, batches: Iterable[pa.RecordBatch], forgotten: frozenset[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Batches that have a column `item_id`, without the rows of forgotten items: those of now, or those given."""
+    gone = pa.array(sorted(tombstones(lake) if forgotten is None else forgotten), pa.string())
     for batch in batches:
         yield batch.filter(pc.invert(pc.is_in(batch["item_id"], gone))) if len(gone) else batch
 

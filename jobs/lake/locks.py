@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import fcntl
 import logging
@@ -9,6 +10,7 @@ import math
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,40 @@ def alone(lake: Path, what: str, wait_s: float = math.inf) -> Iterator[None]:
             lock.truncate(0)
 
 
+@contextmanager
+def at_work(lake: Path, job: str) -> Iterator[None]:
+    """Shows meanwhile that a job is at work on the lake; whoever must not miss what it writes waits by `others_ended`."""
+    path = lake / "locks" / f"at-work-{job}-{uuid.uuid4().hex}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def others_ended(lake: Path, wait_s: float) -> bool:
+    """Returns once all jobs ended that were at work when it was called, killed ones too; whether there were any that lived.
+
+    Later ones may be at work by then: they have seen all that was in the lake before. Raises Unavailable once `wait_s` are over.
+    """
+    began, lived = time.monotonic(), False
+    for path in sorted((lake / "locks").glob("at-work-*.lock")):
+        with contextlib.suppress(FileNotFoundError), path.open("a") as lock:
+            job = path.name.removeprefix("at-work-").rpartition("-")[0]
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lived = True
+                wait_for(lock.fileno(), path, job, max(0.0, began + wait_s - time.monotonic()))
+            path.unlink(missing_ok=True)
+    return lived
+
+
 def wait_for(lock: int, path: Path, what: str, wait_s: float) -> None:
     """Takes a lock that `path` tells the holder of. Raises Unavailable once `wait_s` are over."""
     began, told = time.monotonic(), False
@@ -47,7 +83,7 @@ def wait_for(lock: int, path: Path, what: str, wait_s: float) -> None:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = path.read_text() or "another process"
+            holder = (path.read_text() if path.exists() else "") or "another process"
         if time.monotonic() - began >= wait_s:
             raise Unavailable(f"{what} is under way already ({holder}): run again when that has ended")
         if not told:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.lake.partitions import write_json
+from jobs.redaction import without_secrets
 from jobs.run import InputError, Run
 
 ANSWERS = ("recommend", "explain", "asked-lookup")
@@ -32,7 +33,7 @@ def append(lake: Path, ds: str, name: str, record: Mapping[str, Any]) -> Path:
     """Writes the manifest of a run that has ended, beside those of other runs. `name` is the job's, or a shard's."""
     ended = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S%fZ}"
     path = path_of(lake, ds, name if name in ANSWERS else f"{name}.{ended}-{uuid.uuid4().hex[:6]}")
-    write_json(path, record)
+    write_json(path, without_secrets(record))
     return path
 
 
@@ -56,12 +57,12 @@ def history(lake: Path, name: str, ds: str = "9999-12-31") -> Iterator[Path]:
 
 
 def parsed(path: Path) -> dict[str, Any]:
-    """A manifest; empty where it is no JSON object."""
+    """A manifest; empty where it is no JSON object. Without secrets also where an older version has kept them."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return without_secrets(found) if isinstance(found, dict) else {}
 
 
 def variant_of(manifest: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy.exc import OperationalError
 
-from feature_repo import compatibility, feature_definitions, index, offline, spaces, strangers
+from feature_repo import compatibility, feature_definitions, offline, spaces, strangers
 from feature_repo.compatibility import Compatibility
 from feature_repo.index import Graph
 from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_store, settings
@@ -23,7 +23,7 @@ from jobs.engines import online, registry
 from jobs.lake import arrivals, partitions
 from jobs.lake.items import live_items, tombstones
 from jobs.lake.tables import ITEMS, space_of
-from jobs.publish import beside
+from jobs.publish import beside, undo
 from jobs.run import InputError, Older, Refused, Run, Unavailable
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ class Config:
     arriving: bool = False
     """Lays what arrived since the snapshot of ds over the space that serves it (`project.arriving`). Where another space or
     snapshot serves by now, a night was faster, and nothing is done."""
+    restore: bool = False
+    """Brings back the snapshot of ds, older than what serves, inside the space that serves: the way back from a bad delta, which
+    `rollback` can't undo, as it overwrote its rows. The next night goes on from there."""
     codec: Literal["float32", "float16"] = "float32"
     """How vectors lie in the online store: a float32 array, or float16 bytes: half the size, faster, about 3 digits."""
     chunk_rows: int = 1_024
@@ -58,6 +61,10 @@ class Config:
     """Items compared for churn, chosen by their ids: bounds memory."""
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
+
+    def __post_init__(self) -> None:
+        if self.restore and self.arriving:
+            raise InputError("publish.restore and publish.arriving exclude each other: restore a snapshot, the hour follows")
 
     @property
     def manifest(self) -> str:
@@ -104,36 +111,21 @@ class Result:
     rows: dict[str, int]
 
 
-class Clock:
-    """Seconds of each step, told as they end."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.monotonic()
-
-    def lap(self, step: str, what: str) -> None:
-        """Ends a step and says what it did."""
-        now = time.monotonic()
-        self.seconds[step] = round(now - self.last, 4)
-        self.last = now
-        log.info("%s: %s in %.2f s", step, what, self.seconds[step])
-
-
 def run(config: Config) -> Result:
     """Puts a space online whole, verified, and lets it serve; or brings the changes of a night into the space that serves.
 
-    Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where another writer is at
-    work, what is read back differs, or the serving space has another width; Older where ds is older than what serves. The pointer
-    then stays as it was.
+    Raises InputError for rows that must not be served, or a space that is not in the lake; Refused where what is read back
+    differs or has no room, or the serving space has another width; Older where ds is older than what serves. The pointer stays.
     """
-    lake, clock = config.run.lake, Clock()
+    lake, clock = config.run.lake, beside.Clock()
+    forgotten = tombstones(lake)
     made_by = resolve(config)
     space_id = made_by["space_id"]
     partition = online.partition_of(space_id, config.run.ds)
     width = online.width_of(lake, partition)
     if config.arriving and not beside.serves(lake, space_id, config.run.ds):
         return superseded(config, made_by, width)
-    hash_N = inspected(config, partition, width)
+    hash_N = inspected(config, partition, width, forgotten)
     space = Space(space_id=space_id, recommender_id=made_by["recommender_id"], ds=config.run.ds, width=width,
                   codec=config.codec, items=len(hash_N))  # fmt: skip
     clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
@@ -145,15 +137,15 @@ def run(config: Config) -> Result:
         "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"
     )
     graph = config.graph if config.approximate else None
-    index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving)
+    index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving, forgotten=forgotten)
     space = dataclasses.replace(space, index=index_digest)
-    found = recall(config, space)
+    found = beside.recall(lake, space, graph)
     clock.lap("index", f"recall@10 of the approximate index {found:.4f}" if config.approximate else "exact only")
     if config.offline and not config.arriving:
         beside.write_offline(lake, space, config.chunk_rows)
         clock.lap("offline", f"history up to {space.ds}")
     with online.refusals():
-        figures = put_online(config, space, before, hash_N, clock)
+        figures = put_online(config, space, before, hash_N, forgotten, clock)
     digests = {
         "inputs": {"item_embeddings": partitions.read_commit(lake, "item_embeddings", partition).digest},
         "outputs": {"index": index_digest, "pointer": online.pointer_text(figures.after)},
@@ -174,7 +166,7 @@ def superseded(config: Config, made_by: dict[str, str], width: int) -> Result:
 
 def summed(
     space: Space, made_by: dict[str, str], moved: Compatibility, before: Pointer | None, figures: Figures, found: float,
-    clock: Clock, digests: dict[str, dict[str, str]],
+    clock: beside.Clock, digests: dict[str, dict[str, str]],
 ) -> Result:  # fmt: skip
     """The Result of a publish; `found` is the recall of the approximate index."""
     after = figures.after
@@ -221,11 +213,11 @@ def resolve(config: Config) -> dict[str, str]:
     return {"space_id": space_of(ids["encoder_id"], ids["recommender_id"]), **ids}
 
 
-def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int64]:
+def inspected(config: Config, partition: str, width: int, forgotten: frozenset[str]) -> npt.NDArray[np.int64]:
     """Hashes of the items to publish, every row checked, every item of the catalogue there. Raises InputError, Refused."""
     lake = config.run.lake
     try:
-        hash_N = spaces.inspect(rows_of(config, partition, checked=True), width, config.codec)
+        hash_N = spaces.inspect(rows_of(config, partition, forgotten, checked=True), width, config.codec)
     except InputError:
         raise
     except ValueError as error:
@@ -243,17 +235,24 @@ def inspected(config: Config, partition: str, width: int) -> npt.NDArray[np.int6
     return hash_N
 
 
-def rows_of(config: Config, partition: str, *, checked: bool = False) -> Iterator[spaces.Chunk]:
+def rows_of(config: Config, partition: str, forgotten: frozenset[str], *, checked: bool = False) -> Iterator[spaces.Chunk]:
     """The rows to publish; a night's are without what arrived."""
-    return online.chunks(config.run.lake, partition, config.chunk_rows, checked=checked, arrived=config.arriving)
+    return online.chunks(
+        config.run.lake, partition, config.chunk_rows, checked=checked, arrived=config.arriving, forgotten=forgotten
+    )
 
 
 def compared(config: Config, before: Pointer | None, space: Space) -> Compatibility:
     """The new rows against those that serve. Raises Refused for an older ds, or neighbours that changed without a reason."""
+    if config.restore:
+        return undo.allowed(config.run.lake, before, space, config.churn_items)
     if before is None:
         return Compatibility(kind="first", distance=0.0, residual=0.0, churn={}, items=0)
     if space.ds < before.ds:
-        raise Older(f"ds {space.ds} is older than what serves ({before.ds}): `rollback` goes back, publish does not")
+        raise Older(
+            f"ds {space.ds} is older than what serves ({before.ds}): `rollback` goes back to the space before, publish.restore "
+            "to an earlier date of the same space"
+        )
     same = before.space_id == space.space_id
     if same and space.width != before.width:
         raise Refused(
@@ -272,15 +271,6 @@ def compared(config: Config, before: Pointer | None, space: Space) -> Compatibil
     return moved
 
 
-def recall(config: Config, space: Space) -> float:
-    """Recall at 10 of the approximate index, items as queries."""
-    if not config.approximate:
-        return 0.0
-    built = online.open_index(config.run.lake, space)
-    rows = np.linspace(0, space.items - 1, min(256, space.items)).astype(np.int64)
-    return index.recall(built, np.asarray(built.vector_ND[rows]), 10, config.graph.breadth_search)
-
-
 # ---------------------------------------------------------------------------------------------------------------- online
 
 
@@ -295,25 +285,31 @@ class Figures:
     attributes: int
 
 
-def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt.NDArray[np.int64], clock: Clock) -> Figures:
+def put_online(
+    config: Config,
+    space: Space,
+    before: Pointer | None,
+    hash_N: npt.NDArray[np.int64],
+    forgotten: frozenset[str],
+    clock: beside.Clock,
+) -> Figures:
     """Stages, verifies and flips, under the lease. Raises NotPublished, Refused."""
     lake = config.run.lake
     store, reader = open_writer(settings(lake)), Reader.open(lake)
 
     def rows() -> Iterator[spaces.Chunk]:
-        return rows_of(config, online.partition_of(space.space_id, space.ds))
+        return rows_of(config, online.partition_of(space.space_id, space.ds), forgotten)
 
     with lease(store, "publish", config.lease_wait_s):
-        if spaces.current(reader) != before:
-            raise Unavailable(
-                "another writer moved the pointer since this publish began: look at what serves now, then run again"
-            )
+        refuse_moved(lake, reader, before, forgotten)
         delta = before is not None and before.space_id == space.space_id
-        spaces.bury(store, sorted(tombstones(lake)), space.ds)
+        beside.refuse_full(lake, store, reader, space)
+        spaces.bury(store, sorted(forgotten), space.ds)
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
         removed = strangers.remove_strangers(store, space.space_id, hash_N)
         clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
-        verified = spaces.verify(store, reader, space, rows(), hash_N)
+        with undo.on_failure(lake, store, reader, before if delta else None, config.chunk_rows):
+            verified = spaces.verify(store, reader, space, rows(), hash_N)
         clock.lap("verify", f"{verified:,} vectors read back, all equal")
         attributes = 0
         if config.attributes:
@@ -326,6 +322,14 @@ def put_online(config: Config, space: Space, before: Pointer | None, hash_N: npt
     if config.offline and not config.arriving:
         offline.write_pointer(Path(offline_folder(lake)), after)
     return Figures(after=after, written=written, removed=removed, verified=verified, attributes=attributes)
+
+
+def refuse_moved(lake: Path, reader: Reader, before: Pointer | None, forgotten: frozenset[str]) -> None:
+    """Raises Unavailable where another writer was faster, or a `forget`: a later one waits for the lease, and finds the rows."""
+    if spaces.current(reader) != before:
+        raise Unavailable("another writer moved the pointer since this publish began: look at what serves now, then run again")
+    if tombstones(lake) != forgotten:
+        raise Unavailable("items were forgotten since this publish began: run again")
 
 
 def register(lake: Path) -> None:

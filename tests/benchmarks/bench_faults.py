@@ -2,26 +2,34 @@
 
     python tests/benchmarks/bench_faults.py --store sqlite --kills 200
     python tests/benchmarks/bench_faults.py --store redis --kills 200
+    python tests/benchmarks/bench_faults.py --store sentinel --kills 100
 
 Every operation runs in a calm lake once, and in another where it is killed (-9) and run again; both must end with equal bytes.
 Half of the kills fall at a random time, half just before or after a random step of the writer, so that the one write of the
-pointer is hit too. Prints one JSON line.
+pointer is hit too. With `sentinel` not the writer is killed but the store's master, which loses its memory; a replica takes over,
+and a third of the writers sleep meanwhile and wake when another one has done their work.
+
+Readers judge what they see over time: the pointer's sequence never falls below what was acknowledged before the read began, nor,
+while one master leads, below what was seen; nor does the version of an item in a space. Writers keep a journal: none succeeds at
+anything that it began after another one had taken the lease. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
-import re
 import signal
 import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,7 +46,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_publish import redis_server  # beside this file
 
 from feature_repo import stores
-from feature_repo.reader import NothingServed, Reader
+from feature_repo.reader import Answer, NothingServed, Reader, settings
+from feature_repo.stores import open_writer
 from jobs import collect, forget, publish, rollback
 from jobs.engines import online
 from jobs.lake import items, partitions
@@ -46,9 +55,10 @@ from jobs.lake.items import content_hash
 from jobs.lake.partitions import digest_file
 from jobs.lake.tables import ITEMS, item_embeddings
 from jobs.run import Run
+from tests.feature_repo.sentinels import Failover, failover, until
 
 WIDTH, STABLE = 8, 200
-FAILURES = ("mixed", "lost", "reader_errors", "unequal", "reruns_failed")
+FAILURES = ("mixed", "lost", "went_back", "acknowledged_lost", "reader_errors", "double_writers", "unequal", "reruns_failed")
 FORK = multiprocessing.get_context("fork")
 
 
@@ -155,8 +165,14 @@ def forgotten(world: World, item: str) -> Callable[[Path], object]:
 # -------------------------------------------------------------------------------------------------------------- processes
 
 
-def start(work: Callable[[Path], object], lake: Path, online: str, step: tuple[int, bool] | None = None) -> int:
-    """Forks a process that does the work; with a step, it kills itself before or after the writer's n-th one."""
+def start(
+    work: Callable[[Path], object],
+    lake: Path,
+    online: str,
+    step: tuple[int, bool] | None = None,
+    victim: Callable[[], int] = os.getpid,
+) -> int:
+    """Forks a process that does the work; with a step, it kills itself, or another, before or after the writer's n-th one."""
     child = os.fork()
     if child:
         return child
@@ -166,8 +182,9 @@ def start(work: Callable[[Path], object], lake: Path, online: str, step: tuple[i
             os.dup2(quiet.fileno(), 1)
             os.dup2(quiet.fileno(), 2) if "FAULTS_LOUD" not in os.environ else None
         os.environ["LLMEMB_ONLINE_STORE"] = online
+        keep_journal(lake.parent / f"{lake.name}.jsonl")
         if step is not None:
-            fail_at(*step)
+            fail_at(*step, victim=victim)
         work(lake)
         status = 0
     except BaseException as error:
@@ -176,28 +193,67 @@ def start(work: Callable[[Path], object], lake: Path, online: str, step: tuple[i
         os._exit(status)
 
 
-def fail_at(number: int, after: bool) -> None:
-    """Kills this process at the writer's n-th step."""
-    steps = 0
+STEPS = ("acquire", "write", "delete", "note", "settle", "release")
+"""What a writer does to a store."""
+
+
+def fail_at(number: int, after: bool, victim: Callable[[], int] = os.getpid) -> None:
+    """Kills this process, or another one, at the writer's n-th step."""
+    steps, struck = 0, False
+
+    def strike() -> None:
+        nonlocal struck
+        if not struck:
+            struck = True
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim(), signal.SIGKILL)
 
     def counted(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
             nonlocal steps
             steps += 1
             if steps == number and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                strike()
             result = method(*arguments, **more)
             if steps >= number and after:
-                os.kill(os.getpid(), signal.SIGKILL)
+                strike()
             return result
 
         return call
 
     for store in (stores.SqliteStore, stores.RedisStore):
-        for name in ("acquire", "write", "delete", "note", "release"):
+        for name in STEPS:
             setattr(store, name, counted(getattr(store, name)))
     for module in (partitions, items, online):
         module.write_json = counted(module.write_json)  # type: ignore[attr-defined]
+
+
+def keep_journal(path: Path) -> None:
+    """Notes when each act on a Redis store began and ended well, and under which lease."""
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(store: stores.RedisStore, *given: Any, **more: Any) -> Any:
+            began = time.monotonic_ns()
+            result = method(store, *given, **more)
+            if store.fenced.lease:
+                line = {"act": name, "lease": store.fenced.lease.decode(), "began": began, "ended": time.monotonic_ns()}
+                with path.open("a") as stream:
+                    stream.write(json.dumps(line) + "\n")
+            return result
+
+        return call
+
+    for name in ("acquire", "write", "delete", "note", "renew"):
+        setattr(stores.RedisStore, name, noted(name, getattr(stores.RedisStore, name)))
+
+
+def double_writers(path: Path) -> int:
+    """Acts that ended well and were begun after another writer had taken the lease."""
+    acts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    taken = {act["lease"]: act["ended"] for act in acts if act["act"] == "acquire"}
+    order = sorted(taken, key=taken.__getitem__)
+    ends = {lease: taken[later] for lease, later in itertools.pairwise(order)}
+    return sum(act["began"] > ends[act["lease"]] for act in acts if act["lease"] in ends)
 
 
 def ended(child: int) -> int:
@@ -215,32 +271,60 @@ def killed(work: Callable[[Path], object], lake: Path, online: str, chance: rand
     return ended(child) == -signal.SIGKILL
 
 
-def read_on(lake: Path, online: str, stop: Any, counts: Any, most: int) -> None:
-    """A client: reads without pause and judges every answer."""
+class Watcher:
+    """What one reader has seen so far."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.sequence, self.epoch = most, 0, 0
+        self.versions: dict[tuple[str, str], int] = {}
+
+    def judge(self, answer: Answer, acknowledged: int, before: int, after: int) -> dict[str, int]:
+        """What is wrong with an answer, of itself or after those before it; how often the master had changed before and after."""
+        pointer, found = answer.pointer, Counter[str]()
+        back = pointer.sequence < self.sequence
+        for item, row in zip(answer.item_ids, answer.vector_ND, strict=True):
+            raw, key = row.tobytes(), (pointer.space_id, item)
+            version = next((one for one in range(self.most) if raw == vector(pointer.space_id, item, one)), None)
+            if version is None:
+                found["mixed"] = 1
+            else:
+                back |= version < self.versions.get(key, 0)
+                self.versions[key] = version
+        found["lost"] = bool(answer.missing or answer.deleted)
+        found["acknowledged_lost"] = pointer.sequence < acknowledged
+        # a master that died may have shown what it had not passed on: nobody was told that it is done
+        found["undone" if after != self.epoch else "went_back"] = back
+        self.sequence, self.epoch = pointer.sequence, before
+        return found
+
+
+COUNTS = ("reads", "mixed", "lost", "went_back", "acknowledged_lost", "undone", "unavailable", "reader_errors")
+
+
+def read_on(lake: Path, online: str, stop: Any, counts: Any, most: int, told: Any, changes: Callable[[], int]) -> None:
+    """A client: reads without pause and judges every answer. `told`: the sequence that was acknowledged."""
     os.environ["LLMEMB_ONLINE_STORE"] = online
-    reader, chance = Reader.open(lake), random.Random(os.getpid())
+    reader, chance, watcher = Reader.open(lake), random.Random(os.getpid()), Watcher(most)
     stable = [f"m{number}" for number in range(STABLE)]
     while not stop.is_set():
         time.sleep(0.005)  # leaves the cores to those who are to be killed
-        asked = chance.sample(stable, 50)
+        acknowledged, found = told[0], Counter[str]()
         try:
-            answer = reader.vectors(asked)
+            before = changes()
+            answer = reader.vectors(chance.sample(stable, 50))
+            found = Counter(watcher.judge(answer, acknowledged, before, changes())) + Counter(reads=1)
         except NothingServed:
             continue
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            found["unavailable" if "sentinel" in online else "reader_errors"] = 1  # nobody answers until a replica leads
+            if "sentinel" not in online:
+                print(f"reader: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         except Exception as error:
             print(f"reader: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            with counts.get_lock():
-                counts[3] += 1
-            continue
-        space, rows = answer.pointer.space_id, [row.tobytes() for row in answer.vector_ND]
-        wrong = sum(
-            all(raw != vector(space, item, version) for version in range(most))
-            for item, raw in zip(answer.item_ids, rows, strict=True)
-        )
+            found["reader_errors"] = 1
         with counts.get_lock():
-            counts[0] += 1
-            counts[1] += wrong > 0
-            counts[2] += bool(answer.missing or answer.deleted)
+            for number, name in enumerate(COUNTS):
+                counts[number] += found[name]
 
 
 # ------------------------------------------------------------------------------------------------------------- comparison
@@ -254,23 +338,31 @@ def dump(lake: Path, online: str) -> dict[str, Any]:
         if path.is_file() and "/." not in f"/{name}" and not name.startswith(("feast/online", "feast/registry")):
             seen[name] = digest_file(path)
     where = json.loads(online)
+    os.environ["LLMEMB_ONLINE_STORE"] = online
     if where["type"] == "sqlite":
         with sqlite3.connect(where["path"]) as connection:
             tables = connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'llmemb%' AND type = 'table'").fetchall()
             for (table,) in tables:
                 seen[table] = sorted(connection.execute(f'SELECT entity_key, feature_name, value, event_ts FROM "{table}"'))
     else:
-        port, db = (int(part) for part in re.findall(r":(\d+),.*db=(\d)", where["connection_string"])[0])
-        client = redis.Redis(port=port, db=db)
+        client = open_writer(settings(lake)).plain  # type: ignore[attr-defined]
         for key in client.scan_iter(count=10_000):
-            if key not in (b"llmemb:lease", b"llmemb:token", b"llmemb:notes"):
-                seen[key.hex()] = sorted(client.hgetall(key).items())  # type: ignore[union-attr]
+            if key not in (b"llmemb:lease", b"llmemb:token", b"llmemb:notes", b"llmemb:settled", b"llmemb:spaces:whole"):
+                kind = client.type(key)
+                seen[key.hex()] = sorted(client.hgetall(key).items() if kind == b"hash" else client.smembers(key))
     return seen
 
 
 @contextmanager
-def servers(store: str, home: Path) -> Iterator[list[str]]:
-    """Settings of two online stores, calm and killed; with Redis, two databases of one server."""
+def servers(store: str, home: Path, masters: list[Failover] | None = None) -> Iterator[list[str]]:
+    """Settings of two online stores, calm and killed; with Redis, two databases of one server; with Sentinel, a server of its own
+    and one that `masters` then has."""
+    if store == "sentinel":
+        with redis_server(home) as port, failover(home) as sentinel:
+            assert masters is not None
+            masters.append(sentinel)
+            yield [json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{port},socket_timeout=30"}), sentinel.settings]
+        return
     if store == "sqlite":
         yield [json.dumps({"type": "sqlite", "path": str(home / name / "feast" / "online.db")}) for name in ("calm", "killed")]
         return
@@ -281,68 +373,148 @@ def servers(store: str, home: Path) -> Iterator[list[str]]:
 def main() -> int:
     """Runs the night shift until enough processes were killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", choices=("sqlite", "redis"), default="sqlite")
+    parser.add_argument("--store", choices=("sqlite", "redis", "sentinel"), default="sqlite")
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=0.0, help="ends after so long, with fewer kills; 0 does not")
     parser.add_argument("--readers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="faults-") as name, servers(arguments.store, Path(name)) as online:
-        result = shift(arguments, Path(name), online)
+    masters: list[Failover] = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as name, servers(arguments.store, Path(name), masters) as online:
+        result = shift(arguments, Path(name), online, masters)
     print(json.dumps(result, sort_keys=True))
     return int(any(result[name] for name in FAILURES))
 
 
-def shift(arguments: argparse.Namespace, home: Path, online: list[str]) -> dict[str, Any]:
+@dataclass
+class Tally:
+    """What was done and what went wrong."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    slept: int = 0
+    repeated: int = 0
+    unequal: int = 0
+    failed: int = 0
+    rounds: int = 0
+
+
+def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters: Sequence[Failover] = ()) -> dict[str, Any]:
     """The figures of one run."""
     os.environ["LLMEMB_LEASE_MS"] = "1500"
-    chance, world = random.Random(arguments.seed), World()
+    chance, world, tally = random.Random(arguments.seed), World(), Tally()
     lakes = [home / "calm", home / "killed"]
-    stop, counts = FORK.Event(), FORK.Array("q", 4)
+    stop, counts, told = FORK.Event(), FORK.Array("q", len(COUNTS)), FORK.Array("q", 1)
+    changes: Callable[[], int] = masters[0].changes if masters else int
     readers: list[Any] = []
-    kills: dict[str, int] = {}
-    usual: dict[str, float] = {}
-    unequal = failed = rounds = 0
+    began = time.monotonic()
     for kind, work in operations(world, chance, lakes):
-        if sum(kills.values()) >= arguments.kills:
+        if tally.kills.total() >= arguments.kills or 0 < arguments.minutes * 60 < time.monotonic() - began:
             break
-        rounds += 1
+        tally.rounds += 1
         started = time.monotonic()
-        failed += ended(start(work, lakes[0], online[0])) != 0
-        usual[kind] = time.monotonic() - started
-        while killed(work, lakes[1], online[1], chance, usual[kind]):
-            kills[kind] = kills.get(kind, 0) + 1
-            if chance.random() < 0.7:
-                break
-        failed += ended(start(work, lakes[1], online[1])) != 0
-        if (calm := dump(lakes[0], online[0])) != (other := dump(lakes[1], online[1])):
-            unequal += 1
-            different = [name for name in calm.keys() | other.keys() if calm.get(name) != other.get(name)]
-            print(f"{kind} ended differently: {different[:5]}", file=sys.stderr, flush=True)
+        tally.failed += ended(start(work, lakes[0], online[0])) != 0
+        usual = time.monotonic() - started
+        if masters:
+            lead_away(kind, work, lakes[1], masters[0], chance, usual, tally)
+        else:
+            while killed(work, lakes[1], online[1], chance, usual):
+                tally.kills[kind] += 1
+                if chance.random() < 0.7:
+                    break
+        tally.failed += not repeated(work, lakes[1], online[1], tally, 5 if masters else 1)
+        os.environ["LLMEMB_ONLINE_STORE"] = online[1]
+        told[0] = patient(lambda: Reader.open(lakes[1]).pointer().sequence)
+        compare(kind, lakes, online, tally)
         if not readers:
             readers = [
-                FORK.Process(target=read_on, args=(lakes[1], online[1], stop, counts, 60), daemon=True)
+                FORK.Process(target=read_on, args=(lakes[1], online[1], stop, counts, 60, told, changes), daemon=True)
                 for _ in range(arguments.readers)
             ]
             for reader in readers:
                 reader.start()
-        if rounds % 20 == 0:
-            print(f"{sum(kills.values())} kills in {rounds} operations", file=sys.stderr, flush=True)
+        if tally.rounds % 20 == 0:
+            print(f"{tally.kills.total()} kills in {tally.rounds} operations", file=sys.stderr, flush=True)
     stop.set()
     for reader in readers:
         reader.join()
     return {
         "store": arguments.store,
         "seed": arguments.seed,
-        "kills": sum(kills.values()),
-        "by_operation": kills,
-        "operations": rounds,
-        "reads": counts[0],
-        "mixed": counts[1],
-        "lost": counts[2],
-        "reader_errors": counts[3],
-        "unequal": unequal,
-        "reruns_failed": failed,
+        "kills": tally.kills.total(),
+        "by_operation": dict(tally.kills),
+        "writers_that_slept": tally.slept,
+        "repeated_once_more": tally.repeated,
+        "masters": changes(),
+        "operations": tally.rounds,
+        **dict(zip(COUNTS, counts, strict=True)),
+        "double_writers": double_writers(home / "killed.jsonl"),
+        "unequal": tally.unequal,
+        "reruns_failed": tally.failed,
     }
+
+
+def repeated(work: Callable[[Path], object], lake: Path, online: str, tally: Tally, tries: int) -> bool:
+    """Whether the work ends well. A master may be taken for lost also where its machine is only busy: a scheduler tries again."""
+    for number in range(tries):
+        if ended(start(work, lake, online)) == 0:
+            tally.repeated += number
+            return True
+    return False
+
+
+def patient(read: Callable[[], Any]) -> Any:
+    """What a read finds, once a master answers."""
+    for _ in range(20):
+        with contextlib.suppress(redis.RedisError):
+            return read()
+        time.sleep(0.5)
+    return read()
+
+
+def compare(kind: str, lakes: list[Path], online: list[str], tally: Tally) -> None:
+    """Counts an operation after which the two lakes and stores differ in a byte."""
+    calm, other = dump(lakes[0], online[0]), patient(lambda: dump(lakes[1], online[1]))
+    if calm != other:
+        tally.unequal += 1
+        different = [name for name in calm.keys() | other.keys() if calm.get(name) != other.get(name)]
+        print(f"{kind} ended differently: {different[:5]}", file=sys.stderr, flush=True)
+
+
+def lead_away(
+    kind: str,
+    work: Callable[[Path], object],
+    lake: Path,
+    masters: Failover,
+    chance: random.Random,
+    usual: float,
+    tally: Tally,
+) -> None:
+    """Runs the work while the store's master is killed; a third of the writers sleep until another one has done the work."""
+    masters.mend()
+    master, sleeps = masters.running[masters.master], chance.random() < 1 / 3
+    step = (chance.randint(1, 16), chance.random() < 0.5) if not sleeps and chance.random() < 0.5 else None
+    child = start(work, lake, masters.settings, step, victim=lambda: master.pid)
+    if step is None:
+        time.sleep(chance.uniform(0, usual))
+        if sleeps:
+            os.kill(child, signal.SIGSTOP)
+        master.kill()
+    elif master.poll() is None:  # the writer kills it, if it comes to that step
+        status = ended(child)
+        if master.poll() is None:
+            tally.failed += status != 0
+            return
+        child = 0
+    master.wait()
+    tally.kills[kind] += 1
+    until(lambda: masters.running[masters.master] is not master and masters.leads(masters.master), "another master")
+    masters.mend()
+    if sleeps:
+        tally.slept += ended(start(work, lake, masters.settings)) == 0  # else the sleeper holds a lock of the lake
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGCONT)
+    if child:
+        ended(child)
 
 
 if __name__ == "__main__":

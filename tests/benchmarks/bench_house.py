@@ -44,7 +44,7 @@ WAY = (
     "models/behaviour/fused.py",
     "jobs/publish/__init__.py",
     "feature_repo/spaces.py",
-    "feature_repo/stores.py",
+    "feature_repo/redis_store.py",
 )
 """Files to open, in order, to follow one item from its table to its online vector."""
 

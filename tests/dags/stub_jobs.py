@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     settings = dict(rest[place + 1].split("=", 1) for place, word in enumerate(rest) if word == "--set")
     key = f"{job}#{settings[f'{job}.shard']}" if f"{job}.shard" in settings else job
     call = {"job": job, "key": key, "ds": rest[rest.index("--ds") + 1], "set": settings, "pid": os.getpid(), "words": arguments}
+    call["environment"] = sorted(os.environ)
     calls = folder / "calls.jsonl"
     with calls.open("a") as stream:
         stream.write(json.dumps(call) + "\n")

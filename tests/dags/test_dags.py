@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ ORDER = {
     "rollback": ["rollback", "lookup"],
     "forget": ["forget", "lookup"],
 }
+ODD = [
+    "\U0001f600 film",
+    "it's \"so\" \\ 5 'o clock",
+    "$HOME $(HOME) $$ {{ ds }} {% raw %}",
+    "l1\nl2\t\x7f",
+    "ü–☃",
+    "1_000",
+    "#7",
+]
+"""Ids that something on the way could take for something else."""
 GPU = {"scft", "embed", "embed_opponent", "embed_reference", "pretrain", "rat", "refit", "evaluate"}
 
 
@@ -81,13 +92,15 @@ def test_a_night_starts_with_a_new_champion_or_with_the_logs_whichever_comes(wor
 
 def test_one_champion_and_one_date_are_pinned_for_the_whole_night(worker: Worker, stub: Stub) -> None:
     pinned = {"ds": "2026-03-05", "recommender_id": "12e4", "encoder_id": "77", "space_id": "0123456789abcdef"}
-    stub.plan(results={"pin": pinned, "project": {"space_id": "another"}})
+    published = {"space_id": "0123456789abcdef", "sequence": 9}
+    stub.plan(results={"pin": pinned, "project": {"space_id": "another"}, "publish": published})
     worker.run("nightly_embeddings")
     calls = {call["job"]: call for call in stub.calls()}
     assert {name for name, call in calls.items() if call["ds"] != "2026-03-05"} == {"pin"}
     assert calls["embed"]["set"]["embed.encoder"] == '"77"'
     assert calls["project"]["set"] == {"project.recommender": '"12e4"'}
     assert calls["publish"]["set"] == {"publish.space": '"0123456789abcdef"'}
+    assert calls["lookup"]["set"] == {"lookup.space": '"0123456789abcdef"', "lookup.sequence": "9"}
     assert worker.ask("announced", asset="space")[0] == {"ds": "2026-03-05"}
 
 
@@ -184,17 +197,32 @@ def test_a_dag_run_twice_for_one_date_does_the_same_again(worker: Worker, stub: 
 @pytest.mark.parametrize(
     ("dag", "conf", "setting"),
     [
-        ("forget", {"item": "405"}, {"forget.item": '"405"', "forget.items": "[]"}),
-        ("forget", {"items": ["405", "7"]}, {"forget.item": '""', "forget.items": '["405", "7"]'}),
-        ("rollback", {"space": "1e10"}, {"rollback.space": '"1e10"'}),
+        ("forget", {"item": "405"}, {"forget.item": "405", "forget.items": [], "forget.unknown": False}),
+        ("forget", {"items": ["405", *ODD]}, {"forget.item": "", "forget.items": ["405", *ODD], "forget.unknown": False}),
+        *[("forget", {"item": odd}, {"forget.item": odd, "forget.items": [], "forget.unknown": False}) for odd in ODD[:3]],
+        ("rollback", {"space": "1e10"}, {"rollback.space": "1e10"}),
     ],
 )
 def test_what_a_person_types_reaches_the_job_as_text(
-    worker: Worker, stub: Stub, dag: str, conf: dict[str, str], setting: dict[str, str]
+    worker: Worker, stub: Stub, dag: str, conf: dict[str, str], setting: dict[str, Any]
 ) -> None:
     stub.plan()
     worker.run(dag, "2026-03-08", conf)
-    assert stub.calls()[0]["set"] == setting
+    said = stub.calls()[0]["set"]
+    assert {key: tomllib.loads(f"value = {text}")["value"] for key, text in said.items()} == setting
+    assert all(text.isascii() and "$" not in text for text in said.values())  # a pod's arguments replace $(NAME)
+
+
+def test_what_is_gone_back_to_may_be_of_any_age_and_must_be_what_serves(worker: Worker, stub: Stub) -> None:
+    stub.plan(results={"rollback": {"space_id": "s0", "sequence": 8}})
+    worker.run("rollback", "2026-03-08")
+    assert stub.calls()[1]["set"] == {"lookup.space": '"s0"', "lookup.sequence": "8", "lookup.max_age_days": "0"}
+
+
+def test_half_a_character_starts_no_job(worker: Worker, stub: Stub) -> None:
+    stub.plan()
+    assert worker.run("forget", "2026-03-08", {"item": "a\ud83d"})["state"] == "failed"
+    assert stub.calls() == []
 
 
 def test_a_promoted_or_refused_challenger_asks_nobody(worker: Worker, stub: Stub) -> None:

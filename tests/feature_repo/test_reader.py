@@ -12,7 +12,6 @@ from feast.protos.feast.types.Value_pb2 import Value
 
 from feature_repo import spaces
 from feature_repo.feature_definitions import item_embedding
-from feature_repo.keys import key_text
 from feature_repo.reader import NothingServed, Reader, Space, open_store, settings
 from feature_repo.stores import lease, open_writer
 from feature_repo.transport import packed_floats
@@ -90,7 +89,7 @@ def test_a_space_collected_between_two_reads_is_left_for_the_one_that_serves(lak
     put(lake, space("b"), 2)
     store = open_writer(settings(lake))
     with lease(store, "test"):
-        spaces.remove_rows(store, end=key_text("a" * 16))
+        spaces.remove_space(store, "a" * 16)
     fresh, answers = reader.pointer, iter([stale])
     monkeypatch.setattr(reader, "pointer", lambda: next(answers, None) or fresh())
     assert np.array_equal(reader.vectors(IDS).vector_ND, vectors(2))

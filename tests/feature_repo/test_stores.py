@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,13 @@ def test_a_delete_leaves_other_views_of_the_same_item(lake: Path) -> None:
 
 
 def test_more_keys_than_one_page_are_all_listed(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("feature_repo.stores.SCAN", 7)
+    for module in ("sqlite_store", "redis_store"):
+        monkeypatch.setattr(f"feature_repo.{module}.SCAN", 7)
     store = open_writer(settings(lake))
     with lease(store, "test"):
         store.write(item_embedding, rows(*(f"i{number}" for number in range(50))))
         assert len(listed(store)) == 50
-        assert spaces.remove_rows(store) == 50
+        assert spaces.remove_space(store, SPACE.space_id) == 50
         assert listed(store) == set()
 
 
@@ -214,3 +216,62 @@ def test_a_redis_cluster_is_refused_before_anything_is_written(monkeypatch: pyte
 
 def test_stores_are_feasts_own(lake: Path) -> None:
     assert isinstance(open_writer(settings(lake)), SqliteStore | RedisStore)
+
+
+def test_spaces_and_their_items_are_listed_and_an_item_is_found_in_all_of_them(lake: Path) -> None:
+    store, other = open_writer(settings(lake)), replace(SPACE, space_id="b" * 16)
+    with lease(store, "test"):
+        store.write(item_embedding, rows("x", "y", "☃"))
+        store.write(item_embedding, spaces.embedding_rows(other, ["x"], [bytes(4)]))
+        assert store.spaces() == {"a" * 16: 3, "b" * 16: 1}
+        assert {item_id for ids in store.members("a" * 16) for item_id in ids} == {"x", "y", "☃"}
+        assert len(store.rows_of("x")) == 2 and store.rows_of("z") == []
+        assert spaces.forget(store, "x", "2026-01-01") == 2
+        assert store.spaces() == {"a" * 16: 2} and store.rows_of("x") == []
+        assert spaces.remove_space(store, "a" * 16) == 2
+        assert store.spaces() == {}
+
+
+@pytest.fixture
+def server(redis_port: int, monkeypatch: pytest.MonkeyPatch) -> redis.Redis:
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{redis_port}"}))
+    client = redis.Redis(port=redis_port)
+    client.flushall()
+    return client
+
+
+def test_no_question_of_a_writer_reads_all_keys(server: redis.Redis, tmp_path: Path) -> None:
+    store = open_writer(settings(tmp_path))
+    with lease(store, "test"):
+        store.write(item_embedding, rows("x", "y"))
+        server.config_resetstat()
+        assert store.spaces() and list(store.members("a" * 16)) and store.rows_of("x")
+        spaces.forget(store, "x", "2026-01-01")
+        spaces.remove_space(store, "a" * 16)
+    assert not {"cmdstat_scan", "cmdstat_keys"} & set(server.info("commandstats"))
+
+
+def test_a_store_of_an_older_version_is_listed_once_and_told_rightly_before(server: redis.Redis, tmp_path: Path) -> None:
+    store = open_writer(settings(tmp_path))
+    with lease(store, "test"):
+        store.write(item_embedding, rows("x", "y"))
+    for key in server.scan_iter("llmemb:space*"):  # what an older version does not write
+        server.delete(key)
+    assert (store.spaces(), len(store.rows_of("x"))) == ({"a" * 16: 2}, 1)
+    assert {item_id for ids in store.members("a" * 16) for item_id in ids} == {"x", "y"}
+    server.config_resetstat()
+    for _ in range(2):
+        with lease(store, "test"):
+            assert store.spaces() == {"a" * 16: 2} and len(store.rows_of("x")) == 1
+    assert server.info("commandstats")["cmdstat_scan"]["calls"] <= 2  # one pass
+
+
+def test_free_memory_is_that_of_the_limit(server: redis.Redis, tmp_path: Path) -> None:
+    store = open_writer(settings(tmp_path))
+    used = server.info("memory")["used_memory"]
+    server.config_set("maxmemory", used + 50_000_000)
+    try:
+        assert store.free_bytes() == pytest.approx(50_000_000, abs=5_000_000)
+    finally:
+        server.config_set("maxmemory", 0)
+    assert (store.free_bytes() or 0) > 0

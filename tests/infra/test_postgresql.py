@@ -21,6 +21,7 @@ from jobs import lookup, publish, rollback
 from jobs.engines import recommender_pyfunc, registry
 from jobs.run import Run
 from tests.dags.conftest import Stub, Worker, airflow_environment, migrate
+from tests.infra.mlflow_server import ADMIN, mlflow_server
 from tests.jobs.conftest import catalogue  # noqa: F401 — a fixture
 from tests.jobs.small_registry import kept
 
@@ -120,6 +121,15 @@ def test_each_account_opens_its_own_database_and_no_other(server: Server) -> Non
         for other in {*ACCOUNTS} - {name}:
             with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
                 server.rows(name, "SELECT 1", of=other)
+
+
+def test_mlflow_finds_its_database_and_its_accounts_without_a_password_in_an_address(server: Server, tmp_path: Path) -> None:
+    """As compose.yaml and mlflow.env say it: the address is empty, libpq's own variables tell the rest."""
+    told = {"PGHOST": "127.0.0.1", "PGPORT": str(server.port), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
+    told |= {"PGPASSWORD": server.password("mlflow"), "MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg://"}
+    with mlflow_server(tmp_path, ROOT / "infra" / "mlflow-auth.ini", told):
+        assert server.rows("mlflow", "SELECT username FROM users WHERE is_admin") == [(ADMIN,)]
+        assert server.rows("mlflow", "SELECT count(*) > 0 FROM experiments") == [(True,)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- airflow

@@ -121,7 +121,7 @@ def test_a_pod_has_no_right_that_it_does_not_need(name: str) -> None:
 def test_rules_cover_every_pod_that_runs_on_the_cluster() -> None:
     assert {name.split(":")[0] for name in PODS} == {
         *("airflow.yaml", "mlflow.yaml", "serving.yaml"),
-        *("pod-cpu.yaml", "pod-gpu.yaml", "pod-spark.yaml", "pod-spark-executor.yaml"),
+        *("pod-cpu.yaml", "pod-gpu.yaml", "pod-store.yaml", "pod-spark.yaml", "pod-spark-executor.yaml"),
     }
 
 
@@ -148,21 +148,103 @@ def test_every_name_that_a_pod_uses_is_made_here_or_asked_of_the_platform() -> N
     made = {(document["kind"], document["metadata"]["name"]) for document in RESOURCES.values()}
     made |= {("ConfigMap", generated["name"]) for generated in KUSTOMIZATION["configMapGenerator"]}
     asked = set(re.findall(r"^#   (llmemb-\w+)  ", (KUBERNETES / "kustomization.yaml").read_text(), re.M))
-    assert asked == {"llmemb-airflow", "llmemb-mlflow", "llmemb-stores", "llmemb-serving"}
+    assert asked == {
+        *("llmemb-airflow", "llmemb-login", "llmemb-mlflow", "llmemb-registry", "llmemb-stores", "llmemb-sources"),
+        *("llmemb-lineage", "llmemb-serving"),
+    }
     made |= {("Secret", name) for name in asked}
     for spec in PODS.values():
         used = {("ServiceAccount", spec["serviceAccountName"])}
         for volume in spec["volumes"]:
             if claim := volume.get("persistentVolumeClaim"):
                 used.add(("PersistentVolumeClaim", claim["claimName"]))
-        for container in spec["containers"]:
+            if secret := volume.get("secret"):
+                used.add(("Secret", secret["secretName"]))
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
             for source in container.get("envFrom", []):
                 used |= {(kind[0].upper() + kind[1:-3], reference["name"]) for kind, reference in source.items()}
         assert used <= made, used - made
 
 
+def test_spark_s_driver_may_delete_no_volume() -> None:
+    role = RESOURCES["accounts.yaml:Role/llmemb-spark"]
+    assert {resource for rule in role["rules"] for resource in rule["resources"]} == {"pods", "services", "configmaps"}
+    settings = (INFRA / "spark" / "kubernetes" / "spark-defaults.conf").read_text()
+    for name in ("own", "reuse"):  # else Spark looks for volumes of its own when it ends
+        assert re.search(rf"^spark\.kubernetes\.driver\.{name}PersistentVolumeClaim +false$", settings, re.MULTILINE)
+
+
+def test_pods_of_two_runs_never_have_the_same_name() -> None:
+    settings = (INFRA / "spark" / "kubernetes" / "spark-defaults.conf").read_text()
+    assert not re.search(r"^spark\.kubernetes\.executor\.podNamePrefix", settings, re.MULTILINE)
+
+
+def test_a_second_apply_changes_nothing_that_kubernetes_keeps_as_it_is() -> None:
+    """A Job's template can't be changed, so an upgrade's `kubectl apply` would fail: the database is migrated at each start."""
+    assert not [
+        name for name, document in RESOURCES.items() if document["kind"] in ("Job", "Pod") and not name.startswith("pod-")
+    ]
+    for name in ("api-server", "dag-processor", "triggerer"):
+        (wait,) = PODS[f"airflow.yaml:Deployment/airflow-{name}"]["initContainers"]
+        assert wait["args"][:2] == ["db", "check-migrations"]
+    assert RESOURCES["airflow.yaml:Deployment/airflow-scheduler"]["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_a_fault_can_t_take_the_whole_cluster() -> None:
+    hard = RESOURCES["namespace.yaml:ResourceQuota/llmemb"]["spec"]["hard"]
+    assert hard.keys() >= {"pods", "requests.cpu", "requests.memory", "limits.memory", "requests.nvidia.com/gpu"}
+    assert int(hard["requests.nvidia.com/gpu"]) == int(variables(KUBERNETES / "cluster.env")["LLMEMB_SHARDS"])
+    assert hard["services.loadbalancers"] == hard["services.nodeports"] == "0"
+    claims = [name for name in RESOURCES if ":PersistentVolumeClaim/" in name]
+    assert len(claims) <= int(hard["persistentvolumeclaims"])
+    executors = int(re.search(r"maxExecutors\s+(\d+)", (INFRA / "spark/kubernetes/spark-defaults.conf").read_text())[1])  # type: ignore[index]
+    assert int(hard["pods"]) > executors + int(hard["requests.nvidia.com/gpu"])
+
+
+def test_airflow_s_people_come_in_by_an_auth_manager_that_is_installed() -> None:
+    settings = variables(KUBERNETES / "cluster.env")
+    module, _, name = settings["AIRFLOW__CORE__AUTH_MANAGER"].rpartition(".")
+    assert "Simple" not in name
+    code = f"import importlib; print(getattr(importlib.import_module({module!r}), {name!r}).__mro__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "BaseAuthManager" in done.stdout, done.stderr[-2000:]
+    assert "login" in re.search(r"scheduler=([\w,-]+)", (ROOT / "Makefile").read_text())[1].split(",")  # type: ignore[index]
+
+
+def test_mlflow_asks_everybody_for_an_account_and_knows_all_its_names() -> None:
+    settings = variables(KUBERNETES / "mlflow.env")
+    command = PODS["mlflow.yaml:Deployment/mlflow"]["containers"][0]["command"]
+    for words in (command, SERVICES["mlflow"]["command"]):
+        assert words[words.index("--app-name") + 1] == "basic-auth"
+        assert not [word for word in words if "://" in word and "@" in word]
+    hosts = settings["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    service = "mlflow.llmemb.svc.cluster.local"
+    names = [service.rsplit(".", cut)[0] if cut else service for cut in range(5)]
+    assert set(hosts) >= {name + port for name in names if not name.endswith(".cluster") for port in ("", ":5000")}
+    probes = PODS["mlflow.yaml:Deployment/mlflow"]["containers"][0]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert probes[probe]["httpGet"]["httpHeaders"][0]["value"] in hosts
+    assert variables(KUBERNETES / "jobs.env")["MLFLOW_TRACKING_URI"].removeprefix("http://") in hosts
+    assert any("example" in host for host in hosts), "the ingress's name is the platform's to put"
+    ini = (INFRA / "mlflow-auth.ini").read_text()
+    assert "default_permission = READ" in ini and "password" not in re.sub(r"^#.*$", "", ini, flags=re.MULTILINE).lower()
+
+
+def test_no_password_is_in_an_argument_list() -> None:
+    """Whoever is on the machine reads them."""
+    for name, service in SERVICES.items():
+        words = service.get("command", [])
+        text = words if isinstance(words, str) else " ".join(words)
+        assert not re.search(r"\$\$?\{?\w*(PASSWORD|SECRET|TOKEN)", text), name
+    for script in INFRA.glob("*.sh"):
+        for line in script.read_text().splitlines():
+            outer = re.sub(r"^\s*\w+=\S+ ", "", line)  # an assignment before a command is its environment
+            if re.match(r"\s*(psql|redis-cli|exec|airflow|mlflow)\b", outer):
+                assert not re.search(r'PASSWORD|"\$2"', outer), line
+
+
 def test_as_many_gpu_tasks_run_at_once_as_there_are_shards() -> None:
-    command = PODS["airflow.yaml:Job/airflow-migrate"]["containers"][0]["command"][-1]
+    command = PODS["airflow.yaml:Deployment/airflow-scheduler"]["initContainers"][0]["command"][-1]
     assert '--include-deferred gpu "$LLMEMB_SHARDS"' in command
     assert command.index("pools import") < command.index("pools set"), "the file has a laptop's one slot"
 
@@ -270,11 +352,21 @@ def test_a_job_with_a_template_of_its_own_trains_on_several_gpus(rendered: dict[
     assert {tuple(command) for command in commands.values()} == {("python", "-m", "jobs")}
 
 
+REGISTRY, STORES = {"llmemb-registry"}, {"llmemb-registry", "llmemb-stores"}
+SECRETS_OF = {
+    "extract": {"llmemb-sources"},
+    **dict.fromkeys(("scft", "embed", "pretrain", "rat", "evaluate"), REGISTRY),
+    **dict.fromkeys(("promote", "project", "report"), REGISTRY | {"llmemb-lineage"}),
+    **dict.fromkeys(("pin", "publish", "lookup", "collect", "rollback", "forget"), STORES),
+}
+
+
 def test_secrets_come_from_the_platform_and_images_from_settings(rendered: dict[str, Any]) -> None:
     settings = variables(KUBERNETES / "cluster.env")
     for pod in rendered["pods"].values():
         container = pod["spec"]["containers"][0]
-        assert {"secretRef": {"name": "llmemb-stores"}} in container["envFrom"]
+        secrets = {one["secretRef"]["name"] for one in container["envFrom"] if "secretRef" in one}
+        assert secrets == SECRETS_OF[job_of(pod)]
         kind = "SPARK" if job_of(pod) == "extract" else "GPU" if job_of(pod) in rendered["gpu_jobs"] else "CPU"
         assert container["image"] == settings[f"LLMEMB_IMAGE_{kind}"]
     spark = next(pod for pod in rendered["pods"].values() if job_of(pod) == "extract")["spec"]

@@ -64,6 +64,25 @@ def test_a_space_that_is_too_old_is_refused(lake: Path) -> None:
         look(lake, max_age_days=1)
 
 
+def test_a_store_that_lost_what_this_night_published_is_refused(lake: Path) -> None:
+    assert look(lake, space=A, sequence=1).sequence == 1
+    with pytest.raises(Refused, match=rf"space {A} serves by write 1 .* but {'b' * 16} was published by write 2: the store lost"):
+        look(lake, space="b" * 16, sequence=2)
+    with pytest.raises(Refused, match="was published by write 1: the store lost it"):  # a replica that went on by itself
+        look(lake, space="b" * 16, sequence=1)
+    with pytest.raises(Refused, match="published by write 2"):
+        look(lake, sequence=2)
+
+
+def test_a_later_write_of_the_pointer_is_told_and_compared(
+    lake: Path, catalogue: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalogue(space="b" * 16)
+    publish.run(publish.Config(run=Run(ds="2026-01-01", lake=lake), space="b" * 16))
+    assert look(lake, space=A, sequence=1).compared == 40
+    assert f"serves by a later write than that of {A}" in capsys.readouterr().err
+
+
 def test_an_unknown_item_names_one_that_is_there(lake: Path) -> None:
     with pytest.raises(InputError, match=r"'nope' is not in the space that serves.*'m0'"):
         look(lake, item="nope")

@@ -23,7 +23,15 @@ class Told(Night):
         told[name] = settings
         if name in fails:
             raise Failed(name, fails[name])
-        return {"due": due[0], "space_id": "12e4", "encoder_id": "7", "recommender_id": "1e3", "items": 3, "path": "report.html"}
+        return {
+            "due": due[0],
+            "space_id": "12e4",
+            "encoder_id": "7",
+            "recommender_id": "1e3",
+            "items": 3,
+            "path": "report.html",
+            "sequence": 7,
+        }
 
 
 calls: list[str] = []
@@ -76,6 +84,11 @@ def test_a_champion_that_knows_all_events_already_is_not_trained_again(run: Run,
     monkeypatch.setattr(night.registry, "champion", lambda run: {"recommender_id": "r", "ds": "2026-01-01", "gated_id": "g"})
     night.whole(TONIGHT, run, train=False)
     assert "rat" not in calls
+
+
+def test_lookup_is_told_what_this_night_published(run: Run) -> None:
+    night.whole(TONIGHT, run, train=False)
+    assert told["lookup"] == ('lookup.space="12e4"', "lookup.sequence=7")
 
 
 def test_a_refused_challenger_leaves_the_champion_serving(run: Run) -> None:

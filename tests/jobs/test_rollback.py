@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from feature_repo.keys import key_text
+from feature_repo import spaces
 from feature_repo.reader import Reader, settings
-from feature_repo.spaces import remove_rows
+from feature_repo.spaces import remove_space
 from feature_repo.stores import lease, open_writer
+from feature_repo.strangers import remove_items
 from jobs import lookup, publish, rollback
 from jobs.engines import registry
 from jobs.lake.tables import space_of
@@ -94,10 +95,27 @@ def test_a_space_that_is_gone_is_not_pointed_to(catalogue: Callable[..., Path]) 
     put(lake, B)
     store = open_writer(settings(lake))
     with lease(store, "test"):
-        assert remove_rows(store, end=key_text(A)) == 40
-    with pytest.raises(Refused, match="no longer in the store: publish it again"):
+        assert remove_space(store, A) == 40
+    with pytest.raises(Refused, match=r"no longer whole in the store: .* publish it again"):
         back(lake)
     assert Reader.open(lake).pointer().space_id == B
+
+
+def test_a_space_that_lacks_items_anywhere_is_not_pointed_to(catalogue: Callable[..., Path]) -> None:
+    """Half of it is gone, and the first hundred items are there."""
+    ids = [f"m{number}" for number in range(3_000)]
+    put(catalogue(ids=ids), A)
+    lake = catalogue(space=B, ids=ids)
+    put(lake, B)
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        assert remove_items(store, A, ids[1_500:]) == 1_500
+    with pytest.raises(Refused, match=r"no longer whole in the store: of 1,000 of its items 500 are absent, for example 'm15"):
+        back(lake)
+    assert Reader.open(lake).pointer().space_id == B
+    with lease(store, "test"):
+        spaces.bury(store, ids[1_500:], RUN_DS)
+    assert back(lake).space_id == A  # what was forgotten on purpose is no loss
 
 
 def test_a_pointer_that_moved_before_the_lease_was_held_is_not_turned_back(

@@ -47,7 +47,7 @@ def sweep(lake: Path, grace_days: float) -> collect.Result:
 def online(lake: Path) -> dict[str, int]:
     store = open_writer(settings(lake))
     with lease(store, "test"):
-        return spaces.spaces_online(store)
+        return store.spaces()
 
 
 def test_only_what_neither_serves_nor_served_last_is_removed(lake: Path) -> None:

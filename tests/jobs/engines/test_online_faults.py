@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import redis
 
-from feature_repo.keys import key_text
 from feature_repo.reader import Pointer, Reader, settings
-from feature_repo.spaces import remove_rows
+from feature_repo.spaces import remove_space
 from feature_repo.stores import SqliteStore, lease, open_writer
 from jobs import collect, forget, lookup, publish, recommend, rollback
 from jobs.run import InputError, Refused, Run
@@ -142,7 +141,7 @@ def test_a_pointer_to_a_space_that_is_gone_is_told_and_mended_by_publishing_agai
     before = seen(lake)
     store = open_writer(settings(lake))
     with lease(store, "test"):
-        assert remove_rows(store, end=key_text(A)) == 40
+        assert remove_space(store, A) == 40
     assert Reader.open(lake).vectors(IDS).missing == IDS
     with pytest.raises(Refused, match=r"40 items .* are not online"):
         lookup.run(lookup.Config(run=run_of(lake)))

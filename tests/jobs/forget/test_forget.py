@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,11 +20,13 @@ from feature_repo.reader import Reader, settings
 from feature_repo.stores import open_writer
 from jobs import forget, lookup, publish
 from jobs.engines import online
+from jobs.forget import known
 from jobs.lake import manifests, partitions
-from jobs.lake.items import tombstones
+from jobs.lake.items import bury, tombstones
+from jobs.lake.locks import at_work, others_ended
 from jobs.lake.partitions import write_json
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, llm_embeddings
-from jobs.run import InputError, Refused, Run
+from jobs.run import InputError, Refused, Run, Unavailable
 
 A, B = "a" * 16, "b" * 16
 DS = "2026-01-01"
@@ -245,3 +248,120 @@ def test_the_pointer_names_the_new_indexes_and_the_old_ones_are_gone(lake: Path)
         assert [folder.name for folder in home.iterdir() if folder.is_dir()] == [new.index[:16]]
     again = gone(lake)
     assert again.left_in_lake == [] and Reader.open(lake).pointer().index == after.index
+
+
+def test_an_unknown_id_is_refused_and_nothing_is_buried(lake: Path) -> None:
+    for item in ("m444", '"m4"', "M4", "u1"):
+        with pytest.raises(InputError, match=r"is no item that the lake or the online store knows \(1 of 1"):
+            gone(lake, item)
+    assert tombstones(lake) == frozenset()
+
+
+def test_an_unknown_id_can_be_kept_away_before_it_comes(lake: Path, catalogue: Callable[..., Path]) -> None:
+    forget.run(forget.Config(run=Run(ds=DS, lake=lake), item="m99", unknown=True, lease_wait_s=0))
+    gone(lake, "m99")  # known by its tombstone: a rerun needs no second word
+    catalogue(ids=[*(f"m{number}" for number in range(10)), "m99"])
+    publish.run(publish.Config(run=Run(ds=DS, lake=lake), space=A, max_churn=1.0))
+    assert Reader.open(lake).vectors(["m99"]).deleted == ["m99"]
+
+
+def test_an_item_that_is_online_alone_is_known(lake: Path, catalogue: Callable[..., Path]) -> None:
+    for space in (A, B):
+        catalogue(ids=[f"m{number}" for number in range(10)], space=space)
+    assert known.is_online(lake, "m30")
+    assert gone(lake, "m30").online_removed == 2
+
+
+def test_a_job_that_began_before_is_waited_for_and_what_it_wrote_is_searched(lake: Path) -> None:
+    """`extract` has read its source before the tombstone, and commits when `forget` has been waiting for a while."""
+    begun, asked = threading.Event(), threading.Event()
+    rows = partitions.read(lake, INTERACTIONS, f"ds={DS}")
+
+    def extracts() -> None:
+        with at_work(lake, "extract"):
+            begun.set()
+            asked.wait(10)
+            asked.clear()
+            asked.wait(0.5)
+            partitions.write(lake, INTERACTIONS, "ds=2026-01-02", [rows])
+
+    def waits(lake: Path, wait_s: float) -> bool:
+        asked.set()
+        return others_ended(lake, wait_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forget, "others_ended", waits)
+        job = threading.Thread(target=extracts)
+        job.start()
+        begun.wait(60)
+        result = gone(lake)
+        job.join()
+    assert result.lake_removed["interactions"] == 2 and result.left_in_lake == []
+    assert "m4" not in partitions.read(lake, INTERACTIONS, "ds=2026-01-02")["item_id"].to_pylist()
+    assert list((lake / "locks").glob("at-work-*")) == []
+
+
+def test_a_first_publish_that_began_before_leaves_nothing_online(catalogue: Callable[..., Path]) -> None:
+    """Nothing serves yet when the store is looked at, and everything a moment later."""
+    lake = catalogue()
+    buried = threading.Event()
+
+    def publishes(forgotten: frozenset[str]) -> None:
+        with at_work(lake, "publish"):
+            begun.set()
+            assert buried.wait(60)
+            config = publish.Config(run=Run(ds=DS, lake=lake), space=A, approximate=False)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(publish, "tombstones", lambda lake: forgotten)
+                publish.run(config)
+
+    def told(lake: Path, item: str, ds: str) -> None:
+        bury(lake, item, ds)
+        buried.set()
+
+    begun = threading.Event()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forget, "bury", told)
+        job = threading.Thread(target=publishes, args=(frozenset(),))
+        job.start()
+        begun.wait(60)
+        result = gone(lake)
+        job.join()
+    assert (result.online_removed, result.left_online) == (1, 0)
+    assert Reader.open(lake).vectors(["m4"]).deleted == ["m4"]
+
+
+def test_a_job_that_does_not_end_is_told_and_one_that_was_killed_is_not_waited_for(lake: Path) -> None:
+    (lake / "locks").mkdir(exist_ok=True)
+    (lake / "locks" / "at-work-extract-0.lock").write_text("killed")
+    with at_work(lake, "embed"), pytest.raises(Unavailable, match=r"embed is under way already \(process \d+ on .*, since"):
+        forget.run(forget.Config(run=Run(ds=DS, lake=lake), item="m4", jobs_wait_s=0.2, lease_wait_s=0))
+    assert tombstones(lake) == {"m4"}
+    assert gone(lake).left_in_lake == []
+
+
+def test_the_command_line_shows_that_a_job_is_at_work(lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs.__main__ import main
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[run]\nlake = "{lake}"\n')
+    shown: list[list[str]] = []
+
+    def run(config: Any) -> Any:
+        shown.append([path.name.rpartition("-")[0] for path in (lake / "locks").glob("at-work-*")])
+        raise InputError("enough")
+
+    monkeypatch.setattr(lookup, "run", run)
+    monkeypatch.setattr(forget, "run", run)
+    for job in ("lookup", "forget"):
+        assert main([job, "--recipe", str(recipe), "--ds", DS]) == 2
+    assert shown == [["at-work-lookup"], []]
+
+
+def test_run_again_after_its_end_it_moves_nothing(lake: Path) -> None:
+    before = Reader.open(lake).pointer()
+    gone(lake)
+    after = Reader.open(lake).pointer()
+    assert after.sequence > before.sequence and after.withheld == ()
+    gone(lake)
+    assert Reader.open(lake).pointer() == after

@@ -423,3 +423,16 @@ def test_an_index_in_use_stays_when_another_takes_its_place(catalogue: Catalogue
     assert (home / before.index[:16]).is_dir()
     online.prune_index(home)
     assert not (home / before.index[:16]).exists()
+
+
+def test_a_space_that_finds_no_room_is_refused_before_a_row_is_written(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.run(config(catalogue()))
+    monkeypatch.setattr(SqliteStore, "free_bytes", lambda store: 23_000)
+    lake = catalogue(space=B)
+    with pytest.raises(Refused, match=r"has 23,000 bytes free, and 40 rows of space b+ take about 25,360: run collect"):
+        publish.run(config(lake, space=B))
+    assert open_writer(settings(lake)).spaces() == {A: 40}
+    catalogue(ds="2026-01-02", version={"m1": 1})
+    assert publish.run(config(lake, ds="2026-01-02")).kind == "delta"  # its rows are there already

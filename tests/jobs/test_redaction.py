@@ -1,0 +1,121 @@
+"""Secrets by their form: they reach no manifest, log, result or page, whoever wrote them and whenever."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from openlineage.client.serde import Serde
+
+from jobs import logs
+from jobs.lake import manifests, nights
+from jobs.lake.partitions import write_json
+from jobs.recipe import load_recipe
+from jobs.redaction import redacted, without_secrets
+from jobs.report import openlineage
+from jobs.run import InputError, Run, as_json
+
+ROOT = Path(__file__).parents[2]
+SECRET = "hunter2"
+TEXTS = [
+    f"postgresql+psycopg://mlflow:{SECRET}@db/mlflow is down",
+    f"http://{SECRET}@host:5000/x",
+    f"http://user:p@{SECRET}@host/x",
+    f"jdbc:postgresql://db/shop?user=a&password={SECRET}&ssl=true",
+    f"redis:6379,username=publisher,password={SECRET},ssl=true",
+    f'{{"connection_string": "redis:6379,password={SECRET}"}}',
+    f'{{"password": "{SECRET}", "user": "a"}}',
+    f"MLFLOW_TRACKING_PASSWORD={SECRET} python -m jobs",
+    f"Authorization: Bearer {SECRET}",
+    f"https://bucket.example/part-0?sig={SECRET}&se=2026",
+    f"AWS_SECRET_ACCESS_KEY='{SECRET}'",
+    f"fs.s3a.secret.key: secret_key={SECRET}",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_secret_is_hidden_and_the_rest_stays(text: str) -> None:
+    told = redacted(text)
+    assert SECRET not in told and "***" in told
+    assert redacted(told) == told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_tokens = 512",
+        "token 5 of 7",
+        "a@b.c wrote",
+        "s3://bucket/a@b",
+        "tokenizer: llama",
+        "tokens=3",
+        "key = 4",
+        "2026-01-01",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redacted(text) == text
+
+
+def test_values_under_a_secret_s_name_are_hidden_whole() -> None:
+    spark = {"spark.hadoop.fs.s3a.secret.key": SECRET, "spark.authenticate.secret": SECRET, "spark.executor.cores": "4"}
+    hidden = without_secrets({"extract": {"spark": spark}, "tokens": 5, "items": ["token"]})
+    assert hidden["extract"]["spark"] == {name: "4" if name.endswith("cores") else "***" for name in spark}
+    assert (hidden["tokens"], hidden["items"]) == (5, ["token"])
+
+
+def test_a_config_is_kept_without_the_password_of_its_address() -> None:
+    run = Run(ds="2026-01-01", lake=Path("lake"), tracking_uri=f"http://mlflow:{SECRET}@host:5000")
+    assert as_json(run)["tracking_uri"] == "http://***@host:5000"
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_no_log_line_has_a_secret(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LLMEMB_LOG", kind)
+    logs.start("publish", "2026-01-01")
+    for text in TEXTS:
+        logging.getLogger("jobs.publish").info("%s", text)
+        try:
+            raise OSError(text)
+        except OSError:
+            logging.getLogger("a.library").exception("failed")
+    told = capsys.readouterr().err
+    assert told.count("failed") == len(TEXTS) and SECRET not in told
+
+
+@pytest.mark.parametrize("error", ["ValueError", "RuntimeError", "ConnectionError"])
+def test_a_job_that_fails_with_a_secret_in_its_error_leaves_it_nowhere(tmp_path: Path, error: str) -> None:
+    """Standard error with its traceback, standard output, and all files of the lake."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[run]\nlake = "{tmp_path / "lake"}"\ntracking_uri = "http://user:{SECRET}@127.0.0.1:1"\n')
+    code = (
+        "import sys, jobs.pin, jobs.__main__ as cli\n"
+        f"def run(config):\n    raise {error}(f'no answer from {{config.run.tracking_uri}}')\n"
+        "jobs.pin.run = run\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "pin", "--recipe", str(recipe), "--ds", "2026-01-01"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (1, 2, 4) and "no answer from http://***@127.0.0.1:1" in done.stderr
+    files = [path for path in (tmp_path / "lake").rglob("*") if path.is_file()]
+    assert len(files) >= 1 and SECRET not in done.stdout + done.stderr + "".join(path.read_text() for path in files)
+
+
+def test_a_manifest_of_an_older_version_tells_lineage_and_page_no_secret(tmp_path: Path) -> None:
+    told = {"job": "publish", "ds": "2026-01-01", "status": "failed", "error": TEXTS[0], "config": {"uri": TEXTS[1]}}
+    path = manifests.path_of(tmp_path, "2026-01-01", "publish")
+    write_json(path, told | {"started_at": "2026-01-02T00:00:00+00:00", "seconds": 1})
+    night = nights.read_night(tmp_path, "2026-01-01")
+    events = [Serde.to_json(event) for event in openlineage.events(night, "shop")]
+    assert SECRET in path.read_text()
+    assert SECRET not in repr(night) + "".join(events) and "://***@db/mlflow is down" in events[1]
+
+
+def test_a_password_in_an_argument_list_is_refused_without_repeating_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[run]\nlake = "lake"\n')
+    with pytest.raises(InputError, match=r"--set run\.tracking_uri: .*seen by every user of this machine") as refused:
+        load_recipe(recipe, [f"run.tracking_uri=http://user:{SECRET}@host"])
+    assert SECRET not in str(refused.value)
