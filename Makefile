@@ -33,9 +33,12 @@ demo: $(STAMP) ## runs the whole nightly path on MovieLens-100k and shows the re
 serve: $(STAMP) ## keeps the serving process up on the demo's stores, with a page for people
 	$(BIN)/python infra/serve.py
 
-# One process a core, four at most, each with one thread of its own: files of tests stay together, as they share what is slow to make
-test: $(STAMP) ## runs all tests, on up to four cores
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Files of tests stay together, as they share what is slow to make. In the order of the folders: those that start Airflow and Spark
+# come first, so that no core is left with one of them at the end. Java compiles little, as each of its processes lives short.
+test: export OMP_NUM_THREADS ?= 1
+test: export JAVA_TOOL_OPTIONS ?= -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
+test: $(STAMP) ## runs all tests, on up to four cores, each process with one thread
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP) ## runs the tests that need an NVIDIA GPU; skips them, saying so, without one
 	$(BIN)/python -m pytest tests/gpu
