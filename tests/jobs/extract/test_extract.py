@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 from collections.abc import Iterator
@@ -93,12 +94,12 @@ def test_good_input_becomes_three_tables_that_keep_their_contracts(tmp_path: Pat
 
 
 def test_a_text_that_holds_several_values_is_a_list_where_the_recipe_says_so(tmp_path: Path) -> None:
-    table = item_table(tmp_path / "items.parquet", CATALOGUE)
-    items = {"table": table, "attributes": ["title", "genres"], "lists": {"title": "|"}}
-    assert extract.run(config(tmp_path, table, LOGS, items=items)).lists == {"genres": ", ", "title": "|"}
+    some = config(tmp_path, CATALOGUE, LOGS)
+    told = dataclasses.replace(some, items=dataclasses.replace(some.items, lists={"title": "|"}))
+    assert extract.run(told).lists == {"genres": ", ", "title": "|"}
     for lists in ({"brand": "|"}, {"title": ""}):
         with pytest.raises(InputError, match=r"extract\.items\.lists has"):
-            config(tmp_path, table, LOGS, items=items | {"lists": lists})
+            dataclasses.replace(some.items, lists=lists)
 
 
 def test_an_event_at_the_cut_belongs_to_the_later_part(tmp_path: Path) -> None:
