@@ -454,7 +454,7 @@ def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters:
 
 
 def repeated(work: Callable[[Path], object], lake: Path, online: str, tally: Tally, masters: Sequence[Failover]) -> bool:
-    """Whether the work ends well. On a busy machine a master may be taken for lost, or replicas be late: a scheduler tries again."""
+    """Whether the work ends well. On a busy machine a master may be taken for lost, or replicas be late: it is tried again."""
     for number in range(10 if masters else 1):
         for servers in masters:
             servers.mend()
