@@ -2,7 +2,7 @@
 
 Redis copies to its replicas afterwards, so a replica that is promoted may lack the last writes. Three things keep that harmless:
 a lease holds only on the master that gave it, so a writer never goes on over rows that were lost; `settle` returns only once
-replicas have what was written (LLMEMB_REPLICAS of them; 1 under Sentinel, else 0); and leases are compared by a random nonce.
+replicas have what was written (LLMEMB_REPLICAS of them; under Sentinel all that follow, 1 at least); and leases are compared by a random nonce.
 """
 
 from __future__ import annotations
@@ -138,14 +138,16 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         """See `Store`. A replica that has this connection's write has every write before it: they are copied in their order."""
         if not self.replicas:
             return
+        # all that follow now: Sentinel knows how far replicas are only as of seconds ago, and may choose any of them
+        need = max(self.replicas, int(self.plain.info("replication").get("connected_slaves", 0)) if self.sentinel else 0)
         with self.plain.pipeline(transaction=False) as pipe:
             pipe.set(self.settled_key, uuid.uuid4().hex)
-            pipe.wait(self.replicas, self.settle_ms)
+            pipe.wait(need, self.settle_ms)
             have = int(pipe.execute()[-1])
-        if have < self.replicas:
+        if have < need:
             raise Unreplicated(
-                f"{have} replicas of the online store have what was written, LLMEMB_REPLICAS is {self.replicas}: a failover "
-                "could undo it. Are the replicas up, and is this still the master? Run again once they are well"
+                f"{have} replicas of the online store have what was written, {need} must (LLMEMB_REPLICAS, and under Sentinel all "
+                "that follow): a failover could undo it. Are the replicas up, and is this still the master? Run again once they are well"
             )
         self.renew()  # on the same master still
 

@@ -480,7 +480,8 @@ def compare(kind: str, lakes: list[Path], online: list[str], tally: Tally) -> No
     if calm != other:
         tally.unequal += 1
         different = [name for name in calm.keys() | other.keys() if calm.get(name) != other.get(name)]
-        print(f"{kind} ended differently: {different[:5]}", file=sys.stderr, flush=True)
+        print(f"{kind} ended differently: {len(different)} of {len(calm)}, {different[:3]}", file=sys.stderr, flush=True)
+        print(f"first: {calm.get(different[0])} and {other.get(different[0])}", file=sys.stderr, flush=True)
 
 
 def lead_away(
