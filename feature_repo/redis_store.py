@@ -2,7 +2,7 @@
 
 Redis copies to its replicas afterwards, so a replica that is promoted may lack the last writes. Three things keep that harmless:
 a lease holds only on the master that gave it, so a writer never goes on over rows that were lost; `settle` returns only once
-replicas have what was written (LLMEMB_REPLICAS of them; under Sentinel all that follow, 1 at least); and leases are compared by a random nonce.
+replicas have what was written (LLMEMB_REPLICAS; under Sentinel all that follow, 1 at least); and leases are compared by a nonce.
 """
 
 from __future__ import annotations
@@ -146,8 +146,9 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
             have = int(pipe.execute()[-1])
         if have < need:
             raise Unreplicated(
-                f"{have} replicas of the online store have what was written, {need} must (LLMEMB_REPLICAS, and under Sentinel all "
-                "that follow): a failover could undo it. Are the replicas up, and is this still the master? Run again once they are well"
+                f"{have} replicas of the online store have what was written, {need} must (LLMEMB_REPLICAS; under Sentinel all "
+                "that follow): a failover could undo it. Are the replicas up, and is this still the master? Run again once they are "
+                "well"
             )
         self.renew()  # on the same master still
 
