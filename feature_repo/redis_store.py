@@ -2,7 +2,7 @@
 
 Redis copies to its replicas afterwards, so a replica that is promoted may lack the last writes. Three things keep that harmless:
 a lease holds only on the master that gave it, so a writer never goes on over rows that were lost; `settle` returns only once
-replicas have what was written (LLMEMB_REPLICAS of them; 1 under Sentinel, else 0); and leases are compared by a random nonce.
+replicas have what was written (LLMEMB_REPLICAS; under Sentinel all that follow, 1 at least); and leases are compared by a nonce.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from feast.infra.online_stores.helpers import _mmh3
 from feast.infra.online_stores.redis import RedisOnlineStore
 from redis.exceptions import NoPermissionError
 
-from feature_repo.feature_definitions import item_embedding
+from feature_repo import feature_definitions as views  # not its parts: `feast apply` would find them twice
 from feature_repo.keys import key_prefix
 from feature_repo.leases import SCAN, Fenced, Rows, Unreplicated, fenced, held, owned_by
 from feature_repo.roster import Roster, pairs_in, pairs_of
@@ -138,14 +138,16 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         """See `Store`. A replica that has this connection's write has every write before it: they are copied in their order."""
         if not self.replicas:
             return
+        # all that follow now: Sentinel knows how far replicas are only as of seconds ago, and may choose any of them
+        need = max(self.replicas, int(self.plain.info("replication").get("connected_slaves", 0)) if self.sentinel else 0)
         with self.plain.pipeline(transaction=False) as pipe:
             pipe.set(self.settled_key, uuid.uuid4().hex)
-            pipe.wait(self.replicas, self.settle_ms)
+            pipe.wait(need, self.settle_ms)
             have = int(pipe.execute()[-1])
-        if have < self.replicas:
+        if have < need:
             raise Unreplicated(
-                f"{have} replicas of the online store have what was written, LLMEMB_REPLICAS is {self.replicas}: a failover "
-                "could undo it. Are the replicas up, and is this still the master? Run again once they are well"
+                f"{have} replicas of the online store have what was written, {need} must (LLMEMB_REPLICAS; under Sentinel all "
+                "that follow): a failover could undo it. Are the replicas up, and is this still the master? Run again later"
             )
         self.renew()  # on the same master still
 
@@ -177,7 +179,7 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         """Lists the rows of a store that an older version wrote: once, reading all its keys."""
         if self.roster.whole:
             return
-        for keys in self.keys(item_embedding):
+        for keys in self.keys(views.item_embedding):
             with self.transaction() as pipe:
                 self.roster.add(pipe, pairs_in(keys))
         with self.transaction() as pipe:
@@ -185,7 +187,7 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
 
     def write(self, view: FeatureView, rows: Rows) -> None:
         """See `Store`."""
-        if view.name == item_embedding.name:
+        if view.name == views.item_embedding.name:
             pairs = pairs_of(rows)
             self.fenced.also = lambda pipe: self.roster.add(pipe, pairs)
         try:
@@ -201,7 +203,7 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         with self.transaction() as pipe:
             for key in keys:
                 pipe.hdel(key + self.config.project.encode(), *fields, f"_ts:{view.name}")
-            if view.name == item_embedding.name:
+            if view.name == views.item_embedding.name:
                 self.roster.strike(pipe, pairs_in(keys))
 
     def keys(self, view: FeatureView, start: bytes = b"") -> Iterator[list[bytes]]:
@@ -223,24 +225,26 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         """See `Store`."""
         if self.roster.whole:
             return self.roster.counts()
-        return Counter(space_id for keys in self.keys(item_embedding) for _, space_id in pairs_in(set(keys)))
+        return Counter(space_id for keys in self.keys(views.item_embedding) for _, space_id in pairs_in(set(keys)))
 
     def members(self, space_id: str) -> Iterator[list[str]]:
         """See `Store`."""
         if self.roster.whole:
             yield from self.roster.members(space_id)
             return
-        for keys in self.keys(item_embedding):
+        for keys in self.keys(views.item_embedding):
             yield [item_id for item_id, own in pairs_in(set(keys)) if own == space_id]
 
     def rows_of(self, item_id: str) -> list[bytes]:
         """See `Store`."""
         if not self.roster.whole:
-            return sorted({key for keys in self.keys(item_embedding, key_prefix(item_embedding, item_id)) for key in keys})
+            return sorted(
+                {key for keys in self.keys(views.item_embedding, key_prefix(views.item_embedding, item_id)) for key in keys}
+            )
         keys, project = self.roster.keys_of(item_id), self.config.project.encode()
         with self.plain.pipeline(transaction=False) as pipe:
             for key in keys:
-                pipe.hexists(key + project, f"_ts:{item_embedding.name}")
+                pipe.hexists(key + project, f"_ts:{views.item_embedding.name}")
             return [key for key, there in zip(keys, pipe.execute(), strict=True) if there]
 
     def free_bytes(self) -> int | None:

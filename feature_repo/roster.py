@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from feature_repo.feature_definitions import item_embedding
+from feature_repo import feature_definitions as views  # not its parts: `feast apply` would find them twice
 from feature_repo.keys import key_texts, serialized
 from feature_repo.leases import SCAN
 from feature_repo.transport import entity_keys
@@ -98,4 +98,4 @@ def pairs_of(rows: Iterable[Any]) -> list[tuple[str, str]]:
 
 def pairs_in(keys: Iterable[bytes]) -> list[tuple[str, str]]:
     """(item id, space id) of serialized keys of `item_embedding`."""
-    return [(texts[0], texts[1]) for texts in (key_texts(item_embedding, key) for key in keys)]
+    return [(texts[0], texts[1]) for texts in (key_texts(views.item_embedding, key) for key in keys)]

@@ -15,7 +15,7 @@ from feast import FeatureView, RepoConfig
 from feast.infra.online_stores.helpers import compute_table_id
 from feast.infra.online_stores.sqlite import SqliteOnlineStore
 
-from feature_repo.feature_definitions import item_embedding
+from feature_repo import feature_definitions as views  # not its parts: `feast apply` would find them twice
 from feature_repo.keys import key_prefix, key_texts
 from feature_repo.leases import SCAN, Rows, fenced, held, owned_by
 
@@ -116,21 +116,21 @@ class SqliteStore(SqliteOnlineStore):  # type: ignore[misc]
     def spaces(self) -> dict[str, int]:
         """See `Store`. Reads all keys: one machine has few."""
         counts: dict[str, int] = {}
-        for keys in self.keys(item_embedding):
+        for keys in self.keys(views.item_embedding):
             for key in keys:
-                space_id = key_texts(item_embedding, key)[1]
+                space_id = key_texts(views.item_embedding, key)[1]
                 counts[space_id] = counts.get(space_id, 0) + 1
         return counts
 
     def members(self, space_id: str) -> Iterator[list[str]]:
         """See `Store`."""
-        for keys in self.keys(item_embedding):
-            found = [key_texts(item_embedding, key) for key in keys]
+        for keys in self.keys(views.item_embedding):
+            found = [key_texts(views.item_embedding, key) for key in keys]
             yield [item_id for item_id, own in found if own == space_id]
 
     def rows_of(self, item_id: str) -> list[bytes]:
         """See `Store`."""
-        return [key for keys in self.keys(item_embedding, key_prefix(item_embedding, item_id)) for key in keys]
+        return [key for keys in self.keys(views.item_embedding, key_prefix(views.item_embedding, item_id)) for key in keys]
 
     def free_bytes(self) -> int | None:
         """See `Store`."""

@@ -178,9 +178,9 @@ def start(
         return child
     status = 1
     try:
-        with Path(os.devnull).open("w") as quiet:
-            os.dup2(quiet.fileno(), 1)
-            os.dup2(quiet.fileno(), 2) if "FAULTS_LOUD" not in os.environ else None
+        with (lake.parent / "said.log").open("w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
         os.environ["LLMEMB_ONLINE_STORE"] = online
         keep_journal(lake.parent / f"{lake.name}.jsonl")
         if step is not None:
@@ -421,7 +421,7 @@ def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters:
                 tally.kills[kind] += 1
                 if chance.random() < 0.7:
                     break
-        tally.failed += not repeated(work, lakes[1], online[1], tally, 5 if masters else 1)
+        tally.failed += not repeated(work, lakes[1], online[1], tally, masters)
         os.environ["LLMEMB_ONLINE_STORE"] = online[1]
         told[0] = patient(lambda: Reader.open(lakes[1]).pointer().sequence)
         compare(kind, lakes, online, tally)
@@ -453,12 +453,15 @@ def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters:
     }
 
 
-def repeated(work: Callable[[Path], object], lake: Path, online: str, tally: Tally, tries: int) -> bool:
-    """Whether the work ends well. A master may be taken for lost also where its machine is only busy: a scheduler tries again."""
-    for number in range(tries):
+def repeated(work: Callable[[Path], object], lake: Path, online: str, tally: Tally, masters: Sequence[Failover]) -> bool:
+    """Whether the work ends well. On a busy machine a master may be taken for lost, or replicas be late: it is tried again."""
+    for number in range(10 if masters else 1):
+        for servers in masters:
+            servers.mend()
         if ended(start(work, lake, online)) == 0:
             tally.repeated += number
             return True
+        print("a rerun failed:", *(lake.parent / "said.log").read_text().splitlines()[-1:], file=sys.stderr, flush=True)
     return False
 
 
@@ -477,7 +480,8 @@ def compare(kind: str, lakes: list[Path], online: list[str], tally: Tally) -> No
     if calm != other:
         tally.unequal += 1
         different = [name for name in calm.keys() | other.keys() if calm.get(name) != other.get(name)]
-        print(f"{kind} ended differently: {different[:5]}", file=sys.stderr, flush=True)
+        print(f"{kind} ended differently: {len(different)} of {len(calm)}, {different[:3]}", file=sys.stderr, flush=True)
+        print(f"first: {calm.get(different[0])} and {other.get(different[0])}", file=sys.stderr, flush=True)
 
 
 def lead_away(

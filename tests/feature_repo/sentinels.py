@@ -70,7 +70,7 @@ class Failover:
                 "type": "redis",
                 "redis_type": "redis_sentinel",
                 "sentinel_master": MASTER,
-                "connection_string": f"127.0.0.1:{self.watch},socket_timeout=5,socket_connect_timeout=2",
+                "connection_string": f"127.0.0.1:{self.watch},socket_timeout=12,socket_connect_timeout=2",
             }
         )
 
