@@ -18,6 +18,7 @@ import numpy.typing as npt
 from feast.protos.feast.types.Value_pb2 import StringList, Value
 
 from feature_repo import feature_definitions as views
+from feature_repo.codes import remove_codes
 from feature_repo.keys import key_prefix, key_text, key_texts, serialized
 from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of
 from feature_repo.stores import SCAN, NotPublished, Store
@@ -258,8 +259,12 @@ def spaces_online(store: Store) -> dict[str, int]:
 
 
 def remove_rows(store: Store, start: bytes = b"", end: bytes = b"") -> int:
-    """Removes rows of `item_embedding` whose serialized key begins and ends so; returns how many. Raises Fenced."""
+    """Removes rows of `item_embedding` whose serialized key begins and ends so; returns how many. Raises Fenced.
+
+    Codes of the same keys go too.
+    """
     removed = 0
+    remove_codes(store, start, end)
     for keys in store.keys(views.item_embedding, start):
         store.renew()
         for part in batched([key for key in set(keys) if key.startswith(start) and key.endswith(end)], DELETES):

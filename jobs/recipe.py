@@ -32,6 +32,8 @@ JOBS = {
     "lookup": "reads the online store back as a client would; fails on any difference",
     "recommend": "the online store, the champion -> the next items of a user",
     "report": "the manifests of a run -> one HTML page with plots",
+    "codes": "item_embeddings or llm_embeddings -> item_codes and their books, published beside the vectors",
+    "bakeoff": "sequences, llm_embeddings -> every system of the family on one split, with paired intervals",
     "explain": "an item's online vector -> its chain of origin, digests verified",
     "rollback": "the pointer -> the previous space: one write",
     "collect": "spaces past their grace period -> removed",
