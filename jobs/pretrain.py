@@ -30,8 +30,8 @@ class Config:
     backbone: Backbone = field(default_factory=Backbone)
     training: Training = field(default_factory=Training)
     view: Literal["trained", "graph"] = "trained"
-    """`trained`: an ID-only SRS; `graph`: random vectors spread over the graph of users and items (ELMRec), which takes no training
-    and is read by a fading mean. `rat` aligns to either."""
+    """`trained`: an ID-only SRS; `graph`: random vectors spread over the graph of users and items (ELMRec), untrained, read by a
+    fading mean. `rat` aligns to either."""
     cold_share: float = 0.0
     """Share of the items whose train events are left out, so that `evaluate` can rank them as cold; 0 in production."""
 
@@ -111,9 +111,7 @@ def spread(config: Config, events: Histories) -> tuple[Recommender, Trained]:
     """The graph of users and items as a teacher, and what it is worth by itself."""
     teacher = graph_recommender(events, config.backbone, config.run.seed)
     among_M = train_counts(events).nonzero().flatten()
-    asked = make_validation(
-        events, among_M, config.training.validation_users, config.backbone.max_len, config.run.exclude_seen
-    )
+    asked = make_validation(events, among_M, config.training.validation_users, config.backbone.max_len, config.run.exclude_seen)
     figures = validate(teacher, asked, nullcontext)
     return teacher, Trained(epochs=0, best_epoch=0, seconds_per_epoch=0.0, history=(), **figures)
 

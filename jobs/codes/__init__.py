@@ -1,15 +1,13 @@
 """`item_embeddings` of a space, or `llm_embeddings` -> `item_codes` and their books (MoC), published beside the vectors.
 
-Append-only: an item whose text stays keeps its codes bit by bit; new items and changed texts are coded by the published books. New
-books, and with them other codes for every item, come by `refit` alone, with a report.
+Append-only: an item whose text stays keeps its codes bit by bit; new items and changed texts are coded by the published books.
+New books, and with them other codes for every item, come by `refit` alone, with a report.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-
-import torch
 
 from jobs.codes import beside, books, coding, figures
 from jobs.codes.config import Config as Config
@@ -35,17 +33,15 @@ def run(config: Config) -> Result:
         raise InputError(f"books {before.books_id} are of {before.source}, these vectors of {source.name}: vectors of two spaces "
                          "can't be compared; make new books with --set codes.refit=true")  # fmt: skip
     sample_ND = coding.sample(config, source).to(device)
-    if fresh or before is None:
-        used = books.keep(config, source, books.fitted(config, sample_ND))
-    else:
-        used = before
+    used = before if before is not None and not fresh else books.keep(config, source, books.fitted(config, sample_ND))
     model = used.model.to(device)
     fitted_s = time.monotonic() - began
     rows, counts = coding.coded(config, source, used, model)
     commit = partitions.write(config.run.lake, ITEM_CODES, f"books={used.books_id}/ds={config.run.ds}", [rows])
     coded_s = time.monotonic() - began - fitted_s
-    other = coding.codes_of(config.run, before.books_id) if fresh and before is not None else None
-    report = figures.report(config, rows, used, model, sample_ND, source, other if used != before else None)
+    moved_from = before.books_id if before is not None and before.books_id != used.books_id else ""
+    other = coding.codes_of(config.run, moved_from) if moved_from else None
+    report = figures.report(config, rows, model, sample_ND, other, fresh=fresh)
     online = beside.publish(config, rows, used.books_id, source) if config.publish else 0
     result = Result(
         books_id=used.books_id, source=source.name, refit=fresh, books=model.entry_KCD.shape[0],

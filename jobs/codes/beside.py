@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from feature_repo import codes, offline
+from feature_repo.feature_definitions import define
 from feature_repo.reader import Reader, end_of, offline_folder, open_store, settings
 from feature_repo.stores import lease, open_writer
-from feature_repo.feature_definitions import define
 from jobs.codes.books import Source
 from jobs.codes.coding import matrix
 from jobs.codes.config import Config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ class Version:
 
     books_id: str
     source: str
-    sweeps: int
     model: Books
 
 
@@ -71,10 +69,10 @@ def load(config: Config, books_id: str) -> Version:
     """Books by their id."""
     home = artifacts.find(config.run.lake, "books", books_id)
     known = json.loads((home / "books.json").read_text())
-    model = Books(known["books"], known["entries"], known["width"])
+    model = Books(known["books"], known["entries"], known["width"], heads=known["training"]["apart"])
     model.load_state_dict(load_file(home / "books.safetensors"))
     model.eval().requires_grad_(False)
-    return Version(books_id=books_id, source=known["source"], sweeps=known["sweeps"], model=model)
+    return Version(books_id=books_id, source=known["source"], model=model)
 
 
 def fitted(config: Config, sample_ND: Tensor) -> Books:
@@ -92,7 +90,7 @@ def keep(config: Config, source: Source, model: Books) -> Version:
     staged = artifacts.stage(config.run.lake, "books")
     save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, staged / "books.safetensors")
     books, entries, width = model.entry_KCD.shape
-    known = {"source": source.name, "books": books, "entries": entries, "width": width, "sweeps": config.training.sweeps,
-             "training": as_json(dataclasses.asdict(config.training)), "seed": config.run.seed}  # fmt: skip
+    known = {"source": source.name, "books": books, "entries": entries, "width": width,
+             "training": as_json(config.training), "seed": config.run.seed}  # fmt: skip
     (staged / "books.json").write_text(json.dumps(known, indent=1, sort_keys=True))
     return load(config, artifacts.keep(config.run.lake, "books", staged))

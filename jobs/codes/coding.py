@@ -77,7 +77,7 @@ def coded(config: Config, source: Source, used: Version, model: Books) -> tuple[
         code_NK, kept_N, known_N = from_before(before, some_ids, some_hashes, len(model.entry_KCD))
         lacks = ~kept_N
         if lacks.any():
-            made_NK = model.encode(emb_ND[torch.from_numpy(lacks)].to(model.mean_D.device), used.sweeps)
+            made_NK = model.encode(emb_ND[torch.from_numpy(lacks)].to(model.mean_D.device))
             code_NK[lacks] = made_NK.cpu().numpy()
         counts["kept"] += int(kept_N.sum())
         counts["changed"] += int((lacks & known_N).sum())

@@ -23,7 +23,7 @@ class Config:
     refit: bool = False
     """Makes new books: all codes change, and consumers must learn them anew."""
     training: Codes = field(default_factory=Codes)
-    """Read where books are made; books keep their own `sweeps`."""
+    """Read where books are made; they stay as they are from then on."""
     controls: bool = True
     """At a refit, measures product quantisation and residual k-means of as many bits beside the books (by faiss)."""
     category: str = ""

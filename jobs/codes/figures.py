@@ -1,4 +1,4 @@
-"""The report on codes: use of the books, collisions, neighbours kept, categories told; at a refit what moved, and the controls."""
+"""The report on codes: use of books, collisions, neighbours kept, categories told; at a refit what moved, and the controls."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from jobs.codes.books import Source, Version
 from jobs.codes.coding import matrix
 from jobs.codes.config import Config, Result
-from jobs.codes.controls import controls
+from jobs.engines.quantisers import quantised
 from jobs.lake import partitions
 from jobs.lake.items import live_items
 from jobs.lake.tables import ITEMS
@@ -27,9 +26,9 @@ FEW = 100
 
 
 def report(
-    config: Config, rows: pa.Table, used: Version, model: Books, sample_ND: Tensor, source: Source, other: pa.Table | None
+    config: Config, rows: pa.Table, model: Books, sample_ND: Tensor, other: pa.Table | None, *, fresh: bool
 ) -> dict[str, Any]:
-    """Figures of the codes written; `other` are those of the books before, at a refit."""
+    """Figures of the codes written; of `fresh` books also the controls; `other` are the codes by the books before."""
     code_NK = torch.from_numpy(matrix(rows).astype(np.int64))
     entries, some_ND = model.entry_KCD.shape[1], sample_ND[: config.figures_items]
     found: dict[str, Any] = {
@@ -37,7 +36,7 @@ def report(
         "collisions": rounded(code_figures.collisions(code_NK)) | {"most_numbered": int(pc.max(rows["number"]).as_py()) + 1},
         "bits": len(model.entry_KCD) * (entries - 1).bit_length(),
         "items": len(code_NK),
-        "books": compared(some_ND, model.decode(model.encode(some_ND, used.sweeps))),
+        "books": compared(some_ND, model.decode(model.encode(some_ND))),
     }
     name, category_N = categories(config, rows)
     if name:
@@ -45,9 +44,9 @@ def report(
         found["category"] = {"attribute": name, "information": [round(value, DIGITS) for value in told]}
     if other is not None:
         found["moved"] = moved(other, rows)
-    if config.controls and config.refit or config.controls and other is None and config.books == "latest":
-        read = controls(sample_ND, len(model.entry_KCD), entries)
-        found |= {kind: compared(some_ND, read_ND[: len(some_ND)]) for kind, read_ND in read.items()}
+    if config.controls and fresh:
+        read = quantised(sample_ND, len(model.entry_KCD), entries)
+        found |= {kind: compared(some_ND, read_ND[: len(some_ND)]) for kind, (read_ND, _) in read.items()}
     return found
 
 

@@ -20,6 +20,7 @@ from jobs.lake.tensors import (
     read_embeddings,
     read_histories,
 )
+from jobs.lake.tensors import texts_of as texts_of
 from jobs.rat import fuse, refit, rotation
 from jobs.rat.config import Config as Config
 from jobs.rat.config import Result as Result
@@ -220,12 +221,6 @@ def make_aligner(config: Config, teacher_id: str, catalogue: Catalogue, counts_V
     weight_V = counts_V / (counts_V + config.popularity_prior).clamp_min(1e-9) * known_V
     text_V = texts_of(catalogue).to(counts_V.device)
     return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=config.alpha, temperature=config.temperature, text_V=text_V)
-
-
-def texts_of(catalogue: Catalogue) -> Tensor:
-    """text_V: a number for each different text of the catalogue, -1 for padding."""
-    texts = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
-    return torch.cat([torch.tensor([-1]), torch.from_numpy(texts.astype("int64"))])
 
 
 def fusion_of(config: Config) -> Fusion:

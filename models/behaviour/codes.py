@@ -1,9 +1,9 @@
 """Vectors as a few small integers: MoC's books, which all tell of the whole vector and share one decoder (arXiv 2410.09560).
 
 The decoder reads the mean of the entries that the codes name. As published each book chooses apart: the entry nearest to a head
-of its own. By default books choose jointly instead, each what the others leave over (additive quantisation, Babenko and Lempitsky
-2014): with a linear decoder that is exact, and it keeps far more (BENCHMARKS.md). What the paper leaves open is chosen here: linear
-heads and decoder, and where training starts (residual k-means, or product quantisation of turned directions).
+of its own. By default books choose jointly instead, each what the others leave over (additive quantisation, Babenko and
+Lempitsky 2014): with a linear decoder that is exact, and it keeps far more (BENCHMARKS.md). What the paper leaves open is chosen
+here: linear heads and decoder, and where training starts (residual k-means, or product quantisation of turned directions).
 
 Shapes: N items, D width, K books, C entries of a book, B items of a batch.
 """
@@ -85,9 +85,9 @@ class Books(nn.Module):
 
     @torch.no_grad()
     def encode(self, emb_ND: Tensor, sweeps: int = SWEEPS) -> Tensor:
-        """code_NK int64. An item's codes depend on its own vector alone. Raises ValueError for another width or strange values."""
+        """code_NK int64; an item's codes depend on its own vector alone. Raises ValueError for another width or odd values."""
         if emb_ND.shape[1] != len(self.mean_D):
-            raise ValueError(f"vectors are {emb_ND.shape[1]} wide, the books read {len(self.mean_D)}: these are not their vectors")
+            raise ValueError(f"vectors are {emb_ND.shape[1]} wide, the books read {len(self.mean_D)}: they are of other vectors")
         if not bool(emb_ND.isfinite().all()):
             raise ValueError("a vector to be coded is not finite: make these vectors again")
         choose = self.apart if self.head_KDD is not None else partial(self.jointly, sweeps=sweeps)
@@ -126,7 +126,7 @@ def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_:
     different = len(torch.unique(emb_ND, dim=0)) if len(emb_ND) <= CHUNK else config.entries
     if different < config.entries:
         raise ValueError(f"{len(emb_ND):,} items have {different:,} different vectors, a book has {config.entries} entries: set "
-                         "codes.entries lower, or give more items")  # fmt: skip
+                         "entries lower, or give more items")  # fmt: skip
     some_N = torch.randperm(len(emb_ND), generator=generator)[: config.sample].to(emb_ND.device)
     emb_ND = emb_ND[some_N].float()
     books = started(emb_ND, config, generator)
@@ -169,7 +169,7 @@ def started(emb_ND: Tensor, config: Codes, generator: torch.Generator) -> Books:
 
 
 def dealt(covariance_DD: Tensor, books: int) -> Tensor:
-    """head_KDD: projections on shares of the principal directions, dealt out there and back so that each book has as much to tell."""
+    """head_KDD: projections on shares of the principal directions, dealt out there and back: each book has as much to tell."""
     _, direction_DD = torch.linalg.eigh(covariance_DD)
     strong_DD = direction_DD.flip(1).float()
     place_D = torch.arange(len(strong_DD), device=strong_DD.device) % (2 * books)

@@ -1,8 +1,8 @@
-"""ELMRec's view (arXiv 2409.19979): random vectors of users and items, spread over the graph of who took what. Nothing is trained.
+"""ELMRec's view (arXiv 2409.19979): random vectors of users and items, spread over the graph of who took what. Untrained.
 
 What stands near in the graph ends up alike, since it collects the same random vectors. Everything comes from train rows.
 
-Shapes: U users, V items + 1 (row 0 is padding), D width, E different (user, item) pairs.
+Shapes: U users, V items + 1 (row 0 is padding), D width, E different (user, item) pairs, M nodes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def graph_table(events: Histories, width: int, *, layers: int = LAYERS, seed: in
 
 
 def propagated(one_E: Tensor, other_E: Tensor, start_MD: Tensor, layers: int) -> Tensor:
-    """Mean over l = 0..layers of (D^-1/2 A D^-1/2)^l start, for the undirected graph of M nodes with these edges, each given once."""
+    """Mean over l = 0..layers of (D^-1/2 A D^-1/2)^l start, in the undirected graph of these edges, each given once."""
     nodes = len(start_MD)
     place_2E = torch.cat([torch.stack([one_E, other_E]), torch.stack([other_E, one_E])], dim=1)
     root_M = torch.bincount(place_2E[0], minlength=nodes).clamp_min(1).float().rsqrt()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,7 +153,8 @@ def rows(found: Mapping[str, Outcome], values: Mapping[str, Mapping[str, Mapping
 
 
 def routing(
-    found: Mapping[str, Outcome], test: Cases, valid: Cases, others: Sequence[str], champion: str = CHAMPION, shares: Sequence[float] = SHARES
+    found: Mapping[str, Outcome], test: Cases, valid: Cases, others: Sequence[str], champion: str = CHAMPION,
+    shares: Sequence[float] = SHARES,
 ) -> dict[str, Any]:  # fmt: skip
     """Who is weak under the champion, and what routing the weak to each other system brings; means over the seeds.
 
@@ -176,6 +177,22 @@ def routing(
             other_U = torch.stack(found[name].ndcg_SC).mean(0).double()
             told["routes"][name] = [figures(dataclasses.asdict(one)) for one in routes(main_U, other_U, signals, shares)]
     return told
+
+
+def table(
+    models: Sequence[Mapping[str, Any]], values: Mapping[str, Mapping[str, Mapping[str, float]]],
+    differences: Sequence[Mapping[str, Any]], champion: str,
+) -> Iterator[str]:  # fmt: skip
+    """Lines for a person: NDCG by slice, what the champion is ahead by with its interval, seconds and bytes."""
+    shown = [name for name in ("overall", "cold", "tail", "head", "short", "long") if name in values[champion]]
+    ahead = {row["against"]: row for row in differences if row["slice"] == "overall"}
+    yield f"  {'NDCG@10':<24}" + "".join(f"{name:>9}" for name in shown) + f"{'champion ahead by':>30}{'seconds':>9}{'bytes':>7}"
+    for one in models:
+        name = one["model"]
+        row = ahead.get(name)
+        less = "" if row is None or row["low"] is None else f"{row['value']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+        cells = "".join(f"{values[name][slice_][f'ndcg@{K}']:>9.4f}" for slice_ in shown)
+        yield f"  {name:<24}{cells}{less:>30}{one['seconds']:>9.1f}{one['bytes_per_item']:>7.0f}"
 
 
 def figures(values: Mapping[str, Any]) -> dict[str, Any]:

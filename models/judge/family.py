@@ -78,8 +78,9 @@ def alpha_fuse(kit: Kit) -> Made:
     known, white_NK = kit.settings, kit.white(main(kit))[1]
     training = dataclasses.replace(known.training, cosine=known.cosine, **ALPHA_FUSE)
     items = NullSpaceItems(white_NK, known.backbone.width, known.backbone.width // 2, unit=True)
-    yield "alpha_fuse", kit.served(
-        kit.once("alpha_fuse", lambda: kit.trained(Recommender(items, build_sequence(known.backbone)), training))
+    yield (
+        "alpha_fuse",
+        kit.served(kit.once("alpha_fuse", lambda: kit.trained(Recommender(items, build_sequence(known.backbone)), training))),
     )
 
 

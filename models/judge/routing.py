@@ -29,6 +29,8 @@ class Route:
     signal: str
     share: float
     ndcg: float
+    main: float
+    """What the main model gives to all."""
     random: float
     """What routing as many users drawn at random gives, on average."""
     oracle: float
@@ -88,13 +90,14 @@ def routes(
         drawn = bootstrap((values_KU - random_U).T, every_1U, seed=seed)
         for column, signal in enumerate(signals):
             less = estimate(drawn, 0, column)
-            found.append(Route(signal=signal, share=share, ndcg=float(values_KU[column].mean()), random=float(random_U.mean()),
+            found.append(Route(signal=signal, share=share, ndcg=float(values_KU[column].mean()),
+                               main=float(main_U.mean()), random=float(random_U.mean()),
                                oracle=oracle, gain=less.value, low=less.low, high=less.high))  # fmt: skip
     return found
 
 
 def weak_groups(ndcg_U: Tensor, signals: Mapping[str, Tensor], share: float = WEAK) -> dict[str, dict[str, float]]:
-    """Of the weakest share of the users by each signal: how many, their NDCG, that of all others, and the share without any hit."""
+    """Of the weakest share of the users by each signal: how many, their NDCG, that of all others, the share without any hit."""
     found = {}
     for signal, weak_U in signals.items():
         mine_U = routed(torch.zeros_like(ndcg_U), torch.ones_like(ndcg_U), weak_U, share).bool()

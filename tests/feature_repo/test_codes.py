@@ -37,7 +37,7 @@ def test_codes_are_read_as_they_were_written_and_only_changes_are_written(lake: 
 def test_feast_s_own_reader_reads_them(lake: Path) -> None:
     write(lake)
     rows = open_store(lake).get_online_features(
-        features=["item_codes:codes", "item_codes:number", "item_codes:books_id"], entity_rows=[{"item_id": "z", "space_id": "a" * 16}]
+        features=[f"item_codes:{name}" for name in codes.FIELDS], entity_rows=[{"item_id": "z", "space_id": "a" * 16}]
     )
     assert rows.to_dict() == {
         "item_id": ["z"], "space_id": ["a" * 16], "codes": [[1, 200]], "number": [1], "books_id": ["b" * 16]
