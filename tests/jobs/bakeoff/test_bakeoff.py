@@ -50,9 +50,8 @@ def test_every_system_is_in_the_table_and_nothing_that_serves_changes(run: Run) 
     assert {one["model"] for one in result.models} == names == set(result.values)
     assert result.encoder_id == ENCODER and result.rows == {"bakeoff": len(rows)}
     value = result.values["fused"]["overall"]["ndcg@10"]
-    assert value == next(
-        row["value"] for row in rows if (row["model"], row["slice"], row["metric"]) == ("fused", "overall", "ndcg@10")
-    )
+    found = {(row["model"], row["slice"], row["metric"]): row["value"] for row in rows}
+    assert value == found["fused", "overall", "ndcg@10"]
     assert {row["against"] for row in result.differences} == names - {"fused"}
     assert set(result.routing["routes"]) == {"text", "graph", "repeat_markov_popularity"}
 
@@ -63,15 +62,15 @@ def test_a_rerun_leaves_the_same_table(run: Run) -> None:
 
 
 def test_what_is_off_is_told_by_name(run: Run) -> None:
-    with pytest.raises(InputError, match=r"recipe: bakeoff.systems|bakeoff.systems \['best'\]: name some of id_only, text"):
+    with pytest.raises(InputError, match=r"bakeoff.systems \['best'\]: name some of id_only, text"):
         config(run, systems=("best",))
     with pytest.raises(InputError, match="each once"):
         config(run, seeds=(1, 1))
-    with pytest.raises(InputError, match="cold_share 1.0 is not in"):
+    with pytest.raises(InputError, match=r"cold_share 1.0 is not in"):
         config(run, cold_share=1.0)
     with pytest.raises(InputError, match="encoder beef has no embeddings"):
         bakeoff.run(config(run, encoder="beef"))
-    with pytest.raises(ValueError, match="bakeoff.champion 'fused' is none of the systems that were made"):
+    with pytest.raises(ValueError, match=r"bakeoff.champion 'fused' is none of the systems that were made"):
         bakeoff.run(config(run, systems=("text",)))
     with pytest.raises(ValueError, match="19 different vectors, a book has 64 entries"):
         entries = dataclasses.replace(SMALL, codes=dataclasses.replace(SMALL.codes, entries=64))

@@ -111,11 +111,7 @@ def test_a_graph_as_teacher_and_as_a_part_is_spread_anew_over_all_events(run: Ru
         # i19 is met by the newest events alone
         before, after = (part[name].items.weight[old.row["i19"]] for part in parts)
         assert not torch.allclose(before, after)
-        assert part_reads_by_a_fading_mean(parts[1][name].sequence)
-
-
-def part_reads_by_a_fading_mean(sequence: torch.nn.Module) -> bool:
-    return isinstance(sequence, FadingMean)
+        assert isinstance(parts[1][name].sequence, FadingMean)
 
 
 def test_an_item_of_the_newest_events_alone_is_cold_to_the_judge_and_known_to_what_serves(run: Run) -> None:

@@ -34,7 +34,7 @@ def test_where_books_choose_apart_the_start_is_product_quantisation_in_turned_di
     projections = books.head_KDD.detach()
     torch.testing.assert_close(projections.sum(0), torch.eye(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(projections @ projections, projections, atol=1e-5, rtol=0)
-    shares = books.heads(emb_ND).square().sum((1, 2))
+    shares = books.heads(emb_ND).detach().square().sum((1, 2))
     assert float(shares.max() / shares.min()) < 4  # the strongest directions are dealt out in turns
 
 
