@@ -34,6 +34,8 @@ JOBS = {
     "report": "the manifests of a run -> one HTML page with plots",
     "codes": "item_embeddings or llm_embeddings -> item_codes and their books, published beside the vectors",
     "bakeoff": "sequences, llm_embeddings -> every system of the family on one split, with paired intervals",
+    "rerank": "a recommender's lists -> what an LLM that re-ranks them adds, offline",
+    "generate": "item_codes, a recommender -> what a model that writes the next item's codes achieves, offline",
     "explain": "an item's online vector -> its chain of origin, digests verified",
     "rollback": "the pointer -> the previous space: one write",
     "collect": "spaces past their grace period -> removed",

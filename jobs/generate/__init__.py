@@ -1,0 +1,123 @@
+"""`item_codes`, `sequences`, a recommender -> a report: what a model that writes the next item's tokens achieves, offline (TTDS).
+
+Items' tokens are their published codes, users' those of books of their own. Test events are asked once, beside the recommender
+that made the vectors. Nothing that serves changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from jobs.engines import registry
+from jobs.generate.config import Config as Config
+from jobs.generate.config import Result as Result
+from jobs.generate.tokens import drift, read_tokens
+from jobs.lake import artifacts
+from jobs.lake.tensors import pick_device, read_catalogue, read_embeddings, read_histories
+from models.behaviour.artifact import Loaded, load_recommender
+from models.behaviour.codes import Books, fit_books
+from models.behaviour.data import Histories, window
+from models.behaviour.generative import Tree, Writer, beam_search, train_writer, vocabulary, written
+from models.judge.bootstrap import bootstrap, estimate
+from models.judge.rerank import Lists, make_lists, placed
+
+log = logging.getLogger(__name__)
+USERS_AT_ONCE = 64
+
+
+def run(config: Config) -> Result:
+    """Trains and asks the writer. Raises InputError or ValueError for items without codes, too few users, or no event to test on."""
+    began, device = time.monotonic(), pick_device(config.run)
+    chosen = registry.resolve(config.run, config.recommender)
+    recommender = load_recommender(artifacts.find(config.run.lake, "recommender", chosen["recommender_id"]), device)
+    catalogue = read_catalogue(config.run)
+    events, digest = read_histories(config.run, catalogue.item_ids)
+    events = events.to(device)
+    llm_NE = read_embeddings(config.run, str(chosen["encoder_id"]), catalogue.content_hashes)
+    table_VD = torch.nn.functional.pad(recommender.project(llm_NE, catalogue.item_ids), (0, 0, 1, 0))
+    known = read_tokens(config, catalogue, str(chosen["encoder_id"]), chosen["recommender_id"])
+    token_NT, words = vocabulary(known.code_NK.to(device), known.number_N.to(device), known.entries)
+    tree = Tree(token_NT)
+    lists = make_lists(events, "test", table_VD, recommender.encode, recommender.backbone.max_len, top=config.training.beams,
+                       most=config.users, unseen=config.run.exclude_seen)  # fmt: skip
+    users_U = torch.arange(len(events.train_end_U), device=device)
+    trained_UD = users(recommender, table_VD, window(events, users_U, events.train_end_U, recommender.backbone.max_len))
+    books = fit_books(trained_UD[events.train_end_U > 0], config.user_codes, seed=config.run.seed)
+    writer = taught(config, events, books, trained_UD, (token_NT, words), table_VD)
+    asked_UD = users(recommender, table_VD, lists.history_CL.to(device))
+    prompt_CL = prompts(config, writer, lists.history_CL.to(device), asked_UD, books, (token_NT, words))
+    item_CW = generated(writer, prompt_CL, tree, config.training.beams)
+    ndcg = {"generated": worth(item_CW.cpu(), lists), "recommender": placed(lists.score_CM.double(), lists.place_C)}
+    found = bootstrap(torch.stack(list(ndcg.values()), 1), torch.ones(1, len(item_CW), dtype=torch.bool), seed=config.run.seed)
+    less = estimate(found, 0, 0, minus=1)
+    result = Result(
+        recommender_id=chosen["recommender_id"], books_id=known.books_id, users=len(item_CW), words=writer.words.num_embeddings - 1,
+        ndcg={name: round(float(value_C.mean()), 5) for name, value_C in ndcg.items()},
+        difference={key: round(getattr(less, key), 5) for key in ("value", "low", "high")},
+        items_share=round(float((item_CW > 0).double().mean()), 5), drift=drift(known, table_VD[1:] if known.of_vectors else llm_NE.float()),
+        seconds=round(time.monotonic() - began, 1), device=str(device),
+        inputs={"items": catalogue.digest, "sequences": digest, "recommender": chosen["recommender_id"], "books": known.books_id},
+        outputs={}, rows={},
+    )  # fmt: skip
+    log.info("NDCG@10 of %d users: generated %.4f, the recommender %.4f; index drift %.4f", result.users, result.ndcg["generated"],
+             result.ndcg["recommender"], result.drift)  # fmt: skip
+    return result
+
+
+@torch.no_grad()
+def users(recommender: Loaded, table_VD: Tensor, history_UL: Tensor) -> Tensor:
+    """user_UD after histories."""
+    return torch.cat([recommender.encode(table_VD[some], some != 0).float() for some in history_UL.split(1024)])
+
+
+def taught(
+    config: Config, events: Histories, books: Books, user_UD: Tensor, item_tokens: tuple[Tensor, int], table_VD: Tensor
+) -> Writer:
+    """A writer trained on train events; code embeddings are drawn to the items' vectors."""
+    token_NT, words = item_tokens
+    all_words = words + books.entry_KCD.shape[0] * books.entry_KCD.shape[1]
+    longest = books.entry_KCD.shape[0] + (config.training.history + 1) * token_NT.shape[1]
+    torch.manual_seed(config.run.seed)
+    writer = Writer(all_words, config.training, longest, table_VD.shape[1] if config.training.text else 0).to(token_NT.device)
+    users_U = torch.arange(len(events.train_end_U), device=token_NT.device)
+    history_UH = window(events, users_U, events.train_end_U, config.training.history + 1)
+
+    def tell(figures: dict[str, float], step: int) -> None:
+        if step % 200 == 0:
+            log.info("step %d  loss %.4f", step, figures["loss"])
+
+    train_writer(writer, history_UH, user_words(books, user_UD, words), token_NT, table_VD[1:], config.training,
+                 seed=config.run.seed, log=tell)  # fmt: skip
+    return writer
+
+
+def user_words(books: Books, user_UD: Tensor, words: int) -> Tensor:
+    """user_UK: users' codes as words behind those of items."""
+    books_K = torch.arange(books.entry_KCD.shape[0], device=user_UD.device)
+    return words + books.encode(user_UD) + books.entry_KCD.shape[1] * books_K
+
+
+def prompts(
+    config: Config, writer: Writer, history_CL: Tensor, user_CD: Tensor, books: Books, item_tokens: tuple[Tensor, int]
+) -> Tensor:
+    """prompt_CL of histories."""
+    token_NT, words = item_tokens
+    newest_CH = torch.nn.functional.pad(history_CL, (config.training.history, 0))[:, -config.training.history :]
+    return written(newest_CH, user_words(books, user_CD, words), token_NT, writer.words.num_embeddings - 1)
+
+
+def generated(writer: Writer, prompt_CL: Tensor, tree: Tree, beams: int) -> Tensor:
+    """item_CW, best first."""
+    return torch.cat([beam_search(writer, some, tree, beams)[0] for some in prompt_CL.split(USERS_AT_ONCE)])
+
+
+def worth(item_CW: Tensor, lists: Lists) -> Tensor:
+    """NDCG@10 of each case's beams, without what the recommender's lists leave out."""
+    own_CW = item_CW == lists.target_C[:, None]
+    left_CW = (item_CW > 0) & ~(item_CW[:, :, None] == lists.out_CH[:, None]).any(2)
+    ahead_C = (left_CW & (own_CW.int().cumsum(1) == 0)).sum(1)
+    return torch.where(own_CW.any(1) & (ahead_C < 10), 1 / (ahead_C + 2).double().log2(), 0.0)
