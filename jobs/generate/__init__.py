@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from jobs.engines import registry
 from jobs.generate.config import Config as Config
 from jobs.generate.config import Result as Result
-from jobs.generate.tokens import drift, read_tokens
+from jobs.generate.tokens import Tokens, drift, read_tokens
 from jobs.lake import artifacts
 from jobs.lake.tensors import pick_device, read_catalogue, read_embeddings, read_histories
 from models.behaviour.artifact import Loaded, load_recommender
@@ -29,43 +30,68 @@ log = logging.getLogger(__name__)
 USERS_AT_ONCE = 64
 
 
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What the lake tells."""
+
+    recommender: Loaded
+    recommender_id: str
+    events: Histories
+    table_VD: Tensor
+    known: Tokens
+    drift: float
+    token_NT: Tensor
+    words: int
+    inputs: dict[str, str]
+
+
 def run(config: Config) -> Result:
-    """Trains and asks the writer. Raises InputError or ValueError for items without codes, too few users, or no event to test on."""
-    began, device = time.monotonic(), pick_device(config.run)
-    chosen = registry.resolve(config.run, config.recommender)
-    recommender = load_recommender(artifacts.find(config.run.lake, "recommender", chosen["recommender_id"]), device)
-    catalogue = read_catalogue(config.run)
-    events, digest = read_histories(config.run, catalogue.item_ids)
-    events = events.to(device)
-    llm_NE = read_embeddings(config.run, str(chosen["encoder_id"]), catalogue.content_hashes)
-    table_VD = torch.nn.functional.pad(recommender.project(llm_NE, catalogue.item_ids), (0, 0, 1, 0))
-    known = read_tokens(config, catalogue, str(chosen["encoder_id"]), chosen["recommender_id"])
-    token_NT, words = vocabulary(known.code_NK.to(device), known.number_N.to(device), known.entries)
-    tree = Tree(token_NT)
-    lists = make_lists(events, "test", table_VD, recommender.encode, recommender.backbone.max_len, top=config.training.beams,
-                       most=config.users, unseen=config.run.exclude_seen)  # fmt: skip
-    users_U = torch.arange(len(events.train_end_U), device=device)
-    trained_UD = users(recommender, table_VD, window(events, users_U, events.train_end_U, recommender.backbone.max_len))
-    books = fit_books(trained_UD[events.train_end_U > 0], config.user_codes, seed=config.run.seed)
-    writer = taught(config, events, books, trained_UD, (token_NT, words), table_VD)
-    asked_UD = users(recommender, table_VD, lists.history_CL.to(device))
-    prompt_CL = prompts(config, writer, lists.history_CL.to(device), asked_UD, books, (token_NT, words))
-    item_CW = generated(writer, prompt_CL, tree, config.training.beams)
-    ndcg = {"generated": worth(item_CW.cpu(), lists), "recommender": placed(lists.score_CM.double(), lists.place_C)}
-    found = bootstrap(torch.stack(list(ndcg.values()), 1), torch.ones(1, len(item_CW), dtype=torch.bool), seed=config.run.seed)
-    less = estimate(found, 0, 0, minus=1)
+    """Trains and asks the writer. Raises InputError or ValueError for items without codes, too few users, no event to test on."""
+    began, read = time.monotonic(), read_all(config)
+    recommender, events, words = read.recommender, read.events, (read.token_NT, read.words)
+    lists = make_lists(events, "test", read.table_VD, recommender.encode, recommender.backbone.max_len,
+                       top=config.training.beams, most=config.users, unseen=config.run.exclude_seen)  # fmt: skip
+    everybody_U = torch.arange(len(events.train_end_U), device=read.token_NT.device)
+    histories_UL = window(events, everybody_U, events.train_end_U, recommender.backbone.max_len)
+    user_UD = users(recommender, read.table_VD, histories_UL)
+    books = fit_books(user_UD[events.train_end_U > 0], config.user_codes, seed=config.run.seed)
+    writer = taught(config, events, books, user_UD, words, read.table_VD)
+    history_CL = lists.history_CL.to(read.token_NT.device)
+    prompt_CL = prompts(config, writer, history_CL, users(recommender, read.table_VD, history_CL), books, words)
+    item_CW = generated(writer, prompt_CL, Tree(read.token_NT), config.training.beams).cpu()
+    ndcg = {"generated": worth(item_CW, lists), "recommender": placed(lists.score_CM.double(), lists.place_C)}
+    every_1C = torch.ones(1, len(item_CW), dtype=torch.bool)
+    less = estimate(bootstrap(torch.stack(list(ndcg.values()), 1), every_1C, seed=config.run.seed), 0, 0, minus=1)
     result = Result(
-        recommender_id=chosen["recommender_id"], books_id=known.books_id, users=len(item_CW), words=writer.words.num_embeddings - 1,
-        ndcg={name: round(float(value_C.mean()), 5) for name, value_C in ndcg.items()},
+        recommender_id=read.recommender_id, books_id=read.known.books_id, users=len(item_CW),
+        words=writer.words.num_embeddings - 1, ndcg={name: round(float(value_C.mean()), 5) for name, value_C in ndcg.items()},
         difference={key: round(getattr(less, key), 5) for key in ("value", "low", "high")},
-        items_share=round(float((item_CW > 0).double().mean()), 5), drift=drift(known, table_VD[1:] if known.of_vectors else llm_NE.float()),
-        seconds=round(time.monotonic() - began, 1), device=str(device),
-        inputs={"items": catalogue.digest, "sequences": digest, "recommender": chosen["recommender_id"], "books": known.books_id},
-        outputs={}, rows={},
+        items_share=round(float((item_CW > 0).double().mean()), 5), drift=read.drift,
+        seconds=round(time.monotonic() - began, 1), device=str(read.token_NT.device), inputs=read.inputs, outputs={}, rows={},
     )  # fmt: skip
-    log.info("NDCG@10 of %d users: generated %.4f, the recommender %.4f; index drift %.4f", result.users, result.ndcg["generated"],
+    """Reads the lake. Raises InputError for what is not there, and ValueError where two items have all tokens in common."""
              result.ndcg["recommender"], result.drift)  # fmt: skip
     return result
+
+
+def read_all(config: Config) -> Read:
+    """Reads the lake. Raises InputError for what is not there, and ValueError where two items have all their tokens in common."""
+    device = pick_device(config.run)
+    chosen = registry.resolve(config.run, config.recommender)
+    encoder_id, recommender_id = str(chosen["encoder_id"]), str(chosen["recommender_id"])
+    recommender = load_recommender(artifacts.find(config.run.lake, "recommender", recommender_id), device)
+    catalogue = read_catalogue(config.run)
+    events, digest = read_histories(config.run, catalogue.item_ids)
+    known = read_tokens(config, catalogue, encoder_id, recommender_id)
+    llm_NE = read_embeddings(config.run, encoder_id, catalogue.content_hashes)
+    emb_ND = recommender.project(llm_NE, catalogue.item_ids)
+    token_NT, words = vocabulary(known.code_NK.to(device), known.number_N.to(device), known.entries)
+    return Read(
+        recommender=recommender, recommender_id=recommender_id, events=events.to(device), known=known, words=words,
+        table_VD=torch.nn.functional.pad(emb_ND, (0, 0, 1, 0)), token_NT=token_NT,
+        drift=drift(known, emb_ND if known.of_vectors else llm_NE.float().to(device)),
+        inputs={"items": catalogue.digest, "sequences": digest, "recommender": recommender_id, "books": known.books_id},
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -43,18 +43,19 @@ def read_tokens(config: Config, catalogue: Catalogue, encoder_id: str, recommend
     known = json.loads((home / "books.json").read_text())
     own = (f"space {space_of(encoder_id, recommender_id)}", f"encoder {encoder_id}")
     if known["source"] not in own:
-        raise InputError(f"books {books_id} are of {known['source']}, the recommender's vectors of {own[0]}: run codes for it first")
+        raise InputError(f"books {books_id} are of {known['source']}, the vectors of {own[0]}: run codes for it first")
     rows = partitions.read(config.run.lake, ITEM_CODES, f"books={books_id}/ds={config.run.ds}")
     place = pc.index_in(pa.array(catalogue.item_ids, pa.string()), value_set=rows["item_id"].combine_chunks())
     if place.null_count:
         strange = catalogue.item_ids[pc.is_null(place).to_pylist().index(True)]
-        raise InputError(f"{place.null_count} items have no codes, for example {strange!r}: run codes for {config.run.ds} first")
+        raise InputError(f"{place.null_count} items have no codes, for example {strange!r}: run codes for {config.run.ds}")
     rows = rows.take(place)
     flat = pc.list_flatten(rows["codes"].combine_chunks()).to_numpy(zero_copy_only=False)
     model = Books(known["books"], known["entries"], known["width"], heads=known["training"]["apart"])
     model.load_state_dict(load_file(home / "books.safetensors"))
     return Tokens(
-        books_id=books_id, entries=known["entries"], of_vectors=known["source"] == own[0], books=model.eval().requires_grad_(False),
+        books_id=books_id, entries=known["entries"], of_vectors=known["source"] == own[0],
+        books=model.eval().requires_grad_(False),
         code_NK=torch.from_numpy(flat.reshape(len(rows), -1).astype(np.int64)),
         number_N=torch.from_numpy(rows["number"].to_numpy().astype(np.int64)),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """A recommender's lists, `sequences`, titles -> a report: what an LLM that re-ranks them adds, offline (DELRec).
 
-Soft tokens learn on validation events; test events are asked once: the recommender's order, the plain prompt, the prompt with soft
-tokens, the same with titles shuffled over the items, and the oracle. Nothing that serves changes.
+Soft tokens learn on validation events; test events are asked once: the recommender's order, the plain prompt, the prompt with
+soft tokens, the same with titles shuffled over the items, and the oracle. Nothing that serves changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIXES = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 def run(config: Config) -> Result:
-    """Asks the LLM. Raises InputError or ValueError for a base that can't be asked, a title that it knows nothing of, or no event."""
+    """Asks the LLM. Raises InputError or ValueError for a base that can't be asked, a title that it doesn't know, or no event."""
     began, device = time.monotonic(), pick_device(config.run)
     chosen = registry.resolve(config.run, config.recommender)
     recommender = load_recommender(artifacts.find(config.run.lake, "recommender", chosen["recommender_id"]), device)

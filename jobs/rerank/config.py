@@ -45,7 +45,7 @@ class Result:
     mix: float
     """Weight of the LLM beside the recommender in `mixed`, chosen on validation; 0 leaves it out."""
     ndcg: dict[str, float]
-    """NDCG@10 of the recommender's order, the plain prompt, soft tokens, soft tokens with shuffled titles, the mix, the oracle."""
+    """NDCG@10 of the recommender's order, the plain prompt, soft tokens, those with shuffled titles, the mix, the oracle."""
     differences: dict[str, dict[str, float]]
     """Each less the recommender's, with the 95 % interval over users."""
     seconds: float

@@ -1,10 +1,11 @@
 """TTDS / ED² (arXiv 2409.09253): users and items as semantic tokens, and a causal model that writes the next item's tokens.
 
-Items' tokens are their codes (`codes.py`) and a number that tells items of the same codes apart; users' tokens are codes of their own
-books. A beam search walks the tree of all items' tokens, so that whatever comes out is an item. Code embeddings are drawn to the
-items' text by InfoNCE. Books are frozen here: an index that moved under the model would be another language.
+Items' tokens are their codes (`codes.py`) and a number that tells items of the same codes apart; users' tokens are codes of their
+own books. A beam search walks the tree of all items' tokens, so that whatever comes out is an item. Code embeddings are drawn to
+the items' text by InfoNCE. Books are frozen here: an index that moved under the model would be another language.
 
-Shapes: N items, U users, T tokens of an item, B rows, L positions, W beams, K books, X words of the vocabulary, D width, E text width.
+Shapes: N items, U users, T tokens of an item, B rows, L positions, H items of a history, W beams, K books, P paths of a depth,
+M nodes, X words of the vocabulary, D width, E text width.
 """
 
 from __future__ import annotations
@@ -63,8 +64,12 @@ class Tree:
             self.edges.append((key_P, torch.arange(len(key_P), device=key_P.device)))
             self.prefix.append(node_N)
         if len(self.edges[-1][0]) < len(token_NT):
-            raise ValueError(f"{len(token_NT) - len(self.edges[-1][0])} items share all their tokens with another: number them apart")
-        self.item_P = torch.empty_like(self.prefix[-1]).index_copy_(0, self.prefix[-1], torch.arange(1, len(token_NT) + 1).to(token_NT))
+            raise ValueError(
+                f"{len(token_NT) - len(self.edges[-1][0])} items share all their tokens with another: number them apart"
+            )
+        self.item_P = torch.empty_like(self.prefix[-1]).index_copy_(
+            0, self.prefix[-1], torch.arange(1, len(token_NT) + 1).to(token_NT)
+        )
         """Index of the item at each leaf."""
 
     def allowed(self, depth: int, node_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,11 +107,13 @@ class Writer(nn.Module):
         return logit_BLX
 
     def text_loss(self, token_BT: Tensor, text_BE: Tensor, temperature: float) -> Tensor:
-        """InfoNCE between items' mean code embeddings, mapped to text, and their texts; items of the same tokens are no negatives."""
+        """InfoNCE of items' mean code embeddings, mapped to text, and their texts; items of the same tokens are no negatives."""
         assert self.to_text is not None
         coded_BE = F.normalize(self.to_text(self.words(token_BT).mean(1)), dim=1)
         logit_BB = coded_BE @ F.normalize(text_BE, dim=1).T / temperature
-        twins_BB = (token_BT[:, None] == token_BT[None]).all(2) & ~torch.eye(len(token_BT), dtype=torch.bool, device=token_BT.device)
+        twins_BB = (token_BT[:, None] == token_BT[None]).all(2) & ~torch.eye(
+            len(token_BT), dtype=torch.bool, device=token_BT.device
+        )
         return F.cross_entropy(logit_BB.masked_fill(twins_BB, -torch.inf), torch.arange(len(token_BT), device=logit_BB.device))
 
 

@@ -1,6 +1,7 @@
 """A recommender's lists for held-out events, and what another order of them is worth.
 
-Shapes: C cases, M items of a list, L events of a history, V items + 1 (row 0 is padding), D width.
+Shapes: C cases, B cases of a chunk, M items of a list, L events of a history, H items had,
+V items + 1 (row 0 is padding), D width.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def make_lists(
     events: Histories, part: Literal["valid", "test"], table_VD: Tensor, encode: Encode, max_len: int, *,
     top: int, most: int, unseen: bool,
 ) -> Lists:  # fmt: skip
-    """Lists for the last event of a part, of at most `most` users, spread evenly. Raises ValueError where the part has no event."""
+    """Lists for the last event of a part, of at most `most` users, spread evenly. Raises ValueError where it has no event."""
     users_C, position_C = cases(events, part)
     if not len(users_C):
         raise ValueError(f"no user has an event in the {part} part with one before it: move the split, or extract more days")

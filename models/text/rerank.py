@@ -1,7 +1,7 @@
-"""DELRec (arXiv 2406.11156): an LLM scores candidate titles after a history of titles; soft tokens distil what a recommender knows.
+"""DELRec (arXiv 2406.11156): an LLM scores titles after a history of titles; soft tokens distil what a recommender knows.
 
-The base stays frozen; only the soft tokens before the prompt learn, from the recommender's own pick and from what came next. With
-no soft token a score is that of the plain prompt. The language head is the input embedding: bases that don't tie both are refused.
+The base stays frozen; only the soft tokens before the prompt learn, from the recommender's own pick and from what came next.
+With no soft token a score is that of the plain prompt. The language head is the input embedding: other bases are refused.
 
 Shapes: B users, M candidates of a user, S soft tokens, T tokens of a title, L tokens of a sequence, E width of the base, W words.
 """
@@ -81,7 +81,9 @@ class Reranker(nn.Module):
         """Tokens of a title. Raises ValueError for a title of which the base knows nothing."""
         found, unknown = self.ids(text), getattr(self.tokenizer, "unk_token_id", None)
         if not found or all(token == unknown for token in found):
-            raise ValueError(f"title {text!r} holds no token that the base knows: it is outside its vocabulary; take another base")
+            raise ValueError(
+                f"title {text!r} holds no token that the base knows: it is outside its vocabulary; take another base"
+            )
         return found
 
     def forward(self, question: Question) -> Tensor:

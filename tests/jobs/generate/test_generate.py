@@ -27,8 +27,8 @@ SMALL = Generative(width=8, layers=1, heads=2, history=3, steps=3, batch=4, beam
 def coded(tmp_path: Path) -> Run:
     """A small lake after `rat`, `project` and `codes`."""
     run = make(tmp_path)
-    settings = rat.Config(run=run, teacher="none", hidden=8, backbone=Backbone(width=8, max_len=6), fusion=Fusion(parts=("llmemb",)),
-                          training=Training(epochs=1, batch=8))  # fmt: skip
+    settings = rat.Config(run=run, teacher="none", hidden=8, backbone=Backbone(width=8, max_len=6),
+                          fusion=Fusion(parts=("llmemb",)), training=Training(epochs=1, batch=8))  # fmt: skip
     remember(run, "rat", rat.run(settings))
     project.run(project.Config(run=run, recommender="latest"))
     remember(run, "codes", codes.run(codes.Config(run=run, recommender="latest", training=BOOKS, publish=False, controls=False)))
@@ -67,19 +67,19 @@ def test_codes_that_are_missing_or_of_another_space_are_refused_by_name(coded: R
     known = generate.run(config(coded))
     rows = partitions.read(coded.lake, ITEM_CODES, f"books={known.books_id}/ds={DS}")
     partitions.write(coded.lake, ITEM_CODES, f"books={known.books_id}/ds={DS}", [rows.slice(2)])
-    with pytest.raises(InputError, match=f"2 items have no codes, for example 'i00': run codes for {DS} first"):
+    with pytest.raises(InputError, match=f"2 items have no codes, for example 'i00': run codes for {DS}"):
         generate.run(config(coded))
     home = artifacts.find(coded.lake, "books", known.books_id)
     told = json.loads((home / "books.json").read_text())
     (home / "books.json").write_text(json.dumps({**told, "source": "encoder beef"}))
-    with pytest.raises(InputError, match=f"books {known.books_id} are of encoder beef, the recommender's vectors of space"):
+    with pytest.raises(InputError, match=f"books {known.books_id} are of encoder beef, the vectors of space"):
         generate.run(config(coded))
     with pytest.raises(InputError, match="books 0000 is not in the lake"):
         generate.run(config(coded, books="0000"))
 
 
 def test_too_few_users_for_their_books_are_refused_by_count(coded: Run) -> None:
-    with pytest.raises(ValueError, match="24 items have 20 different vectors, a book has 64 entries|different vectors, a book has 64"):
+    with pytest.raises(ValueError, match="different vectors, a book has 64 entries"):
         generate.run(config(coded, user_codes=Codes(entries=64)))
     with pytest.raises(InputError, match=r"generate.users must be at least 1"):
         config(coded, users=0)

@@ -21,15 +21,21 @@ from tests.models import tiny
 def recommended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     """A small lake after `rat`, and a base."""
     run = make(tmp_path_factory.mktemp("lake"))
-    settings = rat.Config(run=run, teacher="none", hidden=8, backbone=Backbone(width=8, max_len=6), fusion=Fusion(parts=("llmemb",)),
-                          training=Training(epochs=1, batch=8))  # fmt: skip
+    settings = rat.Config(run=run, teacher="none", hidden=8, backbone=Backbone(width=8, max_len=6),
+                          fusion=Fusion(parts=("llmemb",)), training=Training(epochs=1, batch=8))  # fmt: skip
     remember(run, "rat", rat.run(settings))
     return run, tiny.llama(tmp_path_factory.mktemp("base"), tie_word_embeddings=True)
 
 
 def config(recommended: tuple[Run, Path], **more: Any) -> rerank.Config:
     run, base = recommended
-    known = {"recommender": "latest", "base": str(base), "top": 5, "users": 8, "distilling": Distilling(tokens=2, steps=2, batch=2)}
+    known = {
+        "recommender": "latest",
+        "base": str(base),
+        "top": 5,
+        "users": 8,
+        "distilling": Distilling(tokens=2, steps=2, batch=2),
+    }
     return rerank.Config(run=run, **{**known, **more})
 
 

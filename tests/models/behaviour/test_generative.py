@@ -1,4 +1,4 @@
-"""TTDS's writer: the tree of items' tokens, prompts by hand, and beams that are items, found as an exhaustive search finds them."""
+"""TTDS's writer: the tree of items' tokens, prompts by hand, and beams that are items, found as by an exhaustive search."""
 
 import itertools
 
