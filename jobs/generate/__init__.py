@@ -69,8 +69,8 @@ def run(config: Config) -> Result:
         items_share=round(float((item_CW > 0).double().mean()), 5), drift=read.drift,
         seconds=round(time.monotonic() - began, 1), device=str(read.token_NT.device), inputs=read.inputs, outputs={}, rows={},
     )  # fmt: skip
-    log.info("NDCG@10 of %d users: generated %.4f, the recommender %.4f; index drift %.4f", result.users, result.ndcg["generated"],
-             result.ndcg["recommender"], result.drift)  # fmt: skip
+    told = "  ".join(f"{name} {value:.4f}" for name, value in result.ndcg.items())
+    log.info("NDCG@10 of %d users: %s; index drift %.4f", result.users, told, result.drift)
     return result
 
 
