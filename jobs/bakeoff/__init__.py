@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -32,6 +32,7 @@ from models.text.prompts import LEAKS, normalised_name
 log = logging.getLogger(__name__)
 TABLE = dataclasses.replace(METRICS, name="bakeoff", grain="(model, slice, metric) of one bake-off")
 PAPER_TAIL = 4
+PARTS: tuple[Literal["test", "valid"], ...] = ("test", "valid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,21 +105,21 @@ def run(config: Config) -> Result:
     encoder_id = manifests.latest(config.run, "scft")["encoder_id"] if config.encoder == "latest" else config.encoder
     llm = embedded(config, encoder_id, catalogue, device)
     floor_VD = tfidf_table(said(config.run, catalogue))
-    cases = [make_cases(events, part, negatives=1, paper_tail=PAPER_TAIL, chunk=config.users_per_chunk, seed=config.run.seed,
-                        unseen=config.run.exclude_seen) for part in ("test", "valid")]  # fmt: skip
+    test, valid = (make_cases(events, part, negatives=1, paper_tail=PAPER_TAIL, chunk=config.users_per_chunk,
+                              seed=config.run.seed, unseen=config.run.exclude_seen) for part in PARTS)  # fmt: skip
 
     def kit(seed: int) -> Kit:
         return Kit(events, llm, catalogue.item_ids, config.settings, seed=seed, unseen=config.run.exclude_seen,
                    quantise=quantised if config.controls else None, text_V=texts_of(catalogue).to(device))  # fmt: skip
 
     floor_VD = None if floor_VD is None else floor_VD.to(device)
-    found = bakeoff.held(kit, config.systems, config.seeds, *cases, floor_VD)
-    values, differences = bakeoff.compared(found, cases[0].slices_SC, config.champion, seed=config.run.seed)
-    commit = partitions.write(config.run.lake, TABLE, f"ds={config.run.ds}", [metric_rows(values, cases[0].slices_SC)])
+    found = bakeoff.held(kit, config.systems, config.seeds, test, valid, floor_VD)
+    values, differences = bakeoff.compared(found, test.slices_SC, config.champion, seed=config.run.seed)
+    commit = partitions.write(config.run.lake, TABLE, f"ds={config.run.ds}", [metric_rows(values, test.slices_SC)])
     result = Result(
         champion=config.champion, encoder_id=encoder_id, models=tuple(bakeoff.rows(found, values)), values=values,
-        differences=tuple(differences), users=dict(zip(SLICES, cases[0].slices_SC.sum(1).tolist(), strict=True)),
-        routing=bakeoff.routing(found, *cases, config.route_to, config.champion), seeds=config.seeds,
+        differences=tuple(differences), users=dict(zip(SLICES, test.slices_SC.sum(1).tolist(), strict=True)),
+        routing=bakeoff.routing(found, test, valid, config.route_to, config.champion), seeds=config.seeds,
         seconds=round(time.monotonic() - began, 1), device=str(device),
         inputs={"items": catalogue.digest, "sequences": digest, "encoder": encoder_id,
                 "llm_embeddings": embeddings_digest(config.run, encoder_id)},

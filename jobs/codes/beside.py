@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from feature_repo import codes, offline
@@ -37,7 +38,7 @@ def publish(config: Config, rows: pa.Table, books_id: str, source: Source) -> in
                 numbers = some["number"].to_numpy()
                 ids = some["item_id"].to_pylist()
                 written += codes.write_codes(
-                    store, reader, source.space_id, books_id, config.run.ds, ids, matrix(some), numbers
+                    store, reader, source.space_id, books_id, config.run.ds, ids, matrix(some).astype(np.int64), numbers
                 )  # fmt: skip
             codes.remove_left(store, source.space_id, rows["item_id"].to_pylist())
     write_offline(Path(offline_folder(lake)), rows, books_id, source.space_id, config.run.ds)

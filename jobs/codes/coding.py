@@ -134,7 +134,8 @@ def numbered(code_NK: npt.NDArray[np.int32], table: pa.Table, before: pa.Table |
 def matrix(rows: pa.Table) -> npt.NDArray[np.int32]:
     """code_NK of a table of codes."""
     flat: Any = pc.list_flatten(rows["codes"].combine_chunks()).to_numpy(zero_copy_only=False)
-    return flat.reshape(rows.num_rows, -1).astype(np.int32)
+    code_NK: npt.NDArray[np.int32] = flat.reshape(rows.num_rows, -1).astype(np.int32)
+    return code_NK
 
 
 def as_rows(table: pa.Table, code_NK: npt.NDArray[np.int32], number_N: npt.NDArray[np.int32], books_id: str) -> pa.Table:

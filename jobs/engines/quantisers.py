@@ -11,6 +11,9 @@ from torch import Tensor
 
 from jobs.run import InputError
 
+ENOUGH = 39
+"""Items an entry that faiss wants."""
+
 
 def quantised(emb_ND: Tensor, books: int, entries: int) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Of `pq` and `rq`: read_ND, what codes tell of the vectors that they were trained on, and code_NK where those are bytes.
@@ -31,6 +34,9 @@ def quantised(emb_ND: Tensor, books: int, entries: int) -> dict[str, tuple[Tenso
             "rq": (faiss.ResidualQuantizer(plain_ND.shape[1], books, bits), plain_ND)}  # fmt: skip
     if len(plain_ND) < entries:
         raise InputError(f"{len(plain_ND)} items are fewer than {entries} entries: set entries lower, or controls to false")
+    if len(plain_ND) < ENOUGH * entries:
+        # of few items faiss can't make the directions that it trains in turn by default
+        made["rq"][0].train_type = faiss.ResidualQuantizer.Train_default
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, (quantizer, vectors) in made.items():
         quantizer.train(vectors)

@@ -7,6 +7,7 @@ that made the vectors. Nothing that serves changes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def run(config: Config) -> Result:
     result = Result(
         recommender_id=read.recommender_id, books_id=read.known.books_id, users=len(item_CW),
         words=writer.words.num_embeddings - 1, ndcg={name: round(float(value_C.mean()), 5) for name, value_C in ndcg.items()},
-        difference={key: round(getattr(less, key), 5) for key in ("value", "low", "high")},
+        difference={key: rounded(getattr(less, key)) for key in ("value", "low", "high")},
         items_share=round(float((item_CW > 0).double().mean()), 5), drift=read.drift,
         seconds=round(time.monotonic() - began, 1), device=str(read.token_NT.device), inputs=read.inputs, outputs={}, rows={},
     )  # fmt: skip
@@ -94,10 +95,15 @@ def read_all(config: Config) -> Read:
     )  # fmt: skip
 
 
+def rounded(value: float) -> float | None:
+    """A figure for JSON; none where there is none: of few users there is no interval."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
 @torch.no_grad()
 def users(recommender: Loaded, table_VD: Tensor, history_UL: Tensor) -> Tensor:
     """user_UD after histories."""
-    return torch.cat([recommender.encode(table_VD[some], some != 0).float() for some in history_UL.split(1024)])
+    return torch.cat([recommender.encode(table_VD[some], some != 0).float() for some in torch.split(history_UL, 1024)])
 
 
 def taught(
@@ -138,7 +144,7 @@ def prompts(
 
 def generated(writer: Writer, prompt_CL: Tensor, tree: Tree, beams: int) -> Tensor:
     """item_CW, best first."""
-    return torch.cat([beam_search(writer, some, tree, beams)[0] for some in prompt_CL.split(USERS_AT_ONCE)])
+    return torch.cat([beam_search(writer, some, tree, beams)[0] for some in torch.split(prompt_CL, USERS_AT_ONCE)])
 
 
 def worth(item_CW: Tensor, lists: Lists) -> Tensor:

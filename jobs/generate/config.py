@@ -40,8 +40,8 @@ class Result:
     """Of the vocabulary: entries of items' and users' books, and numbers."""
     ndcg: dict[str, float]
     """NDCG@10 of the generated items, and of the recommender."""
-    difference: dict[str, float]
-    """The generated less the recommender's, with the 95 % interval over users."""
+    difference: dict[str, float | None]
+    """The generated less the recommender's, with the 95 % interval over users; none of too few."""
     items_share: float
     """Share of the beams that are items: 1, as the search walks the tree of items."""
     drift: float

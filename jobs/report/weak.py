@@ -6,12 +6,12 @@ Read from what `evaluate` kept of every held-out event; users are numbers there,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from jobs.lake.nights import Night
@@ -52,7 +52,7 @@ def groups(lake: Path, night: Night) -> tuple[Group, ...]:
         found = load_file(home / "outcomes.safetensors")
         ndcg_C = found["ndcg_KC"][names["models"].index(MODEL)].astype(np.float64)
         slices = dict(zip(names["slices"], found["slices_SC"].astype(bool), strict=True))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return ()
     made = (group(name, found["user_C"][slices[name]], ndcg_C[slices[name]]) for name in GROUPS if name in slices)
     return tuple(one for one in made if one.users)
@@ -67,6 +67,6 @@ def group(name: str, user_C: npt.NDArray[np.int32], ndcg_C: npt.NDArray[np.float
     return Group(slice=name, users=len(mean_U), weak=float((mean_U == 0).mean()), ndcg=float(mean_U.mean()))
 
 
-def measures(found: tuple[Group, ...]) -> Mapping[str, float]:
+def measures(found: tuple[Group, ...]) -> dict[str, float]:
     """Name -> share of weak users, for the history of later nights."""
     return {f"{MEASURE}{one.slice}": round(one.weak, 6) for one in found}

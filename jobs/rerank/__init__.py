@@ -7,6 +7,7 @@ soft tokens, the same with titles shuffled over the items, and the oracle. Nothi
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -56,7 +57,7 @@ def run(config: Config) -> Result:
         recommender_id=chosen["recommender_id"], users=len(values["plain"]), top=config.top, tokens=config.distilling.tokens,
         in_list=round(float((parts["test"].place_C >= 0).double().mean()), 5), mix=weight,
         ndcg={way: round(float(values[way].mean()), 5) for way in WAYS},
-        differences={way: {key: round(getattr(one, key), 5) for key in ("value", "low", "high")} for way, one in less.items()},
+        differences={way: {key: rounded(getattr(one, key)) for key in ("value", "low", "high")} for way, one in less.items()},
         seconds=round(time.monotonic() - began, 1), device=str(device),
         inputs={"items": catalogue.digest, "sequences": digest, "recommender": chosen["recommender_id"]}, outputs={}, rows={},
     )  # fmt: skip
@@ -96,6 +97,11 @@ def questions(lists: Lists, words: Sequence[str], newest: int) -> list[Question]
 def scored(model: Reranker, asked: Sequence[Question]) -> Tensor:
     """score_CM of all candidates, in float64 on the CPU."""
     return torch.stack([model(question).double().cpu() for question in asked])
+
+
+def rounded(value: float) -> float | None:
+    """A figure for JSON; none where there is none: of few users there is no interval."""
+    return round(value, 5) if math.isfinite(value) else None
 
 
 def tell(figures: dict[str, float], step: int) -> None:

@@ -46,8 +46,8 @@ class Result:
     """Weight of the LLM beside the recommender in `mixed`, chosen on validation; 0 leaves it out."""
     ndcg: dict[str, float]
     """NDCG@10 of the recommender's order, the plain prompt, soft tokens, those with shuffled titles, the mix, the oracle."""
-    differences: dict[str, dict[str, float]]
-    """Each less the recommender's, with the 95 % interval over users."""
+    differences: dict[str, dict[str, float | None]]
+    """Each less the recommender's, with the 95 % interval over users; none of too few."""
     seconds: float
     device: str
     inputs: dict[str, str]

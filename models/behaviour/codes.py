@@ -79,7 +79,7 @@ class Books(nn.Module):
     def decode(self, code_NK: Tensor) -> Tensor:
         """code_NK -> emb_ND as far as the codes tell."""
         book_K = torch.arange(len(self.entry_KCD), device=code_NK.device)
-        means = (self.entry_KCD[book_K, some.long()].mean(1) for some in code_NK.split(CHUNK))
+        means = (self.entry_KCD[book_K, some.long()].mean(1) for some in torch.split(code_NK, CHUNK))
         parts = [self.decoder(mean_ND) * self.scale + self.mean_D for mean_ND in means]
         return torch.cat(parts) if parts else self.mean_D.new_zeros(0, len(self.mean_D))
 
@@ -91,7 +91,7 @@ class Books(nn.Module):
         if not bool(emb_ND.isfinite().all()):
             raise ValueError("a vector to be coded is not finite: make these vectors again")
         choose = self.apart if self.head_KDD is not None else partial(self.jointly, sweeps=sweeps)
-        parts = [choose(some) for some in emb_ND.float().split(CHUNK)]
+        parts = [choose(some) for some in torch.split(emb_ND.float(), CHUNK)]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.entry_KCD), dtype=torch.int64, device=emb_ND.device)
 
     def apart(self, emb_ND: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_:
         order_N = torch.randperm(len(emb_ND), generator=generator).to(emb_ND.device)
         used_KC = torch.zeros(books.entry_KCD.shape[:2], device=emb_ND.device)
         total = 0.0
-        for some in order_N.split(config.batch):
+        for some in torch.split(order_N, config.batch):
             loss, code_KB = step_loss(books, emb_ND[some], config)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

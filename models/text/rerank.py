@@ -138,6 +138,5 @@ def distil(model: Reranker, questions: Sequence[Question], config: Distilling, *
 def step_loss(model: Reranker, question: Question, config: Distilling) -> Tensor:
     """Cross-entropy to the recommender's pick and, where it is among the candidates, to what came next."""
     logp_M = (model(question) / config.temperature).log_softmax(0)
-    if question.target < 0:
-        return -config.pick * logp_M[0]
-    return -config.pick * logp_M[0] - (1 - config.pick) * logp_M[question.target]
+    loss: Tensor = -config.pick * logp_M[0]
+    return loss if question.target < 0 else loss - (1 - config.pick) * logp_M[question.target]
