@@ -52,7 +52,12 @@ MILLION, WIDTH = 1_000_000, 448
 
 def embedded(arguments: argparse.Namespace) -> dict[str, Tensor]:
     """llm_NE by the encoder's name, the main one first."""
-    main = tfidf(arguments.data) if arguments.embeddings is None else load_file(arguments.embeddings)["llm_NE"]
+    # strongest directions first
+    main = (
+        tfidf(arguments.data)[:, : arguments.tfidf_width].contiguous()
+        if arguments.embeddings is None
+        else load_file(arguments.embeddings)["llm_NE"]
+    )
     found = {"main": main} | {name: load_file(Path(file))["llm_NE"] for name, file in arguments.encoders.items()}
     return {name: llm_NE.float().to(arguments.device) for name, llm_NE in found.items()}
 
@@ -76,8 +81,8 @@ def run_bakeoff(arguments: argparse.Namespace) -> dict[str, Any]:
     began, ids = time.perf_counter(), item_ids(arguments.data)
     held_V = held_out(ids, arguments.cold_share, COLD_SEED)
     events = without_items(load(arguments.data, "cpu"), held_V).to(arguments.device)
-    cases = [make_cases(events, part, negatives=1, paper_tail=4, chunk=4096, seed=COLD_SEED, unseen=True)
-             for part in ("test", "valid")]  # fmt: skip
+    test, valid = (make_cases(events, part, negatives=1, paper_tail=4, chunk=4096, seed=COLD_SEED, unseen=True)
+                   for part in ("test", "valid"))  # fmt: skip
     llm = embedded(arguments)
     training = Training(loss="full", epochs=arguments.epochs, patience=min(arguments.patience, arguments.epochs))
     settings = Settings(
@@ -91,16 +96,16 @@ def run_bakeoff(arguments: argparse.Namespace) -> dict[str, Any]:
 
     floor_VD = floor(arguments.data)
     found = bakeoff.held(
-        kit, arguments.systems, arguments.seeds, *cases, None if floor_VD is None else floor_VD.to(arguments.device)
+        kit, arguments.systems, arguments.seeds, test, valid, None if floor_VD is None else floor_VD.to(arguments.device)
     )
-    values, differences = bakeoff.compared(found, cases[0].slices_SC)
+    values, differences = bakeoff.compared(found, test.slices_SC)
     models = bakeoff.rows(found, values)
     print("\n".join(bakeoff.table(models, values, differences, "fused")), file=sys.stderr, flush=True)
     return {
         "data": arguments.data.name, "seeds": arguments.seeds, "items": len(ids), "cold_share": arguments.cold_share,
         "embeddings": arguments.embeddings.name if arguments.embeddings else "tfidf", "faiss": faiss,
-        "users": dict(zip(SLICES, cases[0].slices_SC.sum(1).tolist(), strict=True)), "models": models, "values": values,
-        "differences": differences, "routing": bakeoff.routing(found, *cases, ROUTES),
+        "users": dict(zip(SLICES, test.slices_SC.sum(1).tolist(), strict=True)), "models": models, "values": values,
+        "differences": differences, "routing": bakeoff.routing(found, test, valid, ROUTES),
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
@@ -166,6 +171,7 @@ def parse() -> argparse.Namespace:
             continue
         one.add_argument("--data", type=Path, required=True)
         one.add_argument("--embeddings", type=Path)
+        one.add_argument("--tfidf-width", type=int, default=512)
         one.add_argument("--encoders", type=lambda text: dict(pair.split("=") for pair in text.split(",")), default={})
         one.add_argument("--systems", type=names, default=tuple(FAMILY))
         one.add_argument("--cold-share", type=float, default=0.1)
