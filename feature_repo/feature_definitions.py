@@ -6,6 +6,7 @@
 | `serving_pointer` | catalogue      | `publish`, `rollback`, `forget` |
 | `item_tombstone`  | forgotten item | `forget`               |
 | `item_attributes` | item           | `publish`              |
+| `item_codes`      | (item, space)  | `codes`                |
 | `user_history`    | user           | pushed by the SRS team |
 
 Feast does not enforce a time to live online, so none is set: the reader tells ages.
@@ -89,6 +90,16 @@ VIEWS = {
         "What the LLM read of an item",
         "publish",
     ),
+    "item_codes": View(
+        ("item", "space"),
+        (
+            Field(name="codes", dtype=Array(Int64), description="one whole number a book"),
+            Field(name="number", dtype=Int64, description="tells items of the same codes apart: 0, 1, …"),
+            Field(name="books_id", dtype=String, description="version of the books: codes of two can't be compared"),
+        ),
+        "An item's vector in a space as a few whole numbers, for consumers that take no floats",
+        "codes",
+    ),
     "user_history": View(
         ("user",),
         (
@@ -112,6 +123,7 @@ class Definitions(NamedTuple):
     serving_pointer: FeatureView
     item_tombstone: FeatureView
     item_attributes: FeatureView
+    item_codes: FeatureView
     user_history: FeatureView
     user_history_push: PushSource
     srs_serving: FeatureService
@@ -207,6 +219,7 @@ def permissions() -> dict[str, Permission]:
     serving_pointer,
     item_tombstone,
     item_attributes,
+    item_codes,
     user_history,
     user_history_push,
     srs_serving,

@@ -52,6 +52,16 @@ TABLES = {
             MOMENT,
         ]
     ),
+    "item_codes": pa.schema(
+        [
+            ("item_id", pa.string()),
+            ("space_id", pa.string()),
+            ("codes", pa.list_(pa.int64())),
+            ("number", pa.int64()),
+            ("books_id", pa.string()),
+            MOMENT,
+        ]
+    ),
     "user_history": pa.schema(
         [("user_id", pa.string()), ("item_ids", pa.list_(pa.string())), ("timestamps", pa.list_(pa.int64())), MOMENT]
     ),

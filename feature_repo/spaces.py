@@ -21,7 +21,7 @@ from feature_repo import feature_definitions as views
 from feature_repo.keys import serialized
 from feature_repo.leases import SCAN, NotPublished, Store
 from feature_repo.reader import CODECS, NothingServed, Pointer, Reader, Space, encode, end_of
-from feature_repo.strangers import DELETES, batched, remove_items, strangers
+from feature_repo.strangers import DELETES, batched, delete_codes, remove_items, strangers
 from feature_repo.transport import entity_keys
 
 Chunk = tuple[Sequence[str], npt.NDArray[np.float32]]
@@ -322,6 +322,7 @@ def forget(store: Store, item_id: str, ds: str) -> int:
     keys = store.rows_of(item_id)
     for part in batched(keys, DELETES):
         store.delete(views.item_embedding, part)
+        delete_codes(store, part)
     return len(keys)
 
 

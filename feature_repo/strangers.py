@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,11 +52,21 @@ def remove_strangers(store: Store, space_id: str, hash_N: npt.NDArray[np.int64])
 
 
 def remove_items(store: Store, space_id: str, item_ids: Sequence[str]) -> int:
-    """Removes some items of one space."""
+    """Removes some items of one space, and their codes."""
     keys = [serialized(key) for key in entity_keys({"item_id": item_ids, "space_id": [space_id] * len(item_ids)})]
     for part in batched(keys, DELETES):
         store.delete(views.item_embedding, part)
+        delete_codes(store, part)
     return len(keys)
+
+
+def delete_codes(store: Store, keys: Sequence[bytes]) -> None:
+    """Removes the codes of some serialized keys. A store that never had any stays as it is."""
+    try:
+        store.delete(views.item_codes, keys)
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):
+            raise
 
 
 def batched(values: Sequence[Any], size: int) -> Iterator[Any]:

@@ -1,8 +1,11 @@
-"""`sequences` -> the collaborative teacher: an ID-only SRS, trained on train rows alone."""
+"""`sequences` -> the collaborative teacher: an ID-only SRS trained on train rows alone, or their graph, untrained."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -10,8 +13,10 @@ from jobs.lake import artifacts
 from jobs.lake.tensors import checkpoint_path, pick_device, progress_log, read_catalogue, read_histories
 from jobs.run import InputError, Run, as_json
 from models.behaviour.artifact import save_recommender
-from models.behaviour.data import held_out, train_counts, without_items
+from models.behaviour.data import Histories, held_out, train_counts, without_items
+from models.behaviour.graph import FADE, graph_recommender
 from models.behaviour.items import IdItems
+from models.behaviour.progress import Trained, make_validation, validate
 from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.training import Training, train
 from models.processes import join, same_everywhere
@@ -24,6 +29,9 @@ class Config:
     run: Run
     backbone: Backbone = field(default_factory=Backbone)
     training: Training = field(default_factory=Training)
+    view: Literal["trained", "graph"] = "trained"
+    """`trained`: an ID-only SRS; `graph`: random vectors spread over the graph of users and items (ELMRec), untrained, read by a
+    fading mean. `rat` aligns to either."""
     cold_share: float = 0.0
     """Share of the items whose train events are left out, so that `evaluate` can rank them as cold; 0 in production."""
 
@@ -63,14 +71,8 @@ def run(config: Config) -> Result:
     events = without_items(events, held_out(catalogue.item_ids, config.cold_share, config.run.seed)).to(device)
     counts_V = train_counts(events)
     inputs = {"items": catalogue.digest, "sequences": digest}
-    torch.manual_seed(config.run.seed)
-    teacher = Recommender(IdItems(events.catalogue + 1, config.backbone.width), build_sequence(config.backbone))
     checkpoint = checkpoint_path("pretrain", config, inputs, config.run.lake)
-    trained = train(
-        teacher, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
-        log=progress_log("pretrain"), checkpoint=checkpoint, candidates_M=counts_V.nonzero().flatten(),
-        unseen=config.run.exclude_seen,
-    )  # fmt: skip
+    teacher, trained = spread(config, events) if config.view == "graph" else made(config, events, counts_V, checkpoint)
     teacher_id = keep(config, teacher, catalogue.item_ids) if rank == 0 else "0" * 16
     teacher_id = same_everywhere(teacher_id, device)
     if rank == 0:
@@ -93,10 +95,33 @@ def run(config: Config) -> Result:
     return result
 
 
+def made(config: Config, events: Histories, counts_V: torch.Tensor, checkpoint: Path) -> tuple[Recommender, Trained]:
+    """The ID-only SRS, trained."""
+    torch.manual_seed(config.run.seed)
+    teacher = Recommender(IdItems(events.catalogue + 1, config.backbone.width), build_sequence(config.backbone))
+    trained = train(
+        teacher, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
+        log=progress_log("pretrain"), checkpoint=checkpoint, candidates_M=counts_V.nonzero().flatten(),
+        unseen=config.run.exclude_seen,
+    )  # fmt: skip
+    return teacher, trained
+
+
+def spread(config: Config, events: Histories) -> tuple[Recommender, Trained]:
+    """The graph of users and items as a teacher, and what it is worth by itself."""
+    teacher = graph_recommender(events, config.backbone, config.run.seed)
+    among_M = train_counts(events).nonzero().flatten()
+    asked = make_validation(events, among_M, config.training.validation_users, config.backbone.max_len, config.run.exclude_seen)
+    figures = validate(teacher, asked, nullcontext)
+    return teacher, Trained(epochs=0, best_epoch=0, seconds_per_epoch=0.0, history=(), **figures)
+
+
 def keep(config: Config, teacher: Recommender, item_ids: tuple[str, ...]) -> str:
     """Keeps the teacher's weights in the lake and returns their id."""
     staged = artifacts.stage(config.run.lake, "teacher")
-    meta = {"cold_share": config.cold_share, "seed": config.run.seed, "ds": config.run.ds}
+    meta: dict[str, Any] = {"cold_share": config.cold_share, "seed": config.run.seed, "ds": config.run.ds}
+    if config.view == "graph":
+        meta["fading"] = FADE
     save_recommender(staged, teacher, item_ids=item_ids, backbone=config.backbone, items={"kind": "id"}, meta=meta)
     return artifacts.keep(config.run.lake, "teacher", staged)
 

@@ -24,7 +24,7 @@ from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, space_o
 from jobs.run import InputError, Run, Unavailable
 
 SNAPSHOTS = (ITEMS.name, INTERACTIONS.name, SEQUENCES.name, QUARANTINE.name)
-OFFLINE = ("item_embedding", "item_attributes", "user_history")
+OFFLINE = ("item_embedding", "item_codes", "item_attributes", "user_history")
 DATED = re.compile(r"(?:(?P<space>[^/]+)-)?(?P<ds>\d{4}-\d{2}-\d{2})")
 ALIASES = ("champion", "previous", "reference")
 DAY = 86_400

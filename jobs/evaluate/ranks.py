@@ -11,9 +11,7 @@ from torch import Tensor
 from jobs.engines import registry
 from jobs.evaluate.config import CHALLENGER, Config
 from jobs.evaluate.parts import part_spans
-from jobs.lake import artifacts, partitions
-from jobs.lake.items import live_items
-from jobs.lake.tables import ITEMS
+from jobs.lake import artifacts, items
 from jobs.lake.tensors import Catalogue, read_embeddings
 from jobs.run import Run
 from models.behaviour.artifact import Loaded, load_recommender
@@ -79,11 +77,7 @@ def same_cases(one: Cases, other: Cases) -> bool:
 def texts(run: Run, catalogue: Catalogue) -> list[str]:
     """What is said of each item, in the catalogue's order, without the fields that leak popularity."""
     leaks = {normalised_name(name) for name in LEAKS}
-    said: dict[str, str] = {}
-    for batch in live_items(run.lake, partitions.latest(run.lake, ITEMS.name, run.ds), ("item_id", "attributes")):
-        for item_id, pairs in zip(batch["item_id"].to_pylist(), batch["attributes"].to_pylist(), strict=True):
-            said[item_id] = " ".join(pair["value"] for pair in pairs if normalised_name(pair["name"]) not in leaks)
-    return [said.get(item_id, "") for item_id in catalogue.item_ids]
+    return items.texts(run.lake, run.ds, catalogue.item_ids, lambda name: normalised_name(name) not in leaks)
 
 
 def floor_ranked(floor_VD: Tensor, cases: Cases) -> dict[str, Ranks]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from jobs.forget.names import Ids, batches, named
 from jobs.lake import arrivals, partitions
 
-TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings", *arrivals.TABLES)
+TABLES = ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings", "item_codes", *arrivals.TABLES)
 
 
 def forget_tables(lake: Path, ids: Ids) -> tuple[dict[str, int], dict[str, str], dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -51,6 +51,15 @@ def live_items(
 ) -> Iterator[pa.RecordBatch]:
     """Rows of a snapshot of `items` without forgotten ones, in bounded batches; `columns` must name `item_id`."""
     return without_forgotten(lake, partitions.scan(lake, ITEMS, partition, columns, batch_rows))
+
+
+def texts(lake: Path, ds: str, item_ids: Sequence[str], said_of: Callable[[str], bool]) -> list[str]:
+    """Values of each item's attributes for whose names `said_of` is true, in the newest snapshot up to ds; "" for unknown ids."""
+    said: dict[str, str] = {}
+    for batch in live_items(lake, partitions.latest(lake, ITEMS.name, ds), ("item_id", "attributes")):
+        for item_id, pairs in zip(batch["item_id"].to_pylist(), batch["attributes"].to_pylist(), strict=True):
+            said[item_id] = " ".join(pair["value"] for pair in pairs if said_of(pair["name"]))
+    return [said.get(item_id, "") for item_id in item_ids]
 
 
 def title(item_id: str, pairs: Iterable[tuple[str, str]]) -> str:

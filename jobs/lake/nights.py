@@ -14,7 +14,7 @@ from jobs.lake import manifests
 
 PATH = (
     "movielens", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
-    "rollback", "collect", "forget",
+    "codes", "bakeoff", "rerank", "generate", "rollback", "collect", "forget",
 )  # fmt: skip
 """Jobs in the order of the data. Answers to single questions (`recommend`, `explain`) and the report itself are left out."""
 NIGHTLY = ("extract", "embed", "project", "publish")

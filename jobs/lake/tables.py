@@ -191,6 +191,24 @@ def item_embeddings(width: int) -> Table:
     )
 
 
+ITEM_CODES = Table(
+    name="item_codes",
+    grain="(item, books)",
+    key=("item_id",),
+    schema=pa.schema(
+        [
+            ("item_id", pa.string()),
+            ("books_id", pa.string()),
+            ("codes", pa.list_(pa.int32())),
+            ("number", pa.int32()),
+            ("content_hash", pa.string()),
+        ]
+    ),
+    laws=(_filled("item_id", "books_id", "codes", "number", "content_hash"),),
+)
+"""Partition `books=ID/ds=DATE`. `number` tells items of the same codes apart; (codes, number) is one item's alone."""
+
+
 def check(table: Table, rows: pa.Table, where: str) -> pa.Table:
     """Rows in the table's exact schema, its laws kept.
 

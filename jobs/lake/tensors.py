@@ -84,6 +84,12 @@ def read_catalogue(run: Run) -> Catalogue:
     )
 
 
+def texts_of(catalogue: Catalogue) -> Tensor:
+    """text_V: a number for each different text of the catalogue, -1 for padding."""
+    texts = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
+    return torch.cat([torch.tensor([-1]), torch.from_numpy(texts.astype("int64"))])
+
+
 def read_histories(run: Run, item_ids: Sequence[str]) -> tuple[Histories, str]:
     """The newest `sequences` at or before ds over a catalogue, on the CPU, and their digest; users stay in the table's order.
 

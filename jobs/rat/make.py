@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from jobs.lake.tensors import Catalogue
+from jobs.lake.tensors import Catalogue, texts_of
 from jobs.rat.config import Config
 from models.behaviour.assembly import Fusion
 from models.behaviour.items import Items, MlpAdapter, NullSpaceItems, ResidualItems, TextItems
@@ -44,12 +43,6 @@ def make_aligner(config: Config, teacher_VD: Tensor, known_V: Tensor, catalogue:
     weight_V = counts_V / (counts_V + config.popularity_prior).clamp_min(1e-9) * known_V
     text_V = texts_of(catalogue).to(counts_V.device)
     return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=config.alpha, temperature=config.temperature, text_V=text_V)
-
-
-def texts_of(catalogue: Catalogue) -> Tensor:
-    """text_V: a number for each different text of the catalogue, -1 for padding."""
-    texts = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
-    return torch.cat([torch.tensor([-1]), torch.from_numpy(texts.astype("int64"))])
 
 
 def fusion_of(config: Config) -> Fusion:

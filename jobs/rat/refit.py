@@ -87,7 +87,8 @@ def found(run: Run, recommender_id: str) -> Judged:
     if told["teacher_id"] != "none":
         pretrained = made_by(run, "pretrain", "teacher_id", told["teacher_id"])
         teacher_told = pretrained["result"]
-        teacher_training = build(Training, pretrained["config"]["training"], "pretrain.training")
+        if pretrained["config"].get("view", "trained") == "trained":
+            teacher_training = build(Training, pretrained["config"]["training"], "pretrain.training")
     loaded = load_recommender(folder, pick_device(run))
     assert loaded.whitening is not None
     return Judged(id=recommender_id, folder=folder, settings=settings, told=told, loaded=loaded, teacher_told=teacher_told,

@@ -23,6 +23,7 @@ from models.behaviour.artifact import save_fused
 from models.behaviour.assembly import Material, centres, part_options, scored
 from models.behaviour.data import Histories, train_counts
 from models.behaviour.fused import FusedRecommender, Part, Weights
+from models.behaviour.graph import graph_recommender
 from models.behaviour.items import IdItems
 from models.behaviour.progress import Trained
 from models.behaviour.recommender import LoadedRecommender, Recommender, build_sequence
@@ -44,6 +45,7 @@ class Judged:
     teacher_told: Mapping[str, Any] | None
     """The Result of the `pretrain` that trained its teacher; None without one."""
     teacher_training: Training | None
+    """None for a teacher that takes no training: the graph."""
     whitening: Whitening
 
 
@@ -75,10 +77,12 @@ class Work:
 
     def teacher(self) -> tuple[Recommender | None, Trained | None]:
         """The teacher of all events."""
-        if self.judged.teacher_told is None or self.judged.teacher_training is None:
-            return None, None
-        torch.manual_seed(self.config.run.seed)
         backbone = self.settings.backbone
+        if self.judged.teacher_told is None:
+            return None, None
+        if self.judged.teacher_training is None:
+            return graph_recommender(self.events, backbone, self.config.run.seed), None
+        torch.manual_seed(self.config.run.seed)
         teacher = Recommender(IdItems(self.events.catalogue + 1, backbone.width), build_sequence(backbone))
         return teacher, self.train("teacher", teacher, self.judged.teacher_training, self.judged.teacher_told["best_epoch"], None)
 
@@ -143,7 +147,7 @@ class Work:
         alone = None
         if teacher is not None:
             known = Part(name="collaborative", items=teacher.items, sequence=teacher.sequence, backbone=self.settings.backbone,
-                         config={"kind": "id"})  # fmt: skip
+                         config={"kind": "id"}, fading=getattr(teacher.sequence, "fade", None))  # fmt: skip
             alone = known.loaded(self.catalogue.item_ids, self.judged.whitening, self.device)
         return Material(
             events=self.events, counts_V=self.counts_V, white_NK=self.white_NK, whitening=self.judged.whitening,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from jobs.lake import nights
 from jobs.lake.nights import Night
 from jobs.lake.partitions import digest_file
-from jobs.report import drift, openlineage, tracking, views
+from jobs.report import drift, openlineage, tracking, views, weak
 from jobs.report.drift import Bounds, Measure
 from jobs.report.facts import Facts
 from jobs.report.layers import Layer
@@ -134,7 +134,8 @@ def gather(config: Config, night: Night) -> tuple[Facts, dict[str, float]]:
     before = tuple(nights.nights_before(lake, night.ds, config.history))
     spaces = spaces_of(lake, night, before)
     shown, layers, why = look(config, spaces)
-    values = measure(config, night, spaces, layers, shown)
+    badly_served = weak.groups(lake, night)
+    values = measure(config, night, spaces, layers, shown) | weak.measures(badly_served)
     recent = [past for past in before if past.ds >= nights.trained_on(lake, night.ds)]
     serving_ds, space_id = serving([*before, night])
     facts = Facts(
@@ -147,6 +148,7 @@ def gather(config: Config, night: Night) -> tuple[Facts, dict[str, float]]:
         serving_ds=serving_ds,
         space_id=space_id,
         space_since=first_filled(lake, space_id),
+        weak=badly_served,
     )
     return facts, values
 

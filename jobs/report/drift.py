@@ -26,7 +26,7 @@ from jobs.run import InputError
 
 TEXTS = ("fill.", "text.")
 """Measures of the texts: an encoder was trained on texts like those of the nights before, so an alarm here makes it due."""
-SHARES = ("fill.", "quarantine.", "coverage")
+SHARES = ("fill.", "quarantine.", "coverage", "weak.")
 """Measures between 0 and 1, whose history may be all zeros."""
 ENOUGH = 100
 """Texts embedded on a night, from which on their mean length is a measure."""

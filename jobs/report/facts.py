@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jobs.lake.nights import Night
 from jobs.report.drift import Measure
 from jobs.report.views import Views
+from jobs.report.weak import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +27,5 @@ class Facts:
     """Of the space that serves; empty where it is not known."""
     space_since: str = ""
     """Date of the first snapshot in that space; empty where the lake does not tell."""
+    weak: tuple[Group, ...] = ()
+    """Groups of users, and how badly they are served; none where nothing was evaluated."""

@@ -17,7 +17,7 @@ from jobs.lake.tables import LEFT
 from jobs.report import plots as plots
 from jobs.report.costs import PER_THOUSAND, cost_figures, median_of, minutes
 from jobs.report.facts import Facts
-from jobs.report.sections import cost, drift, funnel, gates, jobs, maps, neighbours, origin, training
+from jobs.report.sections import cost, drift, family, funnel, gates, jobs, maps, neighbours, origin, training, weak
 from jobs.report.verdict import State, verdict
 from jobs.report.words import duration, number
 
@@ -27,6 +27,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], dict[str, Any]]], ...] = (
     ("jobs", "Jobs", jobs.section),
     ("funnel", "From records to vectors", funnel.section),
     ("gates", "Gates: champion and challenger", gates.section),
+    ("weak", "Weak users", weak.section),
+    ("family", "Bake-off and codes", family.section),
     ("maps", "Map of the embeddings", maps.section),
     ("neighbours", "Neighbours before and after", neighbours.section),
     ("training", "Training", training.section),

@@ -17,12 +17,15 @@ from models.behaviour.counting import DIRECTED, Counting, affordable, counting_i
 from models.behaviour.data import Histories
 from models.behaviour.fused import Part
 from models.behaviour.fusion import Found, Sample, Scores, Search
+from models.behaviour.graph import LAYERS, graph_table
 from models.behaviour.recommender import Backbone, LoadedRecommender, build_sequence
 from models.behaviour.whitening import Whitening
 
-Name = Literal["collaborative", "llmemb", "text", "counting"]
+Name = Literal["collaborative", "llmemb", "text", "counting", "graph"]
 Option = tuple[float, str]
 """What is varied of a part: a fade or events of shrinking, and the counting part's table."""
+GRAPH_PRIOR = 1.0
+"""Train events that weigh as much as text in the graph part: cold items are filled from text, the others keep their place."""
 CONTROLS = ("shuffled", "gaussian")
 
 
@@ -32,7 +35,8 @@ class Fusion:
 
     parts: tuple[Name, ...] = ("collaborative", "llmemb", "text", "counting")
     """`collaborative`: the teacher, shrunk to text; `llmemb`: text bent by RAT; `text`: text untrained; `counting`: items by
-    whom they stood beside. `llmemb` alone is LLMEmb as published."""
+    whom they stood beside; `graph`: items by what is near in the graph of users and items (ELMRec). `llmemb` alone is LLMEmb as
+    published."""
     text_width: int = 128
     """Directions of the text part."""
     text_directions: Literal["agreement", "random", "strongest"] = "agreement"
@@ -43,12 +47,16 @@ class Fusion:
     items by items: past 20,000 items (6,000 on a CPU) they are passed over."""
     counting_width: int = 128
     """Columns of the counting part; of `transitions` and `l3ae` half of them find an item and half read it."""
+    graph_width: int = 128
+    """Columns of the graph part."""
+    graph_layers: int = LAYERS
+    """Steps in the graph that it looks, at most."""
     shrink: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Train events that weigh as much as text in `collaborative`; the best on validation is taken."""
     fades: tuple[float, ...] = (0.5, 0.7, 0.85)
-    """How much an event weighs of the one after it, in `text` and `counting`; the best on validation is taken."""
+    """How much an event weighs of the one after it, in `text`, `counting` and `graph`; the best on validation is taken."""
     newest: int = 20
-    """Events that `text` and `counting` read, the newest."""
+    """Events that `text`, `counting` and `graph` read, the newest."""
     centre: bool = True
     """Whether validation may take a share of the mean user vector from trained parts."""
     gates: bool = True
@@ -59,8 +67,8 @@ class Fusion:
     def __post_init__(self) -> None:
         if not self.parts or len(set(self.parts)) < len(self.parts):
             raise ValueError(f"fusion.parts {list(self.parts)} must name at least one part, and each once")
-        if min(self.text_width, self.counting_width, self.newest) < 1:
-            raise ValueError("fusion.text_width, counting_width and newest must be at least 1")
+        if min(self.text_width, self.counting_width, self.graph_width, self.graph_layers, self.newest) < 1:
+            raise ValueError("fusion.text_width, counting_width, graph_width, graph_layers and newest must be at least 1")
         if not self.counting or set(self.counting) - set(get_args(Counting)):
             raise ValueError(f"fusion.counting {list(self.counting)} must name at least one of {', '.join(get_args(Counting))}")
         if not self.shrink or not self.fades or min(self.shrink) < 0 or not all(0 < fade <= 1 for fade in self.fades):
@@ -108,6 +116,7 @@ def assemble(config: Fusion, given: Material) -> Assembled:
     names = [name for name in config.parts if name != "collaborative" or given.teacher is not None]
     longest = max(given.llmemb.backbone.max_len, config.newest)
     width = given.llmemb.backbone.width * 2 + config.text_width + config.counting_width
+    width += config.graph_width if "graph" in names else 0
     sample = fusion.sample_cases(
         given.events, given.counts_V, max_len=longest, unseen=given.unseen, width=width, tried=given.tried
     )
@@ -146,12 +155,16 @@ def part_options(config: Fusion, given: Material, name: str, white_NK: Tensor) -
         teacher, table_VD = given.teacher, given.teacher_VD
         return {
             (k, ""): Part(name=name, items=parts.shrunk_items(table_VD, given.counts_V, white_NK, k), sequence=teacher.sequence,
-                          backbone=teacher.backbone, config={"kind": "shrunk"})
+                          backbone=teacher.backbone, config={"kind": "shrunk"}, fading=teacher.meta.get("fading"))
             for k in config.shrink
         }  # fmt: skip
     if name == "text":
         items = parts.text_items(white_NK, given.events, config.text_width, config.text_directions)
         return read_fading(config, name, items, items.map_KD.shape[1], "directions")
+    if name == "graph":
+        table_VD = graph_table(given.events, config.graph_width, layers=config.graph_layers)
+        shrunk = parts.shrunk_items(table_VD, given.counts_V, white_NK, GRAPH_PRIOR)
+        return read_fading(config, name, shrunk, config.graph_width, "shrunk")
     kinds = [kind for kind in config.counting if affordable(kind, given.events)] or config.counting[:1]
     made: dict[Option, Part] = {}
     for kind in kinds:

@@ -44,7 +44,7 @@ HELD = 2**27
 """Scores held at once while the best are looked for."""
 GAIN = 1e-5
 """A change that gains less is not taken."""
-DEFAULTS: Mapping[str, float] = {"collaborative": 1.0, "llmemb": 1.0, "text": 0.7, "counting": 0.5}
+DEFAULTS: Mapping[str, float] = {"collaborative": 1.0, "llmemb": 1.0, "text": 0.7, "counting": 0.5, "graph": 0.5}
 """Weights where validation can't choose: about what it chose on the data sets of BENCHMARKS.md."""
 
 

@@ -29,7 +29,7 @@ def test_the_command_line_of_feast_applies_the_repository(tmp_path: Path, monkey
     done = CliRunner().invoke(cli, ["-c", str(REPOSITORY), "apply"])
     del sys.modules["feature_definitions"]  # Feast imports the repository's files by their bare names
     assert done.exit_code == 0, done.output
-    for name in ("item_embedding", "serving_pointer", "item_tombstone", "item_attributes", "user_history"):
+    for name in ("item_embedding", "serving_pointer", "item_tombstone", "item_attributes", "item_codes", "user_history"):
         assert name in done.output
 
 

@@ -9,16 +9,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import pretrain
+from jobs import pretrain, rat
 from jobs.__main__ import build
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import ITEMS, SEQUENCES
 from jobs.run import InputError, Run
 from models.behaviour.artifact import load_recommender
+from models.behaviour.assembly import Fusion
 from models.behaviour.data import held_out
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
-from tests.jobs.small_lake import DS, LATER, make, sequence_rows
+from tests.jobs.small_lake import DS, LATER, make, remember, sequence_rows
 
 SMALL = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
 
@@ -142,3 +143,19 @@ def test_a_recipe_may_set_every_part_and_a_strange_key_is_named(small_lake: Run)
         build(pretrain.Config, {"run": small_lake, "training": {"epoch": 1}}, "pretrain")
     with pytest.raises(InputError, match="cold_share"):
         config(small_lake, cold_share=1.0)
+
+
+def test_the_graph_is_a_teacher_without_training_that_rat_can_align_to(small_lake: Run) -> None:
+    result = pretrain.run(config(small_lake, view="graph"))
+    assert (result.epochs, result.history) == (0, ()) and result.validation_ndcg > 0
+    teacher = load_recommender(artifacts.find(small_lake.lake, "teacher", result.teacher_id))
+    assert teacher.table().shape == (21, 8)
+    assert not teacher.table()[teacher.row["i19"]].any()  # nobody touched it
+    # its users are fading means: the one of a single item is that item's direction
+    own_D = teacher.table()[teacher.row["i03"]]
+    user_1D = teacher.encode(own_D[None, None], torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(user_1D[0], own_D / own_D.norm())
+    assert pretrain.run(config(small_lake, view="graph")).teacher_id == result.teacher_id
+    remember(small_lake, "pretrain", result)
+    trained = rat.run(rat.Config(run=small_lake, hidden=16, **SMALL, fusion=Fusion(parts=("llmemb", "collaborative"))))  # type: ignore[arg-type]
+    assert isinstance(trained, rat.Result) and trained.teacher_id == result.teacher_id

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlflow
 import pytest
@@ -20,7 +20,7 @@ from jobs.rat import refit
 from jobs.run import InputError, Refused, Run
 from models.behaviour.artifact import load_recommender
 from models.behaviour.assembly import Fusion
-from models.behaviour.recommender import Backbone
+from models.behaviour.recommender import Backbone, FadingMean
 from models.behaviour.training import Training
 from tests.jobs import small_registry
 from tests.jobs.small_lake import DS, make, remember, sequence_rows
@@ -55,9 +55,9 @@ def config(run: Run, **more: Any) -> rat.Config:
     return rat.Config(run=run, **{**SMALL, "hidden": 16, "whitened_width": 8, "fusion": PARTS, "refit_loss": 9.0, **more})
 
 
-def promoted(run: Run, **more: Any) -> rat.Result:
+def promoted(run: Run, view: Literal["trained", "graph"] = "trained", **more: Any) -> rat.Result:
     """A recommender trained on the split, let out."""
-    taught = pretrain.Config(run=run, **SMALL)
+    taught = pretrain.Config(run=run, view=view, **SMALL)
     remember(run, "pretrain", pretrain.run(taught), taught)
     settings = config(run, **more)
     result = rat.run(settings)
@@ -94,6 +94,24 @@ def test_what_serves_was_trained_on_all_events_as_the_judged_one_was(run: Run, f
     emb_ND = new.project(llm_NE, ["i00", "i19", "never seen"])
     assert emb_ND.shape == (3, old.width) and emb_ND.isfinite().all()
     assert not torch.allclose(emb_ND, old.project(llm_NE, ["i00", "i19", "never seen"]))
+
+
+def test_a_graph_as_teacher_and_as_a_part_is_spread_anew_over_all_events(run: Run) -> None:
+    judged = promoted(run, view="graph", fusion=dataclasses.replace(PARTS, parts=(*PARTS.parts, "graph"), graph_width=6))
+    result = again(run)
+    old, new = (load_recommender(artifacts.find(run.lake, "recommender", one.recommender_id)) for one in (judged, result))
+    assert (
+        [part.name for part in new.parts]
+        == ["collaborative", "llmemb", "text", "counting", "graph"]
+        == [p.name for p in old.parts]
+    )
+    assert "teacher_all" not in result.history[0]
+    parts = [dict(zip([part.name for part in loaded.parts], loaded.members, strict=True)) for loaded in (old, new)]  # type: ignore[union-attr]
+    for name in ("collaborative", "graph"):
+        # i19 is met by the newest events alone
+        before, after = (part[name].items.weight[old.row["i19"]] for part in parts)
+        assert not torch.allclose(before, after)
+        assert isinstance(parts[1][name].sequence, FadingMean)
 
 
 def test_an_item_of_the_newest_events_alone_is_cold_to_the_judge_and_known_to_what_serves(run: Run) -> None:

@@ -137,6 +137,29 @@ def results(count: int = 40, space: str = SPACE) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
+def family() -> dict[str, dict[str, Any]]:
+    """The Results of the jobs that are off unless asked for, as far as the report reads them."""
+    slices = {name: {"ndcg@10": 0.1, "hr@10": 0.2} for name in ("overall", "tail")}
+    route = {"main": 0.1, "random": 0.1, "oracle": 0.2, "low": 0.001, "high": 0.03}
+    weak = {"users": 18.0, "ndcg": 0.02, "others": 0.12, "without_hit": 0.9}
+    return {
+        "codes": {
+            "books_id": "b00c" * 4, "source": f"space {SPACE}", "refit": True, "new": 40, "changed": 0, "kept": 0,
+            "report": {"bits": 32, "books": {"recall_at_10": 0.61, "error": 0.12}, "pq": {"recall_at_10": 0.52, "error": 0.29},
+                       "collisions": {"share": 0.05}, "moved": {"share": 0.93}},
+        },
+        "bakeoff": {
+            "champion": "fused", "seeds": [42, 43], "device": "cuda", "users": {"overall": 90, "tail": 40},
+            "values": {"fused": slices, "id_only": slices, EVIL: slices},
+            "differences": [difference("id_only", "overall", 0.05), difference(EVIL, "tail", -0.01, 12)],
+            "models": [{"model": "fused", "by_seed": [0.1, 0.11], "seconds": 61.5, "bytes_per_item": 2048.0}],
+            "routing": {"weak": {"length": weak}, "routes": {
+                "text": [{"signal": "length", "share": share, "ndcg": ndcg, "gain": ndcg - 0.1, **route}
+                         for share, ndcg in ((0.0, 0.1), (0.2, 0.115), (1.0, 0.1))]}},
+        },
+    }  # fmt: skip
+
+
 def record(lake: Path, job: str, result: dict[str, Any] | None, ds: str = DS, status: str = "done", **more: Any) -> None:
     """A manifest as the command line writes it."""
     manifest = {

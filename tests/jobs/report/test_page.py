@@ -6,17 +6,19 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jobs import report
-from jobs.lake import manifests, nights
+from jobs.lake import artifacts, manifests, nights
 from jobs.report import drift, openlineage, plots
 from jobs.report.drift import Bounds
 from jobs.report.facts import Facts
 from jobs.report.page import page
 from jobs.report.spaces import serving, spaces_of
 from jobs.run import InputError, Run, as_json
-from tests.jobs.report.small_night import DS, EVIL, SPACE, difference, record, results, shown, tables, tell, whole_night
+from tests.jobs.report.small_night import DS, EVIL, SPACE, difference, family, record, results, shown, tables, tell, whole_night
 
 
 def test_a_whole_night_is_good_and_every_part_is_there(tmp_path: Path) -> None:
@@ -231,3 +233,68 @@ def test_the_parts_of_the_recommender_and_what_text_adds_are_told(tmp_path: Path
     assert "The parts of the recommender" in html
     assert "shuffled 0.0000, text 0.0125" in html
     assert "0.3500" in html and "128" in html
+
+
+def test_the_bake_off_the_codes_and_the_routing_are_told_with_what_pays(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    for job, found in family().items():
+        record(tmp_path, job, found)
+    _, html = tell(tmp_path)
+    text = shown(html)
+    for part in (
+        "seeds 42, 43, on cuda; the others are held against fused", "NDCG@10 of every system and floor", "61.5", "2,048",
+        "books b00cb00cb00cb00c of space 5555555555555555 , made new on this night", "Product quantisation 0.5200 0.2900",
+        "moved by new books: 0.9300", "weak by length 18 0.0200 0.1200 90.0%", "weak users routed to text", "length, 20% 0.1150",
+    ):  # fmt: skip
+        assert part.replace(" ,", ",") in text, part
+    assert "can't be drawn" not in html
+
+
+def test_a_router_that_is_not_surely_better_is_told_not_to_pay(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    found = family()["bakeoff"]
+    for row in found["routing"]["routes"]["text"]:
+        row["low"] = -0.001
+    record(tmp_path, "bakeoff", found)
+    assert "routing does not pay here" in shown(tell(tmp_path)[1])
+
+
+def test_without_them_the_page_says_so_and_stays_good(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    result, html = tell(tmp_path)
+    assert result.state == "good"
+    assert "No bake-off was run for this night" in shown(html) and "who is badly served is not known" in shown(html)
+
+
+def keep_outcomes(lake: Path, ndcg_C: list[float]) -> str:
+    """Three users with two held-out events each, as `evaluate` keeps them; the first user is one of long history."""
+    staged = artifacts.stage(lake, "outcomes")
+    slices_SC = np.zeros((2, 6), bool)
+    slices_SC[0], slices_SC[1, :2] = True, True
+    save_file({"user_C": np.array([0, 0, 1, 1, 2, 2], np.int32), "slices_SC": slices_SC,
+               "ndcg_KC": np.array([[1.0] * 6, ndcg_C], np.float32)}, staged / "outcomes.safetensors")  # fmt: skip
+    (staged / "outcomes.json").write_text(json.dumps({"models": ["popularity", "llmemb"], "slices": ["overall", "long"]}))
+    return artifacts.keep(lake, "outcomes", staged)
+
+
+def test_weak_users_are_those_without_any_hit_and_how_they_moved_is_told(tmp_path: Path) -> None:
+    for night, ndcg_C in enumerate([[0.5, 0.0, 0.0, 0.0, 0.0, 0.0]] * 6 + [[0.0, 0.0, 0.0, 0.0, 1.0, 0.0]]):
+        ds = f"2026-03-{night + 4:02d}"
+        whole_night(tmp_path, ds)
+        record(tmp_path, "evaluate", {**results()["evaluate"], "outcomes_id": keep_outcomes(tmp_path, ndcg_C)}, ds)
+        result, html = tell(tmp_path, ds)
+        record(tmp_path, "report", as_json(result), ds)
+    assert result.drift["weak.overall"] == pytest.approx(2 / 3, abs=1e-6) and result.drift["weak.long"] == 1.0
+    text = shown(html)
+    assert "All users 3 66.7% 66.7% 0.1667" in text
+    assert "Long histories (a fifth) 1 100.0% 0.0% 0.0000" in text
+    assert {found.name: found.verdict for found in result.measures}["weak.long"] == "alarm"
+
+
+def test_outcomes_that_are_gone_or_damaged_cost_their_table_alone(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    kept = keep_outcomes(tmp_path, [0.0] * 6)
+    (tmp_path / "models" / "outcomes" / kept / "outcomes.safetensors").write_bytes(b"no tensors")
+    for outcomes_id in (kept, "f" * 16, ""):
+        record(tmp_path, "evaluate", {**results()["evaluate"], "outcomes_id": outcomes_id})
+        assert "who is badly served is not known" in shown(tell(tmp_path)[1])

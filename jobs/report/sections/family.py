@@ -1,0 +1,68 @@
+"""The bake-off of all systems, and codes of items: figures of jobs that are off unless asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.report import plots as plots
+from jobs.report.blocks import Figure, Table
+from jobs.report.facts import Facts
+from jobs.report.sections.gates import MARKS, SLICES, in_order, interval
+from jobs.report.words import number
+
+
+def section(facts: Facts) -> dict[str, Any]:
+    """The bake-off's table, its forest plots, and the figures of codes."""
+    judged, codes = facts.night.result("bakeoff"), facts.night.result("codes")
+    slices = [name for name in ("overall", "cold", "tail") if any(row["slice"] == name for row in judged.get("differences", []))]
+    return {
+        "bakeoff": {key: judged.get(key) for key in ("champion", "seeds", "device")} if judged.get("values") else None,
+        "tables": [by_slice(judged), costs(judged)] if judged.get("values") else [],
+        "forests": [forest(judged, name) for name in slices],
+        "codes": codes_table(codes) if codes.get("report") else None,
+        "told": {key: codes.get(key) for key in ("books_id", "source", "new", "changed", "kept", "refit")} if codes else None,
+    }
+
+
+def by_slice(judged: Mapping[str, Any]) -> Table:
+    """NDCG of every model in every slice."""
+    values = judged["values"]
+    slices = in_order(next(iter(values.values())), SLICES)
+    names = sorted(values, key=lambda name: -(values[name].get("overall", {}).get("ndcg@10") or 0.0))
+    rows = [["users", *(number(judged.get("users", {}).get(name)) for name in slices)]]
+    rows += [[name, *(number(values[name].get(slice_, {}).get("ndcg@10")) for slice_ in slices)] for name in names]
+    return Table(caption="NDCG@10 of every system and floor, means over the seeds", head=["System", *slices], rows=rows)
+
+
+def costs(judged: Mapping[str, Any]) -> Table:
+    """Seconds and bytes of every system, and its NDCG with each seed."""
+    models: Sequence[Mapping[str, Any]] = judged.get("models", [])
+    rows = [
+        [one["model"], number(one["seconds"], 1), number(one["bytes_per_item"], 1), ", ".join(number(v) for v in one["by_seed"])]
+        for one in models
+    ]
+    head = ["System", "Seconds to make, with what it needs", "Bytes an item", "NDCG@10 by seed"]
+    return Table(caption="What each system costs", head=head, rows=rows)
+
+
+def forest(judged: Mapping[str, Any], slice_: str) -> Figure:
+    """The champion's lead over every other system in one slice."""
+    rows = [row for row in judged["differences"] if row["slice"] == slice_ and row.get("value") is not None]
+    rows = sorted(rows, key=lambda row: row["value"])
+    intervals = [interval({**row, "slice": "overall"}, None) for row in rows]
+    words = f"{judged.get('champion')} less each other system, {slice_}: NDCG@10, 95 % intervals over users and seeds. {MARKS}"
+    return Figure(picture=plots.forest(f"family-{slice_}", intervals, "difference in NDCG"), words=words)
+
+
+def codes_table(codes: Mapping[str, Any]) -> Table:
+    """Recall of neighbours and the error of the books, and of the controls of as many bits where they were measured."""
+    report = codes["report"]
+    names = {"books": "These books", "pq": "Product quantisation", "rq": "Residual k-means"}
+    rows = [[names[kind], number(report[kind].get("recall_at_10")), number(report[kind].get("error"))]
+            for kind in names if report.get(kind)]  # fmt: skip
+    shared = (report.get("collisions") or {}).get("share")
+    caption = f"Codes of {report.get('bits')} bits an item; share of items whose codes another has too: {number(shared)}"
+    if report.get("moved"):
+        caption += f"; moved by new books: {number(report['moved'].get('share'))}"
+    return Table(caption=caption, head=["Codes", "Recall of ten neighbours", "Error over variance"], rows=rows)

@@ -1,0 +1,72 @@
+"""Who is badly served: users none of whose held-out events is among the ten best, by what is known of them.
+
+Read from what `evaluate` kept of every held-out event; users are numbers there, and none is told of here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from jobs.lake.nights import Night
+
+MODEL = "llmemb"
+"""The model that the evaluation judged."""
+GROUPS = {
+    "overall": "All users",
+    "short": "Short histories",
+    "long": "Long histories (a fifth)",
+    "head": "Looking for popular items",
+    "tail": "Looking for rare items",
+    "cold": "Looking for items without events",
+    "repeat": "Coming back to an item",
+    "new": "Looking for something new to them",
+}
+"""Slices of the evaluation, in words."""
+MEASURE = "weak."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Users with a held-out event of one slice."""
+
+    slice: str
+    users: int
+    weak: float
+    """Share of them that had no hit in that slice."""
+    ndcg: float
+    """Mean over the users."""
+
+
+def groups(lake: Path, night: Night) -> tuple[Group, ...]:
+    """Every group that has users; none where nothing was evaluated, or what it kept is gone."""
+    home = lake / "models" / "outcomes" / str(night.result("evaluate").get("outcomes_id") or "none")
+    try:
+        names = json.loads((home / "outcomes.json").read_text())
+        found = load_file(home / "outcomes.safetensors")
+        ndcg_C = found["ndcg_KC"][names["models"].index(MODEL)].astype(np.float64)
+        slices = dict(zip(names["slices"], found["slices_SC"].astype(bool), strict=True))
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return ()
+    made = (group(name, found["user_C"][slices[name]], ndcg_C[slices[name]]) for name in GROUPS if name in slices)
+    return tuple(one for one in made if one.users)
+
+
+def group(name: str, user_C: npt.NDArray[np.int32], ndcg_C: npt.NDArray[np.float64]) -> Group:
+    """One group, from the cases of its slice."""
+    _, place_C, count_U = np.unique(user_C, return_inverse=True, return_counts=True)
+    mean_U = np.bincount(place_C, weights=ndcg_C, minlength=len(count_U)) / np.maximum(count_U, 1)
+    if not len(mean_U):
+        return Group(slice=name, users=0, weak=0.0, ndcg=0.0)
+    return Group(slice=name, users=len(mean_U), weak=float((mean_U == 0).mean()), ndcg=float(mean_U.mean()))
+
+
+def measures(found: tuple[Group, ...]) -> dict[str, float]:
+    """Name -> share of weak users, for the history of later nights."""
+    return {f"{MEASURE}{one.slice}": round(one.weak, 6) for one in found}

@@ -1,0 +1,110 @@
+"""A recommender's lists, `sequences`, titles -> a report: what an LLM that re-ranks them adds, offline (DELRec).
+
+Soft tokens learn on validation events; test events are asked once: the recommender's order, the plain prompt, the prompt with
+soft tokens, the same with titles shuffled over the items, and the oracle. Nothing that serves changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jobs.engines import registry
+from jobs.lake import artifacts
+from jobs.lake.items import titles
+from jobs.lake.tensors import pick_device, read_catalogue, read_embeddings, read_histories
+from jobs.rerank.config import Config as Config
+from jobs.rerank.config import Result as Result
+from models.behaviour.artifact import load_recommender
+from models.judge.bootstrap import bootstrap, estimate
+from models.judge.rerank import Lists, make_lists, oracle, placed
+from models.text.rerank import Question, Reranker, distil, load_reranker
+
+log = logging.getLogger(__name__)
+WAYS = ("recommender", "plain", "soft", "shuffled", "mixed", "oracle")
+MIXES = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)
+"""Weights of the LLM's standardised scores beside the recommender's."""
+
+
+def run(config: Config) -> Result:
+    """Asks the LLM. Raises InputError or ValueError for a base that can't be asked, a title that it doesn't know, or no event."""
+    began, device = time.monotonic(), pick_device(config.run)
+    chosen = registry.resolve(config.run, config.recommender)
+    recommender = load_recommender(artifacts.find(config.run.lake, "recommender", chosen["recommender_id"]), device)
+    catalogue = read_catalogue(config.run)
+    events, digest = read_histories(config.run, catalogue.item_ids)
+    llm_NE = read_embeddings(config.run, chosen["encoder_id"], catalogue.content_hashes)
+    table_VD = torch.nn.functional.pad(recommender.project(llm_NE, catalogue.item_ids), (0, 0, 1, 0))
+    events = events.to(device)
+    parts = {part: make_lists(events, part, table_VD, recommender.encode, recommender.backbone.max_len, top=config.top,
+                              most=config.users, unseen=config.run.exclude_seen) for part in ("valid", "test")}  # fmt: skip
+    named = titles(config.run.lake, config.run.ds, catalogue.item_ids)
+    words = [named[item_id] for item_id in catalogue.item_ids]
+    model = load_reranker(config.base, config.distilling, domain=config.domain, device=device, seed=config.run.seed)
+    known = questions(parts["valid"], words, config.history)
+    distil(model, known, config.distilling, seed=config.run.seed, log=tell)
+    values, weight = asked(config, model, parts, words, known)
+    every_1C = torch.ones(1, len(values["plain"]), dtype=torch.bool)
+    found = bootstrap(torch.stack([values[way] for way in WAYS], 1), every_1C, seed=config.run.seed)
+    first = WAYS.index("recommender")
+    less = {way: estimate(found, 0, place, minus=first) for place, way in enumerate(WAYS) if place != first}
+    result = Result(
+        recommender_id=chosen["recommender_id"], users=len(values["plain"]), top=config.top, tokens=config.distilling.tokens,
+        in_list=round(float((parts["test"].place_C >= 0).double().mean()), 5), mix=weight,
+        ndcg={way: round(float(values[way].mean()), 5) for way in WAYS},
+        differences={way: {key: rounded(getattr(one, key)) for key in ("value", "low", "high")} for way, one in less.items()},
+        seconds=round(time.monotonic() - began, 1), device=str(device),
+        inputs={"items": catalogue.digest, "sequences": digest, "recommender": chosen["recommender_id"]}, outputs={}, rows={},
+    )  # fmt: skip
+    log.info("NDCG@10 of %d users' lists: %s", result.users, "  ".join(f"{way} {result.ndcg[way]:.4f}" for way in WAYS))
+    return result
+
+
+def asked(
+    config: Config, model: Reranker, parts: dict[str, Lists], words: Sequence[str], known: Sequence[Question]
+) -> tuple[dict[str, Tensor], float]:
+    """NDCG@10 of each test user by each way; and the weight in the mix, which validation chose."""
+    test = parts["test"]
+    soft_CM = scored(model, questions(test, words, config.history))
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
+    other_CM = scored(model, questions(test, [words[place] for place in order], config.history))
+    valid_CM, soft_SE = scored(model, known), model.soft_SE.data
+    model.soft_SE.data = soft_SE[:0]
+    plain_CM = scored(model, questions(test, words, config.history)) if config.distilling.tokens else soft_CM
+    model.soft_SE.data = soft_SE
+    best = max(MIXES, key=lambda weight: float(placed(parts["valid"].mixed(valid_CM, weight), parts["valid"].place_C).mean()))
+    scores = {"recommender": test.score_CM.double(), "plain": plain_CM, "soft": soft_CM, "shuffled": other_CM,
+              "mixed": test.mixed(soft_CM, best)}  # fmt: skip
+    found = {way: placed(score_CM, test.place_C) for way, score_CM in scores.items()}
+    return found | {"oracle": oracle(test.place_C)}, best
+
+
+def questions(lists: Lists, words: Sequence[str], newest: int) -> list[Question]:
+    """The lists in titles."""
+    return [
+        Question(history=tuple(words[item - 1] for item in history if item)[-newest:],
+                 candidates=tuple(words[item - 1] for item in items), target=place)
+        for history, items, place in zip(lists.history_CL.tolist(), lists.item_CM.tolist(), lists.place_C.tolist(), strict=True)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def scored(model: Reranker, asked: Sequence[Question]) -> Tensor:
+    """score_CM of all candidates, in float64 on the CPU."""
+    return torch.stack([model(question).double().cpu() for question in asked])
+
+
+def rounded(value: float) -> float | None:
+    """A figure for JSON; none where there is none: of few users there is no interval."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
+def tell(figures: dict[str, float], step: int) -> None:
+    """A line now and then."""
+    if step % 20 == 0:
+        log.info("step %d  loss %.4f", step, figures["loss"])

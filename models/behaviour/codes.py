@@ -1,0 +1,261 @@
+"""Vectors as a few small integers: MoC's books, which all tell of the whole vector and share one decoder (arXiv 2410.09560).
+
+The decoder reads the mean of the entries that the codes name. As published each book chooses apart: the entry nearest to a head
+of its own. By default books choose jointly instead, each what the others leave over (additive quantisation, Babenko and
+Lempitsky 2014): with a linear decoder that is exact, and it keeps far more (BENCHMARKS.md). What the paper leaves open is chosen
+here: linear heads and decoder, and where training starts (residual k-means, or product quantisation of turned directions).
+
+Shapes: N items, D width, K books, C entries of a book, B items of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.behaviour.whitening import moments
+
+CHUNK = 65_536
+LLOYD = 8
+"""Rounds of k-means that books start with."""
+SWEEPS = 3
+"""Rounds in which each book chooses anew, given the others' codes."""
+Log = Callable[[dict[str, float], int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """How books are trained and read."""
+
+    books: int = 4
+    """Integers of an item."""
+    entries: int = 256
+    """Entries of a book: at 256 a code is a byte."""
+    epochs: int = 30
+    batch: int = 1024
+    learning_rate: float = 1e-3
+    apart: bool = False
+    """Each book chooses by a head of its own, as published; else all choose jointly, which keeps more."""
+    commitment: float = 0.25
+    """Where books choose apart: how strongly heads are drawn to entries, beside entries to heads."""
+    sample: int = 200_000
+    """Items that books are trained on, at most."""
+
+    def __post_init__(self) -> None:
+        if min(self.books, self.epochs, self.batch, self.sample) < 1:
+            raise ValueError("codes: books, epochs, batch and sample must be at least 1")
+        if not 2 <= self.entries <= 65_536:
+            raise ValueError(f"codes.entries is {self.entries}: a book has 2 to 65,536 entries")
+
+
+class Books(nn.Module):
+    """K books, the decoder that they share and, where books choose apart, a head for each."""
+
+    mean_D: Tensor
+    scale: Tensor
+
+    def __init__(self, books: int, entries: int, width: int, *, heads: bool = False) -> None:
+        super().__init__()
+        self.head_KDD = nn.Parameter(torch.zeros(books, width, width)) if heads else None
+        self.entry_KCD = nn.Parameter(torch.zeros(books, entries, width))
+        self.decoder = nn.Linear(width, width)
+        self.register_buffer("mean_D", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(()))
+
+    def sized(self, emb_ND: Tensor) -> Tensor:
+        """Vectors as the books see them: centred, of length one in the mean of squares."""
+        return (emb_ND - self.mean_D) / self.scale
+
+    def heads(self, emb_ND: Tensor) -> Tensor:
+        """What each book looks at where books choose apart: z_KND."""
+        assert self.head_KDD is not None
+        return torch.einsum("nd,kde->kne", self.sized(emb_ND), self.head_KDD)
+
+    @torch.no_grad()
+    def decode(self, code_NK: Tensor) -> Tensor:
+        """code_NK -> emb_ND as far as the codes tell."""
+        book_K = torch.arange(len(self.entry_KCD), device=code_NK.device)
+        means = (self.entry_KCD[book_K, some.long()].mean(1) for some in torch.split(code_NK, CHUNK))
+        parts = [self.decoder(mean_ND) * self.scale + self.mean_D for mean_ND in means]
+        return torch.cat(parts) if parts else self.mean_D.new_zeros(0, len(self.mean_D))
+
+    @torch.no_grad()
+    def encode(self, emb_ND: Tensor, sweeps: int = SWEEPS) -> Tensor:
+        """code_NK int64; an item's codes depend on its own vector alone. Raises ValueError for another width or odd values."""
+        if emb_ND.shape[1] != len(self.mean_D):
+            raise ValueError(f"vectors are {emb_ND.shape[1]} wide, the books read {len(self.mean_D)}: they are of other vectors")
+        if not bool(emb_ND.isfinite().all()):
+            raise ValueError("a vector to be coded is not finite: make these vectors again")
+        choose = self.apart if self.head_KDD is not None else partial(self.jointly, sweeps=sweeps)
+        parts = [choose(some) for some in torch.split(emb_ND.float(), CHUNK)]
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.entry_KCD), dtype=torch.int64, device=emb_ND.device)
+
+    def apart(self, emb_ND: Tensor) -> Tensor:
+        """Each book takes the entry nearest to its head, whatever the others take."""
+        return torch.stack([nearest(z_ND, c_CD) for z_ND, c_CD in zip(self.heads(emb_ND), self.entry_KCD, strict=True)], 1)
+
+    def jointly(self, emb_ND: Tensor, sweeps: int) -> Tensor:
+        """Book by book what the books before leave over; then, in sweeps, each what all the others leave over."""
+        # the decoder is linear: what is read is a sum of one decoded entry a book
+        part_KCD = self.entry_KCD @ self.decoder.weight.T / len(self.entry_KCD)
+        left_ND = self.sized(emb_ND) - self.decoder.bias
+        codes = []
+        for part_CD in part_KCD:
+            codes.append(nearest(left_ND, part_CD))
+            left_ND = left_ND - part_CD[codes[-1]]
+        for _ in range(sweeps):
+            for book, part_CD in enumerate(part_KCD):
+                left_ND = left_ND + part_CD[codes[book]]
+                codes[book] = nearest(left_ND, part_CD)
+                left_ND = left_ND - part_CD[codes[book]]
+        return torch.stack(codes, 1)
+
+
+def nearest(z_ND: Tensor, entry_CD: Tensor) -> Tensor:
+    """code_N of the nearest entry; of equal ones the first."""
+    return (entry_CD.square().sum(1) - 2 * z_ND @ entry_CD.T).argmin(1)
+
+
+def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_: None) -> Books:
+    """Books of vectors. Raises ValueError for fewer different vectors than entries, or values that are not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    different = len(torch.unique(emb_ND, dim=0)) if len(emb_ND) <= CHUNK else config.entries
+    if different < config.entries:
+        raise ValueError(f"{len(emb_ND):,} items have {different:,} different vectors, a book has {config.entries} entries: set "
+                         "entries lower, or give more items")  # fmt: skip
+    some_N = torch.randperm(len(emb_ND), generator=generator)[: config.sample].to(emb_ND.device)
+    emb_ND = emb_ND[some_N].float()
+    books = started(emb_ND, config, generator)
+    optimizer = torch.optim.Adam(books.parameters(), lr=config.learning_rate)
+    for epoch in range(config.epochs):
+        order_N = torch.randperm(len(emb_ND), generator=generator).to(emb_ND.device)
+        used_KC = torch.zeros(books.entry_KCD.shape[:2], device=emb_ND.device)
+        total = 0.0
+        for some in torch.split(order_N, config.batch):
+            loss, code_KB = step_loss(books, emb_ND[some], config)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            used_KC.scatter_add_(1, code_KB, torch.ones_like(code_KB, dtype=used_KC.dtype))
+            total += float(loss.detach()) * len(some)
+        dead = revive(books, emb_ND, used_KC, generator) if epoch < config.epochs - 1 else 0
+        log({"loss": total / len(emb_ND), "dead": float(dead)}, epoch)
+    return books.eval().requires_grad_(False)
+
+
+def started(emb_ND: Tensor, config: Codes, generator: torch.Generator) -> Books:
+    """Books before the first step: k-means of what the books before leave over, or of each head's own directions; a decoder that
+    adds."""
+    books = Books(config.books, config.entries, emb_ND.shape[1], heads=config.apart).to(emb_ND.device)
+    mean_D, covariance_DD = moments(emb_ND)
+    books.mean_D.copy_(mean_D)
+    books.scale.copy_(covariance_DD.diagonal().sum().clamp_min(1e-30).sqrt())
+    books.decoder.weight.data.copy_(config.books * torch.eye(emb_ND.shape[1]))
+    books.decoder.bias.data.zero_()
+    if books.head_KDD is not None:
+        books.head_KDD.data.copy_(dealt(covariance_DD, config.books))
+        seen_KND = books.heads(emb_ND).detach()
+        books.entry_KCD.data.copy_(torch.stack([k_means(z_ND, config.entries, generator) for z_ND in seen_KND]))
+        return books
+    left_ND = books.sized(emb_ND)
+    for entry_CD in books.entry_KCD.data:
+        entry_CD.copy_(k_means(left_ND, config.entries, generator))
+        left_ND = left_ND - entry_CD[nearest(left_ND, entry_CD)]
+    return books
+
+
+def dealt(covariance_DD: Tensor, books: int) -> Tensor:
+    """head_KDD: projections on shares of the principal directions, dealt out there and back: each book has as much to tell."""
+    _, direction_DD = torch.linalg.eigh(covariance_DD)
+    strong_DD = direction_DD.flip(1).float()
+    place_D = torch.arange(len(strong_DD), device=strong_DD.device) % (2 * books)
+    shares = (strong_DD[:, (place_D == book) | (place_D == 2 * books - 1 - book)] for book in range(books))
+    return torch.stack([basis_DH @ basis_DH.T for basis_DH in shares])
+
+
+def k_means(z_ND: Tensor, entries: int, generator: torch.Generator) -> Tensor:
+    """entry_CD after a few rounds from random items; an entry without items moves to a random one."""
+    entry_CD = z_ND[drawn(len(z_ND), entries, generator).to(z_ND.device)].clone()
+    for _ in range(LLOYD):
+        code_N = nearest(z_ND, entry_CD)
+        count_C = torch.bincount(code_N, minlength=entries)
+        entry_CD = torch.zeros_like(entry_CD).index_add_(0, code_N, z_ND) / count_C.clamp_min(1)[:, None]
+        empty_C = count_C == 0
+        entry_CD[empty_C] = z_ND[drawn(len(z_ND), int(empty_C.sum()), generator).to(z_ND.device)]
+    return entry_CD
+
+
+def drawn(count: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """Places of random items, each once where there are enough."""
+    return torch.randperm(count, generator=generator)[:wanted] if wanted <= count else torch.arange(wanted) % count
+
+
+def step_loss(books: Books, emb_BD: Tensor, config: Codes) -> tuple[Tensor, Tensor]:
+    """The squared error of what is read and, where books choose apart, entries drawn to heads and heads to entries; code_KB.
+
+    The error's gradient reaches entries and decoder, and passes through to the heads.
+    """
+    code_KB = books.encode(emb_BD, 1).T
+    entry_KBD = torch.stack([c_CD[code_B] for c_CD, code_B in zip(books.entry_KCD, code_KB, strict=True)])
+    z_KBD = books.heads(emb_BD) if books.head_KDD is not None else entry_KBD
+    read_BD = books.decoder((entry_KBD + z_KBD - z_KBD.detach()).mean(0))
+    loss = (books.sized(emb_BD) - read_BD).square().sum(1).mean()
+    if books.head_KDD is not None:
+        apart_KB = (z_KBD.detach() - entry_KBD).square().sum(2) + config.commitment * (z_KBD - entry_KBD.detach()).square().sum(2)
+        loss = loss + apart_KB.sum(0).mean()
+    return loss, code_KB
+
+
+@torch.no_grad()
+def revive(books: Books, emb_ND: Tensor, used_KC: Tensor, generator: torch.Generator) -> int:
+    """Puts entries that no item took in an epoch where items are worst described; how many there were."""
+    dead_KC = used_KC == 0
+    if not bool(dead_KC.any()):
+        return 0
+    some_ND = emb_ND[drawn(len(emb_ND), 4096, generator)[:4096].to(emb_ND.device)]
+    code_NK = books.encode(some_ND)
+    missing_ND = books.sized(some_ND) - books.sized(books.decode(code_NK))
+    worst_N = missing_ND.square().sum(1).argsort(descending=True)
+    # as much more of an entry as makes the decoder read what is missing
+    more_ND = len(used_KC) * missing_ND @ torch.linalg.pinv(books.decoder.weight.T)
+    for book in range(len(used_KC)):
+        dead_C = dead_KC[book].nonzero().flatten()
+        item_C = worst_N[torch.arange(len(dead_C), device=worst_N.device) % len(worst_N)]
+        here = books.heads(some_ND)[book] if books.head_KDD is not None else books.entry_KCD[book, code_NK[:, book]] + more_ND
+        books.entry_KCD[book, dead_C] = here[item_C]
+    return int(dead_KC.sum())
+
+
+class CodeItems(nn.Module):
+    """Items that are their codes alone: the mean of one learned vector a book. Items of the same codes are one to it."""
+
+    code_VK: Tensor
+
+    def __init__(self, code_NK: Tensor, entries: int, width: int) -> None:
+        super().__init__()
+        self.rows, self.entries = len(code_NK) + 1, entries
+        # each book has places of its own in one table
+        place_NK = code_NK.long() + entries * torch.arange(code_NK.shape[1], device=code_NK.device)
+        self.register_buffer("code_VK", torch.cat([torch.zeros_like(place_NK[:1]), place_NK]))
+        self.learned = nn.Embedding(entries * code_NK.shape[1], width)
+        # a mean of K has the size of a fresh ID table's vectors
+        nn.init.normal_(self.learned.weight, std=0.02 * code_NK.shape[1] ** 0.5)
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
+        emb: Tensor = self.learned(self.code_VK[items]).mean(-2) * (items != 0).unsqueeze(-1)
+        return emb
+
+    def table(self) -> Tensor:
+        """table_VD; row 0 is zero."""
+        table_VD: Tensor = self(torch.arange(self.rows, device=self.code_VK.device))
+        return table_VD
+
+    def project(self, white_NK: Tensor, row_N: Tensor) -> Tensor:
+        """emb_ND of items by their index; text does not matter beyond the codes."""
+        emb_ND: Tensor = self(row_N)
+        return emb_ND
