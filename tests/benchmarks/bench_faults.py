@@ -423,7 +423,9 @@ def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters:
                     break
         tally.failed += not repeated(work, lakes[1], online[1], tally, masters)
         os.environ["LLMEMB_ONLINE_STORE"] = online[1]
-        told[0] = patient(lambda: Reader.open(lakes[1]).pointer().sequence)
+        witness = FORK.Process(target=acknowledge, args=(lakes[1], online[1], told))
+        witness.start()
+        witness.join()
         compare(kind, lakes, online, tally)
         if not readers:
             readers = [
@@ -463,6 +465,12 @@ def repeated(work: Callable[[Path], object], lake: Path, online: str, tally: Tal
             return True
         print("a rerun failed:", *(lake.parent / "said.log").read_text().splitlines()[-1:], file=sys.stderr, flush=True)
     return False
+
+
+def acknowledge(lake: Path, online: str, told: Any) -> None:
+    """Notes what serves by now, in a process of its own: an SQLite connection must not go through a fork."""
+    os.environ["LLMEMB_ONLINE_STORE"] = online
+    told[0] = patient(lambda: Reader.open(lake).pointer().sequence)
 
 
 def patient(read: Callable[[], Any]) -> Any:

@@ -107,7 +107,7 @@ def test_nobody_moves_an_alias_without_an_account_that_may(tmp_path: Path, monke
         accounts = get_app_client("basic-auth", tracking_uri=uri)
         for name in ("jobs", "analyst"):
             accounts.create_user(name, f"the password of {name}")
-        accounts.create_registered_model_permission(MODEL, "jobs", "EDIT")
+        accounts.grant_user_permission("jobs", "registered_model", MODEL, "EDIT")
         for name, password in (("analyst", "the password of analyst"), ("jobs", "a guess"), ("", "")):
             with pytest.raises(MlflowException, match=r"Permission denied|403|401|not authenticated|Unauthorized"):
                 as_user(name, password).set_registered_model_alias(MODEL, "champion", "1")
