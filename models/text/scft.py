@@ -92,18 +92,23 @@ def fine_tune(
         trainer.load(state)
     else:
         trainer.validate(validation, log)
-    speed = speedometer(trainer)
     with disable_input_dtype_casting(encoder.model):
-        while trainer.step < config.steps and not trainer.stale():
-            loss = trainer.train_step()
-            log({"loss": loss, "learning_rate": trainer.rate(), "tokens_per_s": speed()}, trainer.step)
-            if due := trainer.step % config.validate_every == 0 or trainer.step == config.steps:
-                trainer.validate(validation, log)
-            halt = any_process(stop())  # one that stopped alone would leave the others waiting
-            if checkpoint and (due or halt):
-                trainer.save(checkpoint)
-            if halt:
-                raise Interrupted(f"stopped after step {trainer.step} of {config.steps}; run again to go on from there")
+        return run_steps(trainer, validation, log, checkpoint, stop)
+
+
+def run_steps(trainer: Trainer, validation: Validation, log: Log, checkpoint: Path | None, stop: Callable[[], bool]) -> Tuned:
+    """The steps that are left, with their validations and checkpoints. Raises Interrupted."""
+    config, speed = trainer.config, speedometer(trainer)
+    while trainer.step < config.steps and not trainer.stale():
+        loss = trainer.train_step()
+        log({"loss": loss, "learning_rate": trainer.rate(), "tokens_per_s": speed()}, trainer.step)
+        if due := trainer.step % config.validate_every == 0 or trainer.step == config.steps:
+            trainer.validate(validation, log)
+        halt = any_process(stop())  # one that stopped alone would leave the others waiting
+        if checkpoint and (due or halt):
+            trainer.save(checkpoint)
+        if halt:
+            raise Interrupted(f"stopped after step {trainer.step} of {config.steps}; run again to go on from there")
     return trainer.finish(speed())
 
 
