@@ -51,7 +51,7 @@ class Failover:
         conf = home / "sentinel.conf"
         conf.write_text(
             f"port {self.watch}\nbind 127.0.0.1\ndir {home}\nsentinel monitor {MASTER} 127.0.0.1 {self.ports[0]} 1\n"
-            f"sentinel down-after-milliseconds {MASTER} 400\nsentinel failover-timeout {MASTER} 2000\n"
+            f"sentinel down-after-milliseconds {MASTER} 2000\nsentinel failover-timeout {MASTER} 2000\n"
             f"sentinel parallel-syncs {MASTER} {nodes}\n"
         )
         self.running[self.watch] = self.process(["redis-server", str(conf), "--sentinel"])
