@@ -52,6 +52,12 @@ class Outcome:
         self.valid_SC.append(by_rank(valid[0], K)["ndcg"].float().cpu())
         self.seconds.append(seconds)
 
+    def join(self, other: Outcome) -> None:
+        """Another's seeds after one's own."""
+        for mine, more in ((self.ndcg_SC, other.ndcg_SC), (self.hr_SC, other.hr_SC), (self.valid_SC, other.valid_SC)):
+            mine.extend(more)
+        self.seconds, self.told = [*self.seconds, *other.seconds], [*self.told, *other.told]
+
 
 def held(
     kits: Callable[[int], Kit], names: Sequence[str], seeds: Sequence[int], test: Cases, valid: Cases, floor_VD: Tensor | None

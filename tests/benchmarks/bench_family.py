@@ -21,7 +21,10 @@ import json
 import logging
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,11 @@ from jobs.engines.quantisers import quantised
 from models.behaviour.assembly import Fusion
 from models.behaviour.code_figures import collisions, error, neighbours_kept, usage
 from models.behaviour.codes import Codes, fit_books
-from models.behaviour.data import held_out, without_items
+from models.behaviour.data import Histories, held_out, without_items
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 from models.judge import bakeoff
-from models.judge.evaluation import SLICES, make_cases
+from models.judge.evaluation import SLICES, Cases, make_cases
 from models.judge.family import FAMILY
 from models.judge.systems import Kit, Settings
 from models.judge.text_floor import tfidf_table
@@ -76,34 +79,48 @@ def floor(data: Path) -> Tensor | None:
     return tfidf_table(said)
 
 
-def run_bakeoff(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole table."""
-    began, ids = time.perf_counter(), item_ids(arguments.data)
+def splits(arguments: argparse.Namespace) -> tuple[list[str], Histories, Cases, Cases]:
+    """Ids, events without the cold items, test and validation cases."""
+    ids = item_ids(arguments.data)
     held_V = held_out(ids, arguments.cold_share, COLD_SEED)
     events = without_items(load(arguments.data, "cpu"), held_V).to(arguments.device)
     test, valid = (make_cases(events, part, negatives=1, paper_tail=4, chunk=4096, seed=COLD_SEED, unseen=True)
                    for part in ("test", "valid"))  # fmt: skip
-    llm = embedded(arguments)
+    return ids, events, test, valid
+
+
+def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, bakeoff.Outcome]:
+    """Every system with one seed."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    ids, events, test, valid = splits(arguments)
     training = Training(loss="full", epochs=arguments.epochs, patience=min(arguments.patience, arguments.epochs))
     settings = Settings(
         backbone=Backbone(width=arguments.width, layers=2, dropout=arguments.dropout), training=training, fusion=Fusion(),
         codes=Codes(entries=arguments.entries),
     )  # fmt: skip
-    faiss = find_spec("faiss") is not None
-
-    def kit(seed: int) -> Kit:
-        return Kit(events, llm, ids, settings, seed=seed, unseen=True, quantise=quantised if faiss else None)
-
+    quantise = quantised if find_spec("faiss") is not None else None
+    kit = Kit(events, embedded(arguments), ids, settings, seed=seed, unseen=True, quantise=quantise)
     floor_VD = floor(arguments.data)
-    found = bakeoff.held(
-        kit, arguments.systems, arguments.seeds, test, valid, None if floor_VD is None else floor_VD.to(arguments.device)
+    return bakeoff.held(
+        lambda _: kit, arguments.systems, [seed], test, valid, None if floor_VD is None else floor_VD.to(arguments.device)
     )
+
+
+def run_bakeoff(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole table; seeds go side by side, so seconds are those of a card that they share."""
+    began = time.perf_counter()
+    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+        found, *others = pool.map(partial(one_seed, arguments), arguments.seeds)
+    for other in others:
+        for name, one in found.items():
+            one.join(other[name])
+    ids, _, test, valid = splits(arguments)
     values, differences = bakeoff.compared(found, test.slices_SC)
     models = bakeoff.rows(found, values)
     print("\n".join(bakeoff.table(models, values, differences, "fused")), file=sys.stderr, flush=True)
     return {
         "data": arguments.data.name, "seeds": arguments.seeds, "items": len(ids), "cold_share": arguments.cold_share,
-        "embeddings": arguments.embeddings.name if arguments.embeddings else "tfidf", "faiss": faiss,
+        "embeddings": arguments.embeddings.name if arguments.embeddings else "tfidf", "faiss": find_spec("faiss") is not None,
         "users": dict(zip(SLICES, test.slices_SC.sum(1).tolist(), strict=True)), "models": models, "values": values,
         "differences": differences, "routing": bakeoff.routing(found, test, valid, ROUTES),
         "seconds": round(time.perf_counter() - began, 1),
@@ -164,6 +181,7 @@ def parse() -> argparse.Namespace:
         one = commands.add_parser(name)
         one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         one.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[42])
+        one.add_argument("--processes", type=int, default=1, help="seeds at once, each a process")
         one.add_argument("--entries", type=int, default=256)
         one.add_argument("--epochs", type=int, default=30 if name == "million" else 150)
         if name == "million":
