@@ -5,8 +5,6 @@ Users and seeds are resampled together, since both are noise. Weak users, and wh
 Shapes: C cases, S seeds, M models, G slices, R resamples, V items + 1, U users.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,12 +49,6 @@ class Outcome:
         self.hr_SC.append(found["hr"].float().cpu())
         self.valid_SC.append(by_rank(valid[0], K)["ndcg"].float().cpu())
         self.seconds.append(seconds)
-
-    def join(self, other: Outcome) -> None:
-        """Another's seeds after one's own."""
-        for mine, more in ((self.ndcg_SC, other.ndcg_SC), (self.hr_SC, other.hr_SC), (self.valid_SC, other.valid_SC)):
-            mine.extend(more)
-        self.seconds, self.told = [*self.seconds, *other.seconds], [*self.told, *other.told]
 
 
 def held(

@@ -1,7 +1,7 @@
 """The family's bake-off on folders of Parquet: every system and floor on one split, with what each costs; and codes alone.
 
 python tests/benchmarks/bench_family.py bakeoff --data ../shared/data/amazon_beauty --embeddings zero.safetensors \\
-    --seeds 42,43,44
+    --seeds 42,43,44 --processes 3 --keep bakeoff
     one JSON line: NDCG@10 by slice, the champion's lead over each with 95 % intervals (users and seeds resampled), seconds,
     bytes, and the routing of weak users; `--encoders NAME=FILE` adds other encoders, `--systems` leaves systems out
 python tests/benchmarks/bench_family.py codes --data ../shared/data/amazon_beauty --embeddings zero.safetensors
@@ -21,15 +21,16 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -89,8 +90,8 @@ def splits(arguments: argparse.Namespace) -> tuple[list[str], Histories, Cases, 
     return ids, events, test, valid
 
 
-def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, bakeoff.Outcome]:
-    """Every system with one seed."""
+def one_seed(arguments: argparse.Namespace, group: Sequence[str], seed: int) -> None:
+    """Some systems with one seed, each kept as soon as it is measured; those kept before are left."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     ids, events, test, valid = splits(arguments)
     training = Training(loss="full", epochs=arguments.epochs, patience=min(arguments.patience, arguments.epochs))
@@ -100,21 +101,56 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> dict[str, bakeoff.Outc
     )  # fmt: skip
     quantise = quantised if find_spec("faiss") is not None else None
     kit = Kit(events, embedded(arguments), ids, settings, seed=seed, unseen=True, quantise=quantise)
-    floor_VD = floor(arguments.data)
-    return bakeoff.held(
-        lambda _: kit, arguments.systems, [seed], test, valid, None if floor_VD is None else floor_VD.to(arguments.device)
-    )
+    for name in group:
+        file = arguments.keep / f"{name}-{seed}.safetensors"
+        if not file.exists():
+            save(file, bakeoff.held(lambda _: kit, [name], [seed], test, valid, None))
+
+
+def save(file: Path, found: Mapping[str, bakeoff.Outcome]) -> None:
+    """Outcomes of one seed, floors left out."""
+    rows = {name: one for name, one in found.items() if one.bytes_per_item}
+    parts = {"ndcg": "ndcg_SC", "hr": "hr_SC", "valid": "valid_SC"}
+    tensors = {f"{name}/{part}": getattr(one, field)[0] for name, one in rows.items() for part, field in parts.items()}
+    told = {name: json.dumps([one.seconds[0], one.bytes_per_item, one.told[0]]) for name, one in rows.items()}
+    save_file(tensors, file.with_suffix(".part"), metadata=told)
+    file.with_suffix(".part").rename(file)
+
+
+def kept(arguments: argparse.Namespace) -> dict[str, bakeoff.Outcome]:
+    """The outcomes of every seed; a system that lacks a seed is left out, and said to be."""
+    found: dict[str, bakeoff.Outcome] = {}
+    for name in FAMILY:
+        files = [arguments.keep / f"{name}-{seed}.safetensors" for seed in arguments.seeds]
+        if not all(file.exists() for file in files):
+            print(f"{name}: not made with every seed", file=sys.stderr)
+            continue
+        for file in files:
+            with safe_open(file, "pt") as read:
+                for row, told in (read.metadata() or {}).items():
+                    one = found.setdefault(row, bakeoff.Outcome())
+                    one.ndcg_SC.append(read.get_tensor(f"{row}/ndcg"))
+                    one.hr_SC.append(read.get_tensor(f"{row}/hr"))
+                    one.valid_SC.append(read.get_tensor(f"{row}/valid"))
+                    seconds, one.bytes_per_item, more = json.loads(told)
+                    one.seconds.append(seconds)
+                    one.told.append(more)
+    return found
 
 
 def run_bakeoff(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole table; seeds go side by side, so seconds are those of a card that they share."""
+    """The whole table; groups and seeds go side by side, so seconds are those of a card that they share."""
     began = time.perf_counter()
+    arguments.keep.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        found, *others = pool.map(partial(one_seed, arguments), arguments.seeds)
-    for other in others:
-        for name, one in found.items():
-            one.join(other[name])
+        tasks = [pool.submit(one_seed, arguments, group, seed) for seed in arguments.seeds for group in arguments.systems]
+        for task in tasks:
+            task.result()
     ids, _, test, valid = splits(arguments)
+    floor_VD = floor(arguments.data)
+    floors = bakeoff.held(lambda _: None, [], arguments.seeds, test, valid,  # type: ignore[arg-type,return-value]
+                          None if floor_VD is None else floor_VD.to(arguments.device))  # fmt: skip
+    found = floors | kept(arguments)
     values, differences = bakeoff.compared(found, test.slices_SC)
     models = bakeoff.rows(found, values)
     print("\n".join(bakeoff.table(models, values, differences, "fused")), file=sys.stderr, flush=True)
@@ -168,9 +204,9 @@ def run_million(arguments: argparse.Namespace) -> dict[str, Any]:
             "code_seconds": round(coded - fitted, 2), "error": round(error(emb_ND, books.decode(code_NK)), 4)}  # fmt: skip
 
 
-def names(text: str) -> tuple[str, ...]:
-    """A list with commas."""
-    return tuple(text.split(","))
+def groups(text: str) -> tuple[tuple[str, ...], ...]:
+    """Lists with commas, parted by slashes."""
+    return tuple(tuple(group.split(",")) for group in text.split("/"))
 
 
 def parse() -> argparse.Namespace:
@@ -191,7 +227,12 @@ def parse() -> argparse.Namespace:
         one.add_argument("--embeddings", type=Path)
         one.add_argument("--tfidf-width", type=int, default=512)
         one.add_argument("--encoders", type=lambda text: dict(pair.split("=") for pair in text.split(",")), default={})
-        one.add_argument("--systems", type=names, default=tuple(FAMILY))
+        one.add_argument(
+            "--systems", type=groups, default=(tuple(FAMILY),), help="names with commas; / parts groups of processes"
+        )
+        one.add_argument(
+            "--keep", type=Path, default=Path("bakeoff"), help="outcomes, a file a system and seed; goes on from them"
+        )
         one.add_argument("--cold-share", type=float, default=0.1)
         one.add_argument("--patience", type=int, default=15)
         one.add_argument("--width", type=int, default=128)
