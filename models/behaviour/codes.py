@@ -2,7 +2,8 @@
 
 The decoder reads the mean of the entries that the codes name. As published each book chooses apart: the entry nearest to a head
 of its own. By default books choose jointly instead, each what the others leave over (additive quantisation, Babenko and
-Lempitsky 2014): with a linear decoder that is exact, and it keeps far more (BENCHMARKS.md). What the paper leaves open is chosen
+Lempitsky 2014): a beam search finds the codes, and after training least squares find the entries that tell best of them. With a
+linear decoder that minimises the same error, and it keeps far more (BENCHMARKS.md). What the paper leaves open is chosen
 here: linear heads and decoder, and where training starts (residual k-means, or product quantisation of turned directions).
 
 Shapes: N items, D width, K books, C entries of a book, B items of a batch.
@@ -12,18 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from models.behaviour.whitening import moments
 
-CHUNK = 65_536
+CHUNK = 16_384
 LLOYD = 8
 """Rounds of k-means that books start with."""
-SWEEPS = 3
-"""Rounds in which each book chooses anew, given the others' codes."""
+BEAM = 8
+"""Ways of choosing that are followed from book to book."""
+TRAINING_BEAM = 2
+RIDGE = 1e-3
+"""How strongly least squares holds entries to what they were, beside an entry's usual number of items."""
+SETTLING = 6
+"""Rounds of choosing and least squares after training."""
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -84,35 +89,43 @@ class Books(nn.Module):
         return torch.cat(parts) if parts else self.mean_D.new_zeros(0, len(self.mean_D))
 
     @torch.no_grad()
-    def encode(self, emb_ND: Tensor, sweeps: int = SWEEPS) -> Tensor:
+    def encode(self, emb_ND: Tensor, beam: int = BEAM) -> Tensor:
         """code_NK int64; an item's codes depend on its own vector alone. Raises ValueError for another width or odd values."""
         if emb_ND.shape[1] != len(self.mean_D):
             raise ValueError(f"vectors are {emb_ND.shape[1]} wide, the books read {len(self.mean_D)}: they are of other vectors")
         if not bool(emb_ND.isfinite().all()):
             raise ValueError("a vector to be coded is not finite: make these vectors again")
-        choose = self.apart if self.head_KDD is not None else partial(self.jointly, sweeps=sweeps)
-        parts = [choose(some) for some in torch.split(emb_ND.float(), CHUNK)]
+        parts = [self.apart(some) if self.head_KDD is not None else self.jointly(some, beam)
+                 for some in torch.split(emb_ND.float(), CHUNK)]  # fmt: skip
         return torch.cat(parts) if parts else torch.zeros(0, len(self.entry_KCD), dtype=torch.int64, device=emb_ND.device)
 
     def apart(self, emb_ND: Tensor) -> Tensor:
         """Each book takes the entry nearest to its head, whatever the others take."""
         return torch.stack([nearest(z_ND, c_CD) for z_ND, c_CD in zip(self.heads(emb_ND), self.entry_KCD, strict=True)], 1)
 
-    def jointly(self, emb_ND: Tensor, sweeps: int) -> Tensor:
-        """Book by book what the books before leave over; then, in sweeps, each what all the others leave over."""
-        # the decoder is linear: what is read is a sum of one decoded entry a book
-        part_KCD = self.entry_KCD @ self.decoder.weight.T / len(self.entry_KCD)
-        left_ND = self.sized(emb_ND) - self.decoder.bias
-        codes = []
+    def jointly(self, emb_ND: Tensor, beam: int) -> Tensor:
+        """Book by book what the books before leave over; the `beam` best ways so far are followed, and the best one stays."""
+        part_KCD = self.parts()
+        left_NWD = (self.sized(emb_ND) - self.decoder.bias)[:, None]
+        way_NWK = torch.zeros(len(emb_ND), 1, 0, dtype=torch.int64, device=emb_ND.device)
         for part_CD in part_KCD:
-            codes.append(nearest(left_ND, part_CD))
-            left_ND = left_ND - part_CD[codes[-1]]
-        for _ in range(sweeps):
-            for book, part_CD in enumerate(part_KCD):
-                left_ND = left_ND + part_CD[codes[book]]
-                codes[book] = nearest(left_ND, part_CD)
-                left_ND = left_ND - part_CD[codes[book]]
-        return torch.stack(codes, 1)
+            entries = len(part_CD)
+            error_NWC = left_NWD.square().sum(2, keepdim=True) + part_CD.square().sum(1) - 2 * left_NWD @ part_CD.T
+            best_NW = error_NWC.flatten(1).topk(min(beam, error_NWC[0].numel()), largest=False).indices
+            before_NW, code_NW = best_NW // entries, best_NW % entries
+            way_NWK = torch.cat([taken(way_NWK, before_NW), code_NW[..., None]], 2)
+            left_NWD = taken(left_NWD, before_NW) - part_CD[code_NW]
+        best_N = left_NWD.square().sum(2).argmin(1)
+        return taken(way_NWK, best_N[:, None])[:, 0]
+
+    def parts(self) -> Tensor:
+        """part_KCD: the decoder is linear, so what is read is a sum of one decoded entry a book, and the bias."""
+        return self.entry_KCD @ self.decoder.weight.T / len(self.entry_KCD)
+
+
+def taken(value_NWX: Tensor, place_NV: Tensor) -> Tensor:
+    """value_NVX: of each item the named places."""
+    return value_NWX.gather(1, place_NV[..., None].expand(-1, -1, value_NWX.shape[2]))
 
 
 def nearest(z_ND: Tensor, entry_CD: Tensor) -> Tensor:
@@ -130,6 +143,41 @@ def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_:
     some_N = torch.randperm(len(emb_ND), generator=generator)[: config.sample].to(emb_ND.device)
     emb_ND = emb_ND[some_N].float()
     books = started(emb_ND, config, generator)
+    by_steps(books, emb_ND, config, generator, log)
+    if not config.apart:
+        settle(books, emb_ND)
+    return books.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def settle(books: Books, emb_ND: Tensor) -> None:
+    """Codes given the entries, then entries given the codes, in turn; the decoder becomes one that only adds."""
+    part_KCD = books.parts()
+    books.decoder.weight.copy_(len(part_KCD) * torch.eye(len(books.mean_D)))
+    books.entry_KCD.copy_(part_KCD)
+    for _ in range(SETTLING):
+        books.entry_KCD.copy_(least_squares(books.sized(emb_ND) - books.decoder.bias, books.encode(emb_ND), books.entry_KCD))
+
+
+def least_squares(sized_ND: Tensor, code_NK: Tensor, part_KCD: Tensor) -> Tensor:
+    """The part_KCD whose sums, by the codes, are nearest to the vectors; entries that no item took stay as they are."""
+    books, entries, width = part_KCD.shape
+    place_NK = code_NK + entries * torch.arange(books, device=code_NK.device)
+    together = torch.zeros(books * entries, books * entries, device=sized_ND.device)
+    for book in range(books):
+        pair_NK = place_NK[:, book, None] * (books * entries) + place_NK
+        together += torch.bincount(pair_NK.flatten(), minlength=(books * entries) ** 2).view_as(together)
+    seen = torch.zeros(books * entries, width, device=sized_ND.device)
+    for place_N in place_NK.T:
+        seen.index_add_(0, place_N, sized_ND)
+    hold = RIDGE * len(sized_ND) / entries
+    solved: Tensor = torch.linalg.solve(together + hold * torch.eye(len(together), device=together.device),
+                                        seen + hold * part_KCD.reshape(-1, width))  # fmt: skip
+    return solved.view(books, entries, width)
+
+
+def by_steps(books: Books, emb_ND: Tensor, config: Codes, generator: torch.Generator, log: Log) -> None:
+    """Training as published: the error's gradient; entries that no item took are moved to where they help."""
     optimizer = torch.optim.Adam(books.parameters(), lr=config.learning_rate)
     for epoch in range(config.epochs):
         order_N = torch.randperm(len(emb_ND), generator=generator).to(emb_ND.device)
@@ -144,7 +192,6 @@ def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_:
             total += float(loss.detach()) * len(some)
         dead = revive(books, emb_ND, used_KC, generator) if epoch < config.epochs - 1 else 0
         log({"loss": total / len(emb_ND), "dead": float(dead)}, epoch)
-    return books.eval().requires_grad_(False)
 
 
 def started(emb_ND: Tensor, config: Codes, generator: torch.Generator) -> Books:
@@ -199,7 +246,7 @@ def step_loss(books: Books, emb_BD: Tensor, config: Codes) -> tuple[Tensor, Tens
 
     The error's gradient reaches entries and decoder, and passes through to the heads.
     """
-    code_KB = books.encode(emb_BD, 1).T
+    code_KB = books.encode(emb_BD, TRAINING_BEAM).T
     entry_KBD = torch.stack([c_CD[code_B] for c_CD, code_B in zip(books.entry_KCD, code_KB, strict=True)])
     z_KBD = books.heads(emb_BD) if books.head_KDD is not None else entry_KBD
     read_BD = books.decoder((entry_KBD + z_KBD - z_KBD.detach()).mean(0))

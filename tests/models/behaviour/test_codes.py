@@ -5,7 +5,7 @@ import torch
 
 from models.behaviour import codes
 from models.behaviour.code_figures import error
-from models.behaviour.codes import Books, CodeItems, Codes, fit_books, revive, started
+from models.behaviour.codes import Books, CodeItems, Codes, fit_books, least_squares, revive, started
 
 SMALL = Codes(books=2, entries=8, epochs=20, batch=64)
 
@@ -45,18 +45,36 @@ def test_where_books_choose_jointly_the_start_is_residual_k_means() -> None:
     for book in range(2):
         entry_CD = books.entry_KCD[book]
         code_N = codes.nearest(left_ND, entry_CD)
-        assert torch.equal(books.encode(emb_ND, 0)[:, book], code_N)
+        assert torch.equal(books.encode(emb_ND, 1)[:, book], code_N)
         left_ND = left_ND - entry_CD[code_N]
     torch.testing.assert_close(
-        books.sized(books.decode(books.encode(emb_ND, 0))), books.sized(emb_ND) - left_ND, atol=1e-4, rtol=0
+        books.sized(books.decode(books.encode(emb_ND, 1))), books.sized(emb_ND) - left_ND, atol=1e-4, rtol=0
     )
 
 
-def test_sweeps_never_tell_less() -> None:
+def test_a_wider_beam_tells_more_and_one_that_follows_all_ways_is_exact() -> None:
     emb_ND = vectors()
     books = fit_books(emb_ND, SMALL, seed=0)
-    errors = [error(emb_ND, books.decode(books.encode(emb_ND, sweeps))) for sweeps in range(4)]
-    assert errors == sorted(errors, reverse=True) and errors[3] < errors[0]
+    errors = [error(emb_ND, books.decode(books.encode(emb_ND, beam))) for beam in (1, 8, SMALL.entries**SMALL.books)]
+    assert errors[2] <= errors[1] <= errors[0] and errors[2] < errors[0]
+    # every pair of codes, tried one by one
+    every_MK = torch.cartesian_prod(torch.arange(SMALL.entries), torch.arange(SMALL.entries))
+    read_MD = books.decode(every_MK)
+    best_N = torch.cdist(emb_ND, read_MD).argmin(1)
+    assert error(emb_ND, read_MD[best_N]) == pytest.approx(errors[2], rel=1e-5)
+
+
+def test_least_squares_find_the_entries_that_made_the_vectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true_KCD = torch.randn(2, 4, 6, generator=generator)
+    code_NK = torch.randint(4, (400, 2), generator=generator)
+    sized_ND = true_KCD[0, code_NK[:, 0]] + true_KCD[1, code_NK[:, 1]]
+    found_KCD = least_squares(sized_ND, code_NK, torch.zeros(2, 4, 6))
+    read_ND = found_KCD[0, code_NK[:, 0]] + found_KCD[1, code_NK[:, 1]]
+    torch.testing.assert_close(read_ND, sized_ND, atol=0.02, rtol=0)
+    # an entry that nobody took stays
+    apart_KCD = least_squares(sized_ND, code_NK.clamp_max(2), true_KCD)
+    torch.testing.assert_close(apart_KCD[:, 3], true_KCD[:, 3])
 
 
 def small_books(*, heads: bool) -> Books:
