@@ -15,6 +15,7 @@ from feature_repo.leases import NotPublished as NotPublished
 from feature_repo.leases import Store as Store
 from feature_repo.leases import Unreplicated as Unreplicated
 from feature_repo.leases import lease as lease
+from feature_repo.postgres_store import PostgresStore as PostgresStore
 from feature_repo.redis_store import RedisStore as RedisStore
 from feature_repo.sqlite_store import SqliteStore as SqliteStore
 
@@ -26,4 +27,8 @@ def open_writer(config: RepoConfig) -> Store:
         return SqliteStore(config)
     if online.type == "redis" and getattr(online.redis_type, "value", online.redis_type) != "redis_cluster":
         return RedisStore(config)
-    raise ValueError(f"online store {online.type!r} can't be written under a lease: use sqlite, or redis (single or Sentinel)")
+    if online.type == "postgres":
+        return PostgresStore(config)
+    raise ValueError(
+        f"online store {online.type!r} can't be written under a lease: use sqlite, redis (single or Sentinel) or postgres"
+    )

@@ -30,15 +30,23 @@ class Transport(Protocol):
 class Sdk:
     """Feast's online store, in-process."""
 
-    def __init__(self, config: Any, tries: int | None = None) -> None:
-        """With `tries`, a failed read of Redis is tried so often again, at once; else as redis-py does, over seconds."""
+    def __init__(self, config: Any, tries: int | None = None, limit_s: float = 30.0) -> None:
+        """With `tries`, a failed read of Redis is tried so often again, at once; else as redis-py does, over seconds.
+
+        `limit_s` bounds a read of PostgreSQL; that of Redis stands in its connection string.
+        """
         from feast.infra.online_stores.helpers import get_online_store_from_config
 
         from feature_repo import feature_definitions
 
         self.config = config
         self.views = feature_definitions
-        self.store = get_online_store_from_config(config.online_store)
+        if config.online_store.type == "postgres":
+            from feature_repo.postgres_reads import PostgresReads
+
+            self.store = PostgresReads(limit_s)
+        else:
+            self.store = get_online_store_from_config(config.online_store)
         if tries is not None and config.online_store.type == "redis":
             from redis.backoff import NoBackoff
             from redis.retry import Retry
