@@ -212,7 +212,7 @@ class PostgresStore(PostgreSQLOnlineStore):  # type: ignore[misc]
             if time.monotonic() >= deadline:
                 raise Unreplicated(
                     f"{count} standbys of the online store have what was written, {self.replicas} must (LLMEMB_REPLICAS): a "
-                    "failover could undo it. Are they up, and may this account look (GRANT pg_monitor)? Run again later"
+                    "failover could undo it. Are they up, and may this account look (GRANT pg_read_all_stats)? Run again later"
                 )
             time.sleep(0.02)
         self.renew()
@@ -231,8 +231,10 @@ class PostgresStore(PostgreSQLOnlineStore):  # type: ignore[misc]
 
     def keys(self, view: FeatureView, start: bytes = b"") -> Iterator[list[bytes]]:
         """See `Store`."""
-        query = "SELECT DISTINCT entity_key FROM {view} WHERE entity_key > %s ORDER BY entity_key LIMIT %s"
-        yield from pages(lambda last: self.run(query, [last, SCAN], view=self.table(view)).fetchall(), start or key_prefix(view))
+        start = start or key_prefix(view)
+        stop = start[:-1] + bytes([start[-1] + 1])  # a text's last byte is never 255
+        query = "SELECT DISTINCT entity_key FROM {view} WHERE entity_key > %s AND entity_key < %s ORDER BY entity_key LIMIT %s"
+        yield from pages(lambda last: self.run(query, [last, stop, SCAN], view=self.table(view)).fetchall(), start)
 
     def spaces(self) -> dict[str, int]:
         """See `Store`. One step a space; to count its rows the server reads their part of the index."""
