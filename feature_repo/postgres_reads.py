@@ -21,7 +21,7 @@ from feature_repo.transport import NothingServed
 
 T = TypeVar("T")
 CONNECT_S = 5
-"""Seconds that a connection may take to open."""
+"""Seconds that a connection may take to open; 2 where answers are wanted sooner, the least that there is."""
 
 
 class TooSlow(psycopg.OperationalError):
@@ -58,7 +58,7 @@ def connect(online: Any, limit_s: float, **options: object) -> Connection:
     connection = Connection.connect(
         _get_conninfo(online),
         autocommit=True,
-        connect_timeout=CONNECT_S,
+        connect_timeout=max(2, min(CONNECT_S, int(limit_s))),
         keepalives_idle=online.keepalives_idle or 10,
         keepalives_interval=5,
         keepalives_count=3,

@@ -7,12 +7,14 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 
@@ -41,8 +43,8 @@ def account() -> dict[str, Any]:
 class Server:
     """A server in a folder of its own; the folder's owner becomes the account that it runs as."""
 
-    def __init__(self, folder: Path, bin_: Path, follows: Server | None = None) -> None:
-        self.folder, self.bin, self.runs_as = folder, bin_, account()
+    def __init__(self, folder: Path, bin_: Path, follows: Server | None = None, durable: bool = False) -> None:
+        self.folder, self.bin, self.runs_as, self.durable = folder, bin_, account(), durable
         if self.runs_as:
             os.chown(folder, self.runs_as["user"], self.runs_as["group"])
         self.port = free_port()
@@ -61,19 +63,28 @@ class Server:
                 connection.execute(f"ALTER ROLE {ACCOUNT} PASSWORD '{PASSWORD}'")
 
     def start(self) -> None:
-        """Starts it. Nothing here outlives the test, so nothing needs to reach the disk."""
-        settings = {"port": self.port, "unix_socket_directories": self.folder, "fsync": "off", "full_page_writes": "off"}
+        """Starts it. Nothing here outlives a test, so nothing needs to reach the disk, unless it is `durable`."""
+        settings: dict[str, Any] = {"port": self.port, "unix_socket_directories": self.folder}
+        if not self.durable:
+            settings |= {"fsync": "off", "full_page_writes": "off"}
         options = " ".join(f"-c {name}={value}" for name, value in settings.items())
         self.call("pg_ctl", "start", "--wait", "--pgdata", "data", "--log", "log", "--options", options)
 
     def stop(self, mode: str = "immediate") -> None:
         """Ends it: `immediate` as a kill does, without a word to anybody."""
+        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
+            self.send_signal(signal.SIGCONT)
         self.call("pg_ctl", "stop", "--pgdata", "data", "--mode", mode)
 
-    @property
-    def pid(self) -> int:
-        """Of its first process."""
-        return int((self.folder / "data" / "postmaster.pid").read_text().splitlines()[0])
+    def send_signal(self, how: signal.Signals) -> None:
+        """Signals all its processes: each connection has one."""
+        if how == signal.SIGKILL:
+            self.stop("immediate")
+            return
+        first = psutil.Process(int((self.folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
+        for process in [first, *first.children()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(how)
 
     def call(self, program: str, *arguments: str) -> None:
         """Runs one of PostgreSQL's programs. Its output is a file: a server that it starts would hold a pipe open."""
@@ -87,20 +98,20 @@ class Server:
         """A connection of who may do everything."""
         return psycopg.connect(host=str(self.folder), port=self.port, user=ACCOUNT, dbname=ACCOUNT, autocommit=True)
 
-    def online(self, schema: str, port: int | None = None, **more: Any) -> str:
+    def online(self, schema: str, **more: Any) -> str:
         """LLMEMB_ONLINE_STORE for a schema of one's own."""
-        where = {"host": "127.0.0.1", "port": port or self.port, "database": ACCOUNT, "sslmode": "disable", "db_schema": schema}
+        where = {"host": "127.0.0.1", "port": self.port, "database": ACCOUNT, "sslmode": "disable", "db_schema": schema}
         return json.dumps({"type": "postgres", **where, "user": ACCOUNT, "password": PASSWORD, **more})
 
 
 @contextlib.contextmanager
-def postgresql(kind: type[Server] | None = None) -> Iterator[Server]:
+def postgresql(kind: type[Server] | None = None, *, durable: bool = False) -> Iterator[Server]:
     """A running server; pytest's own folders are closed to the account that it runs as. Skips where none is installed."""
     bin_ = programs()
     if bin_ is None:
         pytest.skip("PostgreSQL's programs are not installed: `apt-get install postgresql`")
     with tempfile.TemporaryDirectory(prefix="postgresql-", ignore_cleanup_errors=True) as folder:
-        running = (kind or Server)(Path(folder), bin_)
+        running = (kind or Server)(Path(folder), bin_, durable=durable)
         try:
             yield running
         finally:
