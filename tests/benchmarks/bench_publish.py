@@ -111,12 +111,8 @@ def stored_bytes(lake: Path) -> int | None:
     if isinstance(store, RedisStore):
         return int(store.plain.info("memory")["used_memory"])
     if isinstance(store, PostgresStore):
-        return int(
-            store.run(
-                "SELECT pg_total_relation_size(%s::regclass)", [store.table(feature_definitions.item_embedding).as_string()]
-            ).fetchone()
-            or 0
-        )
+        name = store.table(feature_definitions.item_embedding).as_string()
+        return int(store.run("SELECT pg_total_relation_size(%s::regclass)", [name]).fetchone() or 0)
     return None
 
 
