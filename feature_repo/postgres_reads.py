@@ -17,8 +17,6 @@ from feast.infra.utils.postgres.connection_utils import _get_conn_kwargs, _get_c
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 
-from feature_repo.transport import NothingServed
-
 T = TypeVar("T")
 CONNECT_S = 5
 """Seconds that a connection may take to open; 2 where answers are wanted sooner, the least that there is."""
@@ -101,8 +99,6 @@ class PostgresReads(PostgreSQLOnlineStore):  # type: ignore[misc]
         kept = getattr(self.own, "connection", None)
         try:
             return super().online_read(config, table, entity_keys, requested_features)  # type: ignore[no-any-return]
-        except psycopg.errors.UndefinedTable as error:
-            raise NothingServed("nothing was published into this store yet: run `python -m jobs publish`") from error
         except (TooSlow, psycopg.errors.QueryCanceled):
             raise
         except psycopg.OperationalError:
