@@ -37,8 +37,8 @@ class Connection(psycopg.Connection[Any]):
         try:
             return super().wait(gen, interval, self.limit_s if timeout is None else timeout)
         except psycopg.OperationalError as error:
-            if self.info.transaction_status is not TransactionStatus.ACTIVE:
-                raise
+            if error.sqlstate is not None or self.info.transaction_status is not TransactionStatus.ACTIVE:
+                raise  # the server said it, or is gone
             self.close()  # what it waits for may still come, and would be taken for another answer
             raise TooSlow(f"PostgreSQL gave no answer within {self.limit_s} s: is it slow, or hanging?") from error
 

@@ -73,9 +73,11 @@ class PostgresStore(PostgreSQLOnlineStore):  # type: ignore[misc]
         self.token, self.nonce = 0, ""
         self.kept: Connection | None = None
         start = len(key_prefix(views.item_embedding))
+        schema = config.online_store.db_schema or config.online_store.user
         self.names: dict[str, sql.Composable] = {
-            "lease": sql.Identifier(f"{config.project}_lease"),
-            "notes": sql.Identifier(f"{config.project}_notes"),
+            "schema": sql.Identifier(schema),
+            "lease": sql.Identifier(schema, f"{config.project}_lease"),
+            "notes": sql.Identifier(schema, f"{config.project}_notes"),
             "rows": self.table(views.item_embedding),
             "space": sql.SQL(SPACE.format(fixed=start + 17, size=start + 4)),
         }
@@ -130,9 +132,11 @@ class PostgresStore(PostgreSQLOnlineStore):  # type: ignore[misc]
 
     def prepare(self) -> None:
         """Makes the tables of lease and notes where they are not there yet; two writers wait for each other."""
-        if self.run("SELECT to_regclass(%s)", [f'"{self.config.project}_notes"']).fetchone() is None:
+        if self.run("SELECT to_regclass(%s)", [self.names["notes"].as_string()]).fetchone() is None:
             with self.connection.transaction():
                 self.run("SELECT pg_advisory_xact_lock(%s)", [zlib.crc32(self.config.project.encode())])
+                if self.run("SELECT to_regnamespace(%s)", [self.names["schema"].as_string()]).fetchone() is None:
+                    self.run("CREATE SCHEMA {schema}")  # as Feast does
                 self.run(TABLES)
 
     def take(self, owner: str, nonce: str) -> int | None:

@@ -6,6 +6,9 @@ transaction that first checks the lease. A writer that lost it, or slept through
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from feast import RepoConfig
 
 from feature_repo.leases import BROKEN as BROKEN
@@ -32,3 +35,17 @@ def open_writer(config: RepoConfig) -> Store:
     raise ValueError(
         f"online store {online.type!r} can't be written under a lease: use sqlite, redis (single or Sentinel) or postgres"
     )
+
+
+@contextlib.contextmanager
+def alone(config: RepoConfig, owner: str, wait_s: float) -> Iterator[None]:
+    """For `feast apply`, which in PostgreSQL waits for writers inside a transaction, also for one that stopped there: it runs
+    under the lease.
+
+    Raises Held.
+    """
+    if config.online_store.type != "postgres":
+        yield
+        return
+    with lease(open_writer(config), owner, wait_s):
+        yield

@@ -18,7 +18,7 @@ from feature_repo import compatibility, feature_definitions, offline, spaces, st
 from feature_repo.compatibility import Compatibility
 from feature_repo.index import Graph
 from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_store, settings
-from feature_repo.stores import lease, open_writer
+from feature_repo.stores import alone, lease, open_writer
 from jobs.engines import online, registry
 from jobs.lake import arrivals, partitions
 from jobs.lake.items import live_items, tombstones
@@ -130,7 +130,8 @@ def run(config: Config) -> Result:
                   codec=config.codec, items=len(hash_N))  # fmt: skip
     clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
     with online.refusals():
-        register(lake)
+        with alone(settings(lake), "publish", config.lease_wait_s):
+            register(lake)
         before = spaces.current(Reader.open(lake))
     moved = compared(config, before, space)
     clock.lap(

@@ -16,7 +16,7 @@ import redis
 
 from feature_repo.reader import Pointer, Reader, settings
 from feature_repo.spaces import remove_space
-from feature_repo.stores import SqliteStore, lease, open_writer
+from feature_repo.stores import Fenced, SqliteStore, lease, open_writer
 from jobs import collect, forget, lookup, publish, recommend, rollback
 from jobs.run import InputError, Refused, Run
 from tests.feature_repo.feature_server import feature_server
@@ -153,6 +153,20 @@ def test_a_store_that_is_full_is_told_and_the_space_is_published_once_there_is_r
         put(lake, B)
     assert seen(lake) == before
     assert put(lake, B).verified == 40
+
+
+@pytest.mark.parametrize("lake", ["postgres"], indirect=True)
+def test_a_writer_that_was_stopped_inside_a_transaction_holds_up_no_publish(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feast's `apply` waits for every transaction on its tables; a `docker pause` would hold it up for ever."""
+    monkeypatch.setenv("LLMEMB_LEASE_MS", "500")
+    stopped: Any = open_writer(settings(lake))
+    stopped.acquire("stopped")
+    with pytest.raises(Fenced), stopped.transaction():
+        stopped.run("DELETE FROM {rows}")
+        config = publish.Config(run=run_of(lake), space=B, lease_wait_s=20)
+        assert publish.run(config).verified == 40
+        stopped.renew()
+    assert seen(lake)[0].space_id == B
 
 
 def test_a_pointer_to_a_space_that_is_gone_is_told_and_mended_by_publishing_again(lake: Path) -> None:
