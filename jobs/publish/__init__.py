@@ -130,8 +130,7 @@ def run(config: Config) -> Result:
                   codec=config.codec, items=len(hash_N))  # fmt: skip
     clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
     with online.refusals():
-        with alone(settings(lake), "publish", config.lease_wait_s):
-            register(lake)
+        register(lake, config.lease_wait_s)
         before = spaces.current(Reader.open(lake))
     moved = compared(config, before, space)
     clock.lap(
@@ -333,11 +332,12 @@ def refuse_moved(lake: Path, reader: Reader, before: Pointer | None, forgotten: 
         raise Unavailable("items were forgotten since this publish began: run again")
 
 
-def register(lake: Path) -> None:
-    """Makes Feast's registry and tables what the definitions say. Raises ConnectionError where the registry stays locked."""
+def register(lake: Path, wait_s: float = 60.0) -> None:
+    """Makes Feast's registry and tables what the definitions say. Raises ConnectionError where the registry stays locked, Held."""
     for last in (False, False, True):
         try:
-            open_store(lake).apply(list(feature_definitions.define(offline_folder(lake))))
+            with alone(settings(lake), "publish", wait_s):
+                open_store(lake).apply(list(feature_definitions.define(offline_folder(lake))))
             return
         except OperationalError as error:
             if last:
