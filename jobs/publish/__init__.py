@@ -333,7 +333,7 @@ def refuse_moved(lake: Path, reader: Reader, before: Pointer | None, forgotten: 
 
 
 def register(lake: Path, wait_s: float = 60.0) -> None:
-    """Makes Feast's registry and tables what the definitions say. Raises ConnectionError where the registry stays locked, Held."""
+    """Makes Feast's registry and tables as the definitions say. Raises Held; ConnectionError where the registry stays locked."""
     for last in (False, False, True):
         try:
             with alone(settings(lake), "publish", wait_s):
