@@ -76,17 +76,13 @@ class PostgresReads(PostgreSQLOnlineStore):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _get_conn(self, config: RepoConfig, autocommit: bool = False) -> Iterator[Connection]:
-        """This thread's connection; one that failed is not used again."""
+        """This thread's connection; one that broke is opened again."""
         connection: Connection | None = getattr(self.own, "connection", None)
         if connection is None or connection.closed:
             # the server gives up a little earlier, so that no question goes on which nobody waits for
             most_ms = max(1, int(self.limit_s * 900))
             connection = self.own.connection = connect(config.online_store, self.limit_s, statement_timeout=most_ms)
-        try:
-            yield connection
-        except psycopg.Error:
-            connection.close()
-            raise
+        yield connection
 
     def online_read(
         self,
@@ -96,12 +92,13 @@ class PostgresReads(PostgreSQLOnlineStore):  # type: ignore[misc]
         requested_features: list[str] | None = None,
     ) -> Sequence[Any]:
         """See Feast. A connection that the server cut meanwhile, as when it starts anew, is opened again, once."""
-        kept = getattr(self.own, "connection", None)
+        kept: Connection | None = getattr(self.own, "connection", None)
+        was_open = kept is not None and not kept.closed
         try:
             return super().online_read(config, table, entity_keys, requested_features)  # type: ignore[no-any-return]
         except (TooSlow, psycopg.errors.QueryCanceled):
             raise
         except psycopg.OperationalError:
-            if kept is None or kept is not self.own.connection:
+            if not was_open:
                 raise
             return super().online_read(config, table, entity_keys, requested_features)  # type: ignore[no-any-return]
