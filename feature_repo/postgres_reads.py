@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +16,6 @@ from feast import FeatureView, RepoConfig
 from feast.infra.online_stores.postgres_online_store.postgres import PostgreSQLOnlineStore
 from feast.infra.utils.postgres.connection_utils import _get_conn_kwargs, _get_conninfo
 from psycopg.abc import PQGen
-from psycopg.pq import TransactionStatus
 
 T = TypeVar("T")
 CONNECT_S = 5
@@ -34,10 +34,11 @@ class Connection(psycopg.Connection[Any]):
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """See psycopg. Raises TooSlow."""
+        began = time.monotonic()
         try:
             return super().wait(gen, interval, self.limit_s if timeout is None else timeout)
         except psycopg.OperationalError as error:
-            if error.sqlstate is not None or self.info.transaction_status is not TransactionStatus.ACTIVE:
+            if self.limit_s is None or time.monotonic() - began < self.limit_s:
                 raise  # the server said it, or is gone
             self.close()  # what it waits for may still come, and would be taken for another answer
             raise TooSlow(f"PostgreSQL gave no answer within {self.limit_s} s: is it slow, or hanging?") from error

@@ -19,7 +19,7 @@ import pytest
 
 from feature_repo import feature_definitions, spaces
 from feature_repo.feature_definitions import item_embedding
-from feature_repo.postgres_reads import PostgresReads, TooSlow
+from feature_repo.postgres_reads import PostgresReads, TooSlow, connect
 from feature_repo.reader import Reader, Space, open_store, settings
 from feature_repo.stores import Fenced, Held, PostgresStore, Unreplicated, lease, open_writer
 from feature_repo.transport import Sdk
@@ -261,6 +261,21 @@ def test_a_writer_of_a_server_that_hangs_is_told(own: Server, tmp_path: Path, mo
         store.write(item_embedding, rows("x"))
     with pytest.raises(Fenced, match="connection broke"):
         store.write(item_embedding, rows("y"))
+
+
+def test_what_the_server_says_while_it_is_at_work_is_passed_on(lake: Path) -> None:
+    """psycopg sends the rows of a write without waiting for each: a full disk is told while others are under way."""
+
+    def told() -> Iterator[Any]:
+        raise psycopg.errors.DiskFull("the disk is full")
+        yield
+
+    connection = connect(settings(lake).online_store, 5)
+    connection.pgconn.send_query(b"SELECT pg_sleep(0.1)")
+    with pytest.raises(psycopg.errors.DiskFull):
+        connection.wait(told())  # type: ignore[arg-type]
+    assert not connection.closed
+    connection.close()
 
 
 def test_each_thread_reads_over_a_connection_of_its_own(lake: Path) -> None:
