@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from feast import FeatureView
@@ -36,3 +37,13 @@ def key_texts(view: FeatureView, key: bytes) -> list[str]:
 def serialized(entity_key: Any) -> bytes:
     """Feast's serialized form of an entity key."""
     return bytes(serialize_entity_key(entity_key, entity_key_serialization_version=3))
+
+
+def pages(after: Callable[[bytes], list[bytes]], start: bytes) -> Iterator[list[bytes]]:
+    """Keys that begin with `start`, in bounded lists; `after` gives the next ones in order, none where there are no more."""
+    last = start[:-1]
+    while found := after(last):
+        last = found[-1]
+        yield [key for key in found if key.startswith(start)]
+        if last > start and not last.startswith(start):
+            return

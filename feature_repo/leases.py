@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import psycopg
 import redis
 from feast import FeatureView
 
@@ -21,7 +22,7 @@ Rows = list[tuple[Any, dict[str, Any], Any, None]]
 """Feast's rows: (entity key, values, event timestamp, created timestamp)."""
 SCAN = 5_000
 """Keys listed at once."""
-BROKEN = (redis.RedisError, sqlite3.Error)
+BROKEN = (redis.RedisError, sqlite3.Error, psycopg.Error)
 """What a store raises that is down, slow, full or locked."""
 
 

@@ -30,7 +30,8 @@ BATCH = 500
 """Ids a read: bounds one answer of the store."""
 TIMEOUTS = "socket_timeout=30,socket_connect_timeout=5"
 """Time limits of the batch writer and of checks, where Redis may have much to do."""
-ONLINE_TIMEOUTS = "socket_timeout=0.1,socket_connect_timeout=0.1"
+ONLINE_S = 0.1
+ONLINE_TIMEOUTS = f"socket_timeout={ONLINE_S},socket_connect_timeout={ONLINE_S}"
 """Time limits of a reader that answers users."""
 
 
@@ -178,7 +179,7 @@ class Reader:
 
         Raises ValueError where nothing says where the stores are.
         """
-        return cls(Sdk(settings(lake, ONLINE_TIMEOUTS), tries=0) if online else Sdk(settings(lake)))
+        return cls(Sdk(settings(lake, ONLINE_TIMEOUTS), tries=0, limit_s=ONLINE_S) if online else Sdk(settings(lake)))
 
     @classmethod
     def over_http(cls, url: str) -> Reader:

@@ -16,7 +16,7 @@ from feast.infra.online_stores.helpers import compute_table_id
 from feast.infra.online_stores.sqlite import SqliteOnlineStore
 
 from feature_repo import feature_definitions as views  # not its parts: `feast apply` would find them twice
-from feature_repo.keys import key_prefix, key_texts
+from feature_repo.keys import key_prefix, key_texts, pages
 from feature_repo.leases import SCAN, Rows, fenced, held, owned_by
 
 
@@ -104,14 +104,8 @@ class SqliteStore(SqliteOnlineStore):  # type: ignore[misc]
 
     def keys(self, view: FeatureView, start: bytes = b"") -> Iterator[list[bytes]]:
         """See `Store`."""
-        start = start or key_prefix(view)
         query = f"SELECT DISTINCT entity_key FROM {self.table(view)} WHERE entity_key > ? ORDER BY entity_key LIMIT {SCAN}"
-        last = start[:-1]
-        while found := [key for (key,) in self.connection.execute(query, (last,))]:
-            last = found[-1]
-            yield [key for key in found if key.startswith(start)]
-            if last > start and not last.startswith(start):
-                return
+        yield from pages(lambda last: [key for (key,) in self.connection.execute(query, (last,))], start or key_prefix(view))
 
     def spaces(self) -> dict[str, int]:
         """See `Store`. Reads all keys: one machine has few."""

@@ -6,6 +6,9 @@ transaction that first checks the lease. A writer that lost it, or slept through
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from feast import RepoConfig
 
 from feature_repo.leases import BROKEN as BROKEN
@@ -15,6 +18,7 @@ from feature_repo.leases import NotPublished as NotPublished
 from feature_repo.leases import Store as Store
 from feature_repo.leases import Unreplicated as Unreplicated
 from feature_repo.leases import lease as lease
+from feature_repo.postgres_store import PostgresStore as PostgresStore
 from feature_repo.redis_store import RedisStore as RedisStore
 from feature_repo.sqlite_store import SqliteStore as SqliteStore
 
@@ -26,4 +30,22 @@ def open_writer(config: RepoConfig) -> Store:
         return SqliteStore(config)
     if online.type == "redis" and getattr(online.redis_type, "value", online.redis_type) != "redis_cluster":
         return RedisStore(config)
-    raise ValueError(f"online store {online.type!r} can't be written under a lease: use sqlite, or redis (single or Sentinel)")
+    if online.type == "postgres":
+        return PostgresStore(config)
+    raise ValueError(
+        f"online store {online.type!r} can't be written under a lease: use sqlite, redis (single or Sentinel) or postgres"
+    )
+
+
+@contextlib.contextmanager
+def alone(config: RepoConfig, owner: str, wait_s: float) -> Iterator[None]:
+    """For `feast apply`, which in PostgreSQL waits for writers inside a transaction, also for one that stopped there: it runs
+    under the lease.
+
+    Raises Held.
+    """
+    if config.online_store.type != "postgres":
+        yield
+        return
+    with lease(open_writer(config), owner, wait_s):
+        yield

@@ -30,15 +30,26 @@ class Transport(Protocol):
 class Sdk:
     """Feast's online store, in-process."""
 
-    def __init__(self, config: Any, tries: int | None = None) -> None:
-        """With `tries`, a failed read of Redis is tried so often again, at once; else as redis-py does, over seconds."""
+    def __init__(self, config: Any, tries: int | None = None, limit_s: float = 30.0) -> None:
+        """With `tries`, a failed read of Redis is tried so often again, at once; else as redis-py does, over seconds.
+
+        `limit_s` bounds a read of PostgreSQL; that of Redis stands in its connection string.
+        """
         from feast.infra.online_stores.helpers import get_online_store_from_config
 
         from feature_repo import feature_definitions
 
         self.config = config
         self.views = feature_definitions
-        self.store = get_online_store_from_config(config.online_store)
+        self.no_table: tuple[type[Exception], ...] = (sqlite3.OperationalError,)
+        if config.online_store.type == "postgres":
+            from psycopg.errors import UndefinedTable
+
+            from feature_repo.postgres_reads import PostgresReads
+
+            self.store, self.no_table = PostgresReads(limit_s), (UndefinedTable,)
+        else:
+            self.store = get_online_store_from_config(config.online_store)
         if tries is not None and config.online_store.type == "redis":
             from redis.backoff import NoBackoff
             from redis.retry import Retry
@@ -49,10 +60,10 @@ class Sdk:
         """See `Transport`. Straight from the online store: `get_online_features` builds the same answer three times over."""
         try:
             rows = self.store.online_read(self.config, getattr(self.views, view), entity_keys(keys), list(fields))
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                raise NothingServed("nothing was published into this store yet: run `python -m jobs publish`") from error
-            raise
+        except self.no_table as error:
+            if isinstance(error, sqlite3.Error) and "no such table" not in str(error):
+                raise
+            raise NothingServed("nothing was published into this store yet: run `python -m jobs publish`") from error
         return [(moment, natives(values)) for moment, values in rows]
 
 

@@ -29,7 +29,8 @@ class Unavailable(ConnectionError):
 def open_reader(settings: Settings, lake: Path | None = None) -> Reader:
     """A reader whose connection gives up after `store_ms`, and tries nothing again by itself."""
     limit = settings.store_ms / 1000
-    return Reader(Sdk(feast_settings(lake, f"socket_timeout={limit},socket_connect_timeout={limit}"), tries=0))
+    found = feast_settings(lake, f"socket_timeout={limit},socket_connect_timeout={limit}")
+    return Reader(Sdk(found, tries=0, limit_s=limit))
 
 
 class Guard:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from feature_repo import codes, offline
 from feature_repo.feature_definitions import define
 from feature_repo.reader import Reader, end_of, offline_folder, open_store, settings
-from feature_repo.stores import lease, open_writer
+from feature_repo.stores import alone, lease, open_writer
 from jobs.codes.books import Source
 from jobs.codes.coding import matrix
 from jobs.codes.config import Config
@@ -29,7 +29,8 @@ def publish(config: Config, rows: pa.Table, books_id: str, source: Source) -> in
         raise InputError(f"space {serving.space_id} serves, the codes are of space {source.space_id}: run publish first, or set "
                          "codes.publish to false")  # fmt: skip
     with online.refusals():
-        open_store(lake).apply(list(define(offline_folder(lake))))
+        with alone(settings(lake), "codes", config.lease_wait_s):
+            open_store(lake).apply(list(define(offline_folder(lake))))
         store, reader = open_writer(settings(lake)), Reader.open(lake)
         with lease(store, "codes", config.lease_wait_s):
             written = 0

@@ -18,7 +18,7 @@ from feature_repo import compatibility, feature_definitions, offline, spaces, st
 from feature_repo.compatibility import Compatibility
 from feature_repo.index import Graph
 from feature_repo.reader import Pointer, Reader, Space, offline_folder, open_store, settings
-from feature_repo.stores import lease, open_writer
+from feature_repo.stores import alone, lease, open_writer
 from jobs.engines import online, registry
 from jobs.lake import arrivals, partitions
 from jobs.lake.items import live_items, tombstones
@@ -130,7 +130,7 @@ def run(config: Config) -> Result:
                   codec=config.codec, items=len(hash_N))  # fmt: skip
     clock.lap("inspect", f"{space.items:,} vectors of width {width} are fit to serve")
     with online.refusals():
-        register(lake)
+        register(lake, config.lease_wait_s)
         before = spaces.current(Reader.open(lake))
     moved = compared(config, before, space)
     clock.lap(
@@ -332,11 +332,12 @@ def refuse_moved(lake: Path, reader: Reader, before: Pointer | None, forgotten: 
         raise Unavailable("items were forgotten since this publish began: run again")
 
 
-def register(lake: Path) -> None:
-    """Makes Feast's registry and tables what the definitions say. Raises ConnectionError where the registry stays locked."""
+def register(lake: Path, wait_s: float = 60.0) -> None:
+    """Makes Feast's registry and tables as the definitions say. Raises Held; ConnectionError where the registry stays locked."""
     for last in (False, False, True):
         try:
-            open_store(lake).apply(list(feature_definitions.define(offline_folder(lake))))
+            with alone(settings(lake), "publish", wait_s):
+                open_store(lake).apply(list(feature_definitions.define(offline_folder(lake))))
             return
         except OperationalError as error:
             if last:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_faults.py --store sqlite --kills 200
     python tests/benchmarks/bench_faults.py --store redis --kills 200
+    python tests/benchmarks/bench_faults.py --store postgres --kills 200
     python tests/benchmarks/bench_faults.py --store sentinel --kills 100
 
 Every operation runs in a calm lake once, and in another where it is killed (-9) and run again; both must end with equal bytes.
@@ -39,6 +40,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import redis
+from psycopg import sql
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -46,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_publish import redis_server  # beside this file
 
 from feature_repo import stores
+from feature_repo.postgres_reads import connect
 from feature_repo.reader import Answer, NothingServed, Reader, settings
 from feature_repo.stores import open_writer
 from jobs import collect, forget, publish, rollback
@@ -55,6 +58,7 @@ from jobs.lake.items import content_hash
 from jobs.lake.partitions import digest_file
 from jobs.lake.tables import ITEMS, item_embeddings
 from jobs.run import Run
+from tests.feature_repo.postgresql import postgresql
 from tests.feature_repo.sentinels import Failover, failover, until
 
 WIDTH, STABLE = 8, 200
@@ -221,7 +225,7 @@ def fail_at(number: int, after: bool, victim: Callable[[], int] = os.getpid) -> 
 
         return call
 
-    for store in (stores.SqliteStore, stores.RedisStore):
+    for store in (stores.SqliteStore, stores.RedisStore, stores.PostgresStore):
         for name in STEPS:
             setattr(store, name, counted(getattr(store, name)))
     for module in (partitions, items, online):
@@ -229,22 +233,26 @@ def fail_at(number: int, after: bool, victim: Callable[[], int] = os.getpid) -> 
 
 
 def keep_journal(path: Path) -> None:
-    """Notes when each act on a Redis store began and ended well, and under which lease."""
+    """Notes when each act on a store of Redis or PostgreSQL began and ended well, and under which lease."""
+
+    def held(store: Any) -> str:
+        return store.nonce if isinstance(store, stores.PostgresStore) else str(store.fenced.lease.decode())
 
     def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(store: stores.RedisStore, *given: Any, **more: Any) -> Any:
+        def call(store: Any, *given: Any, **more: Any) -> Any:
             began = time.monotonic_ns()
             result = method(store, *given, **more)
-            if store.fenced.lease:
-                line = {"act": name, "lease": store.fenced.lease.decode(), "began": began, "ended": time.monotonic_ns()}
+            if mine := held(store):
+                line = {"act": name, "lease": mine, "began": began, "ended": time.monotonic_ns()}
                 with path.open("a") as stream:
                     stream.write(json.dumps(line) + "\n")
             return result
 
         return call
 
-    for name in ("acquire", "write", "delete", "note", "renew"):
-        setattr(stores.RedisStore, name, noted(name, getattr(stores.RedisStore, name)))
+    for kind in (stores.RedisStore, stores.PostgresStore):
+        for name in ("acquire", "write", "delete", "note", "renew"):
+            setattr(kind, name, noted(name, getattr(kind, name)))
 
 
 def double_writers(path: Path) -> int:
@@ -344,6 +352,15 @@ def dump(lake: Path, online: str) -> dict[str, Any]:
             tables = connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'llmemb%' AND type = 'table'").fetchall()
             for (table,) in tables:
                 seen[table] = sorted(connection.execute(f'SELECT entity_key, feature_name, value, event_ts FROM "{table}"'))
+    elif where["type"] == "postgres":
+        with connect(settings(lake).online_store, 30) as connection:
+            tables = connection.execute(
+                "SELECT tablename FROM pg_tables WHERE schemaname = %s AND NOT tablename ~ '_(lease|notes)$'",
+                [where["db_schema"]],
+            ).fetchall()
+            for (table,) in tables:
+                query = sql.SQL("SELECT entity_key, feature_name, value, event_ts FROM {}").format(sql.Identifier(table))
+                seen[table] = sorted(connection.execute(query).fetchall())
     else:
         client = open_writer(settings(lake)).plain  # type: ignore[attr-defined]
         for key in client.scan_iter(count=10_000):
@@ -355,8 +372,8 @@ def dump(lake: Path, online: str) -> dict[str, Any]:
 
 @contextmanager
 def servers(store: str, home: Path, masters: list[Failover] | None = None) -> Iterator[list[str]]:
-    """Settings of two online stores, calm and killed; with Redis, two databases of one server; with Sentinel, a server of its own
-    and one that `masters` then has."""
+    """Settings of two online stores, calm and killed; with Redis, two databases of one server, with PostgreSQL two schemas; with
+    Sentinel, a server of its own and one that `masters` then has."""
     if store == "sentinel":
         with redis_server(home) as port, failover(home) as sentinel:
             assert masters is not None
@@ -366,6 +383,10 @@ def servers(store: str, home: Path, masters: list[Failover] | None = None) -> It
     if store == "sqlite":
         yield [json.dumps({"type": "sqlite", "path": str(home / name / "feast" / "online.db")}) for name in ("calm", "killed")]
         return
+    if store == "postgres":
+        with postgresql() as server:
+            yield [server.online(name) for name in ("calm", "killed")]
+        return
     with redis_server(home) as port:
         yield [json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{port},socket_timeout=30,db={db}"}) for db in (0, 1)]
 
@@ -373,7 +394,7 @@ def servers(store: str, home: Path, masters: list[Failover] | None = None) -> It
 def main() -> int:
     """Runs the night shift until enough processes were killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", choices=("sqlite", "redis", "sentinel"), default="sqlite")
+    parser.add_argument("--store", choices=("sqlite", "redis", "sentinel", "postgres"), default="sqlite")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=0.0, help="ends after so long, with fewer kills; 0 does not")
     parser.add_argument("--readers", type=int, default=2)

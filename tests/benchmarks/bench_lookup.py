@@ -2,13 +2,16 @@
 
     python tests/benchmarks/bench_lookup.py --store sqlite
     python tests/benchmarks/bench_lookup.py --store redis
+    python tests/benchmarks/bench_lookup.py --store postgres --beside redis --asked 50 --codec float16
 
-Both warm, taking turns, so that a busy machine slows both. The reader also resolves the pointer. Prints one JSON line.
+Both warm, taking turns, so that a busy machine slows both. The reader also resolves the pointer. With `--beside` the other one is
+a reader of another store, with the same items. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -44,22 +47,26 @@ def fill(lake: Path, space: Space) -> list[str]:
 def main() -> None:
     """Measures both, taking turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", choices=("sqlite", "redis"), default="sqlite")
+    parser.add_argument("--store", choices=("sqlite", "redis", "postgres"), default="sqlite")
+    parser.add_argument("--beside", choices=("sqlite", "redis", "postgres"), default=None)
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--asked", type=int, default=200)
     parser.add_argument("--turns", type=int, default=500)
     parser.add_argument("--codec", choices=("float32", "float16"), default="float32")
     arguments = parser.parse_args()
+    if arguments.beside:
+        print(json.dumps(compare(arguments), sort_keys=True))
+        return
     with tempfile.TemporaryDirectory(prefix="lookup-") as name, online_store(arguments.store, Path(name)):
         lake = Path(name)
         open_store(lake).apply(list(feature_definitions.define(str(lake / "offline"))))
         print(json.dumps(measure(arguments, lake), sort_keys=True))
 
 
-def measure(arguments: argparse.Namespace, lake: Path) -> dict[str, Any]:
-    """The figures of one run."""
-    space = Space(
+def space_of(arguments: argparse.Namespace) -> Space:
+    """The space that is looked into."""
+    return Space(
         space_id="a" * 16,
         recommender_id="",
         ds="2026-01-01",
@@ -67,6 +74,42 @@ def measure(arguments: argparse.Namespace, lake: Path) -> dict[str, Any]:
         codec=arguments.codec,
         items=arguments.items,
     )
+
+
+def figures_of(seconds: list[float]) -> dict[str, float]:
+    """Middle and tail, in milliseconds."""
+    return {f"p{share}_ms": round(float(np.percentile(seconds, share)) * 1000, 3) for share in (50, 99)}
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Readers of two stores, taking turns."""
+    kinds, readers, ids = (arguments.store, arguments.beside), {}, []
+    with tempfile.TemporaryDirectory(prefix="lookup-") as name, contextlib.ExitStack() as stack:
+        for kind in kinds:
+            lake = Path(name) / kind
+            lake.mkdir()
+            stack.enter_context(online_store(kind, lake))
+            open_store(lake).apply(list(feature_definitions.define(str(lake / "offline"))))
+            ids = fill(lake, space_of(arguments))
+            readers[kind] = Reader.open(lake)
+        generator, seconds = np.random.default_rng(1), {kind: list[float]() for kind in kinds}
+        for turn in range(arguments.turns + 20):
+            asked = [ids[row] for row in generator.choice(len(ids), arguments.asked, replace=False)]
+            for kind in kinds:
+                started = time.perf_counter()
+                answer = readers[kind].vectors(asked)
+                if turn >= 20:  # warm
+                    seconds[kind].append(time.perf_counter() - started)
+                assert answer.item_ids == asked
+    figures = {kind: figures_of(seconds[kind]) for kind in kinds}
+    ratios = {f"ratio_{key[:-3]}": round(figures[kinds[0]][key] / figures[kinds[1]][key], 3) for key in ("p50_ms", "p99_ms")}
+    known = {"store": kinds[0], "beside": kinds[1], "items": arguments.items, "width": arguments.width, "asked": arguments.asked}
+    return {**known, "codec": arguments.codec, "turns": arguments.turns, **figures, **ratios}
+
+
+def measure(arguments: argparse.Namespace, lake: Path) -> dict[str, Any]:
+    """The figures of one run."""
+    space = space_of(arguments)
     ids = fill(lake, space)
     reader, store, generator = Reader.open(lake), open_store(lake), np.random.default_rng(1)
     feature = "item_embedding:vector" if arguments.codec == "float32" else "item_embedding:vector_f16"
@@ -86,10 +129,7 @@ def measure(arguments: argparse.Namespace, lake: Path) -> dict[str, Any]:
             bare.append(after - between)
             ended.append(time.perf_counter() - between)
         assert answer.item_ids == asked
-    figures = {
-        name: {f"p{share}_ms": round(float(np.percentile(seconds, share)) * 1000, 3) for share in (50, 99)}
-        for name, seconds in (("reader", ours), ("bare", bare), ("bare_to_dict", ended))
-    }
+    figures = {name: figures_of(seconds) for name, seconds in (("reader", ours), ("bare", bare), ("bare_to_dict", ended))}
     ratios = {f"ratio_{key[:-3]}": round(figures["reader"][key] / figures["bare"][key], 3) for key in ("p50_ms", "p99_ms")}
     known = {"store": arguments.store, "items": arguments.items, "width": arguments.width, "asked": arguments.asked}
     return {**known, "codec": arguments.codec, "turns": arguments.turns, **figures, **ratios}

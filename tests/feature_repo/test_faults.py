@@ -18,7 +18,7 @@ from tests.feature_repo.sentinels import Failover, needs_sentinel
 HARNESS = Path(__file__).parents[1] / "benchmarks" / "bench_faults.py"
 
 
-@pytest.mark.parametrize("store", ["sqlite", "redis", "sentinel"])
+@pytest.mark.parametrize("store", ["sqlite", "redis", "sentinel", "postgres"])
 def test_killed_and_run_again_all_ends_equal(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few kills; `python tests/benchmarks/bench_faults.py --kills 200` is the long run."""
     if store == "sentinel":

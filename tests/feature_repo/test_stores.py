@@ -15,8 +15,9 @@ import redis
 from feature_repo import spaces
 from feature_repo.feature_definitions import item_attributes, item_embedding, item_tombstone
 from feature_repo.keys import key_prefix, key_texts
+from feature_repo.postgres_reads import TooSlow, connect
 from feature_repo.reader import Reader, Space, settings
-from feature_repo.stores import Fenced, Held, RedisStore, SqliteStore, Store, lease, open_writer
+from feature_repo.stores import Fenced, Held, PostgresStore, RedisStore, SqliteStore, Store, lease, open_writer
 
 SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
 
@@ -33,6 +34,9 @@ def overtake(store: Any) -> None:
     """What happens to a writer that sleeps through the end of its lease: another one takes it, and is done."""
     if isinstance(store, SqliteStore):
         store.path.with_suffix(".lease").unlink()
+    elif isinstance(store, PostgresStore):
+        with connect(store.config.online_store, 0.5) as other:
+            other.execute("UPDATE llmemb_lease SET ends = '-infinity'")
     else:
         store.plain.delete(store.lease_key)
 
@@ -75,7 +79,7 @@ def test_a_writer_that_was_overtaken_changes_nothing(lake: Path) -> None:
 
 @pytest.mark.parametrize("what", ["write", "delete", "note", "renew", "release"])
 def test_a_lease_lost_inside_a_transaction_undoes_it(lake: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """On Redis a writer may sleep between its check of the token and EXEC; SQLite's transaction holds the database meanwhile."""
+    """On Redis a writer may sleep between its check and EXEC; SQLite holds the database meanwhile, PostgreSQL the lease's row."""
     slow, quick = open_writer(settings(lake)), open_writer(settings(lake))
     slow.acquire("slow")
     slow.write(item_embedding, rows("before"))
@@ -83,6 +87,10 @@ def test_a_lease_lost_inside_a_transaction_undoes_it(lake: Path, monkeypatch: py
     if isinstance(slow, SqliteStore):
         with slow.transaction(), pytest.raises(sqlite3.OperationalError, match="locked"):
             sqlite3.connect(slow.path, timeout=0).execute("UPDATE lease SET token = token + 1")
+        return
+    if isinstance(slow, PostgresStore):
+        with slow.transaction(), pytest.raises(TooSlow):
+            overtake(slow)
         return
     begun = slow.fenced.pipeline  # type: ignore[attr-defined]
 
@@ -164,7 +172,7 @@ def test_a_delete_leaves_other_views_of_the_same_item(lake: Path) -> None:
 
 
 def test_more_keys_than_one_page_are_all_listed(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sqlite_store", "redis_store"):
+    for module in ("sqlite_store", "redis_store", "postgres_store"):
         monkeypatch.setattr(f"feature_repo.{module}.SCAN", 7)
     store = open_writer(settings(lake))
     with lease(store, "test"):
@@ -215,7 +223,7 @@ def test_a_redis_cluster_is_refused_before_anything_is_written(monkeypatch: pyte
 
 
 def test_stores_are_feasts_own(lake: Path) -> None:
-    assert isinstance(open_writer(settings(lake)), SqliteStore | RedisStore)
+    assert isinstance(open_writer(settings(lake)), SqliteStore | RedisStore | PostgresStore)
 
 
 def test_spaces_and_their_items_are_listed_and_an_item_is_found_in_all_of_them(lake: Path) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from jobs import lookup, publish, rollback
 from jobs.engines import recommender_pyfunc, registry
 from jobs.run import Run
 from tests.dags.conftest import Stub, Worker, airflow_environment, migrate
+from tests.feature_repo import postgresql
 from tests.infra.mlflow_server import ADMIN, mlflow_server
 from tests.jobs.conftest import catalogue  # noqa: F401 — a fixture
 from tests.jobs.small_registry import kept
@@ -30,39 +28,8 @@ A, B = "a" * 16, "b" * 16
 ACCOUNTS = ("airflow", "mlflow", "feast")
 
 
-def programs() -> Path | None:
-    """The folder of PostgreSQL's programs, the newest there is; Debian keeps it off the path."""
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name))
-    found = shutil.which("initdb", path=os.pathsep.join([*map(str, reversed(folders)), os.environ.get("PATH", "")]))
-    return Path(found).resolve().parent if found else None
-
-
-def account() -> dict[str, Any]:
-    """Who runs the server: it refuses to be root's."""
-    if os.geteuid():
-        return {}
-    known = {user.pw_name for user in pwd.getpwall()}
-    user = pwd.getpwnam("postgres" if "postgres" in known else "nobody")
-    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-
-
-class Server:
-    """A server in a folder of its own."""
-
-    def __init__(self, folder: Path, bin_: Path) -> None:
-        self.folder, self.bin, self.runs_as = folder, bin_, account()
-        if self.runs_as:
-            os.chown(folder, self.runs_as["user"], self.runs_as["group"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        # passwords over the network as on a cluster; the socket is for this test's own set-up
-        auth = ["--auth-local=trust", "--auth-host=scram-sha-256", "--username=postgres"]
-        self.call("initdb", "--pgdata", "data", "--encoding=UTF8", "--locale=C", "--no-sync", *auth)
-        # nothing here outlives the test, so nothing needs to reach the disk
-        settings = {"port": self.port, "unix_socket_directories": folder, "fsync": "off", "full_page_writes": "off"}
-        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
-        self.call("pg_ctl", "start", "--wait", "--pgdata", "data", "--log", "log", "--options", options)
+class Server(postgresql.Server):
+    """A server with a database and an account for each of Airflow, MLflow and Feast."""
 
     def prepare(self) -> None:
         """Makes databases and accounts as at the first start of compose.yaml's."""
@@ -70,14 +37,6 @@ class Server:
         passwords = {f"{name.upper()}_PASSWORD": self.password(name) for name in ACCOUNTS}
         environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", **administrator, **passwords}
         subprocess.run(["sh", str(ROOT / "infra" / "databases.sh")], env=environment, check=True, capture_output=True)
-
-    def call(self, program: str, *arguments: str) -> None:
-        """Runs one of PostgreSQL's programs. Its output is a file: a server that it starts would hold a pipe open."""
-        with tempfile.TemporaryFile("w+") as out:
-            command = [str(self.bin / program), *arguments]
-            code = subprocess.run(command, cwd=self.folder, stdout=out, stderr=out, check=False, **self.runs_as).returncode
-            out.seek(0)
-            assert code == 0, out.read()[-2000:]
 
     @staticmethod
     def password(name: str) -> str:
@@ -102,17 +61,11 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """A running server; pytest's own folders are closed to the account that it runs as."""
-    bin_ = programs()
-    if bin_ is None:
-        pytest.skip("PostgreSQL's programs are not installed: `apt-get install postgresql`")
-    with tempfile.TemporaryDirectory(prefix="postgresql-", ignore_cleanup_errors=True) as folder:
-        running = Server(Path(folder), bin_)
-        try:
-            running.prepare()
-            yield running
-        finally:
-            running.call("pg_ctl", "stop", "--pgdata", "data", "--mode", "immediate")
+    """A running server, prepared."""
+    with postgresql.postgresql(Server) as running:
+        assert isinstance(running, Server)
+        running.prepare()
+        yield running
 
 
 def test_each_account_opens_its_own_database_and_no_other(server: Server) -> None:

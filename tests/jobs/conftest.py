@@ -18,7 +18,8 @@ from models.behaviour.artifact import save_recommender
 from models.behaviour.items import MlpAdapter, TextItems
 from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.whitening import Whitening
-from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
+from tests.feature_repo.conftest import postgres as postgres  # for pytest, which looks fixtures up here
+from tests.feature_repo.conftest import redis_port as redis_port
 from tests.power_cut import cuts as cuts
 
 WIDTH = 16

@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from feature_repo.serving import settings as serving_settings
+from tests.feature_repo.postgresql import Server, postgresql
 from tests.feature_repo.serving import world
 from tests.feature_repo.serving.world import publish, push_history, serving
 
@@ -50,11 +51,22 @@ def own_redis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproc
             server.kill()
 
 
+@contextmanager
+def own_postgres(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """The same of PostgreSQL."""
+    with postgresql() as server:
+        monkeypatch.setenv("LLMEMB_REGISTRY", f"sqlite:///{folder}/registry.db")
+        monkeypatch.setenv("LLMEMB_ONLINE_STORE", server.online("own"))
+        world.apply(folder)
+        yield server
+
+
+@pytest.mark.parametrize("store", [own_redis, own_postgres])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
 def test_with_the_store_gone_answers_go_on_from_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals, store: Any
 ) -> None:
-    with own_redis(tmp_path, monkeypatch) as server:
+    with store(tmp_path, monkeypatch) as server:
         publish(tmp_path, seed=1)
         push_history(tmp_path, "u1", HISTORY)
         push_history(tmp_path, "u2", HISTORY)
@@ -74,7 +86,11 @@ def test_with_the_store_gone_answers_go_on_from_memory(
             assert client.get("/readyz")[0] == 200, "a store that is down takes no process out of service"
             if how == signal.SIGSTOP:
                 server.send_signal(signal.SIGCONT)
-                client.until(lambda: client.post("/recommend", user_id="u2", k=2)[1]["fallback"] is None)
+            elif isinstance(server, Server):
+                server.start()  # a Redis that was killed has nothing any more
+            else:
+                return
+            client.until(lambda: client.post("/recommend", user_id="u2", k=2)[1]["fallback"] is None)
 
 
 def test_a_store_that_was_flushed_keeps_what_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from tests.feature_repo.serving.proxy import Proxy, between
-from tests.feature_repo.serving.test_faults import own_redis
+from tests.feature_repo.serving.test_faults import own_postgres, own_redis
 from tests.feature_repo.serving.world import Client, publish, push_history, serving
 
 USERS = {f"u{number}": [f"i{number}", f"i{3 * number + 1}", f"i{5 * number + 2}"] for number in range(24)}
@@ -29,7 +29,7 @@ MOST = 160
 class World:
     """A service behind a proxy, and what it must answer."""
 
-    def __init__(self, client: Client, proxy: Proxy, store: redis.Redis) -> None:
+    def __init__(self, client: Client, proxy: Proxy, store: redis.Redis | None = None) -> None:
         self.client, self.proxy, self.store = client, proxy, store
         self.right = {user: self.items(history=history) for user, history in USERS.items()}
         self.popular = self.items(history=[])
@@ -89,14 +89,27 @@ def sentinel(folder: Path, port: int) -> Iterator[int]:
             process.kill()
 
 
-@pytest.fixture(params=["single", "sentinel"])
+def fill(folder: Path) -> None:
+    """A space that serves, and what users did."""
+    publish(folder, seed=1)
+    for user, history in USERS.items():
+        push_history(folder, user, history)
+
+
+@pytest.fixture(params=["single", "sentinel", "postgres"])
 def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    if request.param == "postgres":
+        with own_postgres(tmp_path, monkeypatch) as postgres:
+            fill(tmp_path)
+            with between(postgres.port) as proxy:
+                monkeypatch.setenv("LLMEMB_ONLINE_STORE", postgres.online("own", port=proxy.port))
+                with serving(tmp_path, breaker_s=0.1) as client:
+                    yield World(client, proxy)
+        return
     assert shutil.which("redis-server"), "apt-get install redis-server"
     with own_redis(tmp_path, monkeypatch) as server:
         port = int(server.args[2])  # type: ignore[index]
-        publish(tmp_path, seed=1)
-        for user, history in USERS.items():
-            push_history(tmp_path, user, history)
+        fill(tmp_path)
         with between(port) as proxy, sentinel(tmp_path, proxy.port) as guard:
             online: dict[str, Any] = {"type": "redis", "connection_string": f"127.0.0.1:{proxy.port}"}
             if request.param == "sentinel":
@@ -143,10 +156,12 @@ def test_a_store_in_trouble_gives_no_wrong_answer_and_is_well_again(world: World
     world.well()
 
 
+@pytest.mark.parametrize("world", ["single", "sentinel"], indirect=True)
 def test_a_store_that_was_flushed_knows_nobody_and_says_so_until_histories_are_pushed_again(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.load()
+    assert world.store is not None
     world.store.flushall()
     assert set(world.load()) == {"unknown_user"}
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps(

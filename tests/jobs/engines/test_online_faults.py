@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +16,11 @@ import redis
 
 from feature_repo.reader import Pointer, Reader, settings
 from feature_repo.spaces import remove_space
-from feature_repo.stores import SqliteStore, lease, open_writer
+from feature_repo.stores import Fenced, SqliteStore, lease, open_writer
 from jobs import collect, forget, lookup, publish, recommend, rollback
 from jobs.run import InputError, Refused, Run
 from tests.feature_repo.feature_server import feature_server
+from tests.feature_repo.postgresql import PASSWORD, Server
 
 A, B = "a" * 16, "b" * 16
 RUN_DS = "2026-01-01"
@@ -31,13 +35,16 @@ def online(port: int, **more: float) -> str:
     )
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(params=["sqlite", "redis", "postgres"])
 def lake(request: pytest.FixtureRequest, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A lake in which space A serves and space B is there to be published, on SQLite and on Redis."""
+    """A lake in which space A serves and space B is there to be published, on SQLite, on Redis and on PostgreSQL."""
     if request.param == "redis":
         port = request.getfixturevalue("redis_port")
         redis.Redis(port=port).flushall()
         monkeypatch.setenv("LLMEMB_ONLINE_STORE", online(port))
+    if request.param == "postgres":
+        server: Server = request.getfixturevalue("postgres")
+        monkeypatch.setenv("LLMEMB_ONLINE_STORE", server.online(f"jobs_{uuid.uuid4().hex}"))
     put(catalogue(), A)
     return catalogue(space=B)
 
@@ -72,16 +79,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("lake", ["redis"], indirect=True)
+@pytest.mark.parametrize("lake", ["redis", "postgres"], indirect=True)
 @pytest.mark.parametrize("job", WRITERS)
-def test_a_store_that_is_down_is_told_by_every_job(
-    lake: Path, job: str, redis_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = seen(lake)
-    monkeypatch.setenv("LLMEMB_ONLINE_STORE", online(1))
-    with pytest.raises(ConnectionError, match=r"the online store failed .*127\.0\.0\.1:1.*is it down"):
+def test_a_store_that_is_down_is_told_by_every_job(lake: Path, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, there = seen(lake), os.environ["LLMEMB_ONLINE_STORE"]
+    away = re.sub(r'127\.0\.0\.1:\d+|(?<="port": )\d+', lambda found: "127.0.0.1:1" if ":" in found[0] else "1", there)
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", away)
+    with pytest.raises(ConnectionError, match=r"(?s)the online store failed .*(127\.0\.0\.1:1|port 1 ).*is it down") as caught:
         WRITERS[job](lake)
-    monkeypatch.setenv("LLMEMB_ONLINE_STORE", online(redis_port))
+    assert PASSWORD not in str(caught.value)
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", there)
     assert seen(lake) == before
 
 
@@ -103,13 +110,25 @@ def test_a_store_that_does_not_answer_in_time_is_told(lake: Path, redis_port: in
 
 
 @contextmanager
-def full(store: str, port: Callable[[], int]) -> Iterator[None]:
+def full(lake: Path, server: Callable[[str], Any]) -> Iterator[None]:
     """While it lasts, the store takes not one row more."""
-    if store == "redis":
-        server = redis.Redis(port=port())
-        server.config_set("maxmemory", "1")
+    kind = settings(lake).online_store.type
+    if kind == "redis":
+        redis_server = redis.Redis(port=server("redis_port"))
+        redis_server.config_set("maxmemory", "1")
         yield
-        server.config_set("maxmemory", "0")
+        redis_server.config_set("maxmemory", "0")
+        return
+    if kind == "postgres":
+        schema = settings(lake).online_store.db_schema
+        with server("postgres").administrator() as connection:
+            connection.execute(
+                f"CREATE FUNCTION {schema}.full_disk() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN "
+                "RAISE EXCEPTION 'the disk is full' USING ERRCODE = 'disk_full'; END$$; "
+                f"CREATE TRIGGER full_disk BEFORE INSERT ON {schema}.llmemb_item_embedding EXECUTE FUNCTION {schema}.full_disk()"
+            )
+            yield
+            connection.execute(f"DROP FUNCTION {schema}.full_disk CASCADE")
         return
     with pytest.MonkeyPatch.context() as patch:
         init = SqliteStore.__init__
@@ -127,14 +146,27 @@ def test_a_store_that_is_full_is_told_and_the_space_is_published_once_there_is_r
     lake: Path, request: pytest.FixtureRequest
 ) -> None:
     before = seen(lake)
-    store = settings(lake).online_store.type
     with (
-        full(store, lambda: request.getfixturevalue("redis_port")),
+        full(lake, request.getfixturevalue),
         pytest.raises(ConnectionError, match=r"the online store failed .*(OOM|maxmemory|disk is full)"),
     ):
         put(lake, B)
     assert seen(lake) == before
     assert put(lake, B).verified == 40
+
+
+@pytest.mark.parametrize("lake", ["postgres"], indirect=True)
+def test_a_writer_that_was_stopped_inside_a_transaction_holds_up_no_publish(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feast's `apply` waits for every transaction on its tables; a `docker pause` would hold it up for ever."""
+    monkeypatch.setenv("LLMEMB_LEASE_MS", "500")
+    stopped: Any = open_writer(settings(lake))
+    stopped.acquire("stopped")
+    with pytest.raises(Fenced), stopped.transaction():
+        stopped.run("DELETE FROM {rows}")
+        config = publish.Config(run=run_of(lake), space=B, lease_wait_s=20)
+        assert publish.run(config).verified == 40
+        stopped.renew()
+    assert seen(lake)[0].space_id == B
 
 
 def test_a_pointer_to_a_space_that_is_gone_is_told_and_mended_by_publishing_again(lake: Path) -> None:
