@@ -6,6 +6,7 @@ import datetime as dt
 import logging
 import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,13 +94,7 @@ def in_session(config: Config) -> Result | arrivals.Result:
 def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     """The work of `run` inside one session."""
     judged = judge_sources(spark, config)
-    refused = files_of(config, sum(judged.quarantined.values()))
-    written = {
-        QUARANTINE.name: shape.save(judged.quarantine, ["source", "reason", "record"], QUARANTINE, staging, config, refused)
-    }
-    check_quarantine(config, judged)
-    commits, cuts = write_snapshot(config, judged, staging)
-    written |= commits
+    written, cuts = write_snapshot(config, judged, staging)
     result = Result(
         inputs=judged.inputs,
         outputs={f"{name}/ds={config.run.ds}": commit.digest for name, commit in written.items()},
@@ -165,21 +160,37 @@ def files_of(config: Config, rows: int) -> int:
 
 
 def write_snapshot(config: Config, judged: Judged, staging: Path) -> tuple[dict[str, Commit], tuple[int, int] | None]:
-    """Commits `items`, `interactions`, `sequences`, once their gates are passed; and the split's cut times."""
-    days, kept = judged.days, judged.of_items.kept
-    check_dates(config, days)
-    check_days(config, days)
-    cuts = shape.cut_times(days, config) if config.split == "temporal" else None
-    check_change(config, {"items": kept, "interactions": sum(count for _, count in days)})
-    items = judged.items.where("reason is null")
-    events = judged.copies.where("copy = 1 and reason is null").select(INTERACTIONS.schema.names)
-    users = shape.histories(events, cuts, config.max_history)
-    commits = {
-        ITEMS.name: shape.save(items, ["item_id"], ITEMS, staging, config, files_of(config, kept)),
-        INTERACTIONS.name: shape.save(events, BY_TIME, INTERACTIONS, staging, config, judged.files),
-        SEQUENCES.name: shape.save(users, ["user_id"], SEQUENCES, staging, config, judged.files),
-    }
-    return commits, cuts
+    """Commits `quarantine`, and once the gates are passed `items`, `interactions`, `sequences`; and the split's cut times.
+
+    The four are written side by side: a small one, and the last tasks of a large one, leave processors idle.
+    """
+    kept, refused = judged.of_items.kept, sum(judged.quarantined.values())
+    by_reason = ["source", "reason", "record"]
+    with ThreadPoolExecutor(4) as aside:
+        # whatever the gates say, what was refused can be looked at: leaving this block waits for its commit
+        quarantine = aside.submit(
+            shape.save, judged.quarantine, by_reason, QUARANTINE, staging, config, files_of(config, refused)
+        )
+        cuts = check(config, judged)
+        events = judged.copies.where("copy = 1 and reason is null").select(INTERACTIONS.schema.names)
+        users = shape.histories(events, cuts, config.max_history)
+        staged = [
+            aside.submit(shape.stage, judged.items.where("reason is null"), ["item_id"], ITEMS, staging, files_of(config, kept)),
+            aside.submit(shape.stage, events, BY_TIME, INTERACTIONS, staging, judged.files),
+            aside.submit(shape.stage, users, ["user_id"], SEQUENCES, staging, judged.files),
+        ]
+        commits = [quarantine.result(), *(shape.commit(config, each.result()) for each in staged)]
+    return {commit.table: commit for commit in commits}, cuts
+
+
+def check(config: Config, judged: Judged) -> tuple[int, int] | None:
+    """All gates; gives the split's cut times."""
+    check_quarantine(config, judged)
+    check_dates(config, judged.days)
+    check_days(config, judged.days)
+    cuts = shape.cut_times(judged.days, config) if config.split == "temporal" else None
+    check_change(config, {"items": judged.of_items.kept, "interactions": sum(count for _, count in judged.days)})
+    return cuts
 
 
 def catalogue(config: Config) -> str:

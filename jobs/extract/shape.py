@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,17 +83,31 @@ def events_before(cut: int) -> Column:
     return F.size(F.filter("events", lambda event: event["timestamp"] < cut))
 
 
-def save(rows: DataFrame, order: list[str], table: Table, staging: Path, config: Config, files: int) -> Commit:
-    """Replaces the partition of ds: rows spread by the first column's hash and sorted, so that a rerun's bytes are equal.
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """Files of a partition, not committed yet."""
 
-    Raises InputError where the driver does not find every row that Spark's tasks wrote.
-    """
+    table: Table
+    files: list[Path]
+    rows: int
+    """Counted by the tasks that wrote them."""
+
+
+def stage(rows: DataFrame, order: list[str], table: Table, staging: Path, files: int) -> Staged:
+    """Writes the rows of a partition: spread by the first column's hash and sorted, so that a rerun's bytes are equal."""
     where, counted = staging / table.name, Observation()
     # counted by the tasks that write, after the last shuffle: a task that runs twice counts once
     rows = spread(rows.select(table.schema.names), files, order[0]).sortWithinPartitions(*order)
     rows = rows.observe(counted, F.count(F.lit(1)).alias("rows"))
     rows.write.option("compression", "zstd").parquet(on_disk(where))
-    written = sorted(where.glob("part-*.parquet"))
-    return partitions.commit_files(
-        config.run.lake, table.name, f"ds={config.run.ds}", written, rows=int(counted.get.get("rows", 0))
-    )
+    return Staged(table=table, files=sorted(where.glob("part-*.parquet")), rows=int(counted.get.get("rows", 0)))
+
+
+def commit(config: Config, staged: Staged) -> Commit:
+    """Replaces the partition of ds. Raises InputError where the driver does not find every row that Spark's tasks wrote."""
+    return partitions.commit_files(config.run.lake, staged.table.name, f"ds={config.run.ds}", staged.files, rows=staged.rows)
+
+
+def save(rows: DataFrame, order: list[str], table: Table, staging: Path, config: Config, files: int) -> Commit:
+    """Writes the rows of a partition and commits them."""
+    return commit(config, stage(rows, order, table, staging, files))
