@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_every_bad_record_lies_in_quarantine_with_its_reason(tmp_path: Path) -> 
     }
     assert result.quarantined == reasons
     rows = partitions.read(tmp_path / "lake", QUARANTINE, f"ds={DS}").to_pylist()
-    assert len(rows) == sum(reasons.values())
+    assert Counter(f"{row['source']}: {row['reason']}" for row in rows) == reasons
     assert {"item_id": "i1", "title": "Title 1 again"} in [json.loads(row["record"]) for row in rows]
     assert result.rows["items"] == 5 and result.rows["interactions"] == 20
     kept = partitions.read(tmp_path / "lake", ITEMS, f"ds={DS}").to_pylist()
@@ -212,8 +213,10 @@ def test_of_two_runs_of_one_date_the_second_waits(tmp_path: Path, capsys: pytest
 
 def test_the_next_snapshot_knows_new_and_changed_items(tmp_path: Path, first: extract.Result) -> None:
     later: list[Item] = [("i0", "Title 0, second edition", None), *CATALOGUE[1:], ("i9", "New", None)]
-    result = extract.run(config(tmp_path, later, LOGS, ds="2026-03-11"))
-    assert (result.new_items, result.changed_items) == (1, 1)
+    bad: list[Item] = [("i1", "Title 1 again", None), ("bare", None, None), (None, "No id", None)]
+    result = extract.run(config(tmp_path, [*later, *bad], LOGS, ds="2026-03-11"))
+    assert (result.new_items, result.changed_items) == (1, 1), "what is refused is neither"
+    assert (result.seen["items"], result.fill) == (9, {"title": 1.0, "genres": 0.6667})
     seen = {
         row["item_id"]: row["first_seen_ds"] for row in partitions.read(tmp_path / "lake", ITEMS, "ds=2026-03-11").to_pylist()
     }
@@ -344,6 +347,8 @@ def test_bad_records_after_ds_are_not_judged(tmp_path: Path) -> None:
         extract.run(
             config(tmp_path, CATALOGUE, [*year, *bad, *more], ds="2026-03-03", max_quarantine_share=0.1, split="leave_one_out")
         )
+    assert partitions.read(tmp_path / "lake", QUARANTINE, "ds=2026-03-03").num_rows == 32, "what it refused can be looked at"
+    assert partitions.read(tmp_path / "lake", INTERACTIONS, "ds=2026-03-03").num_rows == early, "and the snapshot stays"
 
 
 def test_the_catalogue_of_a_backfill_is_that_of_its_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

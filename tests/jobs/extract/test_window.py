@@ -216,6 +216,7 @@ def test_events_follow_their_items_in_and_out_of_the_catalogue(tmp_path: Path, l
     assert result.quarantined == {f"interactions: {LEFT}": left, "interactions: item is unknown": 2}
     assert drift.of_extract(as_json(result))["quarantine.interactions"] == pytest.approx(2 / 13)
     refused = [row for row in rows(tmp_path, QUARANTINE, "2026-03-08") if row["reason"] == LEFT]
+    assert len(refused) == left
     assert json.loads(refused[0]["record"]).keys() == {"user_id", "item_id", "timestamp"}
     kept = [row["timestamp"] for row in rows(tmp_path, INTERACTIONS, "2026-03-08") if row["item_id"] == "new"]
     assert kept == [second("2026-03-06", 20)]
