@@ -143,6 +143,11 @@ def address(spark: SparkSession, table: str, key: str) -> str:
     return on_disk(Path(table))
 
 
+def spread(rows: DataFrame, files: int, key: str) -> DataFrame:
+    """Rows in so many partitions by the hash of `key`; into one they go without a shuffle."""
+    return rows.repartition(files, key) if files > 1 else rows.coalesce(1)
+
+
 def first_line(error: Exception) -> str:
     """An engine's error without its stack."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

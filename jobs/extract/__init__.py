@@ -6,17 +6,18 @@ import datetime as dt
 import logging
 import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyspark.sql import functions as F
 
 from jobs.engines.spark import session
-from jobs.extract import arrivals, judge, shape, volume, window
+from jobs.extract import arrivals, counts, judge, shape, volume, window
 from jobs.extract.config import Config as Config
 from jobs.extract.gates import check_change, check_dates, check_days, check_quarantine
-from jobs.extract.judge import BROADCAST_ITEMS, BY_TIME, DAY, DISK, Judged
+from jobs.extract.judge import BROADCAST_ITEMS, BY_TIME, DISK, Judged
 from jobs.extract.window import Reading
 from jobs.lake import partitions
 from jobs.lake.items import tombstones
@@ -25,7 +26,7 @@ from jobs.lake.partitions import Commit
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import SparkSession
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +94,7 @@ def in_session(config: Config) -> Result | arrivals.Result:
 def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
     """The work of `run` inside one session."""
     judged = judge_sources(spark, config)
-    quarantine, quarantined = judged.quarantine.persist(DISK), reasons(judged.quarantine)
-    written = {QUARANTINE.name: shape.save(quarantine, ["source", "reason", "record"], QUARANTINE, staging, config)}
-    check_quarantine(config, judged, quarantined)
-    items = shape.with_first_seen(spark, config, judged.items.where("reason is null")).persist(DISK)
-    commits, cuts, days = write_snapshot(config, judged, items, staging)
-    written |= commits
-    new, changed = shape.compare(spark, config, items)
+    written, cuts = write_snapshot(config, judged, staging)
     result = Result(
         inputs=judged.inputs,
         outputs={f"{name}/ds={config.run.ds}": commit.digest for name, commit in written.items()},
@@ -109,16 +104,18 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
         carried=judged.carried,
         source=window.as_known(config.interactions),
         catalogue=catalogue(config),
-        later=judged.later,
-        undated=judged.undated,
-        later_since=judged.later_since,
-        quarantined=quarantined,
+        later=judged.of_events.later,
+        undated=judged.of_events.undated,
+        later_since=judged.of_events.later_since,
+        quarantined=judged.quarantined,
         forgotten=len(tombstones(config.run.lake)),
-        new_items=new,
-        changed_items=changed,
-        fill=shape.fill(items, config.items.attributes),
-        lists=judge.lists(spark, config),
-        days={volume.date(day): count for day, count in days if day > volume.day_number(config.run.ds) - volume.HISTORY_DAYS},
+        new_items=judged.of_items.new,
+        changed_items=judged.of_items.changed,
+        fill=judged.of_items.fill,
+        lists=judged.lists,
+        days={
+            volume.date(day): count for day, count in judged.days if day > volume.day_number(config.run.ds) - volume.HISTORY_DAYS
+        },
         cuts={name: shape.date(cut) for name, cut in zip(("valid", "test"), cuts, strict=True)} if cuts else {},
     )
     tell(config, result)
@@ -126,81 +123,74 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
 
 
 def judge_sources(spark: SparkSession, config: Config) -> Judged:
-    """Reads both sources once and judges each record."""
+    """Reads both sources once, judges each record, and counts."""
     lake, reading = config.run.lake, window.decide(config.run.lake, config.run.ds, config.interactions)
-    items = judge.without_forgotten(spark, lake, judge.judge_items(spark, config)).persist(DISK)
-    seen = {"items": items.count()}
+    table = judge.read_items(spark, config)
+    items = judge.without_forgotten(spark, lake, judge.judge_items(table, config))
+    items = shape.with_first_seen(spark, config, items).persist(DISK)
+    of_items = counts.of_items(items, config.items.attributes)
     known = items.where("reason is null").select("item_id", F.lit(True).alias("known"))
-    known = F.broadcast(known) if seen["items"] <= BROADCAST_ITEMS else known
+    known = F.broadcast(known) if of_items.seen <= BROADCAST_ITEMS else known
     # judged once: the source is scanned a single time, so that all counts are of the same rows while it is written to
     source = judge.without_forgotten(spark, lake, judge.read_events(spark, config, reading))
     events = judge.judge_events(config, source, known).persist(DISK)
-    read, later, undated, digest, later_since = sums(events)
-    seen["interactions"] = read
-    inputs = {config.tables[0]: f"{seen['items']}:{identity(items, 'item_id', 'record')}"}
-    inputs[config.tables[1]] = f"{read}:{digest}"
+    of_events = counts.of_events(events)
+    inputs = {config.tables[0]: f"{of_items.seen}:{of_items.digest}"}
+    inputs[config.tables[1]] = f"{of_events.seen}:{of_events.digest}"
     kept_before, before = None, 0
     if reading.carried_from:
         commit = partitions.read_commit(lake, INTERACTIONS.name, f"ds={reading.carried_from}")
         inputs[f"{INTERACTIONS.name}/ds={reading.carried_from}"] = commit.digest
         kept_before, before = judge.judge_carried(spark, config, reading, known), commit.rows
-    files = -(-max(read + before, 1) // config.part_rows)
+    files = files_of(config, of_events.seen + before)
     copies = judge.number_copies(events.where("reason is null and not later"), kept_before, files).persist(DISK)
+    days, refused = counts.of_copies(copies)
     quarantine = judge.refused(items, "items", "item_id").unionByName(judge.refused(events, "interactions", "user_id"))
-    quarantine = quarantine.unionByName(judge.duplicates(copies))
-    if kept_before is not None:
-        quarantine = quarantine.unionByName(judge.refused(kept_before, "interactions", "user_id"))
-    return Judged(reading=reading, items=items, copies=copies, quarantine=quarantine, seen=seen, inputs=inputs, carried=before,
-                  later=later, undated=undated, later_since=later_since, files=files)  # fmt: skip
+    quarantined = {f"items: {reason}": count for reason, count in of_items.refused.items()}
+    quarantined |= {f"interactions: {reason}": count for reason, count in (of_events.refused | refused).items()}
+    return Judged(reading=reading, items=items, copies=copies, quarantine=quarantine.unionByName(judge.refused_copies(copies)),
+                  seen={"items": of_items.seen, "interactions": of_events.seen}, inputs=inputs, carried=before, files=files,
+                  of_items=of_items, of_events=of_events, quarantined=quarantined, days=days,
+                  lists=judge.lists(table, config))  # fmt: skip
 
 
-def sums(events: DataFrame) -> tuple[int, int, int, Any, str | None]:
-    """(events up to ds, later ones, those without a time, identity of what was read, first partition that has later ones)."""
-    row = events.agg(
-        F.count_if(~F.col("later")), F.count_if("later"), F.count_if("undated"),
-        order_free_hash("user_id", "item_id", "timestamp"), F.min(F.when(F.col("later"), F.col("day"))),
-    ).first()  # fmt: skip
-    read, later, undated, digest, since = tuple(row) if row else (0, 0, 0, 0, None)
-    return int(read), int(later), int(undated), digest, str(since) if since else None
+def files_of(config: Config, rows: int) -> int:
+    """Files of a table with so many rows."""
+    return max(1, -(-rows // config.part_rows))
 
 
-def identity(rows: DataFrame, *columns: str) -> Any:
-    """Identity of rows, whatever their order."""
-    row = rows.agg(order_free_hash(*columns)).first()
-    return row[0] if row else 0
+def write_snapshot(config: Config, judged: Judged, staging: Path) -> tuple[dict[str, Commit], tuple[int, int] | None]:
+    """Commits `quarantine`, and once the gates are passed `items`, `interactions`, `sequences`; and the split's cut times.
+
+    The four are written side by side: a small one, and the last tasks of a large one, leave processors idle.
+    """
+    kept, refused = judged.of_items.kept, sum(judged.quarantined.values())
+    by_reason = ["source", "reason", "record"]
+    with ThreadPoolExecutor(4) as aside:
+        # whatever the gates say, what was refused can be looked at: leaving this block waits for its commit
+        quarantine = aside.submit(
+            shape.save, judged.quarantine, by_reason, QUARANTINE, staging, config, files_of(config, refused)
+        )
+        cuts = check(config, judged)
+        events = judged.copies.where("copy = 1 and reason is null").select(INTERACTIONS.schema.names)
+        users = shape.histories(events, cuts, config.max_history)
+        staged = [
+            aside.submit(shape.stage, judged.items.where("reason is null"), ["item_id"], ITEMS, staging, files_of(config, kept)),
+            aside.submit(shape.stage, events, BY_TIME, INTERACTIONS, staging, judged.files),
+            aside.submit(shape.stage, users, ["user_id"], SEQUENCES, staging, judged.files),
+        ]
+        commits = [quarantine.result(), *(shape.commit(config, each.result()) for each in staged)]
+    return {commit.table: commit for commit in commits}, cuts
 
 
-def order_free_hash(*columns: str) -> Column:
-    """Identity of what was read, whatever the order of its rows: the sum of the rows' hashes."""
-    return F.sum(F.xxhash64(*columns).cast("decimal(38,0)"))
-
-
-def reasons(quarantine: DataFrame) -> dict[str, int]:
-    """Records refused, by `source: reason`."""
-    counted = quarantine.groupBy("source", "reason").count().collect()
-    return {f"{row.source}: {row.reason}": int(row["count"]) for row in counted}
-
-
-def write_snapshot(
-    config: Config, judged: Judged, items: DataFrame, staging: Path
-) -> tuple[dict[str, Commit], tuple[int, int] | None, list[tuple[int, int]]]:
-    """Commits `items`, `interactions`, `sequences`, once their gates are passed; the split's cut times; and events by day."""
-    events = judged.copies.where("copy = 1").select(INTERACTIONS.schema.names)
-    days = [
-        (int(row.day), int(row["count"]))
-        for row in events.groupBy(F.floor(F.col("timestamp") / DAY).alias("day")).count().orderBy("day").collect()
-    ]
-    check_dates(config, days)
-    check_days(config, days)
-    cuts = shape.cut_times(days, config) if config.split == "temporal" else None
-    check_change(config, {"items": items.count(), "interactions": sum(count for _, count in days)})
-    users = shape.histories(events, cuts, config.max_history)
-    commits = {
-        ITEMS.name: shape.save(items, ["item_id"], ITEMS, staging, config),
-        INTERACTIONS.name: shape.save(events, BY_TIME, INTERACTIONS, staging, config, judged.files),
-        SEQUENCES.name: shape.save(users, ["user_id"], SEQUENCES, staging, config, judged.files),
-    }
-    return commits, cuts, days
+def check(config: Config, judged: Judged) -> tuple[int, int] | None:
+    """All gates; gives the split's cut times."""
+    check_quarantine(config, judged)
+    check_dates(config, judged.days)
+    check_days(config, judged.days)
+    cuts = shape.cut_times(judged.days, config) if config.split == "temporal" else None
+    check_change(config, {"items": judged.of_items.kept, "interactions": sum(count for _, count in judged.days)})
+    return cuts
 
 
 def catalogue(config: Config) -> str:

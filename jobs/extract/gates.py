@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from jobs.extract import volume, window
 from jobs.extract.config import Config
-from jobs.extract.judge import DAY, Judged, snapshot_end
+from jobs.extract.counts import DAY
+from jobs.extract.judge import Judged, snapshot_end
 from jobs.extract.volume import Short
 from jobs.lake import partitions
 from jobs.lake.tables import INTERACTIONS, LEFT
@@ -16,7 +17,7 @@ from jobs.run import InputError, Refused, Unavailable
 log = logging.getLogger(__name__)
 
 
-def check_quarantine(config: Config, judged: Judged, quarantined: dict[str, int]) -> None:
+def check_quarantine(config: Config, judged: Judged) -> None:
     """Raises InputError when a source is empty or has more refused records, of those of ds, than `max_quarantine_share`.
 
     Records without a time may be of any date: of these only the share counts that the others have up to ds. Else a year's broken
@@ -24,12 +25,12 @@ def check_quarantine(config: Config, judged: Judged, quarantined: dict[str, int]
     """
     since, ours = judged.reading.since, share_of_date(judged)
     for name, table in zip(("items", "interactions"), config.tables, strict=True):
-        without = judged.undated * (1 - ours) if name == "interactions" else 0
+        without = judged.of_events.undated * (1 - ours) if name == "interactions" else 0
         count = judged.seen[name] - without
         if not count:
             where = f"has no record up to {config.run.ds}" + (f" from {since} on" if since and name == "interactions" else "")
             raise InputError(f"{table} {where}: check the table and --ds")
-        bad = {why: n for why, n in quarantined.items() if why.startswith(f"{name}:") and not why.endswith(LEFT)}
+        bad = {why: n for why, n in judged.quarantined.items() if why.startswith(f"{name}:") and not why.endswith(LEFT)}
         refused = sum(bad.values()) - without
         if refused / count > config.max_quarantine_share:
             worst = ", ".join(f"{n:,} × {reason.split(': ', 1)[1]}" for reason, n in sorted(bad.items(), key=lambda kv: -kv[1]))
@@ -42,8 +43,8 @@ def check_quarantine(config: Config, judged: Judged, quarantined: dict[str, int]
 
 def share_of_date(judged: Judged) -> float:
     """Of the events that have a time, the share up to ds."""
-    dated = judged.seen["interactions"] - judged.undated
-    return dated / (dated + judged.later) if dated + judged.later else 1.0
+    dated = judged.seen["interactions"] - judged.of_events.undated
+    return dated / (dated + judged.of_events.later) if dated + judged.of_events.later else 1.0
 
 
 def check_dates(config: Config, days: Sequence[tuple[int, int]]) -> None:

@@ -11,17 +11,17 @@ from pyspark import StorageLevel
 from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
-from jobs.engines.spark import source
+from jobs.engines.spark import source, spread
 from jobs.extract import window
 from jobs.extract.config import Config
+from jobs.extract.counts import DAY, OfEvents, OfItems
 from jobs.extract.window import Reading
+from jobs.lake import partitions
 from jobs.lake.items import tombstones
 from jobs.lake.tables import INTERACTIONS, ITEMS, LEFT
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
-
-DAY = 86_400
 
 LATEST_SECONDS = 100_000_000_000
 """Unix seconds past this are the year 5138: such a number counts milliseconds."""
@@ -36,6 +36,8 @@ BETWEEN = ", "
 BROADCAST_ITEMS = 1_000_000
 """Catalogues up to this size go to every executor, about 100 MB; larger ones are joined by a shuffle."""
 
+DUPLICATE = "duplicate event"
+
 BY_TIME = ["user_id", "timestamp", "item_id"]
 """The one order of events: it deduplicates, is the order of the files, and makes histories, all with a single sort."""
 
@@ -47,22 +49,34 @@ class Judged:
     reading: Reading
     items: DataFrame
     copies: DataFrame
-    """Events without a reason to refuse them, numbered by `copy`: 1 is kept."""
+    """Events that their sources leave, numbered by `copy`: those without a `reason` are kept where it is 1."""
     quarantine: DataFrame
     seen: dict[str, int]
     inputs: dict[str, str]
     carried: int
-    later: int
-    undated: int
-    later_since: str | None
     files: int
     """Files of `interactions` and of `sequences`."""
+    of_items: OfItems
+    of_events: OfEvents
+    quarantined: dict[str, int]
+    """Records refused, by `source: reason`."""
+    days: list[tuple[int, int]]
+    """Events kept by day since 1970, in order; days without any left out."""
+    lists: dict[str, str]
+    """Attributes that hold several values in one text, and what parts them."""
 
 
-def judge_items(spark: SparkSession, config: Config) -> DataFrame:
-    """Every source item with its attributes, content hash and the `reason` to refuse it, if any."""
+def read_items(spark: SparkSession, config: Config) -> DataFrame:
+    """The source's items, as they stand there."""
+    return source(spark, config.tables[0], "extract.items.table", [config.items.item_id, *config.items.attributes])
+
+
+def judge_items(rows: DataFrame, config: Config) -> DataFrame:
+    """Every source item with its attributes, content hash and the `reason` to refuse it, if any; then its `record` as well.
+
+    `mark` is a hash of the id and the record, whether it is refused or not.
+    """
     names = config.items
-    rows = source(spark, config.tables[0], "extract.items.table", [names.item_id, *names.attributes])
     pairs = [
         F.struct(F.lit(name).alias("name"), text(F.col(f"`{name}`"), rows.schema[name].dataType.typeName()).alias("value"))
         for name in names.attributes
@@ -73,22 +87,25 @@ def judge_items(spark: SparkSession, config: Config) -> DataFrame:
         F.to_json(F.struct("*")).alias("record"),
     )
     copies = Window.partitionBy("item_id").orderBy(F.size("attributes").desc(), "record")
-    return rows.select(
-        "item_id",
-        "attributes",
-        "record",
-        content_hash_column(F.col("attributes")).alias("content_hash"),
+    reason = (
         F.when(F.coalesce(F.length("item_id"), F.lit(0)) == 0, "item_id is null or empty")
         .when(F.row_number().over(copies) > 1, "duplicate item_id: the fullest record was kept")
         .when(F.size("attributes") == 0, "no attributes")
-        .alias("reason"),
+    )
+    return rows.withColumn("reason", reason).select(
+        "item_id",
+        "attributes",
+        content_hash_column(F.col("attributes")).alias("content_hash"),
+        "reason",
+        # most of a row is its record, and most rows are kept
+        F.when(F.col("reason").isNotNull(), F.col("record")).alias("record"),
+        F.xxhash64("item_id", "record").alias("mark"),
     )
 
 
-def lists(spark: SparkSession, config: Config) -> dict[str, str]:
+def lists(rows: DataFrame, config: Config) -> dict[str, str]:
     """Attributes that hold several values, and what parts them in their text: arrays, and what the recipe says."""
     names = config.items
-    rows = source(spark, config.tables[0], "extract.items.table", [names.item_id, *names.attributes])
     arrays = (name for name in names.attributes if rows.schema[name].dataType.typeName() == "array")
     return dict.fromkeys(arrays, BETWEEN) | names.lists
 
@@ -184,15 +201,16 @@ def judge_carried(spark: SparkSession, config: Config, reading: Reading, known: 
 
     They were judged then. A join with the whole catalogue would cost more than reading the source: items that left it are few.
     """
-    lake, old, names = config.run.lake, f"ds={reading.carried_from}", INTERACTIONS.schema.names
-    rows = without_forgotten(spark, lake, window.read_snapshot(spark, lake, INTERACTIONS.name, old))
-    items = without_forgotten(spark, lake, window.read_snapshot(spark, lake, ITEMS.name, old))
-    left = items.join(known, "item_id", "left_anti").select("item_id", F.lit(LEFT).alias("reason")).persist(DISK)
-    count = left.count()
-    if not count:
-        return rows.select(*names, F.lit(None).cast("string").alias("reason"), F.lit(None).cast("string").alias("record"))
-    rows = rows.join(F.broadcast(left) if count <= BROADCAST_ITEMS else left, "item_id", "left")
-    return rows.select(*names, "reason", F.when(F.col("reason").isNotNull(), F.to_json(F.struct(*names))).alias("record"))
+    lake, old = config.run.lake, f"ds={reading.carried_from}"
+    rows = without_forgotten(spark, lake, window.read_snapshot(spark, lake, INTERACTIONS, old))
+    items = without_forgotten(spark, lake, window.read_snapshot(spark, lake, ITEMS, old))
+    left = items.join(known, "item_id", "left_anti").select("item_id", F.lit(LEFT).alias("reason"))
+    few = partitions.read_commit(lake, ITEMS.name, old).rows <= BROADCAST_ITEMS
+    if not few:
+        left = left.persist(DISK)
+        few = left.count() <= BROADCAST_ITEMS
+    rows = rows.join(F.broadcast(left) if few else left, "item_id", "left")
+    return rows.select(*INTERACTIONS.schema.names, "reason")
 
 
 def snapshot_end(ds: str) -> int:
@@ -206,23 +224,23 @@ def refused(rows: DataFrame, name: str, key: str) -> DataFrame:
 
 
 def number_copies(events: DataFrame, before: DataFrame | None, files: int) -> DataFrame:
-    """Events by user and time with the number of the `copy`, 1 for the one that is kept; an event read again is no copy."""
-    events = events.select(*INTERACTIONS.schema.names, F.lit(False).alias("carried"))
+    """Events by user and time with the number of the `copy`, 1 for the one that is kept, and the `reason` to refuse one now.
+
+    An event read again is no copy: it is left out, and nobody refuses it.
+    """
+    names = INTERACTIONS.schema.names
+    events = events.select(*names, F.lit(None).cast("string").alias("reason"), F.lit(False).alias("carried"))
     if before is not None:
-        events = events.unionByName(
-            before.where("reason is null").select(*INTERACTIONS.schema.names, F.lit(True).alias("carried"))
-        )
-    events = events.repartition(files, "user_id")
+        events = events.unionByName(before.select(*names, "reason", F.lit(True).alias("carried")))
+    events = spread(events, files, "user_id")
     copy = F.row_number().over(Window.partitionBy(*BY_TIME).orderBy("carried"))
+    reason = F.coalesce("reason", F.when((F.col("copy") > 1) & ~F.col("carried"), DUPLICATE))
     # the rows are in this order already; saying so lets Spark leave out the sorts of what is made from them
-    return events.withColumn("copy", copy).sortWithinPartitions(*BY_TIME)
+    return events.withColumn("copy", copy).select(*names, "copy", reason.alias("reason")).sortWithinPartitions(*BY_TIME)
 
 
-def duplicates(copies: DataFrame) -> DataFrame:
-    """One row of `quarantine` for each further copy of an event."""
-    return copies.where("copy > 1 and not carried").select(
-        F.lit("interactions").alias("source"),
-        F.col("user_id").alias("key"),
-        F.lit("duplicate event").alias("reason"),
-        F.to_json(F.struct(*INTERACTIONS.schema.names, "copy")).alias("record"),
-    )
+def refused_copies(copies: DataFrame) -> DataFrame:
+    """One row of `quarantine` for each further copy of an event, and for each carried event whose item left."""
+    names = INTERACTIONS.schema.names
+    record = F.when(F.col("reason") == DUPLICATE, F.to_json(F.struct(*names, "copy"))).otherwise(F.to_json(F.struct(*names)))
+    return refused(copies.withColumn("record", record), "interactions", "user_id")

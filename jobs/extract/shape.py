@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyspark.sql import Observation
 from pyspark.sql import functions as F
 
-from jobs.engines.spark import on_disk
+from jobs.engines.spark import on_disk, spread
 from jobs.extract import window
 from jobs.extract.config import Config
-from jobs.extract.judge import DAY
+from jobs.extract.counts import DAY
 from jobs.lake import partitions
 from jobs.lake.partitions import Commit
 from jobs.lake.tables import ITEMS, Table
@@ -24,35 +25,15 @@ if TYPE_CHECKING:
 
 
 def with_first_seen(spark: SparkSession, config: Config, items: DataFrame) -> DataFrame:
-    """Rows of `items`: an item keeps the date it first had in an earlier snapshot."""
-    items = items.select("item_id", "attributes", "content_hash")
-    before = previous(spark, config)
-    if before is None:
-        return items.withColumn("first_seen_ds", F.lit(config.run.ds))
-    return items.join(before.select("item_id", F.col("first_seen_ds")), "item_id", "left").withColumn(
-        "first_seen_ds", F.coalesce("first_seen_ds", F.lit(config.run.ds))
-    )
-
-
-def previous(spark: SparkSession, config: Config) -> DataFrame | None:
-    """The `items` of the last snapshot before ds, if there is one."""
+    """Judged items with the date they first had, and their content hash (`old`), in the last snapshot before ds."""
     lake = config.run.lake
     older = [name for name in partitions.committed(lake, ITEMS.name) if name < f"ds={config.run.ds}"]
     if not older:
-        return None
-    return window.read_snapshot(spark, lake, ITEMS.name, older[-1])
-
-
-def compare(spark: SparkSession, config: Config, items: DataFrame) -> tuple[int, int]:
-    """How many items are new, and how many changed their text, since the last snapshot before ds."""
-    before = previous(spark, config)
-    if before is None:
-        return items.count(), 0
-    both = items.join(before.select("item_id", F.col("content_hash").alias("old")), "item_id", "left")
-    row = both.agg(
-        F.count_if(F.col("old").isNull()).alias("new"), F.count_if(F.col("old") != F.col("content_hash")).alias("changed")
-    ).first()
-    return (int(row.new), int(row.changed)) if row else (0, 0)
+        return items.withColumns({"first_seen_ds": F.lit(config.run.ds), "old": F.lit(None).cast("string")})
+    before = window.read_snapshot(spark, lake, ITEMS, older[-1])
+    before = before.select("item_id", "first_seen_ds", F.col("content_hash").alias("old"))
+    joined = items.join(before, "item_id", "left")
+    return joined.withColumn("first_seen_ds", F.coalesce("first_seen_ds", F.lit(config.run.ds)))
 
 
 def cut_times(days: Sequence[tuple[int, int]], config: Config) -> tuple[int, int]:
@@ -102,25 +83,31 @@ def events_before(cut: int) -> Column:
     return F.size(F.filter("events", lambda event: event["timestamp"] < cut))
 
 
-def save(rows: DataFrame, order: list[str], table: Table, staging: Path, config: Config, files: int = 0) -> Commit:
-    """Replaces the partition of ds: rows spread by the first column's hash and sorted, so that a rerun's bytes are equal.
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """Files of a partition, not committed yet."""
 
-    Raises InputError where the driver does not find every row that Spark's tasks wrote.
-    """
-    rows = rows.select(table.schema.names)
-    files = files or max(1, -(-rows.count() // config.part_rows))
+    table: Table
+    files: list[Path]
+    rows: int
+    """Counted by the tasks that wrote them."""
+
+
+def stage(rows: DataFrame, order: list[str], table: Table, staging: Path, files: int) -> Staged:
+    """Writes the rows of a partition: spread by the first column's hash and sorted, so that a rerun's bytes are equal."""
     where, counted = staging / table.name, Observation()
     # counted by the tasks that write, after the last shuffle: a task that runs twice counts once
-    rows = rows.repartition(files, order[0]).sortWithinPartitions(*order).observe(counted, F.count(F.lit(1)).alias("rows"))
+    rows = spread(rows.select(table.schema.names), files, order[0]).sortWithinPartitions(*order)
+    rows = rows.observe(counted, F.count(F.lit(1)).alias("rows"))
     rows.write.option("compression", "zstd").parquet(on_disk(where))
-    written = sorted(where.glob("part-*.parquet"))
-    return partitions.commit_files(
-        config.run.lake, table.name, f"ds={config.run.ds}", written, rows=int(counted.get.get("rows", 0))
-    )
+    return Staged(table=table, files=sorted(where.glob("part-*.parquet")), rows=int(counted.get.get("rows", 0)))
 
 
-def fill(items: DataFrame, attributes: Sequence[str]) -> dict[str, float]:
-    """Share of the items that have each attribute."""
-    has = [F.array_contains("attributes.name", name) for name in attributes]
-    row = items.agg(*(F.avg(found.cast("double")) for found in has)).first()
-    return {name: round(float(value or 0), 4) for name, value in zip(attributes, row or (), strict=True)}
+def commit(config: Config, staged: Staged) -> Commit:
+    """Replaces the partition of ds. Raises InputError where the driver does not find every row that Spark's tasks wrote."""
+    return partitions.commit_files(config.run.lake, staged.table.name, f"ds={config.run.ds}", staged.files, rows=staged.rows)
+
+
+def save(rows: DataFrame, order: list[str], table: Table, staging: Path, config: Config, files: int) -> Commit:
+    """Writes the rows of a partition and commits them."""
+    return commit(config, stage(rows, order, table, staging, files))

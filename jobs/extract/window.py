@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.engines.spark import on_disk
 from jobs.extract.config import InteractionSource
 from jobs.lake import manifests, partitions
-from jobs.lake.tables import INTERACTIONS, ITEMS
+from jobs.lake.tables import INTERACTIONS, ITEMS, Table
 from jobs.run import InputError
 
 if TYPE_CHECKING:
@@ -98,9 +99,11 @@ def in_window(day: Column, since: str) -> Column:
     return F.coalesce(day >= F.lit(since).cast("date"), F.lit(True))
 
 
-def read_snapshot(spark: SparkSession, lake: Path, table: str, partition: str) -> DataFrame:
+def read_snapshot(spark: SparkSession, lake: Path, table: Table, partition: str) -> DataFrame:
     """A partition of the lake, of the files that its commit names."""
-    here = partitions.folder(lake, table, partition)
+    here = partitions.folder(lake, table.name, partition)
     # whatever the cluster's settings say: a file that a machine does not see is an error, not a file less
     reader = spark.read.option("ignoreMissingFiles", "false").option("ignoreCorruptFiles", "false")
-    return reader.parquet(*(on_disk(here / name) for name in partitions.read_commit(lake, table, partition).files))
+    # the contract's schema: to ask the files for theirs, Spark would run a job
+    reader = reader.schema(from_arrow_schema(table.schema))
+    return reader.parquet(*(on_disk(here / name) for name in partitions.read_commit(lake, table.name, partition).files))

@@ -12,7 +12,9 @@ from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import bury, content_hash
 from jobs.run import InputError, Refused
 from tests.jobs.extract.test_extract import CATALOGUE, DS, LOGS, config
-from tests.jobs.extract.test_extract import one_session as one_session  # for pytest, which looks fixtures up here
+from tests.jobs.extract.test_extract import first as first  # for pytest, which looks fixtures up here
+from tests.jobs.extract.test_extract import night as night
+from tests.jobs.extract.test_extract import one_session as one_session
 
 LATE = [
     ("i0", "Another title", ["war"]),
@@ -30,9 +32,8 @@ def bytes_of(lake: Path) -> dict[str, bytes]:
     }
 
 
-def test_new_and_changed_items_arrive_and_no_table_of_the_nights_changes(tmp_path: Path) -> None:
+def test_new_and_changed_items_arrive_and_no_table_of_the_nights_changes(tmp_path: Path, first: extract.Result) -> None:
     lake = tmp_path / "lake"
-    extract.run(config(tmp_path, CATALOGUE, LOGS))
     bury(lake, "gone", DS)
     before = bytes_of(lake)
     result = extract.run(config(tmp_path, LATE, "no such table", arriving=True))
@@ -45,9 +46,8 @@ def test_new_and_changed_items_arrive_and_no_table_of_the_nights_changes(tmp_pat
     assert partitions.committed(lake, "items") == [f"ds={DS}"]
 
 
-def test_what_arrived_and_went_again_is_gone_and_older_dates_are_cleared(tmp_path: Path) -> None:
+def test_what_arrived_and_went_again_is_gone_and_older_dates_are_cleared(tmp_path: Path, first: extract.Result) -> None:
     lake = tmp_path / "lake"
-    extract.run(config(tmp_path, CATALOGUE, LOGS))
     bury(lake, "gone", DS)
     assert extract.run(config(tmp_path, LATE, LOGS, arriving=True)).rows == {ARRIVING_ITEMS.name: 2}
     assert extract.run(config(tmp_path, CATALOGUE, LOGS, arriving=True)).rows == {ARRIVING_ITEMS.name: 0}
@@ -57,9 +57,8 @@ def test_what_arrived_and_went_again_is_gone_and_older_dates_are_cleared(tmp_pat
     assert arrivals.digest(lake, ARRIVING_ITEMS.name, f"ds={DS}") == ""
 
 
-def test_without_the_snapshot_or_with_too_many_items_it_is_left_to_the_night(tmp_path: Path) -> None:
+def test_without_the_snapshot_or_with_too_many_items_it_is_left_to_the_night(tmp_path: Path, first: extract.Result) -> None:
     with pytest.raises(InputError, match="run the job that writes items"):
-        extract.run(config(tmp_path, CATALOGUE, LOGS, arriving=True))
-    extract.run(config(tmp_path, CATALOGUE, LOGS))
+        extract.run(config(tmp_path, CATALOGUE, LOGS, ds="2026-03-09", arriving=True))
     with pytest.raises(Refused, match=r"more than extract\.most_arriving = 1 items"):
         extract.run(config(tmp_path, LATE, LOGS, arriving=True, most_arriving=1))

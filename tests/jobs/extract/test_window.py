@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pyspark.sql import SparkSession
 from jobs import extract
 from jobs.__main__ import build
 from jobs.engines.spark import session
-from jobs.extract import window
+from jobs.extract import judge, window
 from jobs.lake import partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import INTERACTIONS, LEFT, QUARANTINE, SEQUENCES, Table
@@ -57,16 +58,43 @@ def put(table: Path, day: str, events: list[tuple[str, str, int]]) -> Path:
     return folder
 
 
-@pytest.fixture
-def logs(tmp_path: Path) -> Path:
-    """Ten days of four users' events, each in its day's partition."""
+@pytest.fixture(scope="module")
+def week(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten days of four users' events, a partition each, and a lake after the night of 2026-03-07. Nobody writes here."""
+    home = tmp_path_factory.mktemp("week")
     for number, day in enumerate(days("2026-03-01", 10)):
-        put(tmp_path / "logs", day, [(f"u{u}", f"i{(u + number) % 5}", second(day, u)) for u in range(4)])
-    return tmp_path / "logs"
+        put(home / "logs", day, [(f"u{u}", f"i{(u + number) % 5}", second(day, u)) for u in range(4)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        night(home, "2026-03-07")
+    return home
+
+
+@pytest.fixture
+def logs(tmp_path: Path, week: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A week's logs of one's own, under the relative name that every night reads them by."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(week / "logs", tmp_path / "logs"))
+
+
+@pytest.fixture
+def seventh(tmp_path: Path, week: Path, logs: Path) -> Path:
+    """The lake after the night of 2026-03-07, which read these logs."""
+    return Path(shutil.copytree(week / "lake", tmp_path / "lake"))
+
+
+@pytest.fixture(scope="module")
+def eighth(tmp_path_factory: pytest.TempPathFactory, week: Path) -> Path:
+    """A lake after the nights of 2026-03-07 and 08; nobody writes here."""
+    home = Path(shutil.copytree(week, tmp_path_factory.mktemp("eighth") / "home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        night(home, "2026-03-08")
+    return home / "lake"
 
 
 def config(tmp: Path, ds: str, lake: str = "lake", **values: Any) -> extract.Config:
-    interactions = {"table": f"{tmp}/logs", "partition": "day", "late_days": 2, **values.pop("interactions", {})}
+    interactions = {"table": "./logs", "partition": "day", "late_days": 2, **values.pop("interactions", {})}
     items = {"table": item_table(tmp / "items.parquet", values.pop("items", CATALOGUE)), "attributes": ["title", "genres"]}
     more = {"spark": SPARK, "max_quarantine_share": 1.0, "max_row_change": 0, "valid_share": 0.2, "test_share": 0.2, **values}
     run = {"ds": ds, "lake": str(tmp / lake)}
@@ -93,8 +121,7 @@ def spoil(folder: Path) -> None:
         file.write_bytes(kept[:4] + b"\xff" * 60 + kept[64:])
 
 
-def test_a_night_reads_its_own_days_and_leaves_what_a_whole_read_leaves(tmp_path: Path, logs: Path) -> None:
-    night(tmp_path, "2026-03-07")
+def test_a_night_reads_its_own_days_and_leaves_what_a_whole_read_leaves(tmp_path: Path, logs: Path, seventh: Path) -> None:
     expected = night(tmp_path, "2026-03-09", lake="whole")
     assert expected.reading.why == "no earlier snapshot"
     for day in days("2026-03-01", 5):
@@ -115,37 +142,47 @@ def test_a_night_reads_its_own_days_and_leaves_what_a_whole_read_leaves(tmp_path
     )
 
 
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory, week: Path) -> Path:
+    """The week and three users without a new event, and a lake after the nights of 2026-03-06 and 07. Nobody writes here."""
+    home = tmp_path_factory.mktemp("quiet")
+    logs = Path(shutil.copytree(week / "logs", home / "logs"))
+    put(logs, "2026-03-02", [("quiet", f"i{n}", second("2026-03-02", n)) for n in range(5)])
+    put(logs, "2026-03-03", [("left", "i0", second("2026-03-03")), ("left", "i3", second("2026-03-03", 13))])
+    put(logs, "2026-03-04", [("gone", "i0", second("2026-03-04"))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        night(home, "2026-03-06")
+        night(home, "2026-03-07")
+    return home
+
+
 @pytest.mark.parametrize(
     "values", [{}, {"split": "leave_one_out"}, {"max_history": 3}, {"items": CATALOGUE[1:], "max_history": 3}]
 )
 def test_users_without_a_new_event_keep_their_history_night_after_night(
-    tmp_path: Path, logs: Path, values: dict[str, Any]
+    tmp_path: Path, quiet: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
 ) -> None:
-    put(logs, "2026-03-02", [("quiet", f"i{n}", second("2026-03-02", n)) for n in range(5)])
-    put(logs, "2026-03-03", [("left", "i0", second("2026-03-03")), ("left", "i3", second("2026-03-03", 13))])
-    put(logs, "2026-03-04", [("gone", "i0", second("2026-03-04"))])
-    night(tmp_path, "2026-03-06", **{**values, "items": CATALOGUE})
-    night(tmp_path, "2026-03-07", **{**values, "items": CATALOGUE})
-    night(tmp_path, "2026-03-08", **values)
-    result = night(tmp_path, "2026-03-09", **values)
+    home = Path(shutil.copytree(quiet, tmp_path / "home"))
+    monkeypatch.chdir(home)
+    night(home, "2026-03-08", **values)
+    result = night(home, "2026-03-09", **values)
     assert (result.reading.carried_from, result.reading.whole_ds) == ("2026-03-08", "2026-03-06")
-    night(tmp_path, "2026-03-09", lake="whole", **values)
+    night(home, "2026-03-09", lake="whole", **values)
     for table in (INTERACTIONS, SEQUENCES):
-        assert rows(tmp_path, table, "2026-03-09") == rows(tmp_path, table, "2026-03-09", "whole")
-    users = {row["user_id"] for row in rows(tmp_path, SEQUENCES, "2026-03-09")}
+        assert rows(home, table, "2026-03-09") == rows(home, table, "2026-03-09", "whole")
+    users = {row["user_id"] for row in rows(home, SEQUENCES, "2026-03-09")}
     assert {"quiet", "left"} < users and ("gone" in users) == ("items" not in values)
 
 
-def test_a_rerun_of_the_night_leaves_the_same_rows(tmp_path: Path, logs: Path) -> None:
-    night(tmp_path, "2026-03-07")
+def test_a_rerun_of_the_night_leaves_the_same_rows(tmp_path: Path, logs: Path, seventh: Path) -> None:
     night(tmp_path, "2026-03-09")
     before = rows(tmp_path, INTERACTIONS, "2026-03-09")
     assert night(tmp_path, "2026-03-09").reading.carried_from == "2026-03-07"
     assert rows(tmp_path, INTERACTIONS, "2026-03-09") == before
 
 
-def test_late_events_within_the_window_come_in_and_are_no_duplicates(tmp_path: Path, logs: Path) -> None:
-    night(tmp_path, "2026-03-07")
+def test_late_events_within_the_window_come_in_and_are_no_duplicates(tmp_path: Path, logs: Path, seventh: Path) -> None:
     put(logs, "2026-03-06", [("u0", "i4", second("2026-03-02"))])
     put(logs, "2026-03-07", [("u9", "i1", second("2026-03-07", 1)), ("u9", "i1", second("2026-03-07", 1))])
     result = night(tmp_path, "2026-03-08")
@@ -179,6 +216,7 @@ def test_events_follow_their_items_in_and_out_of_the_catalogue(tmp_path: Path, l
     assert result.quarantined == {f"interactions: {LEFT}": left, "interactions: item is unknown": 2}
     assert drift.of_extract(as_json(result))["quarantine.interactions"] == pytest.approx(2 / 13)
     refused = [row for row in rows(tmp_path, QUARANTINE, "2026-03-08") if row["reason"] == LEFT]
+    assert len(refused) == left
     assert json.loads(refused[0]["record"]).keys() == {"user_id", "item_id", "timestamp"}
     kept = [row["timestamp"] for row in rows(tmp_path, INTERACTIONS, "2026-03-08") if row["item_id"] == "new"]
     assert kept == [second("2026-03-06", 20)]
@@ -187,16 +225,14 @@ def test_events_follow_their_items_in_and_out_of_the_catalogue(tmp_path: Path, l
     assert sum(row["item_id"] == "new" for row in rows(tmp_path, INTERACTIONS, "2026-03-08")) == 2
 
 
-def test_what_left_the_catalogue_does_not_count_against_the_new_records(tmp_path: Path, logs: Path) -> None:
-    night(tmp_path, "2026-03-07")
+def test_what_left_the_catalogue_does_not_count_against_the_new_records(tmp_path: Path, logs: Path, seventh: Path) -> None:
     put(logs, "2026-03-08", [("", "i1", second("2026-03-08"))])
     with pytest.raises(InputError, match="of 13 interactions records"):
         night(tmp_path, "2026-03-08", max_quarantine_share=0.05)
     night(tmp_path, "2026-03-08", items=CATALOGUE[:4], max_quarantine_share=0.4)
 
 
-def test_what_was_forgotten_is_not_carried(tmp_path: Path, logs: Path) -> None:
-    night(tmp_path, "2026-03-07")
+def test_what_was_forgotten_is_not_carried(tmp_path: Path, logs: Path, seventh: Path) -> None:
     bury(tmp_path / "lake", "i2", "2026-03-07")
     night(tmp_path, "2026-03-08")
     assert "i2" not in {row["item_id"] for row in rows(tmp_path, INTERACTIONS, "2026-03-08")}
@@ -211,30 +247,29 @@ def test_what_was_forgotten_is_not_carried(tmp_path: Path, logs: Path) -> None:
     ],
 )
 def test_the_whole_table_is_read_when_the_last_snapshot_is_no_base(
-    tmp_path: Path, logs: Path, changed: dict[str, Any], why: str
+    tmp_path: Path, eighth: Path, changed: dict[str, Any], why: str
 ) -> None:
-    night(tmp_path, "2026-03-07")
-    night(tmp_path, "2026-03-08")
     made = config(tmp_path, "2026-03-09", interactions=changed)
-    reading = window.decide(tmp_path / "lake", "2026-03-09", made.interactions)
+    assert window.decide(eighth, "2026-03-09", config(tmp_path, "2026-03-09").interactions).carried_from == "2026-03-08"
+    reading = window.decide(eighth, "2026-03-09", made.interactions)
     assert (reading.since, reading.carried_from, reading.whole_ds) == ("", "", "2026-03-09")
     assert why in reading.why
 
 
-def test_a_snapshot_without_a_manifest_is_no_base(tmp_path: Path, logs: Path) -> None:
-    extract.run(config(tmp_path, "2026-03-07"))
+def test_a_snapshot_without_a_manifest_is_no_base(tmp_path: Path, logs: Path, seventh: Path) -> None:
+    shutil.rmtree(seventh / "manifests")
     assert "other settings" in night(tmp_path, "2026-03-08").reading.why
 
 
-def test_a_backfilled_date_goes_on_from_the_snapshot_before_it(tmp_path: Path, logs: Path) -> None:
+def test_a_backfilled_date_goes_on_from_the_snapshot_before_it(tmp_path: Path, logs: Path, week: Path) -> None:
     night(tmp_path, "2026-03-05")
     night(tmp_path, "2026-03-09")
     assert night(tmp_path, "2026-03-07").reading.carried_from == "2026-03-05"
-    assert rows(tmp_path, INTERACTIONS, "2026-03-07") == rows_of_whole(tmp_path, "2026-03-07")
+    assert rows(tmp_path, INTERACTIONS, "2026-03-07") == rows(week, INTERACTIONS, "2026-03-07"), "which was read whole"
 
 
-@pytest.mark.parametrize("form", ["%Y%m%d", "%Y-%m-%d", "date", "timestamp"])
-def test_days_are_read_as_people_write_them(tmp_path: Path, form: str) -> None:
+def written_days(tmp: Path, form: str) -> dict[str, str]:
+    """One event a day up to 2026-03-09 in one file, its days written in a form."""
     written = [dt.date.fromisoformat(day) for day in days("2026-03-01", 9)]
     value = pa.array(written) if form in ("date", "timestamp") else pa.array([day.strftime(form) for day in written])
     value = value.cast(pa.timestamp("us")) if form == "timestamp" else value
@@ -244,8 +279,20 @@ def test_days_are_read_as_people_write_them(tmp_path: Path, form: str) -> None:
         pa.array([second(f"{day}") for day in written]),
         value,
     ]
-    pq.write_table(pa.table(values, names=["user_id", "item_id", "timestamp", "day"]), tmp_path / "logs.parquet")
-    table = {"table": str(tmp_path / "logs.parquet")}
+    pq.write_table(pa.table(values, names=["user_id", "item_id", "timestamp", "day"]), tmp / "logs.parquet")
+    return {"table": str(tmp / "logs.parquet")}
+
+
+@pytest.mark.parametrize("form", ["%Y%m%d", "%Y-%m-%d", "date", "timestamp"])
+def test_days_are_read_as_people_write_them(tmp_path: Path, form: str) -> None:
+    made = config(tmp_path, "2026-03-08", interactions=written_days(tmp_path, form))
+    reading = window.Reading(since="2026-03-05", carried_from="2026-03-06", whole_ds="2026-03-06")
+    found = judge.read_events(session("test", {}), made, reading).collect()
+    assert sorted(f"{row.day}" for row in found) == days("2026-03-05", 5)
+
+
+def test_a_night_reads_its_own_days_of_a_table_whose_days_are_texts(tmp_path: Path) -> None:
+    table = written_days(tmp_path, "%Y%m%d")
     night(tmp_path, "2026-03-06", interactions=table)
     result = night(tmp_path, "2026-03-08", interactions=table)
     assert (result.seen["interactions"], result.carried, result.rows["interactions"]) == (4, 6, 8)
