@@ -28,6 +28,8 @@ ITEMS, HASHES, ROWS, VECTORS, GRAPH, ABOUT = (
 FORMAT = 2
 BLOCK = 262_144
 """Items scored at once by the exact index: bounds its memory."""
+REMEMBERED = 65_536
+"""Ids and rows that a reader keeps in memory, each."""
 PAIRS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
 SCHEMA = pa.schema([("item_id", pa.string()), ("attributes", PAIRS), ("recent", pa.int64())])
 Matrix = npt.NDArray[np.float32]
@@ -161,6 +163,9 @@ class Index:
         self.row_N = np.load(folder / ROWS, mmap_mode="r")
         self.items: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / ITEMS))).read_all()
         self.ids: pa.ChunkedArray = self.items["item_id"]
+        self.rows: dict[str, int] = {}
+        """Rows of ids that were asked for, REMEMBERED at most; and ids of rows."""
+        self.names: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.vector_ND)
@@ -197,22 +202,27 @@ class Index:
 
     def id_of(self, row: int) -> str:
         """The id of a row."""
-        return str(self.ids[row].as_py())
+        name = self.names.get(row)
+        if name is None:
+            name = self.names[row] = str(self.ids[row].as_py())
+            bound(self.names)
+        return name
 
     def rows_of(self, ids: Sequence[str]) -> Rows:
         """The row of each id, -1 where the space lacks it."""
-        found = np.full(len(ids), -1, np.int64)
-        if not ids:
-            return found
-        wanted_N = hashed(ids)
-        for number, (item_id, at) in enumerate(zip(ids, np.searchsorted(self.hash_N, wanted_N), strict=True)):
-            # two ids may share a hash: the text decides
-            while at < len(self.hash_N) and self.hash_N[at] == wanted_N[number]:
-                if self.id_of(row := int(self.row_N[at])) == item_id:
-                    found[number] = row
-                    break
-                at += 1
-        return found
+        row_N = [self.rows.get(item_id, -1) for item_id in ids]
+        if looked_up := [number for number, row in enumerate(row_N) if row < 0]:
+            wanted_N = hashed([ids[number] for number in looked_up])
+            places = np.searchsorted(self.hash_N, wanted_N)
+            for number, wanted, at in zip(looked_up, wanted_N, places, strict=True):
+                # two ids may share a hash: the text decides
+                while at < len(self.hash_N) and self.hash_N[at] == wanted:
+                    if self.id_of(row := int(self.row_N[at])) == ids[number]:
+                        row_N[number] = self.rows[ids[number]] = row
+                        break
+                    at += 1
+            bound(self.rows)
+        return np.array(row_N, np.int64)
 
     def attributes_of(self, row: int) -> dict[str, str]:
         """Names and values of a row's item."""
@@ -284,6 +294,12 @@ class Index:
         score_QK, row_QK = best(score_QC, row_QC, count)
         found = int(np.isfinite(score_QK).sum(axis=1).min(initial=count))
         return row_QK[:, :found], score_QK[:, :found]
+
+
+def bound(known: dict[Any, Any]) -> None:
+    """Forgets all once there is more than may be kept; what is asked for often comes back."""
+    if len(known) > REMEMBERED:
+        known.clear()
 
 
 def apart(one_ND: Matrix, other_ND: Matrix) -> float:

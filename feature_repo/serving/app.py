@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 
 from feature_repo.serving import metrics, schema, search
 from feature_repo.serving.batches import Batcher
 from feature_repo.serving.border import Border
+from feature_repo.serving.direct import Direct
 from feature_repo.serving.generation import Generation, Unfit
 from feature_repo.serving.search import Ask, Found
 from feature_repo.serving.settings import Settings
@@ -30,6 +33,7 @@ from feature_repo.serving.watch import Watch
 LOG = logging.getLogger("llmemb.serving")
 PAGE = Path(__file__).parent / "page.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+SWITCH_S = 0.0005
 BEARER = [Depends(HTTPBearer(auto_error=False))]
 """For OpenAPI alone: the border checks the token before any endpoint."""
 
@@ -67,14 +71,12 @@ class Service:
             history = await self.histories.of(body.user_id)
         row_H = made.rows_of(history.item_ids)
         row_L = row_H[row_H >= 0]
-        fallback = history.fallback
+        seen, fallback = row_L.tolist(), history.fallback
         if made.recommender is None:
             fallback, row_L = "no_recommender", row_L[:0]
         elif not len(row_L):
             fallback = fallback or "no_known_items"
-        hidden = made.withheld_rows | {int(row) for row in made.rows_of(body.exclude) if row >= 0}
-        if body.exclude_seen:
-            hidden |= {int(row) for row in row_H if row >= 0}
+        hidden = made.withheld_rows.union(seen if body.exclude_seen else (), made.rows_of(body.exclude).tolist()) - {-1}
         ask = Ask(
             generation=made,
             row_L=row_L[-made.max_len :],
@@ -183,6 +185,8 @@ def chosen(made: Generation, row: int, names: Sequence[str]) -> dict[str, str]:
 def make_app(settings: Settings, lake: Path | None = None) -> Any:
     """The ASGI application; its generation loads once it runs."""
     torch.set_num_threads(1)
+    # the event loop and the numeric thread share one interpreter: by default each may keep it for 5 ms
+    sys.setswitchinterval(SWITCH_S)
     service = Service(settings, lake)
 
     @contextlib.asynccontextmanager
@@ -204,7 +208,9 @@ def make_app(settings: Settings, lake: Path | None = None) -> Any:
     add_probes(app, service)
     if settings.page:
         add_page(app, service)
-    bordered = Border(app, settings)
+    direct = Direct(app, {"/recommend": (schema.Recommend, service.recommend), "/similar": (schema.Similar, service.similar),
+                          "/vectors": (schema.Vectors, service.vectors)})  # fmt: skip
+    bordered = Border(ExceptionMiddleware(direct, app.exception_handlers), settings)
     bordered.service = service  # type: ignore[attr-defined]  # for tests
     return bordered
 

@@ -94,8 +94,8 @@ def searched(made: Generation, query_BD: Matrix, asks: Sequence[Ask], settings: 
         row_BK, score_BK = made.index.approximate(query_BD, count, settings.breadth)
     found = {}
     for number, ask in enumerate(asks):
-        kept_K = ~np.isin(row_BK[number], list(ask.hidden)) if ask.hidden else np.ones(row_BK.shape[1], np.bool_)
-        row_K, score_K = row_BK[number][kept_K][: ask.k], score_BK[number][kept_K][: ask.k]
+        kept = [at for at, row in enumerate(row_BK[number].tolist()) if row not in ask.hidden][: ask.k]
+        row_K, score_K = row_BK[number][kept], score_BK[number][kept]
         if len(row_K) >= min(ask.k, len(made.index) - len(ask.hidden)):
             found[number] = (row_K, score_K)
     return found
