@@ -139,3 +139,14 @@ def test_attributes_and_recent_events_come_with_the_items_in_any_order(tmp_path:
     with pytest.raises(KeyError):
         index.having("colour", ["red"])
     assert len(NOTHING.item_ids) == 0
+
+
+def test_only_so_many_ids_are_remembered_and_all_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("feature_repo.index.REMEMBERED", 10)
+    index = built(tmp_path / "x", vectors(200))
+    for _ in range(2):
+        for start in range(0, 60, 7):
+            rows = list(range(start, start + 7))
+            ids = [index.id_of(row) for row in rows]
+            assert index.rows_of([*ids, "who"]).tolist() == [*rows, -1]
+            assert len(index.rows) <= 10 + 7 and len(index.names) <= 10 + 1 and "who" not in index.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from feature_repo.index import Graph
 from feature_repo.reader import Reader
+from feature_repo.serving.app import SWITCH_S
 from models.behaviour.artifact import load_recommender
 from models.behaviour.recommender import Span
 from tests.feature_repo.serving.world import Client, item_ids, publish, push_history, serving, vectors
@@ -171,3 +173,45 @@ def test_parts_tell_what_each_brought(lake: Path, monkeypatch: pytest.MonkeyPatc
             assert item["parts"].keys() == {"collaborative", "text"}
             assert abs(sum(item["parts"].values()) - item["score"]) < 1e-4
         assert "parts" not in client.post("/recommend", history=HISTORY)[1]["items"][0]
+
+
+@pytest.mark.parametrize(
+    "path,body",
+    [
+        ("/recommend", {"user_id": "u1", "k": 3}),
+        ("/recommend", {"history": ["i3", "who"], "explain": True, "attributes": ["title"]}),
+        ("/recommend", {"history": ["i3"], "k": 0}),
+        ("/recommend", {"history": ["i3"], "filters": {"colour": ["red"]}}),
+        ("/similar", {"item_ids": ["i3", "who"], "k": 2}),
+        ("/similar", {"item_ids": []}),
+        ("/vectors", {"item_ids": ["i3"], "encoding": "list"}),
+        ("/vectors", {"item_ids": ["i3"], "encoding": "text"}),
+    ],
+)
+def test_the_short_way_answers_and_refuses_as_the_framework_does(client: Client, path: str, body: dict[str, Any]) -> None:
+    # another name of JSON takes the way through the framework
+    short, long = (
+        client.ask(path, body, **{"Content-Type": kind})[:2] for kind in ("application/json", "application/vnd.a+json")
+    )
+    for answer in (short[1], long[1]):
+        answer.pop("age_s", None)
+    assert short == long
+
+
+def test_a_request_in_order_does_not_reach_the_framework(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastapi.routing import APIRoute
+
+    asked: list[str] = []
+    whole = APIRoute.matches
+
+    def seen(self: APIRoute, scope: Any) -> Any:
+        asked.append(scope["path"])
+        return whole(self, scope)
+
+    monkeypatch.setattr(APIRoute, "matches", seen)
+    assert client.post("/similar", item_ids=["i3"])[0] == 200 and asked == []
+    assert client.post("/similar", item_ids="i3")[0] == 422 and set(asked) == {"/similar"}
+
+
+def test_threads_hand_over_soon(client: Client) -> None:
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
