@@ -54,6 +54,9 @@ class Run:
     rank alike; turn it off where repeats are what is wanted."""
 
     def __post_init__(self) -> None:
+        from jobs.lake.store import place  # it raises what this file defines
+
+        object.__setattr__(self, "lake", place(self.lake))
         try:
             dt.date.fromisoformat(self.ds)
         except ValueError as error:
