@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+from jobs.lake import remote
+from jobs.lake import store as stores
 from jobs.lake.partitions import digest_folder, make_folder, sync, sync_tree
 from jobs.run import InputError
 
@@ -14,6 +18,15 @@ def keep(lake: Path, kind: str, staged: Path) -> str:
     """Moves a finished artifact folder to `models/KIND/ID` and returns ID, a digest of its bytes; equal bytes are kept once."""
     identity = digest_folder(staged)[:16]
     target = lake / "models" / kind / identity
+    settle(staged, target)
+    if store := stores.of(lake):
+        # also where this machine had it: who put it may have been killed halfway, and equal bytes change nothing
+        remote.put_folder(store, lake, target)
+    return identity
+
+
+def settle(staged: Path, target: Path) -> None:
+    """Gives a finished folder its name, which stands for its bytes, unless one of that name is there."""
     if target.exists():
         shutil.rmtree(staged)
     else:
@@ -22,7 +35,6 @@ def keep(lake: Path, kind: str, staged: Path) -> str:
         sync_tree(staged)
         staged.rename(target)
     sync(target.parent)
-    return identity
 
 
 def stage(lake: Path, kind: str) -> Path:
@@ -35,6 +47,32 @@ def stage(lake: Path, kind: str) -> Path:
 def find(lake: Path, kind: str, identity: str) -> Path:
     """Folder of an artifact, for example `artifact(lake, "encoder", "ab12…")`. Raises InputError where it is absent."""
     path = lake / "models" / kind / identity
-    if not path.is_dir():
-        raise InputError(f"{kind} {identity} is not in the lake ({path}): train it, or fetch it from the registry first")
+    if not here(lake, kind, identity):
+        where = stores.called(lake)
+        raise InputError(f"{kind} {identity} is not in the lake ({where}): train it, or fetch it from the registry first")
     return path
+
+
+def here(lake: Path, kind: str, identity: str) -> bool:
+    """Whether the lake has an artifact; of a lake on an object store it then is on this machine, whole."""
+    path = lake / "models" / kind / identity
+    if store := stores.of(lake):
+        return remote.fetch_folder(store, lake, path, lambda folder: digest_folder(folder)[:16] == identity)
+    return path.is_dir()
+
+
+def described(lake: Path, kind: str) -> Iterator[tuple[str, Path]]:
+    """(id, its file KIND.json) of all artifacts of a kind that have one, in order."""
+    home = lake / "models" / kind
+    if store := stores.of(lake):
+        paths = [home / identity / f"{kind}.json" for identity in store.folders(f"models/{kind}")]
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                if not path.parent.is_dir():  # a part of a folder would pass for a whole one
+                    path = home / ".described" / path.parent.name / path.name
+                if not path.exists():
+                    store.fetch_one(f"models/{kind}/{path.parent.name}/{path.name}", path)
+                yield path.parent.name, path
+        return
+    for path in sorted(home.glob(f"*/{kind}.json")):
+        yield path.parent.name, path

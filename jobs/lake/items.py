@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.lake import partitions
+from jobs.lake import partitions, remote
+from jobs.lake import store as stores
 from jobs.lake.partitions import write_json
 from jobs.lake.tables import ITEMS
 
@@ -28,13 +29,18 @@ def content_hash(attributes: Iterable[tuple[str, str]]) -> str:
 
 def tombstones(lake: Path) -> frozenset[str]:
     """Ids of the items that were forgotten: no job may bring them back."""
+    if store := stores.of(lake):
+        remote.mirror(store, lake, "tombstones", ".json")
     return frozenset(json.loads(path.read_text())["item_id"] for path in (lake / "tombstones").glob("*.json"))
 
 
 def bury(lake: Path, item_id: str, ds: str) -> None:
     """Writes an item's tombstone, before anything of it is removed: a killed `forget` is then finished by its rerun."""
     name = hashlib.sha256(item_id.encode()).hexdigest()[:32]
-    write_json(lake / "tombstones" / f"{name}.json", {"item_id": item_id, "forgotten_ds": ds})
+    path = lake / "tombstones" / f"{name}.json"
+    write_json(path, {"item_id": item_id, "forgotten_ds": ds})
+    if store := stores.of(lake):
+        store.put(f"tombstones/{path.name}", path)
 
 
 def without_forgotten(
