@@ -58,7 +58,7 @@ class Front:
     """The layer before moto."""
 
     def __init__(self) -> None:
-        self.app = DomainDispatcherApplication(create_backend_app, service=None)
+        self.app = DomainDispatcherApplication(create_backend_app)
         self.stores: dict[str, ObjectStore] = {}
 
     def __call__(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
@@ -103,7 +103,7 @@ def object_server() -> Iterator[tuple[str, Front]]:
 
 @pytest.fixture
 def object_store(object_server: tuple[str, Front], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    """An empty bucket; the environment lets this process and those that it starts at it, and gives them an empty scratch folder."""
+    """An empty bucket; this process and those that it starts get at it, and have an empty scratch folder."""
     url, front = object_server
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")

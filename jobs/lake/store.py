@@ -128,8 +128,13 @@ class Store:
         """Replaces an object."""
         import obstore
 
-        with self.failures(key):
-            obstore.put(self.client, key, source)
+        try:
+            with self.failures(key):
+                obstore.put(self.client, key, source)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.address}/{key} can't be put ({first_line(error)}): is there a bucket of that name?"
+            ) from error
 
     def put_if(self, key: str, data: bytes, tag: str | None) -> str:
         """Replaces the object that has a tag, or puts the first one (None); gives the new tag. Raises Conflict.
@@ -145,6 +150,8 @@ class Store:
                 return str(obstore.put(self.client, key, data, mode=mode, use_multipart=False)["e_tag"])
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 now = self.get(key)
+        if now is None and tag is None:
+            raise InputError(f"{self.address}/{key} can't be put: is there such a bucket?")
         if now is None or now.data != data:
             raise Conflict(f"another writer replaced {self.address}/{key} at the same time")
         return now.tag

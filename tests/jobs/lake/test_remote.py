@@ -195,7 +195,7 @@ def test_a_slow_store_is_waited_for(lake: Path, object_store: ObjectStore) -> No
 
 def test_a_bucket_that_is_not_there_is_told(object_store: ObjectStore) -> None:
     lake = Run(ds="2026-01-01", lake=Path("s3://no-such-bucket-here/lake")).lake
-    with pytest.raises((InputError, Unavailable), match="no-such-bucket-here"):
+    with pytest.raises(InputError, match=r"no-such-bucket-here.*is there such a bucket"):
         partitions.write(lake, ITEMS, DS, [rows("a")])
 
 
@@ -340,11 +340,11 @@ def test_a_holder_that_lost_its_lease_commits_nothing(lake: Path, monkeypatch: p
         held.renewer.join()
         # another machine takes the lease over, under the next number
         monkeypatch.setattr(leases, "machine", lambda: "another")
-        monkeypatch.setattr(leases, "HELD", [])
+        leases.HELD.remove(held)
         with alone(lake, "extract", 30):
             assert leases.HELD[0].lease.token == held.lease.token + 1
             partitions.write(lake, ITEMS, DS, [rows("new")])
-        monkeypatch.setattr(leases, "HELD", [held])
+        leases.HELD.append(held)
         with pytest.raises(Unavailable, match="was lost"):
             partitions.write(lake, ITEMS, DS, [rows("stale")])
     assert ids(lake) == ["new"]
