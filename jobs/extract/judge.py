@@ -185,8 +185,8 @@ def judge_carried(spark: SparkSession, config: Config, reading: Reading, known: 
     They were judged then. A join with the whole catalogue would cost more than reading the source: items that left it are few.
     """
     lake, old, names = config.run.lake, f"ds={reading.carried_from}", INTERACTIONS.schema.names
-    rows = without_forgotten(spark, lake, window.read_snapshot(spark, lake, INTERACTIONS.name, old))
-    items = without_forgotten(spark, lake, window.read_snapshot(spark, lake, ITEMS.name, old))
+    rows = without_forgotten(spark, lake, window.read_snapshot(spark, lake, INTERACTIONS, old))
+    items = without_forgotten(spark, lake, window.read_snapshot(spark, lake, ITEMS, old, ("item_id",)))
     left = items.join(known, "item_id", "left_anti").select("item_id", F.lit(LEFT).alias("reason")).persist(DISK)
     count = left.count()
     if not count:

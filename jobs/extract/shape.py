@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Observation
 from pyspark.sql import functions as F
 
+from jobs.engines import spark_parts
 from jobs.engines.spark import on_disk
 from jobs.extract import window
 from jobs.extract.config import Config
 from jobs.extract.judge import DAY
 from jobs.lake import partitions
+from jobs.lake import store as stores
 from jobs.lake.partitions import Commit
 from jobs.lake.tables import ITEMS, Table
 from jobs.run import InputError
@@ -36,11 +38,9 @@ def with_first_seen(spark: SparkSession, config: Config, items: DataFrame) -> Da
 
 def previous(spark: SparkSession, config: Config) -> DataFrame | None:
     """The `items` of the last snapshot before ds, if there is one."""
-    lake = config.run.lake
-    older = [name for name in partitions.committed(lake, ITEMS.name) if name < f"ds={config.run.ds}"]
-    if not older:
-        return None
-    return window.read_snapshot(spark, lake, ITEMS.name, older[-1])
+    older = partitions.before(config.run.lake, ITEMS.name, config.run.ds)
+    columns = ("item_id", "content_hash", "first_seen_ds")
+    return window.read_snapshot(spark, config.run.lake, ITEMS, older, columns) if older else None
 
 
 def compare(spark: SparkSession, config: Config, items: DataFrame) -> tuple[int, int]:
@@ -109,14 +109,17 @@ def save(rows: DataFrame, order: list[str], table: Table, staging: Path, config:
     """
     rows = rows.select(table.schema.names)
     files = files or max(1, -(-rows.count() // config.part_rows))
-    where, counted = staging / table.name, Observation()
+    where, counted, lake = staging / table.name, Observation(), config.run.lake
     # counted by the tasks that write, after the last shuffle: a task that runs twice counts once
     rows = rows.repartition(files, order[0]).sortWithinPartitions(*order).observe(counted, F.count(F.lit(1)).alias("rows"))
+    if store := stores.of(lake):
+        return partitions.commit_put(
+            lake, table, f"ds={config.run.ds}", lambda prefix: spark_parts.put(rows, store.address, prefix, table.schema),
+            lambda: int(counted.get.get("rows", 0)),
+        )  # fmt: skip
     rows.write.option("compression", "zstd").parquet(on_disk(where))
     written = sorted(where.glob("part-*.parquet"))
-    return partitions.commit_files(
-        config.run.lake, table.name, f"ds={config.run.ds}", written, rows=int(counted.get.get("rows", 0))
-    )
+    return partitions.commit_files(lake, table.name, f"ds={config.run.ds}", written, rows=int(counted.get.get("rows", 0)))
 
 
 def fill(items: DataFrame, attributes: Sequence[str]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +150,26 @@ def commit_here(lake: Path, name: str, partition: str, staged: Sequence[Path], c
     for leftover in here.iterdir():
         if leftover.name not in kept and leftover.is_file():
             leftover.unlink()
+
+
+def commit_put(
+    lake: Path, table: Table, partition: str, put: Callable[[str], Sequence[remote.Entry]], counted: Callable[[], int]
+) -> Commit:
+    """Commits what `put(prefix)` puts into a lake on an object store: parts, in order; `counted()` is how many rows it was given.
+
+    Raises InputError where the parts hold another number of rows, Unavailable where another writer was faster.
+    """
+    store = stores.of(lake)
+    assert store is not None
+    before = remote.committed_now(store, table.name, partition)
+    entries = put(f"{table.name}/{partition}")
+    found = sum(entry["rows"] for entry in entries)
+    if found != counted():
+        raise InputError(f"{table.name}/{partition}: {found:,} rows were put into {store.address}, of {counted():,}: run again")
+    if not entries:
+        return write(lake, table, partition, [])
+    remote.commit(store, table.name, partition, entries, before)
+    return read_commit(lake, table.name, partition)
 
 
 def write(lake: Path, table: Table, partition: str, parts: Iterable[pa.Table]) -> Commit:

@@ -132,9 +132,7 @@ class Store:
             with self.failures(key):
                 obstore.put(self.client, key, source)
         except FileNotFoundError as error:
-            raise InputError(
-                f"{self.address}/{key} can't be put ({first_line(error)}): is there a bucket of that name?"
-            ) from error
+            raise InputError(f"{self.address}/{key} can't be put ({first_line(error)}): is there such a bucket?") from error
 
     def put_if(self, key: str, data: bytes, tag: str | None) -> str:
         """Replaces the object that has a tag, or puts the first one (None); gives the new tag. Raises Conflict.
