@@ -16,17 +16,13 @@ from jobs.run import InputError
 
 def keep(lake: Path, kind: str, staged: Path) -> str:
     """Moves a finished artifact folder to `models/KIND/ID` and returns ID, a digest of its bytes; equal bytes are kept once."""
-    identity = digest_folder(staged)[:16]
-    target = lake / "models" / kind / identity
-    settle(staged, target)
-    if store := stores.of(lake):
-        # also where this machine had it: who put it may have been killed halfway, and equal bytes change nothing
-        remote.put_folder(store, lake, target)
-    return identity
+    return keep_folder(lake, staged, lake / "models" / kind)[:16]
 
 
-def settle(staged: Path, target: Path) -> None:
-    """Gives a finished folder its name, which stands for its bytes, unless one of that name is there."""
+def keep_folder(lake: Path, staged: Path, home: Path) -> str:
+    """Moves a finished folder below `home`, under a name made of the digest of its bytes; returns the digest."""
+    digest = digest_folder(staged)
+    target = home / digest[:16]
     if target.exists():
         shutil.rmtree(staged)
     else:
@@ -35,6 +31,21 @@ def settle(staged: Path, target: Path) -> None:
         sync_tree(staged)
         staged.rename(target)
     sync(target.parent)
+    put_folder(lake, target)  # also where it was here: who kept it may have been killed before it was put
+    return digest
+
+
+def put_folder(lake: Path, folder: Path) -> None:
+    """Puts a folder of this machine into a lake on an object store; of another lake it is part already."""
+    if store := stores.of(lake):
+        remote.put_folder(store, lake, folder)
+
+
+def has_folder(lake: Path, folder: Path) -> bool:
+    """Whether the lake has a folder that is named after its bytes; of an object store it then is on this machine, whole."""
+    if store := stores.of(lake):
+        return remote.fetch_folder(store, lake, folder, lambda found: digest_folder(found)[:16] == folder.name)
+    return folder.is_dir()
 
 
 def stage(lake: Path, kind: str) -> Path:
@@ -55,10 +66,7 @@ def find(lake: Path, kind: str, identity: str) -> Path:
 
 def here(lake: Path, kind: str, identity: str) -> bool:
     """Whether the lake has an artifact; of a lake on an object store it then is on this machine, whole."""
-    path = lake / "models" / kind / identity
-    if store := stores.of(lake):
-        return remote.fetch_folder(store, lake, path, lambda folder: digest_folder(folder)[:16] == identity)
-    return path.is_dir()
+    return has_folder(lake, lake / "models" / kind / identity)
 
 
 def described(lake: Path, kind: str) -> Iterator[tuple[str, Path]]:

@@ -77,8 +77,21 @@ def days(lake: Path) -> list[str]:
 
 def history(lake: Path, name: str, ds: str = "9999-12-31") -> Iterator[Path]:
     """Files of all runs of a name for dates up to `ds`, newest first; `name` may be a pattern, such as `embed*`."""
+    if store := stores.of(lake):
+        yield from history_there(store, lake, name, ds)
+        return
     for day in reversed([day for day in days(lake) if day <= ds]):
         yield from reversed(runs(lake, day, name))
+
+
+def history_there(store: stores.Store, lake: Path, name: str, ds: str) -> Iterator[Path]:
+    """The same of an object store: one list names all, a request for each thousand, and a file comes once it is asked for."""
+    there = {lake / str(one["path"]): one for one in store.listed("manifests") if str(one["path"]).endswith(".json")}
+    for day in sorted({path.parent.name for path in there if path.parent.name <= f"ds={ds}"}, reverse=True):
+        for path in reversed(named((path for path in there if path.parent.name == day), name)):
+            if remote.is_older(path, there[path]):
+                store.fetch_one(str(there[path]["path"]), path)
+            yield path
 
 
 def parsed(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -98,6 +99,21 @@ def write_json(path: Path, value: object) -> None:
         os.fsync(stream.fileno())
     aside.replace(path)
     sync(path.parent)
+
+
+def publish_json(lake: Path, path: Path, value: object) -> None:
+    """`write_json` of a file of the lake, wherever the lake is."""
+    write_json(path, value)
+    if store := stores.of(lake):
+        store.put(path.relative_to(lake).as_posix(), path)
+
+
+def read_json(lake: Path, path: Path) -> Any:
+    """What a small file of the lake says, wherever the lake is; None where it is not there."""
+    if store := stores.of(lake):
+        found = store.get(path.relative_to(lake).as_posix())
+        return json.loads(found.data) if found else None
+    return json.loads(path.read_bytes()) if path.exists() else None
 
 
 def commit_files(

@@ -31,8 +31,11 @@ from jobs.run import InputError, Unavailable
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)")
 """An address; a `Path` leaves one of its two slashes."""
 KNOWN = ("s3", "gs", "az")
-READY: tuple[str, ...] = ()
+READY = ("movielens", "pin", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
+         "recommend", "report", "rollback")  # fmt: skip
 """Jobs that work on a lake on an object store."""
+SERVING = ("publish", "lookup", "recommend", "rollback")
+"""Those that read or write the online store."""
 MARK = ".store"
 AT_ONCE = 8
 """Files that are put or fetched at once."""
@@ -74,11 +77,19 @@ def of(lake: Path) -> Store | None:
 
 
 def refuse_unready(lake: Path, job: str) -> None:
-    """Raises InputError for a job that knows lakes in folders alone, where the lake is on an object store."""
-    if job not in READY and (store := of(lake)):
+    """Raises InputError where a lake is on an object store and a job knows folders alone, or would make files beside it."""
+    if (store := of(lake)) is None:
+        return
+    if job not in READY:
         raise InputError(
             f"{job} does not work on a lake on an object store yet (run.lake is {store.address}): these do: {', '.join(READY)}. "
             "For all jobs give run.lake a folder"
+        )
+    absent = [name for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY") if not os.environ.get(name)]
+    if job in SERVING and absent:
+        raise InputError(
+            f"{job} with run.lake {store.address}: set {' and '.join(absent)} (feature_repo/feature_store.yaml): without "
+            "them the online store would be files of this machine"
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from jobs.lake import arrivals, artifacts, items, leases, manifests, partitions, remote
+from jobs.lake import arrivals, artifacts, items, leases, manifests, nights, partitions, remote
 from jobs.lake import store as stores
 from jobs.lake.locks import alone, at_work, others_ended
 from jobs.lake.tables import ITEMS
@@ -291,6 +291,34 @@ def test_what_arrived_is_dropped(lake: Path) -> None:
     assert arrivals.digest(lake, arrivals.ARRIVING_ITEMS.name, DS)
     arrivals.drop_before(lake, "2026-01-02")
     assert not arrivals.digest(lake, arrivals.ARRIVING_ITEMS.name, DS)
+
+
+def test_what_a_night_asks_costs_as_many_requests_after_many_nights_as_after_few(
+    lake: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, object_store: ObjectStore
+) -> None:
+    def fill(first: int, stop: int) -> None:
+        for number in range(first, stop):
+            day = f"{dt.date(2026, 1, 1) + dt.timedelta(days=number)}"
+            partitions.write(lake, ITEMS, f"ds={day}", [rows(day)])
+            for job in ("extract", "embed", "project", "publish"):
+                manifests.append(lake, day, job, {"job": job, "ds": day, "status": "done", "result": {}})
+
+    def night() -> dict[str, int]:
+        # of a machine that has seen none of it
+        monkeypatch.setenv("LLMEMB_SCRATCH", str(tmp_path / f"machine {len(object_store.seen)}"))
+        here = stores.place(Path(object_store.address()))
+        object_store.seen.clear()
+        list(partitions.scan(here, ITEMS, partitions.latest(here, "items", "2026-12-31")))
+        assert partitions.before(here, "items", "2026-12-31")
+        assert manifests.read(here, "2026-12-31", "extract") and next(manifests.history(here, "pub*"))
+        assert len(nights.nights_before(here, "2026-12-31", 5)) == 5
+        assert items.tombstones(here) == frozenset()
+        return dict(object_store.counts())
+
+    fill(0, 8)
+    few = night()
+    fill(8, 60)
+    assert night() == few
 
 
 # ------------------------------------------------------------------------------------------------------------------- leases
