@@ -300,6 +300,9 @@ def test_what_a_night_asks_costs_as_many_requests_after_many_nights_as_after_few
         for number in range(first, stop):
             day = f"{dt.date(2026, 1, 1) + dt.timedelta(days=number)}"
             partitions.write(lake, ITEMS, f"ds={day}", [rows(day)])
+            for part in range(18):  # more names than one answer of a store holds
+                key = f"lake/items/ds={day}/part-of-before-{part}"
+                object_store.client.put_object(Bucket=object_store.bucket, Key=key, Body=b"")
             for job in ("extract", "embed", "project", "publish"):
                 manifests.append(lake, day, job, {"job": job, "ds": day, "status": "done", "result": {}})
 
