@@ -39,7 +39,7 @@ class Run:
     ds: str
     """Date of the snapshot, YYYY-MM-DD: the night works on what was true at its end (UTC)."""
     lake: Path
-    """Folder of the lake; tables, models and manifests lie under it."""
+    """Folder of the lake, or `s3://BUCKET/PREFIX`; tables, models and manifests lie under it."""
     tracking_uri: str = ""
     """MLflow tracking and registry; empty leaves both out (GPU workers without MLflow)."""
     experiment: str = "llmemb"

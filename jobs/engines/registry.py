@@ -53,6 +53,9 @@ def connected(run: Run) -> Iterator[Any]:
         raise InputError("run.tracking_uri is empty: models are promoted and found through MLflow, so give its address in [run]")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # unset, the server decides, and the client then goes straight to the object store, which only the server may reach
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     # MLflow's own default waits four minutes for a server that is down
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     import mlflow
