@@ -92,6 +92,8 @@ def test_two_nights_on_machines_that_share_nothing_but_the_bucket(tmp_path: Path
     # again: the same digests, nothing to do
     again = night(call, SECOND)
     assert (again["kind"], again["outputs"]["index"]) == ("nothing to do", published["outputs"]["index"])
+    assert call("collect", SECOND)["lake_removed"] == []  # what was replaced stays for a day: somebody may be reading it
+    assert "does not work on a lake" in call("collect", SECOND, "collect.snapshot_days=9", status=2)["error"]
     assert "does not work on a lake on an object store" in call("forget", SECOND, "forget.item=i1", status=2)["error"]
 
 

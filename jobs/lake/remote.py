@@ -93,13 +93,6 @@ def newest(store: Store, name: str, upto: str) -> str | None:
     return None
 
 
-def unnamed(store: Store, name: str, partition: str, older_s: float) -> list[str]:
-    """Keys of a partition that its commit does not name, put at least so many seconds ago: replaced, or of killed writers."""
-    found = store.listed(f"{name}/{partition}")
-    kept = {COMMIT, *(entry["name"] for entry in entries_of(committed_now(store, name, partition)))}
-    return [str(one["path"]) for one in found if Path(one["path"]).name not in kept and age_s(one) >= older_s]
-
-
 def age_s(listed: Mapping[str, Any]) -> float:
     """Seconds since a listed object was put."""
     return float((dt.datetime.now(dt.UTC) - listed["last_modified"]).total_seconds())

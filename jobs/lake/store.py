@@ -32,9 +32,9 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)")
 """An address; a `Path` leaves one of its two slashes."""
 KNOWN = ("s3", "gs", "az")
 READY = ("movielens", "pin", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
-         "recommend", "report", "rollback")  # fmt: skip
+         "recommend", "report", "rollback", "collect")  # fmt: skip
 """Jobs that work on a lake on an object store."""
-SERVING = ("publish", "lookup", "recommend", "rollback")
+SERVING = ("publish", "lookup", "recommend", "rollback", "collect")
 """Those that read or write the online store."""
 MARK = ".store"
 AT_ONCE = 8

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from jobs.lake import arrivals, artifacts, items, leases, manifests, nights, partitions, remote
+from jobs.lake import arrivals, artifacts, items, leases, manifests, nights, partitions, unnamed
 from jobs.lake import store as stores
 from jobs.lake.locks import alone, at_work, others_ended
 from jobs.lake.tables import ITEMS
@@ -76,8 +76,26 @@ def test_a_replaced_partition_is_read_to_its_end_by_who_began_before(lake: Path)
     assert ids(lake) == ["x"]
     store = stores.of(lake)
     assert store is not None
-    assert len(remote.unnamed(store, "items", DS, 0)) == 2
-    assert remote.unnamed(store, "items", DS, 3600) == []
+    assert unnamed.parts(store, 3600, dry_run=False) == {}
+    assert len(unnamed.parts(store, 0, dry_run=True)) == 2
+    gone = unnamed.parts(store, 0, dry_run=False)
+    assert len(gone) == 2 and all(key.startswith(f"items/{DS}/part-") and took > 100 for key, took in gone.items())
+    assert ids(lake) == ["x"] and unnamed.parts(store, 0, dry_run=False) == {}
+
+
+def test_indexes_that_nobody_serves_are_removed_and_of_those_that_serve_what_was_replaced(lake: Path) -> None:
+    store = stores.of(lake)
+    assert store is not None
+    for home, folder in (("space=a/ds=1", "new"), ("space=a/ds=1", "old"), ("space=b/ds=1", "new")):
+        store.put(f"indexes/{home}/{folder}/vectors", b"1")
+        store.put(f"indexes/{home}/_index.json", b'{"folder": "new"}')
+    assert unnamed.indexes(store, {"indexes/space=a/ds=1"}, 3600, dry_run=False) == {}
+    gone = list(unnamed.indexes(store, {"indexes/space=a/ds=1"}, 0, dry_run=False))
+    assert gone == ["indexes/space=a/ds=1/old/vectors", "indexes/space=b/ds=1/_index.json", "indexes/space=b/ds=1/new/vectors"]
+    assert [one["path"] for one in store.listed("indexes")] == [
+        "indexes/space=a/ds=1/_index.json",
+        "indexes/space=a/ds=1/new/vectors",
+    ]
 
 
 def test_the_newest_partition_is_found_though_a_later_one_was_never_committed(lake: Path, object_store: ObjectStore) -> None:
