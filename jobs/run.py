@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from jobs.lake.place import place
 from jobs.redaction import without_secrets
 
 
@@ -54,8 +55,6 @@ class Run:
     rank alike; turn it off where repeats are what is wanted."""
 
     def __post_init__(self) -> None:
-        from jobs.lake.store import place  # it raises what this file defines
-
         object.__setattr__(self, "lake", place(self.lake))
         try:
             dt.date.fromisoformat(self.ds)

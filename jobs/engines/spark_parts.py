@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 GROUP_BYTES = 64 << 20
 """Of a row group in memory, about: bounds a task."""
-SENT = ("__init__", "run", "redaction", "lake/__init__", "lake/store", "lake/ranged", "lake/leases", "lake/remote",
+SENT = ("__init__", "run", "redaction", "lake/__init__", "lake/place", "lake/store", "lake/ranged", "lake/leases", "lake/remote",
         "engines/__init__", "engines/spark_parts")  # fmt: skip
 """Our modules that an executor runs: they load without torch, pydantic or Spark's Java side."""
 WHERE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ALLOW_HTTP")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import hashlib
 import os
 import re
 import time
@@ -26,47 +25,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jobs.lake.place import MARK
+from jobs.lake.place import place as place
 from jobs.run import InputError, Unavailable
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)")
-"""An address; a `Path` leaves one of its two slashes."""
-KNOWN = ("s3", "gs", "az")
 READY = ("movielens", "pin", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
          "recommend", "report", "rollback", "collect")  # fmt: skip
 """Jobs that work on a lake on an object store."""
 SERVING = ("publish", "lookup", "recommend", "rollback", "collect")
 """Those that read or write the online store."""
-MARK = ".store"
 AT_ONCE = 8
 """Files that are put or fetched at once."""
 CLIENT = {"timeout": "60s", "connect_timeout": "5s"}
 RETRY = {"max_retries": 8, "retry_timeout": dt.timedelta(seconds=100)}
 """A store that throttles (503), is slow or hangs up is asked again, with growing pauses; then the job ends as busy."""
-
-
-def place(said: Path) -> Path:
-    """The folder in which a lake is worked on: itself, or of an address a scratch folder of this machine (LLMEMB_SCRATCH).
-
-    Raises InputError for an address of an unknown kind: a folder of that name would be made without a word.
-    """
-    if (written := SCHEME.fullmatch(str(said))) is None:
-        return said
-    kind, rest = written[1].lower(), written[2].strip("/")
-    if kind not in KNOWN or not rest:
-        raise InputError(
-            f"run.lake {written[1]}://{written[2]}: give a folder, or a bucket as {', '.join(f'{one}://' for one in KNOWN)} and "
-            f"then BUCKET/PREFIX; {written[1]}:// is none of these (a mount of it is a folder)"
-        )
-    address = f"{kind}://{rest}"
-    home = os.environ.get("LLMEMB_SCRATCH") or Path(os.environ.get("LLMEMB_CACHE") or Path.home() / ".cache" / "llmemb", "lakes")
-    name = f"{re.sub('[^A-Za-z0-9.]+', '-', address)[:60]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
-    folder = Path(home).absolute() / name
-    if not (folder / MARK).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"{MARK}.{uuid.uuid4().hex[:8]}"
-        aside.write_text(address)
-        aside.replace(folder / MARK)
-    return folder
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import main
-from jobs.run import InputError, Run
+from jobs.run import Run
 
 
 @pytest.mark.parametrize("address", ["hdfs://name:8020/lake", "ftp://host/lake", "file:///lake", "dbfs:/lake"])
@@ -22,7 +22,7 @@ def test_an_unknown_scheme_is_refused_by_name_and_no_folder_is_made(
 
 
 def test_an_address_given_as_a_path_is_refused_too() -> None:
-    with pytest.raises(InputError, match="hdfs://name/lake"):
+    with pytest.raises(ValueError, match="hdfs://name/lake"):
         Run(ds="2026-01-01", lake=Path("hdfs://name/lake"))
 
 
