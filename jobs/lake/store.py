@@ -30,9 +30,9 @@ from jobs.lake.place import place as place
 from jobs.run import InputError, Unavailable
 
 READY = ("movielens", "pin", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
-         "recommend", "report", "rollback", "collect")  # fmt: skip
+         "recommend", "report", "rollback", "collect", "forget")  # fmt: skip
 """Jobs that work on a lake on an object store."""
-SERVING = ("publish", "lookup", "recommend", "rollback", "collect")
+SERVING = ("publish", "lookup", "recommend", "rollback", "collect", "forget")
 """Those that read or write the online store."""
 AT_ONCE = 8
 """Files that are put or fetched at once."""
