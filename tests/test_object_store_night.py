@@ -94,7 +94,11 @@ def test_two_nights_on_machines_that_share_nothing_but_the_bucket(tmp_path: Path
     assert (again["kind"], again["outputs"]["index"]) == ("nothing to do", published["outputs"]["index"])
     assert call("collect", SECOND)["lake_removed"] == []  # what was replaced stays for a day: somebody may be reading it
     assert "does not work on a lake" in call("collect", SECOND, "collect.snapshot_days=9", status=2)["error"]
-    assert "does not work on a lake on an object store" in call("forget", SECOND, "forget.item=i1", status=2)["error"]
+    verdicts = {link["step"]: link["verdict"] for link in call("explain", SECOND, "explain.item=i1")["links"]}
+    assert {verdicts[step] for step in ("item_embeddings", "items", "llm_embeddings", "recommender", "encoder")} == {"verified"}
+    assert call("forget", SECOND, "forget.item=i7")["left_in_lake"] == []
+    assert call("lookup", SECOND)["compared"] == ITEMS
+    assert "does not work on a lake on an object store" in call("codes", SECOND, status=2)["error"]
 
 
 def night(call: Call, ds: str) -> dict[str, Any]:

@@ -69,6 +69,12 @@ def here(lake: Path, kind: str, identity: str) -> bool:
     return has_folder(lake, lake / "models" / kind / identity)
 
 
+def brought(lake: Path, kind: str, identity: str) -> Path:
+    """Folder of an artifact on this machine, where the lake has it; the path may be of nothing."""
+    here(lake, kind, identity)
+    return lake / "models" / kind / identity
+
+
 def described(lake: Path, kind: str) -> Iterator[tuple[str, Path]]:
     """(id, its file KIND.json) of all artifacts of a kind that have one, in order."""
     home = lake / "models" / kind

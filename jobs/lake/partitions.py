@@ -54,6 +54,12 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest_part(lake: Path, key: str) -> str:
+    """SHA-256 of the bytes of a file of the lake, in hexadecimal, wherever the lake is. Raises FileNotFoundError."""
+    store = stores.of(lake)
+    return store.digest(key) if store else digest_file(lake / key)
+
+
 def digest_folder(path: Path) -> str:
     """SHA-256 over the names and bytes of all files below a folder: the identity of an artifact."""
     lines = [f"{digest_file(file)}  {file.relative_to(path).as_posix()}" for file in sorted(path.rglob("*")) if file.is_file()]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import hashlib
 import os
 import re
 import time
@@ -30,9 +31,9 @@ from jobs.lake.place import place as place
 from jobs.run import InputError, Unavailable
 
 READY = ("movielens", "pin", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
-         "recommend", "report", "rollback", "collect", "forget")  # fmt: skip
+         "recommend", "report", "rollback", "collect", "forget", "explain")  # fmt: skip
 """Jobs that work on a lake on an object store."""
-SERVING = ("publish", "lookup", "recommend", "rollback", "collect", "forget")
+SERVING = ("publish", "lookup", "recommend", "rollback", "collect", "forget", "explain")
 """Those that read or write the online store."""
 AT_ONCE = 8
 """Files that are put or fetched at once."""
@@ -202,6 +203,16 @@ class Store:
                     stream.write(part)
         os.utime(aside, (time.time(), found.meta["last_modified"].timestamp()))
         aside.replace(path)
+
+    def digest(self, key: str) -> str:
+        """SHA-256 of an object's bytes, in hexadecimal. Raises FileNotFoundError."""
+        import obstore
+
+        found = hashlib.sha256()
+        with self.failures(key):
+            for part in obstore.get(self.client, key).stream():
+                found.update(part)
+        return found.hexdigest()
 
     @contextlib.contextmanager
     def failures(self, key: str) -> Iterator[None]:
