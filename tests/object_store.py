@@ -17,6 +17,8 @@ from typing import Any
 
 import boto3
 import pytest
+from moto.backends import get_backend
+from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -48,6 +50,12 @@ class ObjectStore:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
         keys = [one["Key"] for page in pages for one in page.get("Contents", ())]
         return {key.removeprefix(prefix): self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read() for key in keys}
+
+    def strew(self, key: str, count: int) -> None:
+        """Puts many empty objects, without a request each."""
+        backend = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"]
+        for number in range(count):
+            backend.put_object(self.bucket, f"{key}-{number}", b"")
 
     def counts(self) -> Counter[str]:
         """Requests carried out, by what they were for."""
