@@ -15,8 +15,8 @@ from jobs.lake import store as stores
 from jobs.lake.remote import COMMIT
 from jobs.run import Unavailable
 
-COPIES = ("indexes", "reports", "manifests", ".staging")
-"""What a scratch folder keeps of things that may name an item."""
+COPIES = ("indexes", "reports", ".staging")
+"""What a scratch folder keeps of things that may name an item; of manifests it keeps what the store has."""
 LOCKS = "locks/"
 Signature = tuple[int, int]
 
@@ -62,7 +62,11 @@ class Home:
                 self.store.put_if(key, (self.path / key).read_bytes(), self.known[key][0] if key in self.known else None)
             except stores.Conflict as error:
                 raise Unavailable(f"{key}: another writer committed it meanwhile; run forget again") from error
-        self.store.delete(sorted(self.known.keys() - now.keys()))
+        gone = self.known.keys() - now.keys()
+        self.store.delete(sorted(gone))
+        for key in (*gone, *changed):
+            if key.startswith("manifests/"):
+                (self.path.parent / key).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from jobs.lake import partitions, remote
 from jobs.lake import store as stores
-from jobs.lake.partitions import write_json
+from jobs.lake.partitions import publish_json
 from jobs.lake.tables import ITEMS
 
 BATCH = 65_536
@@ -37,10 +37,7 @@ def tombstones(lake: Path) -> frozenset[str]:
 def bury(lake: Path, item_id: str, ds: str) -> None:
     """Writes an item's tombstone, before anything of it is removed: a killed `forget` is then finished by its rerun."""
     name = hashlib.sha256(item_id.encode()).hexdigest()[:32]
-    path = lake / "tombstones" / f"{name}.json"
-    write_json(path, {"item_id": item_id, "forgotten_ds": ds})
-    if store := stores.of(lake):
-        store.put(f"tombstones/{path.name}", path)
+    publish_json(lake, lake / "tombstones" / f"{name}.json", {"item_id": item_id, "forgotten_ds": ds})
 
 
 def without_forgotten(

@@ -19,7 +19,7 @@ from typing import Any
 
 from jobs.lake import remote
 from jobs.lake import store as stores
-from jobs.lake.partitions import write_json
+from jobs.lake.partitions import publish_json
 from jobs.redaction import without_secrets
 from jobs.run import InputError, Run
 
@@ -36,9 +36,7 @@ def append(lake: Path, ds: str, name: str, record: Mapping[str, Any]) -> Path:
     """Writes the manifest of a run that has ended, beside those of other runs. `name` is the job's, or a shard's."""
     ended = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S%fZ}"
     path = path_of(lake, ds, name if name in ANSWERS else f"{name}.{ended}-{uuid.uuid4().hex[:6]}")
-    write_json(path, without_secrets(record))
-    if store := stores.of(lake):
-        store.put(path.relative_to(lake).as_posix(), path)
+    publish_json(lake, path, without_secrets(record))
     return path
 
 

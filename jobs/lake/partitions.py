@@ -95,12 +95,17 @@ def make_folder(path: Path) -> None:
             sync(place.parent)
 
 
+def written(value: object) -> str:
+    """A value as JSON, as small files of the lake hold it."""
+    return json.dumps(value, indent=1, sort_keys=True, default=str)
+
+
 def write_json(path: Path, value: object) -> None:
     """Replaces a small file at once: readers see the old text or the new one, also after a power cut."""
     make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with aside.open("w") as stream:
-        json.dump(value, stream, indent=1, sort_keys=True, default=str)
+        stream.write(written(value))
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(path)
@@ -109,9 +114,10 @@ def write_json(path: Path, value: object) -> None:
 
 def publish_json(lake: Path, path: Path, value: object) -> None:
     """`write_json` of a file of the lake, wherever the lake is."""
-    write_json(path, value)
     if store := stores.of(lake):
-        store.put(path.relative_to(lake).as_posix(), path)
+        # before the copy of this machine, which another process may remove as long as the store does not have it
+        store.put(path.relative_to(lake).as_posix(), written(value).encode())
+    write_json(path, value)
 
 
 def read_json(lake: Path, path: Path) -> Any:

@@ -6,10 +6,12 @@ who reads the partition of before reads on, and `collect` removes what no commit
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from jobs.lake.store import Conflict, Found, Store
 from jobs.run import Unavailable
 
 COMMIT = "_commit.json"
+MINE_S = 600.0
 Entry = dict[str, Any]
 """A part of a commit: its name, rows, and sha256."""
 
@@ -131,7 +134,10 @@ def fetch_folder(store: Store, lake: Path, folder: Path, right: Callable[[Path],
 
 
 def mirror(store: Store, lake: Path, prefix: str, suffix: str = "") -> None:
-    """Makes the small files right below a folder those of the store: new ones fetched, changed ones again, others removed."""
+    """Makes the small files right below a folder those of the store: new ones fetched, changed ones again, others removed.
+
+    What is younger than MINE_S stays: another process of this machine may have put it since the store was asked.
+    """
     here = lake / prefix
     depth = prefix.count("/") + 2
     there = {
@@ -142,8 +148,10 @@ def mirror(store: Store, lake: Path, prefix: str, suffix: str = "") -> None:
     wanted = [(key, lake / key) for key, one in there.items() if is_older(lake / key, one)]
     store.fetch(wanted)
     for path in here.glob(f"*{suffix}") if here.is_dir() else ():
-        if path.is_file() and path.relative_to(lake).as_posix() not in there:
-            path.unlink(missing_ok=True)
+        if path.relative_to(lake).as_posix() not in there:
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > MINE_S:
+                    path.unlink()
 
 
 def is_older(path: Path, listed: Mapping[str, Any]) -> bool:

@@ -304,6 +304,16 @@ def test_manifests_and_tombstones_are_read_on_another_machine(
     assert items.tombstones(other) == {"m1"}
 
 
+def test_what_another_process_of_the_machine_has_just_written_is_not_taken_for_removed(
+    lake: Path, object_store: ObjectStore
+) -> None:
+    old, new = (manifests.append(lake, "2026-01-01", job, {"status": "done"}) for job in ("extract", "embed"))
+    os.utime(old, (0, 0))
+    for path in (old, new):
+        object_store.client.delete_object(Bucket=object_store.bucket, Key=f"lake/{path.relative_to(lake).as_posix()}")
+    assert manifests.of_day(lake, "2026-01-01") == [new]
+
+
 def test_what_arrived_is_dropped(lake: Path) -> None:
     partitions.write(lake, arrivals.ARRIVING_ITEMS, DS, [rows("a")])
     assert arrivals.digest(lake, arrivals.ARRIVING_ITEMS.name, DS)
