@@ -36,10 +36,11 @@ class Home:
         there = {str(one["path"]): one for one in self.store.listed("") if not str(one["path"]).startswith(LOCKS)}
         for key in self.here().keys() - there.keys():
             (self.path / key).unlink()
-        stale = [key for key, one in there.items() if self.known.get(key, ("", None)) != (one["e_tag"], self.here().get(key))]
+        files = self.here()
+        stale = [key for key, one in there.items() if self.known.get(key, ("", None)) != (stores.tag_of(one), files.get(key))]
         self.store.fetch([(key, self.path / key) for key in stale])
         now = self.here()
-        self.known = {key: (str(one["e_tag"]), now[key]) for key, one in there.items()}
+        self.known = {key: (stores.tag_of(one), now[key]) for key, one in there.items()}
 
     def here(self) -> dict[str, Signature]:
         """The files of the copy."""

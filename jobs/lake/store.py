@@ -19,7 +19,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +35,7 @@ READY = ("movielens", "pin", "extract", "scft", "embed", "pretrain", "rat", "eva
 """Jobs that work on a lake on an object store."""
 SERVING = ("publish", "lookup", "recommend", "rollback", "collect", "forget", "explain")
 """Those that read or write the online store."""
+VERSION = " version "
 AT_ONCE = 8
 """Files that are put or fetched at once."""
 CLIENT = {"timeout": "60s", "connect_timeout": "5s"}
@@ -105,7 +106,7 @@ class Store:
         with self.failures(key), contextlib.suppress(FileNotFoundError):
             found = obstore.get(self.client, key)
             age = dt.datetime.now(dt.UTC) - found.meta["last_modified"]
-            return Found(bytes(found.bytes()), str(found.meta["e_tag"]), age.total_seconds())
+            return Found(bytes(found.bytes()), tag_of(found.meta), age.total_seconds())
         return None
 
     def put(self, key: str, source: bytes | Path) -> None:
@@ -126,10 +127,10 @@ class Store:
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        mode: Any = "create" if tag is None else {"e_tag": tag}
+        mode: Any = "create" if tag is None else mode_of(tag)
         with self.failures(key):
             try:
-                return str(obstore.put(self.client, key, data, mode=mode, use_multipart=False)["e_tag"])
+                return tag_of(obstore.put(self.client, key, data, mode=mode, use_multipart=False))
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 now = self.get(key)
         if now is None and tag is None:
@@ -229,6 +230,17 @@ class Store:
             raise Unavailable(
                 f"{self.address} failed at {key} ({first_line(error)}): is it down, slow, or does it throttle? Run again"
             ) from error
+
+
+def tag_of(meta: Mapping[str, Any]) -> str:
+    """What an object's bytes are known by: its etag, and its version where the store counts them (GCS asks for that one)."""
+    return f"{meta['e_tag']}{VERSION}{meta['version']}" if meta.get("version") else str(meta["e_tag"])
+
+
+def mode_of(tag: str) -> dict[str, str]:
+    """The condition that an object still has a tag."""
+    etag, _, version = tag.partition(VERSION)
+    return {"e_tag": etag, "version": version} if version else {"e_tag": etag}
 
 
 def first_line(error: Exception) -> str:

@@ -148,6 +148,15 @@ def test_of_two_writers_of_one_partition_one_wins_and_the_other_is_told(lake: Pa
     assert len(told) == 1 and ids(lake) == told
 
 
+def test_a_bucket_that_keeps_versions_is_no_other_lake(lake: Path, object_store: ObjectStore) -> None:
+    object_store.client.put_bucket_versioning(Bucket=object_store.bucket, VersioningConfiguration={"Status": "Enabled"})
+    for item in ("a", "b", "a"):
+        partitions.write(lake, ITEMS, DS, [rows(item)])
+    assert ids(lake) == ["a"]
+    with alone(lake, "promotion"), pytest.raises(Unavailable), alone(lake, "promotion", 0):
+        pass
+
+
 def test_columns_are_read_by_ranges_and_not_the_whole_file(lake: Path, object_store: ObjectStore) -> None:
     many = 200_000
     columns = {
