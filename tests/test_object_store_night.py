@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 
+from feature_repo.reader import Reader
+from feature_repo.serving.artifacts import open_index, recommender_folder
+from feature_repo.serving.settings import Settings
 from jobs.__main__ import main
 from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
 from tests.models import tiny
@@ -89,6 +92,10 @@ def test_two_nights_on_machines_that_share_nothing_but_the_bucket(tmp_path: Path
     published = night(call, SECOND)
     assert (published["kind"], published["written"]) == ("delta", 2)
     assert call("lookup", SECOND)["compared"] == ITEMS + 1
+    # the serving process maps the same index and recommender, fetched from the bucket
+    serving, pointer = Settings(artifacts=object_store.address(), cache=str(tmp_path / "serving")), Reader.open().pointer()
+    assert len(open_index(serving, pointer).item_ids) == ITEMS + 1
+    assert recommender_folder(serving, pointer.recommender_id).is_dir()
     # again: the same digests, nothing to do
     again = night(call, SECOND)
     assert (again["kind"], again["outputs"]["index"]) == ("nothing to do", published["outputs"]["index"])
