@@ -13,7 +13,11 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help install demo serve test test-gpu lint requirements sbom night airflow clean
+# The recipe's folder is mounted at /recipes. Its name alone is told, for a path of this machine means nothing there.
+COMPOSE := RECIPES="$(abspath $(dir $(or $(RECIPE),jobs/recipes/prod.toml)))" RECIPE="$(notdir $(or $(RECIPE),prod.toml))" SPARK="$(SPARK)" \
+           docker compose -f infra/compose.yaml $(if $(SPARK),--profile spark)
+
+.PHONY: help install demo serve test test-gpu lint requirements sbom night airflow up clean
 
 help: ## says what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -68,8 +72,20 @@ sbom: $(STAMP) ## writes sbom.json (CycloneDX) of what is installed, and refuses
 	  --allow-only "$$(grep -v '[#:]' infra/licences.txt | paste -sd';' -)" \
 	  --ignore-packages $$(sed -n 's/^\([^#: ]*\):.*/\1/p' infra/licences.txt) >/dev/null
 
-night: $(STAMP) ## runs a night on your own tables: make night RECIPE=shop/recipe.toml DS=2026-01-31 (TRAIN=1 trains anew)
+# With IN=compose in the containers that `make up` started, where nothing needs to be installed.
+ifeq ($(IN),compose)
+night:
+	$(COMPOSE) exec airflow-scheduler sh /opt/llmemb/infra/spark/secret.sh \
+	  python -m jobs night --recipe "/recipes/$(notdir $(RECIPE))" --ds "$(DS)" $(if $(TRAIN),--train)
+else
+night: $(STAMP) ## runs a night on your own tables: make night RECIPE=shop/recipe.toml DS=2026-01-31 (TRAIN=1 trains anew; IN=compose)
 	$(BIN)/python -m jobs night --recipe "$(RECIPE)" --ds "$(DS)" $(if $(TRAIN),--train)
+endif
+
+up: ## every part as a service of this machine, by Docker Compose: make up RECIPE=shop/recipe.toml (SPARK=standalone)
+	$(PYTHON) infra/first_secrets.py infra/.env
+	$(COMPOSE) up --build --detach
+	@echo "Airflow http://localhost:8080   MLflow http://localhost:5000   serving http://localhost:8100/docs   (docs/cluster.md)"
 
 airflow: $(STAMP) ## Airflow, MLflow and Feast's page for your recipe: make airflow RECIPE=shop/recipe.toml
 	$(BIN)/python infra/standalone.py "$(RECIPE)"

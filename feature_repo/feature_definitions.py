@@ -166,6 +166,7 @@ def source(offline: str, name: str, owner: str) -> FileSource:
     """The Parquet folder behind a view."""
     return FileSource(
         name=f"{name}_files", path=f"{offline}/{name}", timestamp_field="event_timestamp", owner=owner, tags=TAGS,
+        s3_endpoint_override=os.environ.get("AWS_ENDPOINT_URL") if offline.startswith("s3://") else None,
         description=f"What {name} was at each moment, for get_historical_features",
     )  # fmt: skip
 

@@ -84,8 +84,11 @@ def online_settings(text: str, timeouts: str = TIMEOUTS) -> dict[str, Any]:
 
 
 def offline_folder(lake: Path | None = None) -> str:
-    """Where Feast's offline tables lie: LLMEMB_OFFLINE, or `lake/feast/offline`."""
-    return os.environ.get("LLMEMB_OFFLINE") or str((lake or Path()).absolute() / "feast" / "offline")
+    """Where Feast's offline tables lie: LLMEMB_OFFLINE, or `feast/offline` of the lake; an address for one on an object store."""
+    home = (lake or Path()).absolute()
+    mark = home / ".store"  # the folder of such a lake names its address there
+    there = f"{mark.read_text()}/feast/offline" if mark.is_file() else str(home / "feast" / "offline")
+    return os.environ.get("LLMEMB_OFFLINE") or there
 
 
 def open_store(lake: Path | None = None) -> Any:

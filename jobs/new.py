@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
     known = flat(tomllib.loads(STARTER.read_text())) | {"run.lake": str(home / "lake")} | given
     answers = known | asked({key: text for key, text in QUESTIONS.items() if key not in given}, known)
     if "run.tracking_uri" not in given:
-        answers["run.tracking_uri"] = f"sqlite:///{answers['run.lake']}/mlflow.db"
+        # a file, which a bucket can't hold
+        place = home if "://" in str(answers["run.lake"]) else answers["run.lake"]
+        answers["run.tracking_uri"] = f"sqlite:///{place}/mlflow.db"
     text = filled(STARTER.read_text(), answers)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     target.write_text(text)

@@ -75,8 +75,8 @@ def serving(run: Run) -> Result:
 
 def newest(run: Run) -> str:
     """The date of the newest snapshot, or the run's own where that is newer."""
-    dates = [name.removeprefix("ds=") for name in partitions.committed(run.lake, ITEMS.name)]
-    return max([run.ds, *dates])
+    found = partitions.newest(run.lake, ITEMS.name, "9999-12-31")
+    return max(run.ds, found.removeprefix("ds=") if found else "")
 
 
 def pinned(ds: str, ids: dict[str, str]) -> Result:

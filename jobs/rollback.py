@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from feature_repo import offline, spaces
-from feature_repo.reader import Pointer, Reader, offline_folder, settings
+from feature_repo.reader import Pointer, Reader, settings
 from feature_repo.stores import Store, lease, open_writer
 from jobs.engines import online, registry
 from jobs.lake.locks import alone
@@ -68,8 +67,9 @@ def run(config: Config) -> Result:
         started = time.monotonic()
         after = before if config.space == before.space_id else back(config, store, reader, before)
         flip_ms = round((time.monotonic() - started) * 1000, 2)
-    if Path(offline_folder(lake)).is_dir():
-        offline.write_pointer(Path(offline_folder(lake)), after)
+    with online.offline_home(lake) as home:
+        if home.is_dir():
+            offline.write_pointer(home, after)
     champion = follow(config, before, after)
     log.info("space %s of %s serves again, %s no longer (%s ms)", after.space_id, after.ds, before.space_id, flip_ms)
     return Result(

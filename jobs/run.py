@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from jobs.lake.place import place
 from jobs.redaction import without_secrets
 
 
@@ -39,7 +40,7 @@ class Run:
     ds: str
     """Date of the snapshot, YYYY-MM-DD: the night works on what was true at its end (UTC)."""
     lake: Path
-    """Folder of the lake; tables, models and manifests lie under it."""
+    """Folder of the lake, or `s3://BUCKET/PREFIX`; tables, models and manifests lie under it."""
     tracking_uri: str = ""
     """MLflow tracking and registry; empty leaves both out (GPU workers without MLflow)."""
     experiment: str = "llmemb"
@@ -54,6 +55,7 @@ class Run:
     rank alike; turn it off where repeats are what is wanted."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lake", place(self.lake))
         try:
             dt.date.fromisoformat(self.ds)
         except ValueError as error:

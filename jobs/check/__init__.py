@@ -16,6 +16,8 @@ from typing import Any
 
 from jobs.check import tables
 from jobs.check.finding import Finding
+from jobs.lake.store import of as store_of
+from jobs.lake.store import refuse_unready
 from jobs.recipe import JOBS, build, load_recipe, values_of
 from jobs.run import Run
 
@@ -124,7 +126,11 @@ def mlflow(run: Run) -> Iterator[Finding]:
 
 
 def stores(run: Run) -> Iterator[Finding]:
-    """Whether Feast's stores answer."""
+    """Whether the lake's object store, where it is on one, and Feast's stores answer."""
+    if store := store_of(run.lake):
+        store.get("nothing")
+        yield Finding("ok", "lake", f"{store.address} answers")
+        refuse_unready(run.lake, "publish")
     if not os.environ.get("LLMEMB_ONLINE_STORE") and not (run.lake / "feast").exists():
         yield Finding("ok", "stores", "not there yet: the first publish makes them, as files under the lake")
         return

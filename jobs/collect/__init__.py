@@ -13,6 +13,8 @@ from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
 from jobs.collect import retention
 from jobs.engines import online
+from jobs.lake import store as stores
+from jobs.lake import unnamed
 from jobs.run import InputError, Run
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def run(config: Config) -> Result:
     if config.grace_days < 0:
         raise InputError(f"collect.grace_days is {config.grace_days}: write 0 to remove at once")
     lake, grace = config.run.lake, dt.timedelta(days=config.grace_days)
+    refuse_ages(config)
     reader, store = Reader.open(lake), open_writer(settings(lake))
     pointer = online.served(reader)
     indexes = 0
@@ -84,8 +87,9 @@ def run(config: Config) -> Result:
             done = spaces.Collected(removed={}, waiting=waiting, kept=spaces.live(pointer))
         else:
             done = spaces.collect(store, reader, grace)
-            indexes = remove_indexes(lake, done.kept, set(done.waiting), grace)
+            indexes = 0 if stores.of(lake) else remove_indexes(lake, done.kept, set(done.waiting), grace)
     gone = sweep(config, done)
+    there = sweep_store(config, done)
     for space_id, rows in done.removed.items():
         log.info("space %s: %s vectors removed", space_id, f"{rows:,}")
     for space_id, hours in done.waiting.items():
@@ -95,13 +99,35 @@ def run(config: Config) -> Result:
         waiting=done.waiting,
         kept=sorted(done.kept),
         indexes_removed=indexes,
-        lake_bytes=tally(lake, gone),
-        lake_removed=sorted(name_of(lake, path) for path in gone),
+        lake_bytes=tally(lake, gone | {lake / key: took for key, took in there.items()}),
+        lake_removed=sorted([*(name_of(lake, path) for path in gone), *there]),
         dry_run=config.dry_run,
         inputs={"pointer": online.pointer_text(pointer)},
         outputs={},
         rows={"item_embedding": -sum(done.removed.values())},
     )
+
+
+def refuse_ages(config: Config) -> None:
+    """Raises InputError for an age where the lake is on an object store: there old dates stay."""
+    ages = [name for name in ("snapshot_days", "embedding_days", "offline_days") if getattr(config, name) is not None]
+    if ages and (store := stores.of(config.run.lake)):
+        raise InputError(f"collect.{ages[0]} does not work on a lake on an object store yet ({store.address}): leave it out")
+
+
+def sweep_store(config: Config, done: spaces.Collected) -> dict[str, int]:
+    """Of a lake on an object store what no record names any more, removed after a day, or the grace period if that is longer."""
+    store, older_s = stores.of(config.run.lake), max(1.0, config.grace_days) * 86_400
+    if store is None:
+        return {}
+    live = {online.index_home(Path(), space).as_posix() for space in done.kept.values()}
+    waiting = {key for key in store.folders("indexes") if key.removeprefix("space=") in done.waiting}
+    live |= {f"indexes/{space}/{ds}" for space in waiting for ds in store.folders(f"indexes/{space}")}
+    gone = unnamed.parts(store, older_s, config.dry_run) | unnamed.indexes(store, live, older_s, config.dry_run)
+    if gone:
+        what = "would go" if config.dry_run else "removed"
+        log.info("%s objects that no record names %s, %s bytes", f"{len(gone):,}", what, f"{sum(gone.values()):,}")
+    return gone
 
 
 def sweep(config: Config, done: spaces.Collected) -> dict[Path, int]:
@@ -136,7 +162,7 @@ def tally(lake: Path, gone: dict[Path, int]) -> dict[str, int]:
     found = dict[str, int]()
     for path, took in gone.items():
         table = name_of(lake, path).split("/")[0]
-        table = "feast_offline" if path.suffix == ".parquet" else table
+        table = "feast_offline" if path.suffix == ".parquet" and stores.of(lake) is None else table
         found[table] = found.get(table, 0) + took
     return found
 

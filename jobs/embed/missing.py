@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jobs.embed.config import Config
 from jobs.embed.tally import Tally
@@ -43,11 +42,10 @@ def committed(lake: Path, encoder_id: str, config: Config) -> pa.FixedSizeBinary
     """Keys of the shard's texts that the encoder has embedded in any partition."""
     found = [pa.array([], pa.binary(16))]
     for table, partition in places(lake, encoder_id, config):
-        for name in partitions.read_commit(lake, table, partition).files:
-            with pq.ParquetFile(partitions.folder(lake, table, partition) / name) as file:
-                for batch in file.iter_batches(columns=["content_hash"]):
-                    keys = keys_of(batch["content_hash"])
-                    found.append(keys.filter(in_shard(keys, config)))
+        for file in partitions.read_files(lake, table, partition, ["content_hash"]):
+            for batch in file.iter_batches(columns=["content_hash"]):
+                keys = keys_of(batch["content_hash"])
+                found.append(keys.filter(in_shard(keys, config)))
     return pa.concat_arrays(found)
 
 

@@ -83,16 +83,11 @@ def refuse_bad_rows(emb_BE: NDArray[np.floating], item_ids: pa.ChunkedArray) -> 
 
 def commit_parts(lake: Path, table: Table, partition: str, parts: list[Path]) -> Commit:
     """Commits the partition: what it held already, and the new parts behind it. Parts are linked, so a kill loses none."""
-    here = partitions.folder(lake, table.name, partition)
-    before = partitions.read_commit(lake, table.name, partition) if (here / partitions.COMMIT).exists() else None
-    if before and not parts:
-        commit = before
-    elif not parts:
-        commit = partitions.write(lake, table, partition, [])
+    if parts or partitions.is_committed(lake, table.name, partition):
+        commit = partitions.commit_files(lake, table.name, partition, [link(part) for part in parts], behind=True)
     else:
-        held = [here / name for name in before.files] if before else []
-        commit = partitions.commit_files(lake, table.name, partition, [*held, *map(link, parts)])
-    shutil.rmtree(here / ".parts", ignore_errors=True)
+        commit = partitions.write(lake, table, partition, [])
+    shutil.rmtree(partitions.folder(lake, table.name, partition) / ".parts", ignore_errors=True)
     return commit
 
 

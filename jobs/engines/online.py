@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
 import time
 import uuid
 import zlib
@@ -17,19 +18,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from feature_repo import index
 from feature_repo.compatibility import Matrix
 from feature_repo.index import Described, Graph, Index
-from feature_repo.reader import NothingServed, Pointer, Reader, Space
+from feature_repo.reader import NothingServed, Pointer, Reader, Space, offline_folder
 from feature_repo.spaces import Chunk
 from feature_repo.stores import BROKEN, Fenced, Held, NotPublished, Unreplicated
-from jobs.lake import arrivals, manifests, partitions, tables
+from jobs.lake import arrivals, artifacts, manifests, partitions, tables
 from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import titles as titles
 from jobs.lake.items import tombstones, without_forgotten
-from jobs.lake.partitions import digest_folder, sync_tree, write_json
+from jobs.lake.store import Store
 from jobs.lake.tables import ITEMS, SEQUENCES, Table, item_embeddings, space_of
 from jobs.run import InputError, Refused, Unavailable
 
@@ -72,7 +72,8 @@ def partition_of(space_id: str, ds: str) -> str:
 def width_of(lake: Path, partition: str) -> int:
     """Width of a partition's vectors. Raises InputError where it is absent, or is no table of vectors."""
     commit = partitions.read_commit(lake, "item_embeddings", partition)
-    kind = pq.read_schema(partitions.folder(lake, "item_embeddings", partition) / commit.files[0]).field("embedding").type
+    with partitions.opened(lake, f"item_embeddings/{partition}/{commit.files[0]}") as file:
+        kind = file.schema_arrow.field("embedding").type
     if not pa.types.is_fixed_size_list(kind):
         raise InputError(f"item_embeddings/{partition}: embedding is {kind}, not a list of fixed size: run project again")
     return int(kind.list_size)
@@ -121,7 +122,7 @@ def unchanged(lake: Path, before: Space, after: Space, most: int) -> tuple[Matri
     Nothing where the lake no longer holds the snapshot that serves.
     """
     old, new = (partition_of(space.space_id, space.ds) for space in (before, after))
-    if old not in partitions.committed(lake, "item_embeddings", f"space={before.space_id}"):
+    if not partitions.is_committed(lake, "item_embeddings", old):
         return np.empty((0, before.width), np.float32), np.empty((0, after.width), np.float32), []
     share = min(1.0, most / max(1, after.items))
     known = {row["item_id"]: row for row in chosen_rows(lake, old, share)}
@@ -162,8 +163,8 @@ def build_index(
     items = sum(len(ids) for ids, _ in chunks(lake, partition, rows, arrived=arrived, forgotten=forgotten))
     snapshot = partitions.latest(lake, ITEMS.name, space.ds)
     made_of = sources(lake, space, snapshot, over) | {"items": items, "graph": dataclasses.asdict(graph) if graph else None}
-    now = json.loads((home / INDEX).read_text()) if (home / INDEX).exists() else {}
-    if now.get("made_of") != made_of or not (home / now["folder"]).is_dir():
+    now = partitions.read_json(lake, home / INDEX) or {}
+    if now.get("made_of") != made_of or not artifacts.has_folder(lake, home / now["folder"]):
         staged = home / f".staged-{uuid.uuid4().hex[:8]}"
         staged.mkdir(parents=True)
         given = chunks(lake, partition, rows, arrived=arrived, forgotten=forgotten)
@@ -171,9 +172,9 @@ def build_index(
         known = described(lake, snapshot, space.ds, arrived=bool(over))
         about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
         index.build(staged, vectors, items, space.width, graph, known, about)
-        digest = settled(staged)
+        digest = artifacts.keep_folder(lake, staged, home)
         now = {"made_of": made_of, "folder": digest[:16], "digest": digest}
-        write_json(home / INDEX, now)
+        partitions.publish_json(lake, home / INDEX, now)
     return str(now["digest"])
 
 
@@ -189,18 +190,6 @@ def sources(lake: Path, space: Space, snapshot: str, over: str) -> dict[str, obj
     }
     lists = lists_of(lake, snapshot)
     return found | {"lists": lists} if lists else found
-
-
-def settled(staged: Path) -> str:
-    """Names a folder after its digest, unless one of that name is there; returns the digest."""
-    digest = digest_folder(staged)
-    target = staged.parent / digest[:16]
-    if target.exists():
-        shutil.rmtree(staged)
-    else:
-        sync_tree(staged)  # on the disk before the file that names it
-        staged.rename(target)
-    return digest
 
 
 def prune_index(home: Path, older_s: float = 0.0) -> None:
@@ -269,9 +258,27 @@ def open_index(lake: Path, space: Space) -> Index:
     """The index of a space. Raises InputError where there is none."""
     home = index_home(lake, space)
     for _ in range(2):  # an index swapped between the two reads is found at the second try
+        now = partitions.read_json(lake, home / INDEX)
         with contextlib.suppress(FileNotFoundError):
-            return Index(home / json.loads((home / INDEX).read_text())["folder"])
+            if now and artifacts.has_folder(lake, home / now["folder"]):
+                return Index(home / now["folder"])
     raise InputError(f"space {space.space_id} has no index for {space.ds} in {home}: run `python -m jobs publish` for it")
+
+
+# --------------------------------------------------------------------------------------------------------------- offline
+
+
+@contextlib.contextmanager
+def offline_home(lake: Path) -> Iterator[Path]:
+    """The folder of Feast's offline tables; where they are on an object store, what is written into it is put there after."""
+    there = offline_folder(lake)
+    if "://" not in there:
+        yield Path(there)
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        yield Path(aside)
+        files = [(file.relative_to(aside).as_posix(), file) for file in sorted(Path(aside).rglob("*")) if file.is_file()]
+        Store(there).put_files(files)
 
 
 # ----------------------------------------------------------------------------------------------------------- recommender
@@ -279,10 +286,10 @@ def open_index(lake: Path, space: Space) -> Index:
 
 def recommender_of(lake: Path, space_id: str) -> dict[str, str]:
     """Ids of the encoder and recommender that make a space, from the artifacts of the lake; empty texts where not found."""
-    for path in sorted((lake / "models" / "recommender").glob("*/recommender.json")):
+    for recommender_id, path in artifacts.described(lake, "recommender"):
         encoder_id = str(json.loads(path.read_text()).get("encoder_id", ""))
-        if space_of(encoder_id, path.parent.name) == space_id:
-            return {"encoder_id": encoder_id, "recommender_id": path.parent.name}
+        if space_of(encoder_id, recommender_id) == space_id:
+            return {"encoder_id": encoder_id, "recommender_id": recommender_id}
     return {"encoder_id": "", "recommender_id": ""}
 
 

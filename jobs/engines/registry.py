@@ -53,6 +53,9 @@ def connected(run: Run) -> Iterator[Any]:
         raise InputError("run.tracking_uri is empty: models are promoted and found through MLflow, so give its address in [run]")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # unset, the server decides, and the client then goes straight to the object store, which only the server may reach
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     # MLflow's own default waits four minutes for a server that is down
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     import mlflow
@@ -224,7 +227,7 @@ def fetch(run: Run, kind: str, artifact_id: str) -> Path:
     Raises InputError where neither has it, or the bytes are not those that the id stands for.
     """
     here = run.lake / "models" / kind / artifact_id
-    if here.is_dir() or not run.tracking_uri:
+    if artifacts.here(run.lake, kind, artifact_id) or not run.tracking_uri:
         return artifacts.find(run.lake, kind, artifact_id)
     with connected(run) as client:
         import mlflow

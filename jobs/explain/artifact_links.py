@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.explain.records import first_changed, origin, written_by
 from jobs.explain.result import Link, Verdict
-from jobs.lake import manifests, partitions
+from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.partitions import digest_folder
 from jobs.run import InputError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def recommender_link(lake: Path, identity: str, pointer: Pointer) -> Link:
     """The recommender of the space."""
-    path = lake / "models" / "recommender" / identity / "recommender.json"
+    path = artifacts.brought(lake, "recommender", identity) / "recommender.json"
     text = ""
     if identity and path.exists():
         known = json.loads(path.read_text())
@@ -47,14 +47,14 @@ def encoder_link(lake: Path, identity: str) -> Link:
 
 def encoder_card(lake: Path, identity: str) -> dict[str, Any]:
     """What an encoder says of itself; empty where it is gone."""
-    path = lake / "models" / "encoder" / identity / "encoder.json"
+    path = artifacts.brought(lake, "encoder", identity) / "encoder.json"
     known: dict[str, Any] = json.loads(path.read_text()) if identity and path.exists() else {}
     return known
 
 
 def artifact_link(lake: Path, kind: str, identity: str, jobs: Sequence[str], text: str, depth: int) -> Link:
     """An artifact, whose id is the digest of its bytes."""
-    path = lake / "models" / kind / identity
+    path = artifacts.brought(lake, kind, identity)
     if not identity or not path.is_dir():
         gone = "not in the lake: it can be fetched from the model registry"
         return Link(step=kind, identity=identity or "unknown", digest="", verdict="unknown", text=gone, depth=depth)
@@ -94,7 +94,7 @@ def gate_link(lake: Path, recommender_id: str) -> Link:
 
 def judged_id(lake: Path, recommender_id: str) -> str:
     """The recommender that gates judged: of one trained on all events after that, the one it came from."""
-    path = lake / "models" / "recommender" / recommender_id / "recommender.json"
+    path = artifacts.brought(lake, "recommender", recommender_id) / "recommender.json"
     known = json.loads(path.read_text()) if recommender_id and path.exists() else {}
     return str(known.get("gated_id") or recommender_id)
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jobs.lake import manifests, partitions
-from jobs.lake.partitions import digest_file
 
 Found = tuple[Path, dict[str, Any]]
 """The file that holds a row, and the row."""
@@ -21,7 +19,7 @@ def find(lake: Path, table: str, partition: str, column: str, value: str) -> Fou
     """The first row with this value; of other rows no more than that column, and only where the value can be, is read."""
     here = partitions.folder(lake, table, partition)
     for name in partitions.read_commit(lake, table, partition).files:
-        with pq.ParquetFile(here / name) as file:
+        with partitions.opened(lake, f"{table}/{partition}/{name}") as file:
             at = file.schema_arrow.get_field_index(column)
             for group in range(file.num_row_groups):
                 known = file.metadata.row_group(group).column(at).statistics
@@ -45,15 +43,18 @@ def origin(lake: Path, jobs: Sequence[str], digest: str) -> dict[str, Any] | Non
 
 def commit_entries(lake: Path, table: str, partition: str) -> list[dict[str, Any]]:
     """Files of a partition with their digests."""
-    value = json.loads((partitions.folder(lake, table, partition) / partitions.COMMIT).read_text())
-    return list(value["files"])
+    text = partitions.commit_text(lake, table, partition)
+    return list(json.loads(text)["files"]) if text else []
 
 
 def first_changed(lake: Path, table: str, partition: str, names: Sequence[str] | None = None) -> str:
     """The first of a partition's files (or of those named) whose bytes are not those that were committed; empty where none is."""
-    here = partitions.folder(lake, table, partition)
     entries = [entry for entry in commit_entries(lake, table, partition) if names is None or entry["name"] in names]
-    return next((entry["name"] for entry in entries if digest_file(here / entry["name"]) != entry["sha256"]), "")
+
+    def sha256(name: str) -> str:
+        return partitions.digest_part(lake, f"{table}/{partition}/{name}")
+
+    return next((entry["name"] for entry in entries if sha256(entry["name"]) != entry["sha256"]), "")
 
 
 def written_by(manifest: dict[str, Any]) -> str:

@@ -175,9 +175,11 @@ def write_snapshot(config: Config, judged: Judged, staging: Path) -> tuple[dict[
         events = judged.copies.where("copy = 1 and reason is null").select(INTERACTIONS.schema.names)
         users = shape.histories(events, cuts, config.max_history)
         staged = [
-            aside.submit(shape.stage, judged.items.where("reason is null"), ["item_id"], ITEMS, staging, files_of(config, kept)),
-            aside.submit(shape.stage, events, BY_TIME, INTERACTIONS, staging, judged.files),
-            aside.submit(shape.stage, users, ["user_id"], SEQUENCES, staging, judged.files),
+            aside.submit(
+                shape.stage, judged.items.where("reason is null"), ["item_id"], ITEMS, staging, config, files_of(config, kept)
+            ),
+            aside.submit(shape.stage, events, BY_TIME, INTERACTIONS, staging, config, judged.files),
+            aside.submit(shape.stage, users, ["user_id"], SEQUENCES, staging, config, judged.files),
         ]
         commits = [quarantine.result(), *(shape.commit(config, each.result()) for each in staged)]
     return {commit.table: commit for commit in commits}, cuts

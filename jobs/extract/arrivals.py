@@ -41,7 +41,7 @@ def take(spark: SparkSession, config: Config) -> Result:
     lake, partition = config.run.lake, f"ds={config.run.ds}"
     snapshot = partitions.read_commit(lake, ITEMS.name, partition)
     judged = judge.without_forgotten(spark, lake, judge.judge_items(judge.read_items(spark, config), config)).persist(judge.DISK)
-    before = window.read_snapshot(spark, lake, ITEMS, partition)
+    before = window.read_snapshot(spark, lake, ITEMS, partition, ("item_id", "content_hash", "first_seen_ds"))
     known = before.select("item_id", F.col("content_hash").alias("old"), "first_seen_ds")
     fresh = judged.where("reason is null").join(known, "item_id", "left").where("old is null or old != content_hash")
     rows = fresh.select("item_id", "attributes", "content_hash", "first_seen_ds", "old").limit(config.most_arriving + 1).collect()

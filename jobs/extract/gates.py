@@ -62,15 +62,15 @@ def check_dates(config: Config, days: Sequence[tuple[int, int]]) -> None:
 def check_days(config: Config, days: Sequence[tuple[int, int]]) -> None:
     """Raises Refused when a day since the last snapshot lacks events, or an earlier one has lost them since."""
     ds, lake, share = config.run.ds, config.run.lake, config.min_day_share
-    older = [part for part in partitions.committed(lake, INTERACTIONS.name) if part < f"ds={ds}"]
     if not share:
         return
+    older = partitions.before(lake, INTERACTIONS.name, ds)
     if not older:
         # nobody can say that it was ever otherwise: a first snapshot is told of, no more
         if short := volume.short_days(days, volume.day_number(ds) - 1, volume.day_number(ds), share):
             log.warning("%s", "; ".join(map(worded, short)))
         return
-    last = older[-1].removeprefix("ds=")
+    last = older.removeprefix("ds=")
     short = volume.short_days(days, volume.day_number(last), volume.day_number(ds), share)
     short += volume.shrunk_days(days, window.manifest_of(lake, last).get("days") or {}, volume.day_number(last), share)
     if short:
@@ -89,14 +89,14 @@ def worded(short: Short) -> str:
 def check_change(config: Config, counts: dict[str, int]) -> None:
     """Raises Refused when a row count jumped against the last snapshot before ds."""
     for name, count in counts.items():
-        older = [part for part in partitions.committed(config.run.lake, name) if part < f"ds={config.run.ds}"]
-        if not older or not config.max_row_change:
+        older = partitions.before(config.run.lake, name, config.run.ds) if config.max_row_change else None
+        if not older:
             continue
-        before = partitions.read_commit(config.run.lake, name, older[-1]).rows
+        before = partitions.read_commit(config.run.lake, name, older).rows
         change = abs(count - before) / max(before, 1)
         if change > config.max_row_change:
             raise Refused(
-                f"{name} went from {before:,} ({older[-1]}) to {count:,} rows, a change of {change:.0%}, more than "
+                f"{name} went from {before:,} ({older}) to {count:,} rows, a change of {change:.0%}, more than "
                 f"extract.max_row_change = {config.max_row_change}; if that is right, run once with "
                 f"--set extract.max_row_change=0"
             )

@@ -203,7 +203,7 @@ def judge_carried(spark: SparkSession, config: Config, reading: Reading, known: 
     """
     lake, old = config.run.lake, f"ds={reading.carried_from}"
     rows = without_forgotten(spark, lake, window.read_snapshot(spark, lake, INTERACTIONS, old))
-    items = without_forgotten(spark, lake, window.read_snapshot(spark, lake, ITEMS, old))
+    items = without_forgotten(spark, lake, window.read_snapshot(spark, lake, ITEMS, old, ("item_id",)))
     left = items.join(known, "item_id", "left_anti").select("item_id", F.lit(LEFT).alias("reason"))
     few = partitions.read_commit(lake, ITEMS.name, old).rows <= BROADCAST_ITEMS
     if not few:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyspark.sql import Observation
 from pyspark.sql import functions as F
 
+from jobs.engines import spark_parts
 from jobs.engines.spark import on_disk, spread
 from jobs.extract import window
 from jobs.extract.config import Config
 from jobs.extract.counts import DAY
-from jobs.lake import partitions
+from jobs.lake import partitions, remote
+from jobs.lake import store as stores
 from jobs.lake.partitions import Commit
+from jobs.lake.store import Found
 from jobs.lake.tables import ITEMS, Table
 from jobs.run import InputError
 
@@ -27,11 +30,11 @@ if TYPE_CHECKING:
 def with_first_seen(spark: SparkSession, config: Config, items: DataFrame) -> DataFrame:
     """Judged items with the date they first had, and their content hash (`old`), in the last snapshot before ds."""
     lake = config.run.lake
-    older = [name for name in partitions.committed(lake, ITEMS.name) if name < f"ds={config.run.ds}"]
+    older = partitions.before(lake, ITEMS.name, config.run.ds)
     if not older:
         return items.withColumns({"first_seen_ds": F.lit(config.run.ds), "old": F.lit(None).cast("string")})
-    before = window.read_snapshot(spark, lake, ITEMS, older[-1])
-    before = before.select("item_id", "first_seen_ds", F.col("content_hash").alias("old"))
+    before = window.read_snapshot(spark, lake, ITEMS, older, ("item_id", "content_hash", "first_seen_ds"))
+    before = before.withColumnRenamed("content_hash", "old")
     joined = items.join(before, "item_id", "left")
     return joined.withColumn("first_seen_ds", F.coalesce("first_seen_ds", F.lit(config.run.ds)))
 
@@ -88,26 +91,38 @@ class Staged:
     """Files of a partition, not committed yet."""
 
     table: Table
-    files: list[Path]
     rows: int
     """Counted by the tasks that wrote them."""
+    files: list[Path] = field(default_factory=list)
+    """On a lake in a folder."""
+    entries: list[remote.Entry] = field(default_factory=list)
+    """On a lake in an object store: parts that were put."""
+    before: Found | None = None
+    """The commit that stood there before."""
 
 
-def stage(rows: DataFrame, order: list[str], table: Table, staging: Path, files: int) -> Staged:
+def stage(rows: DataFrame, order: list[str], table: Table, staging: Path, config: Config, files: int) -> Staged:
     """Writes the rows of a partition: spread by the first column's hash and sorted, so that a rerun's bytes are equal."""
-    where, counted = staging / table.name, Observation()
+    where, counted, partition = staging / table.name, Observation(), f"ds={config.run.ds}"
     # counted by the tasks that write, after the last shuffle: a task that runs twice counts once
     rows = spread(rows.select(table.schema.names), files, order[0]).sortWithinPartitions(*order)
     rows = rows.observe(counted, F.count(F.lit(1)).alias("rows"))
+    if store := stores.of(config.run.lake):
+        before = remote.committed_now(store, table.name, partition)
+        entries = spark_parts.put(rows, store.address, f"{table.name}/{partition}", table.schema)
+        return Staged(table=table, rows=int(counted.get.get("rows", 0)), entries=entries, before=before)
     rows.write.option("compression", "zstd").parquet(on_disk(where))
-    return Staged(table=table, files=sorted(where.glob("part-*.parquet")), rows=int(counted.get.get("rows", 0)))
+    return Staged(table=table, rows=int(counted.get.get("rows", 0)), files=sorted(where.glob("part-*.parquet")))
 
 
 def commit(config: Config, staged: Staged) -> Commit:
     """Replaces the partition of ds. Raises InputError where the driver does not find every row that Spark's tasks wrote."""
-    return partitions.commit_files(config.run.lake, staged.table.name, f"ds={config.run.ds}", staged.files, rows=staged.rows)
+    lake, partition = config.run.lake, f"ds={config.run.ds}"
+    if stores.of(lake):
+        return partitions.commit_put(lake, staged.table, partition, staged.entries, staged.before, staged.rows)
+    return partitions.commit_files(lake, staged.table.name, partition, staged.files, rows=staged.rows)
 
 
 def save(rows: DataFrame, order: list[str], table: Table, staging: Path, config: Config, files: int) -> Commit:
     """Writes the rows of a partition and commits them."""
-    return commit(config, stage(rows, order, table, staging, files))
+    return commit(config, stage(rows, order, table, staging, config, files))

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.engines import spark_parts
 from jobs.engines.spark import on_disk
 from jobs.extract.config import InteractionSource
 from jobs.lake import manifests, partitions
+from jobs.lake import store as stores
 from jobs.lake.tables import INTERACTIONS, ITEMS, Table
 from jobs.run import InputError
 
@@ -48,11 +52,13 @@ def decide(lake: Path, ds: str, source: InteractionSource) -> Reading:
 
     if not source.partition:
         return whole("extract.interactions.partition is not set")
-    both = set(partitions.committed(lake, INTERACTIONS.name)) & set(partitions.committed(lake, ITEMS.name))
-    older = sorted(name.removeprefix("ds=") for name in both if name < f"ds={ds}")
+    older = partitions.before(lake, INTERACTIONS.name, ds)
+    while older and not partitions.is_committed(lake, ITEMS.name, older):
+        older = partitions.before(lake, INTERACTIONS.name, older.removeprefix("ds="))
     if not older:
         return whole("no earlier snapshot")
-    before, result = older[-1], manifest_of(lake, older[-1])
+    before = older.removeprefix("ds=")
+    result = manifest_of(lake, before)
     read = result.get("reading") or {}
     if result.get("source") != as_known(source) or not read.get("whole_ds"):
         return whole(f"the snapshot of {before} was made by other settings of extract.interactions")
@@ -99,11 +105,16 @@ def in_window(day: Column, since: str) -> Column:
     return F.coalesce(day >= F.lit(since).cast("date"), F.lit(True))
 
 
-def read_snapshot(spark: SparkSession, lake: Path, table: Table, partition: str) -> DataFrame:
-    """A partition of the lake, of the files that its commit names."""
+def read_snapshot(
+    spark: SparkSession, lake: Path, table: Table, partition: str, columns: Sequence[str] | None = None
+) -> DataFrame:
+    """A partition of the lake, of the files that its commit names; of a wide table only some columns."""
+    files, names = partitions.read_commit(lake, table.name, partition).files, list(columns or table.schema.names)
+    schema = pa.schema([table.schema.field(name) for name in names])
+    if store := stores.of(lake):
+        return spark_parts.read(spark, store.address, [f"{table.name}/{partition}/{name}" for name in files], schema)
     here = partitions.folder(lake, table.name, partition)
     # whatever the cluster's settings say: a file that a machine does not see is an error, not a file less
     reader = spark.read.option("ignoreMissingFiles", "false").option("ignoreCorruptFiles", "false")
     # the contract's schema: to ask the files for theirs, Spark would run a job
-    reader = reader.schema(from_arrow_schema(table.schema))
-    return reader.parquet(*(on_disk(here / name) for name in partitions.read_commit(lake, table.name, partition).files))
+    return reader.schema(from_arrow_schema(schema)).parquet(*(on_disk(here / name) for name in files))

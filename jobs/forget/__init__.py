@@ -12,7 +12,10 @@ from feature_repo.reader import Reader, offline_folder, settings
 from feature_repo.stores import lease, open_writer
 from jobs.engines import online
 from jobs.forget import known, proof, tables
+from jobs.forget.home import Home, home_of
 from jobs.forget.names import Ids
+from jobs.lake import partitions, unnamed
+from jobs.lake import store as stores
 from jobs.lake.items import bury
 from jobs.lake.locks import others_ended
 from jobs.run import InputError, Refused, Run
@@ -83,22 +86,26 @@ def run(config: Config) -> Result:
     still found; Unavailable where another writer is at work, or a job does not end in time: run again, it finishes.
     """
     ids, lake = config.ids, config.run.lake
-    if not config.unknown:
-        known.refuse_unknown(lake, ids)
-    for item in sorted(ids):
-        bury(lake, item, config.run.ds)
-    with online.refusals():
-        emptied = forget_online(config, ids)
-        if others_ended(lake, config.jobs_wait_s):
-            emptied += forget_online(config, ids)
-    removed, inputs, outputs = tables.forget_tables(lake, ids)
-    if gone := offline.forget(Path(offline_folder(lake)), ids):
-        removed["feast_offline"] = gone
-    tables.drop_leftovers(lake, ids)
-    echoes = proof.forget_answers(lake, ids)
-    indexes = forget_indexes(config)
-    proof.scrub(lake)
-    left_online, left = still_online(config, ids), sorted(proof.mentions(lake, ids))
+    with home_of(lake) as home:
+        if not config.unknown:
+            known.refuse_unknown(lake, home.path, ids)
+        for item in sorted(ids):
+            bury(lake, item, config.run.ds)
+        with online.refusals():
+            emptied = forget_online(config, ids)
+            if others_ended(lake, config.jobs_wait_s):
+                emptied += forget_online(config, ids)
+        home.refresh()
+        removed, inputs, outputs = tables.forget_tables(home.path, ids)
+        if gone := offline.forget(history(lake, home), ids):
+            removed["feast_offline"] = gone
+        tables.drop_leftovers(home.path, ids)
+        echoes = proof.forget_answers(home.path, ids)
+        home.put_back()
+        indexes = forget_indexes(config)
+        home.refresh()
+        proof.scrub(home.path)
+        left_online, left = still_online(config, ids), sorted(proof.mentions(home.path, ids))
     models = [name for name in left if name.startswith("models/")]
     result = Result(
         online_removed=emptied,
@@ -117,6 +124,16 @@ def run(config: Config) -> Result:
 
 
 # ---------------------------------------------------------------------------------------------------------------- online
+
+
+def history(lake: Path, home: Home) -> Path:
+    """The folder of Feast's offline tables. Raises InputError for one on an object store that is no part of the lake."""
+    there = offline_folder(lake)
+    if "://" not in there:
+        return Path(there)
+    if home.store is None or not there.startswith(f"{home.store.address}/"):
+        raise InputError(f"LLMEMB_OFFLINE is {there}: forget finds Feast's history below the lake, or in a folder")
+    return home.path / there.removeprefix(f"{home.store.address}/")
 
 
 def forget_online(config: Config, ids: Ids) -> int:
@@ -148,15 +165,18 @@ def forget_indexes(config: Config) -> int:
     pointer = spaces.current(Reader.open(lake))
     digests = {}
     for space in spaces.live(pointer).values() if pointer else ():
-        if online.index_home(lake, space).is_dir():
+        if partitions.read_json(lake, online.index_home(lake, space) / online.INDEX):
             digests[space.space_id] = online.build_index(lake, space, config.graph if config.approximate else None, 4_096)
             built += 1
     if pointer:
         with online.refusals():
             repoint(config, digests)
-    for space in spaces.live(pointer).values() if pointer else ():
-        online.prune_index(online.index_home(lake, space))
     live = {online.index_home(lake, space) for space in spaces.live(pointer).values()} if pointer else set()
+    if store := stores.of(lake):
+        unnamed.indexes(store, {home.relative_to(lake).as_posix() for home in live}, 0.0, dry_run=False)
+        return built
+    for home in live:
+        online.prune_index(home)
     for home in (lake / "indexes").glob("space=*/ds=*"):
         if home not in live:
             online.drop_index(home)

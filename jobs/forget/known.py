@@ -18,10 +18,11 @@ from jobs.lake.items import tombstones
 from jobs.run import InputError
 
 
-def refuse_unknown(lake: Path, ids: Ids) -> None:
-    """Raises InputError for an id that was never forgotten, stands in no table of the lake and in no space online."""
+def refuse_unknown(lake: Path, home: Path, ids: Ids) -> None:
+    """Raises InputError for an id that was never forgotten, stands in no table of the lake, whose files are in `home`, and in no
+    space online."""
     unknown = set(ids) - tombstones(lake)
-    for path in files(lake):
+    for path in files(home):
         if not unknown:
             return
         unknown -= found(path, frozenset(unknown))

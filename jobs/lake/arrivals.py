@@ -7,7 +7,6 @@ vectors of the snapshot with those that arrived laid over them.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import pyarrow.compute as pc
 
 from jobs.lake import partitions, tables
 from jobs.lake.items import live_items, without_forgotten
-from jobs.lake.partitions import COMMIT
 from jobs.lake.tables import ITEMS, Table
 
 ARRIVING_ITEMS = dataclasses.replace(ITEMS, name="arriving_items", grain="item new or changed since the snapshot of ds")
@@ -38,8 +36,7 @@ def item_embeddings(width: int) -> Table:
 
 def digest(lake: Path, name: str, partition: str) -> str:
     """Digest of a partition of these tables; "" where nothing arrived."""
-    there = (partitions.folder(lake, name, partition) / COMMIT).exists()
-    return partitions.read_commit(lake, name, partition).digest if there else ""
+    return partitions.read_commit(lake, name, partition).digest if partitions.is_committed(lake, name, partition) else ""
 
 
 def laid_over(
@@ -68,9 +65,7 @@ def catalogue(lake: Path, snapshot: str, columns: tuple[str, ...], rows: int) ->
 
 def drop(lake: Path, space_id: str, ds: str) -> None:
     """Takes what arrived for a snapshot out of a space: a night that publishes it anew starts without."""
-    here = partitions.folder(lake, VECTORS, f"space={space_id}/ds={ds}")
-    (here / COMMIT).unlink(missing_ok=True)
-    shutil.rmtree(here, ignore_errors=True)
+    partitions.drop(lake, VECTORS, f"space={space_id}/ds={ds}")
 
 
 def drop_before(lake: Path, ds: str) -> None:
@@ -79,4 +74,4 @@ def drop_before(lake: Path, ds: str) -> None:
         for partition in partitions.committed(lake, name):
             dates = [part.removeprefix("ds=") for part in partition.split("/") if part.startswith("ds=")]
             if dates and dates[0] < ds:
-                shutil.rmtree(partitions.folder(lake, name, partition), ignore_errors=True)
+                partitions.drop(lake, name, partition)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.lake import partitions
-from jobs.lake.partitions import write_json
+from jobs.lake import partitions, remote
+from jobs.lake import store as stores
+from jobs.lake.partitions import publish_json
 from jobs.lake.tables import ITEMS
 
 BATCH = 65_536
@@ -28,13 +29,15 @@ def content_hash(attributes: Iterable[tuple[str, str]]) -> str:
 
 def tombstones(lake: Path) -> frozenset[str]:
     """Ids of the items that were forgotten: no job may bring them back."""
+    if store := stores.of(lake):
+        remote.mirror(store, lake, "tombstones", ".json")
     return frozenset(json.loads(path.read_text())["item_id"] for path in (lake / "tombstones").glob("*.json"))
 
 
 def bury(lake: Path, item_id: str, ds: str) -> None:
     """Writes an item's tombstone, before anything of it is removed: a killed `forget` is then finished by its rerun."""
     name = hashlib.sha256(item_id.encode()).hexdigest()[:32]
-    write_json(lake / "tombstones" / f"{name}.json", {"item_id": item_id, "forgotten_ds": ds})
+    publish_json(lake, lake / "tombstones" / f"{name}.json", {"item_id": item_id, "forgotten_ds": ds})
 
 
 def without_forgotten(

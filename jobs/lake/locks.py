@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jobs.lake import leases
+from jobs.lake import store as stores
 from jobs.run import Unavailable
 
 log = logging.getLogger(__name__)
@@ -25,8 +27,12 @@ def alone(lake: Path, what: str, wait_s: float = math.inf) -> Iterator[None]:
     """Holds the lake's lock `what` meanwhile; another process that wants it waits, `wait_s` at most.
 
     The kernel lets a lock go when its process ends, however it ends. On a network file system it needs one that passes `flock` on
-    (NFS 4, CephFS, EFS). Raises Unavailable that names who holds it.
+    (NFS 4, CephFS, EFS). On an object store it is a lease (leases.py). Raises Unavailable that names who holds it.
     """
+    if store := stores.of(lake):
+        with leases.hold(store, what, wait_s):
+            yield
+        return
     path = lake / "locks" / f"{what}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as lock:
@@ -45,6 +51,10 @@ def alone(lake: Path, what: str, wait_s: float = math.inf) -> Iterator[None]:
 @contextmanager
 def at_work(lake: Path, job: str) -> Iterator[None]:
     """Shows meanwhile that a job is at work on the lake; whoever must not miss what it writes waits by `others_ended`."""
+    if store := stores.of(lake):
+        with leases.at_work(store, job):
+            yield
+        return
     path = lake / "locks" / f"at-work-{job}-{uuid.uuid4().hex}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as lock:
@@ -63,6 +73,8 @@ def others_ended(lake: Path, wait_s: float) -> bool:
 
     Later ones may be at work by then: they have seen all that was in the lake before. Raises Unavailable once `wait_s` are over.
     """
+    if store := stores.of(lake):
+        return leases.others_ended(store, wait_s)
     began, lived = time.monotonic(), False
     for path in sorted((lake / "locks").glob("at-work-*.lock")):
         with contextlib.suppress(FileNotFoundError), path.open("a") as lock:

@@ -10,13 +10,16 @@ An answer to a person's question stays `NAME.json`, replaced by the next: who wa
 from __future__ import annotations
 
 import datetime as dt
+import fnmatch
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.lake.partitions import write_json
+from jobs.lake import remote
+from jobs.lake import store as stores
+from jobs.lake.partitions import publish_json
 from jobs.redaction import without_secrets
 from jobs.run import InputError, Run
 
@@ -33,7 +36,7 @@ def append(lake: Path, ds: str, name: str, record: Mapping[str, Any]) -> Path:
     """Writes the manifest of a run that has ended, beside those of other runs. `name` is the job's, or a shard's."""
     ended = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S%fZ}"
     path = path_of(lake, ds, name if name in ANSWERS else f"{name}.{ended}-{uuid.uuid4().hex[:6]}")
-    write_json(path, without_secrets(record))
+    publish_json(lake, path, without_secrets(record))
     return path
 
 
@@ -44,16 +47,49 @@ def name_of(path: Path) -> str:
 
 def runs(lake: Path, ds: str, name: str) -> list[Path]:
     """Files of all runs of a name for a date, oldest first."""
-    found = list((lake / "manifests" / f"ds={ds}").glob(f"{name}.*json"))
+    return named(of_day(lake, ds), name)
+
+
+def named(paths: Iterable[Path], name: str) -> list[Path]:
+    """Those of the runs of a name, oldest first."""
+    found = [path for path in paths if fnmatch.fnmatchcase(path.name, f"{name}.*json")]
     # `NAME.json` is of an older lake: before all that say when they ended
     return sorted(found, key=lambda path: (path.name.count("."), path.name))
 
 
+def of_day(lake: Path, ds: str) -> list[Path]:
+    """Files of all runs for a date; of a lake on an object store they are brought to this machine."""
+    if store := stores.of(lake):
+        remote.mirror(store, lake, f"manifests/ds={ds}", ".json")
+    return sorted((lake / "manifests" / f"ds={ds}").glob("*.json"))
+
+
+def days(lake: Path) -> list[str]:
+    """Dates that have a manifest, in order."""
+    if store := stores.of(lake):
+        names = store.folders("manifests")
+    else:
+        names = sorted(path.name for path in (lake / "manifests").glob("ds=*"))
+    return [name.removeprefix("ds=") for name in names if name.startswith("ds=")]
+
+
 def history(lake: Path, name: str, ds: str = "9999-12-31") -> Iterator[Path]:
     """Files of all runs of a name for dates up to `ds`, newest first; `name` may be a pattern, such as `embed*`."""
-    folders = sorted((path for path in (lake / "manifests").glob("ds=*") if path.name <= f"ds={ds}"), reverse=True)
-    for folder in folders:
-        yield from reversed(runs(lake, folder.name.removeprefix("ds="), name))
+    if store := stores.of(lake):
+        yield from history_there(store, lake, name, ds)
+        return
+    for day in reversed([day for day in days(lake) if day <= ds]):
+        yield from reversed(runs(lake, day, name))
+
+
+def history_there(store: stores.Store, lake: Path, name: str, ds: str) -> Iterator[Path]:
+    """The same of an object store: one list names all, a request for each thousand, and a file comes once it is asked for."""
+    there = {lake / str(one["path"]): one for one in store.listed("manifests") if str(one["path"]).endswith(".json")}
+    for day in sorted({path.parent.name for path in there if path.parent.name <= f"ds={ds}"}, reverse=True):
+        for path in reversed(named((path for path in there if path.parent.name == day), name)):
+            if remote.is_older(path, there[path]):
+                store.fetch_one(str(there[path]["path"]), path)
+            yield path
 
 
 def parsed(path: Path) -> dict[str, Any]:
@@ -80,7 +116,7 @@ def read(lake: Path, ds: str, job: str, variant: str = "") -> dict[str, Any]:
             manifest = parsed(path)
             if manifest.get("status") == "done" and variant_of(manifest) == wanted:
                 return manifest
-    raise InputError(f"no run of {job!r} at or before {ds} in the lake {lake}: run `python -m jobs {job}` first")
+    raise InputError(f"no run of {job!r} at or before {ds} in the lake {stores.called(lake)}: run `python -m jobs {job}` first")
 
 
 def of_date(lake: Path, ds: str, name: str) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def read_night(lake: Path, ds: str) -> Night:
     of as attempts. Where none did, the newest does.
     """
     found, unreadable = dict[str, list[Mapping[str, Any]]](), list[str]()
-    for path in sorted((lake / "manifests" / f"ds={ds}").glob("*.json")):
+    for path in (of_day := manifests.of_day(lake, ds)):
         if manifests.name_of(path).split("-")[0] not in PATH:
             continue
         manifest = manifests.parsed(path)
@@ -170,7 +170,7 @@ def read_night(lake: Path, ds: str) -> Night:
             unreadable.append(path.name)
         elif not manifests.variant_of(manifest):
             found.setdefault(manifests.name_of(path), [])
-    runs = [standing_for(name, [manifests.parsed(path) for path in manifests.runs(lake, ds, name)]) for name in found]
+    runs = [standing_for(name, [manifests.parsed(path) for path in manifests.named(of_day, name)]) for name in found]
     runs.sort(key=lambda run: (PATH.index(run.job), run.name))
     return Night(ds=ds, runs=tuple(runs), unreadable=tuple(unreadable))
 
@@ -186,7 +186,7 @@ def standing_for(name: str, attempts: Sequence[Mapping[str, Any]]) -> JobRun:
 
 def nights_before(lake: Path, ds: str, most: int) -> list[Night]:
     """The last nights before a date, oldest first."""
-    dates = sorted(path.name.removeprefix("ds=") for path in (lake / "manifests").glob("ds=*") if path.name < f"ds={ds}")
+    dates = [date for date in manifests.days(lake) if date < ds]
     return [read_night(lake, date) for date in dates[-most:]] if most else []
 
 

@@ -1,18 +1,20 @@
 """Partitions of the lake: how the rows of a table are committed, found and read.
 
-The lake is a folder. A partition holds Parquet files and one `_commit.json` that names them with their digests. Only files
-named there exist for a reader, and the commit is replaced by one rename: a writer killed at any instant leaves the old
-partition or the new one, never a mixture. Files and folders are on the disk before the commit that names them, and the commit
-before what it replaced is deleted: a power cut at any instant leaves the same.
+A partition holds Parquet files and one `_commit.json` that names them with their digests. Only files named there exist for a
+reader, and the commit is replaced by one rename: a writer killed at any instant leaves the old partition or the new one, never a
+mixture. Files and folders are on the disk before the commit that names them, and the commit before what it replaced is deleted: a
+power cut at any instant leaves the same. On an object store (remote.py) one put on a condition takes the place of the rename.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +24,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.lake import tables
+from jobs.lake import ranged, remote, tables
+from jobs.lake import store as stores
+from jobs.lake.remote import COMMIT as COMMIT
 from jobs.lake.tables import Table
-from jobs.run import InputError
-
-COMMIT = "_commit.json"
+from jobs.run import InputError, Unavailable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,12 @@ def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_part(lake: Path, key: str) -> str:
+    """SHA-256 of the bytes of a file of the lake, in hexadecimal, wherever the lake is. Raises FileNotFoundError."""
+    store = stores.of(lake)
+    return store.digest(key) if store else digest_file(lake / key)
 
 
 def digest_folder(path: Path) -> str:
@@ -87,53 +95,107 @@ def make_folder(path: Path) -> None:
             sync(place.parent)
 
 
+def written(value: object) -> str:
+    """A value as JSON, as small files of the lake hold it."""
+    return json.dumps(value, indent=1, sort_keys=True, default=str)
+
+
 def write_json(path: Path, value: object) -> None:
     """Replaces a small file at once: readers see the old text or the new one, also after a power cut."""
     make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with aside.open("w") as stream:
-        json.dump(value, stream, indent=1, sort_keys=True, default=str)
+        stream.write(written(value))
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(path)
     sync(path.parent)
 
 
-def commit_files(lake: Path, name: str, partition: str, staged: Sequence[Path], rows: int | None = None) -> Commit:
-    """Makes finished Parquet files of the lake's file system a partition's whole content, at once.
+def publish_json(lake: Path, path: Path, value: object) -> None:
+    """`write_json` of a file of the lake, wherever the lake is."""
+    if store := stores.of(lake):
+        # before the copy of this machine, which another process may remove as long as the store does not have it
+        store.put(path.relative_to(lake).as_posix(), written(value).encode())
+    write_json(path, value)
+
+
+def read_json(lake: Path, path: Path) -> Any:
+    """What a small file of the lake says, wherever the lake is; None where it is not there."""
+    if store := stores.of(lake):
+        found = store.get(path.relative_to(lake).as_posix())
+        return json.loads(found.data) if found else None
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def commit_files(
+    lake: Path, name: str, partition: str, staged: Sequence[Path], rows: int | None = None, *, behind: bool = False
+) -> Commit:
+    """Makes finished Parquet files of the lake's file system a partition's whole content, at once; `behind` adds them to it.
 
     A file is moved in under a name made of its place and its digest, so equal rows leave an equal folder. What the
     partition held before is deleted after the commit. `rows` is how many their writer counted.
-    Raises InputError where the files hold another number of rows, or there is no file; the old partition then stays.
+    Raises InputError where the files hold another number of rows, or there is no file; Unavailable where another writer of a lake
+    on an object store was faster. The old partition then stays.
     """
     counts = [pq.read_metadata(file).num_rows for file in staged]
     found = sum(counts)
+    if not staged and behind:
+        return read_commit(lake, name, partition)
     if not staged or rows not in (None, found):
-        wrote = "" if rows is None else f", {rows:,} rows were written"
+        place, wrote = stores.called(lake), "" if rows is None else f", {rows:,} rows were written"
         raise InputError(
-            f"{name}/{partition}: {len(staged)} files with {found:,} rows lie in the lake {lake}{wrote}: does every machine that "
-            "writes see this folder under the same path (one mount)?"
+            f"{name}/{partition}: {len(staged)} files with {found:,} rows lie in the lake {place}{wrote}: does every machine "
+            "that writes see this folder under the same path (one mount)?"
         )
+    if store := stores.of(lake):
+        remote.commit_files(store, name, partition, staged, behind)
+    else:
+        if behind and is_committed(lake, name, partition):
+            held = [folder(lake, name, partition) / file for file in read_commit(lake, name, partition).files]
+            counts, staged = [pq.read_metadata(file).num_rows for file in held] + counts, [*held, *staged]
+        commit_here(lake, name, partition, staged, counts)
+    return read_commit(lake, name, partition)
+
+
+def commit_here(lake: Path, name: str, partition: str, staged: Sequence[Path], counts: Sequence[int]) -> None:
+    """Moves files of known row counts into a lake that is a folder, and commits them."""
     here = folder(lake, name, partition)
     make_folder(here)
-    entries: list[dict[str, Any]] = []
+    entries: list[remote.Entry] = []
     for number, (file, count) in enumerate(zip(staged, counts, strict=True)):
         sha256 = digest_file(file)
-        target = here / f"part-{number:05d}-{sha256[:12]}.parquet"
+        target = here / remote.part_name(number, sha256)
         sync(file)
         file.replace(target)
         entries.append({"name": target.name, "rows": count, "sha256": sha256})
-    digest = hashlib.sha256("\n".join(entry["sha256"] for entry in entries).encode()).hexdigest()
     for place in here, *here.parents:  # all the way: who made a folder may have been killed before it was synced
         sync(place)
         if place == lake:
             break
-    write_json(here / COMMIT, {"table": name, "partition": partition, "files": entries, "digest": digest})
+    write_json(here / COMMIT, remote.record(name, partition, entries))
     kept = {COMMIT, *(entry["name"] for entry in entries)}
     for leftover in here.iterdir():
         if leftover.name not in kept and leftover.is_file():
             leftover.unlink()
-    return read_commit(lake, name, partition)
+
+
+def commit_put(
+    lake: Path, table: Table, partition: str, entries: Sequence[remote.Entry], before: stores.Found | None, rows: int
+) -> Commit:
+    """Commits parts that were put into a lake on an object store, in order; `before` stood there before they were put.
+
+    Raises InputError where the parts hold another number of rows than `rows`, Unavailable where another writer was faster.
+    """
+    store = stores.of(lake)
+    assert store is not None
+    found = sum(entry["rows"] for entry in entries)
+    if found != rows:
+        raise InputError(f"{table.name}/{partition}: {found:,} rows were put into {store.address}, of {rows:,}: run again")
+    if not entries:
+        return write(lake, table, partition, [])
+    remote.commit(store, table.name, partition, entries, before)
+    return read_commit(lake, table.name, partition)
 
 
 def write(lake: Path, table: Table, partition: str, parts: Iterable[pa.Table]) -> Commit:
@@ -156,10 +218,11 @@ def write(lake: Path, table: Table, partition: str, parts: Iterable[pa.Table]) -
 
 def read_commit(lake: Path, name: str, partition: str) -> Commit:
     """What a partition holds. Raises InputError where nothing was ever committed."""
-    path = folder(lake, name, partition) / COMMIT
-    if not path.exists():
-        raise InputError(f"{name}/{partition} is not in the lake {lake}: run the job that writes {name} for it first")
-    value = json.loads(path.read_text())
+    text = commit_text(lake, name, partition)
+    if text is None:
+        called = stores.called(lake)
+        raise InputError(f"{name}/{partition} is not in the lake {called}: run the job that writes {name} for it first")
+    value = json.loads(text)
     return Commit(
         table=name,
         partition=partition,
@@ -169,28 +232,88 @@ def read_commit(lake: Path, name: str, partition: str) -> Commit:
     )
 
 
+def commit_text(lake: Path, name: str, partition: str) -> bytes | None:
+    """What a partition's commit says; None where there is none."""
+    if store := stores.of(lake):
+        found = remote.committed_now(store, name, partition)
+        return found.data if found else None
+    path = folder(lake, name, partition) / COMMIT
+    return path.read_bytes() if path.exists() else None
+
+
+def is_committed(lake: Path, name: str, partition: str) -> bool:
+    """Whether a partition holds anything."""
+    return commit_text(lake, name, partition) is not None
+
+
 def committed(lake: Path, name: str, under: str = "") -> list[str]:
-    """Committed partitions of a table below `under`, in order: `partitions(lake, "llm_embeddings", "encoder=ab12")`."""
+    """Committed partitions of a table below `under`, in order: `partitions(lake, "llm_embeddings", "encoder=ab12")`.
+
+    On an object store that reads the names of all that lie there: `newest` is what a night asks for.
+    """
+    if store := stores.of(lake):
+        return remote.committed(store, name, under)
     root = lake / name
     return sorted(path.parent.relative_to(root).as_posix() for path in (root / under).rglob(COMMIT))
 
 
+def drop(lake: Path, name: str, partition: str) -> None:
+    """Removes a partition: first the commit, so that no reader finds half of it."""
+    if store := stores.of(lake):
+        store.delete([f"{name}/{partition}/{COMMIT}"])
+        store.delete([str(one["path"]) for one in store.listed(f"{name}/{partition}")])
+    here = folder(lake, name, partition)
+    (here / COMMIT).unlink(missing_ok=True)
+    shutil.rmtree(here, ignore_errors=True)
+
+
 def latest(lake: Path, name: str, ds: str) -> str:
     """The newest partition `ds=DATE` of a table at or before `ds`. Raises InputError where there is none."""
-    dates = [partition for partition in committed(lake, name) if partition <= f"ds={ds}"]
-    if not dates:
-        raise InputError(f"{name} has no partition at or before {ds} in the lake {lake}: run the job that writes it first")
-    return dates[-1]
+    if (found := newest(lake, name, ds)) is None:
+        called = stores.called(lake)
+        raise InputError(f"{name} has no partition at or before {ds} in the lake {called}: run the job that writes it first")
+    return found
+
+
+def newest(lake: Path, name: str, ds: str) -> str | None:
+    """The newest partition `ds=DATE` of a table at or before `ds`; None where there is none."""
+    if store := stores.of(lake):
+        return remote.newest(store, name, f"ds={ds}")
+    return max((partition for partition in committed(lake, name) if partition <= f"ds={ds}"), default=None)
+
+
+def before(lake: Path, name: str, ds: str) -> str | None:
+    """The newest partition `ds=DATE` of a table before `ds`; None where there is none."""
+    return newest(lake, name, f"{dt.date.fromisoformat(ds) - dt.timedelta(days=1)}")
 
 
 def scan(
     lake: Path, table: Table, partition: str, columns: Sequence[str] | None = None, batch_rows: int = 65_536
 ) -> Iterator[pa.RecordBatch]:
     """Rows of a partition in bounded batches, in the order of its files. `check` them where a law matters."""
-    here = folder(lake, table.name, partition)
-    for name in read_commit(lake, table.name, partition).files:
-        with pq.ParquetFile(here / name) as file:
-            yield from file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns else None)
+    for file in read_files(lake, table.name, partition, columns):
+        yield from file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns else None)
+
+
+def read_files(lake: Path, name: str, partition: str, columns: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
+    """The files of a partition, one after the other, each open until the next is asked for; `columns` will be read of them."""
+    for file in read_commit(lake, name, partition).files:
+        with opened(lake, f"{name}/{partition}/{file}", columns) as part:
+            yield part
+
+
+@contextlib.contextmanager
+def opened(lake: Path, key: str, columns: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of the lake."""
+    if (store := stores.of(lake)) is None:
+        with pq.ParquetFile(lake / key) as file:
+            yield file
+        return
+    try:
+        with ranged.opened(store, key, columns) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise Unavailable(f"{store.address}/{key} was replaced while it was read: run again") from error
 
 
 def read(lake: Path, table: Table, partition: str) -> pa.Table:

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from jobs.lake import partitions
 from jobs.lake.items import live_items
+from jobs.lake.store import called
 from jobs.lake.tables import ITEMS, SEQUENCES
 from jobs.run import InputError, Run, as_json, code_revision
 from models.behaviour.data import Histories, histories
@@ -125,13 +125,12 @@ def embedding_batches(
     """
     found = [(table, name) for table in tables for name in partitions.committed(run.lake, table, f"encoder={encoder_id}")]
     if not found:
-        raise InputError(f"encoder {encoder_id} has no embeddings in the lake {run.lake}: run embed")
+        raise InputError(f"encoder {encoder_id} has no embeddings in the lake {called(run.lake)}: run embed")
+    columns = ["content_hash", "embedding"]
     for table, partition in found:
-        here = partitions.folder(run.lake, table, partition)
-        for name in partitions.read_commit(run.lake, table, partition).files:
-            with pq.ParquetFile(here / name) as file:
-                for batch in file.iter_batches(batch_size=65_536, columns=["content_hash", "embedding"]):
-                    yield batch["content_hash"], as_matrix(batch["embedding"])
+        for file in partitions.read_files(run.lake, table, partition, columns):
+            for batch in file.iter_batches(batch_size=65_536, columns=columns):
+                yield batch["content_hash"], as_matrix(batch["embedding"])
 
 
 def as_matrix(vectors: pa.FixedSizeListArray) -> Tensor:

@@ -206,7 +206,7 @@ def kind(before: Pointer | None, after: Pointer) -> Literal["new space", "delta"
 def resolve(config: Config) -> dict[str, str]:
     """`space_id`, `encoder_id` and `recommender_id` of the space that the recipe asks for. Raises InputError."""
     lake = config.run.lake
-    if (lake / "item_embeddings" / f"space={config.space}").is_dir():
+    if partitions.committed(lake, "item_embeddings", f"space={config.space}"):
         return {"space_id": config.space, **online.recommender_of(lake, config.space)}
     chosen = registry.resolve(config.run, config.space)
     ids = {name: str(chosen[name]) for name in ("encoder_id", "recommender_id")}
@@ -320,7 +320,8 @@ def put_online(
         after = spaces.flip(store, reader, space)
         clock.lap("flip", f"space {space.space_id} of {space.ds} serves")
     if config.offline and not config.arriving:
-        offline.write_pointer(Path(offline_folder(lake)), after)
+        with online.offline_home(lake) as home:
+            offline.write_pointer(home, after)
     return Figures(after=after, written=written, removed=removed, verified=verified, attributes=attributes)
 
 

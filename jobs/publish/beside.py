@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from feature_repo import index, offline, spaces
 from feature_repo.index import Graph
-from feature_repo.reader import CODECS, Reader, Space, offline_folder
+from feature_repo.reader import CODECS, Reader, Space
 from feature_repo.stores import Store
 from jobs.engines import online
 from jobs.lake import arrivals, partitions
@@ -84,10 +84,13 @@ def catalogue(lake: Path, ds: str, rows: int, *, arriving: bool = False) -> Iter
 
 def write_offline(lake: Path, space: Space, chunk_rows: int) -> None:
     """The history of vectors and items, as Feast's offline store reads it."""
-    home, rows = Path(offline_folder(lake)), chunk_rows * ROW_GROUP
-    offline.prepare(home)
-    offline.write_vectors(home, space, online.chunks(lake, online.partition_of(space.space_id, space.ds), rows, arrived=False))
-    offline.write_items(home, space.ds, catalogue(lake, space.ds, rows))
+    rows = chunk_rows * ROW_GROUP
+    with online.offline_home(lake) as home:
+        offline.prepare(home)
+        offline.write_vectors(
+            home, space, online.chunks(lake, online.partition_of(space.space_id, space.ds), rows, arrived=False)
+        )
+        offline.write_items(home, space.ds, catalogue(lake, space.ds, rows))
 
 
 def recall(lake: Path, space: Space, graph: Graph | None) -> float:

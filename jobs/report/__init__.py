@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jobs.lake import nights
+from jobs.lake import artifacts, nights
 from jobs.lake.nights import Night
 from jobs.lake.partitions import digest_file
+from jobs.lake.store import called
 from jobs.report import drift, openlineage, tracking, views, weak
 from jobs.report.drift import Bounds, Measure
 from jobs.report.facts import Facts
@@ -101,18 +102,21 @@ def run(config: Config) -> Result:
     lake, ds = config.run.lake, config.run.ds
     night = nights.read_night(lake, ds)
     if not night.runs and not night.unreadable:
-        raise InputError(f"no job has run for {ds} in the lake {lake}: run `python -m jobs extract` first, or give another --ds")
+        raise InputError(
+            f"no job has run for {ds} in the lake {called(lake)}: run `python -m jobs extract` first, or give another --ds"
+        )
     facts, values = gather(config, night)
     found = openlineage.events(night, config.namespace)
     home = lake / "reports" / f"ds={ds}"
     html = page(facts)
     write_text(home / "report.html", html)
     write_text(home / "openlineage.jsonl", openlineage.lines(found))
+    artifacts.put_folder(lake, home)
     told = verdict(facts)
     announce(told, home / "report.html", len(html.encode()))
     tracking.track(config.run, night, told.state, values, home)
     return Result(
-        path=str(home / "report.html"),
+        path=f"{called(lake)}/{home.relative_to(lake)}/report.html",
         state=told.state,
         verdict=told.line,
         points=told.points,

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jobs.lake import artifacts, partitions
 from jobs.report.sample import Sample
@@ -73,7 +72,7 @@ def base_vectors(run: Run, spaces: Spaces, sample: Sample, base_items: int) -> t
 
 def base_encoder(lake: Path, encoder_id: str) -> str:
     """The encoder without LoRA over the same base model that has embedded something; empty where there is none."""
-    described = {path.parent.name: json.loads(path.read_text()) for path in (lake / "models" / "encoder").glob("*/encoder.json")}
+    described = {name: json.loads(path.read_text()) for name, path in artifacts.described(lake, "encoder")}
     own = described.get(encoder_id, {})
     alike = [
         name
@@ -117,13 +116,12 @@ def served_vectors(lake: Path, partition: str, sample: Sample) -> dict[str, Matr
 
 def rows_below(lake: Path, table: str, partition: str, bound: str, key: str) -> Iterator[tuple[list[str], list[str], Matrix]]:
     """(keys, content hashes, vector_BD) of a partition of vectors, of those content hashes that lie below the bound."""
-    here = partitions.folder(lake, table, partition)
-    for name in partitions.read_commit(lake, table, partition).files:
-        with pq.ParquetFile(here / name) as file:
-            for batch in file.iter_batches(batch_size=16_384, columns=list(dict.fromkeys([key, "content_hash", "embedding"]))):
-                some = batch.filter(pc.less(batch["content_hash"], bound))
-                if some.num_rows:
-                    yield some[key].to_pylist(), some["content_hash"].to_pylist(), matrix(some["embedding"])
+    columns = list(dict.fromkeys([key, "content_hash", "embedding"]))
+    for file in partitions.read_files(lake, table, partition, columns):
+        for batch in file.iter_batches(batch_size=16_384, columns=columns):
+            some = batch.filter(pc.less(batch["content_hash"], bound))
+            if some.num_rows:
+                yield some[key].to_pylist(), some["content_hash"].to_pylist(), matrix(some["embedding"])
 
 
 def matrix(column: pa.Array) -> Matrix:
@@ -134,6 +132,5 @@ def matrix(column: pa.Array) -> Matrix:
 
 def ids_of(lake: Path, partition: str) -> list[str]:
     """Item ids of a space."""
-    here = partitions.folder(lake, "item_embeddings", partition)
-    files = partitions.read_commit(lake, "item_embeddings", partition).files
-    return [item for name in files for item in pq.read_table(here / name, columns=["item_id"])["item_id"].to_pylist()]
+    files = partitions.read_files(lake, "item_embeddings", partition, ["item_id"])
+    return [item for file in files for item in file.read(columns=["item_id"])["item_id"].to_pylist()]

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from jobs.lake import partitions
 from jobs.lake.tables import ITEM_GROUPS, ITEMS
@@ -86,12 +85,10 @@ def choose_examples(sample: Sample, groups: Mapping[str, str], each: int) -> lis
 def groups_of(lake: Path, partition: str, sample: Sample) -> dict[str, str]:
     """cold, tail or head, of the sample's items."""
     wanted, found = pa.array(sample.item_ids, pa.string()), dict[str, str]()
-    here = partitions.folder(lake, "item_embeddings", partition)
-    for name in partitions.read_commit(lake, "item_embeddings", partition).files:
-        with pq.ParquetFile(here / name) as file:
-            for batch in file.iter_batches(columns=["item_id", "group"]):
-                some = batch.filter(pc.is_in(batch["item_id"], wanted))
-                found |= dict(zip(some["item_id"].to_pylist(), some["group"].to_pylist(), strict=True))
+    for file in partitions.read_files(lake, "item_embeddings", partition, ["item_id", "group"]):
+        for batch in file.iter_batches(columns=["item_id", "group"]):
+            some = batch.filter(pc.is_in(batch["item_id"], wanted))
+            found |= dict(zip(some["item_id"].to_pylist(), some["group"].to_pylist(), strict=True))
     return found
 
 

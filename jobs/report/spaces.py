@@ -28,12 +28,11 @@ class Spaces:
 def spaces_of(lake: Path, night: Night, before: Sequence[Night]) -> Spaces:
     """What the night's vectors are: of its `project`, else of the last one before. Texts are empty where there is none."""
     made = [(one.ds, one.result("project")) for one in [*before, night] if one.result("project")]
-    made = [(ds, result) for ds, result in made if partitions.committed(lake, "item_embeddings", partition_of(result, ds))]
+    made = [(ds, result) for ds, result in made if partitions.is_committed(lake, "item_embeddings", partition_of(result, ds))]
     ds, project = made[-1] if made else ("", {})
     trained = night.result("embed") or night.result("scft")
-    dates = [name for name in partitions.committed(lake, ITEMS.name) if name <= f"ds={night.ds}"]
     return Spaces(
-        items=dates[-1] if dates else "",
+        items=partitions.newest(lake, ITEMS.name, night.ds) or "",
         encoder_id=str(project.get("encoder_id") or trained.get("encoder_id", "")),
         served=partition_of(project, ds) if project else "",
         before=space_before(lake, night, made),

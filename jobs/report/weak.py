@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from jobs.lake import artifacts
 from jobs.lake.nights import Night
 
 MODEL = "llmemb"
@@ -46,8 +47,10 @@ class Group:
 
 def groups(lake: Path, night: Night) -> tuple[Group, ...]:
     """Every group that has users; none where nothing was evaluated, or what it kept is gone."""
-    home = lake / "models" / "outcomes" / str(night.result("evaluate").get("outcomes_id") or "none")
+    identity = str(night.result("evaluate").get("outcomes_id") or "none")
+    home = lake / "models" / "outcomes" / identity
     try:
+        artifacts.find(lake, "outcomes", identity)
         names = json.loads((home / "outcomes.json").read_text())
         found = load_file(home / "outcomes.safetensors")
         ndcg_C = found["ndcg_KC"][names["models"].index(MODEL)].astype(np.float64)

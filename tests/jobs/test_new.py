@@ -40,6 +40,9 @@ def test_what_is_given_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert main(["new", str(tmp_path / "shop"), "--set", "extract.items.table=shop.items"]) == 0
     assert "Table of your items" not in capsys.readouterr().err
+    assert main(["new", str(tmp_path / "bucket"), "--set", "run.lake=s3://bucket/lake"]) == 0
+    recipe = tomllib.loads((tmp_path / "bucket" / "recipe.toml").read_text())
+    assert recipe["run"]["tracking_uri"] == f"sqlite:///{tmp_path}/bucket/mlflow.db"
     assert tomllib.loads((tmp_path / "shop" / "recipe.toml").read_text())["extract"]["items"]["table"] == "shop.items"
 
 

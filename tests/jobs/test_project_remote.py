@@ -1,0 +1,89 @@
+"""A lake in a folder that is copied to a bucket is the same lake; `project`, killed there at random, ends with equal objects."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import project, rat
+from jobs.lake import store as stores
+from jobs.run import Run
+from models.behaviour.assembly import Fusion
+from models.behaviour.recommender import Backbone
+from models.behaviour.training import Training
+from tests.jobs.small_lake import DS, make, remember
+from tests.object_store import ObjectStore
+from tests.object_store import object_server as object_server
+from tests.object_store import object_store as object_store
+
+SMALL = Backbone(width=8, max_len=6)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Run:
+    """A lake in a folder, after `rat`."""
+    run = make(tmp_path)
+    config = rat.Config(run=run, teacher="none", hidden=16, backbone=SMALL, fusion=Fusion(parts=("llmemb",)),
+                        training=Training(epochs=1, batch=8))  # fmt: skip
+    remember(run, "rat", rat.run(config))
+    return run
+
+
+def copied(folder: Run, object_store: ObjectStore, prefix: str) -> Path:
+    """The same files in a bucket, as `aws s3 sync` would copy them."""
+    lake = stores.place(Path(object_store.address(prefix)))
+    store = stores.of(lake)
+    assert store is not None
+    files = [path for path in sorted(folder.lake.rglob("*")) if path.is_file() and "locks" not in path.parts]
+    store.put_files([(path.relative_to(folder.lake).as_posix(), path) for path in files])
+    return lake
+
+
+def test_a_folder_that_is_copied_to_a_bucket_is_the_same_lake(folder: Run, object_store: ObjectStore) -> None:
+    lake = copied(folder, object_store, "lake")
+    here = project.run(project.Config(run=folder, recommender="latest"))
+    there = project.run(project.Config(run=Run(ds=DS, lake=lake, device="cpu"), recommender="latest"))
+    assert (there.inputs, there.outputs, there.rows) == (here.inputs, here.outputs, here.rows)
+    key = f"item_embeddings/space={here.space_id}/ds={DS}/_commit.json"
+    assert object_store.objects()[key] == (folder.lake / key).read_bytes()
+
+
+def test_killed_at_random_instants_and_run_again_it_ends_with_the_same_objects(
+    folder: Run, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[run]\nlake = "{object_store.address()}"\ndevice = "cpu"\n[project]\nrecommender = "latest"\nbatch_rows = 4\n'
+    )
+    copied(folder, object_store, "lake")
+    before = object_store.objects()
+    command = [sys.executable, "-m", "jobs", "project", "--recipe", str(recipe), "--ds", DS]
+    subprocess.run(command, check=True)
+    wanted = tables(object_store)
+    requests = len(object_store.seen)
+    for draw in random.Random(7).sample(range(requests), 4):
+        for key in object_store.objects().keys() - before.keys():
+            object_store.client.delete_object(Bucket=object_store.bucket, Key=f"lake/{key}")
+        process = subprocess.Popen(command)
+        left = [draw]
+
+        def fault(method: str, path: str, process: subprocess.Popen[bytes] = process, left: list[int] = left) -> str:
+            left[0] -= 1
+            if left[0] == 0:
+                process.kill()
+            return "hang up" if left[0] == 0 else ""
+
+        object_store.fault = fault
+        process.wait()
+        object_store.fault = lambda method, path: ""
+        subprocess.run(command, check=True)
+        assert tables(object_store) == wanted, draw
+
+
+def tables(object_store: ObjectStore) -> dict[str, bytes]:
+    """What the job commits."""
+    return {key: data for key, data in object_store.objects().items() if key.startswith("item_embeddings/")}
