@@ -17,11 +17,11 @@ from jobs.lake.items import bury
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, Table
 from jobs.run import InputError, Unavailable
 from tests.jobs.extract.test_arrivals import LATE
-from tests.jobs.extract.test_window import SPARK, config, days, logs, spoil
+from tests.jobs.extract.test_window import SPARK, config, days, logs, spoil, week
 from tests.jobs.small_lake import remember
 from tests.object_store import ObjectStore, object_server, object_store
 
-__all__ = ["logs", "object_server", "object_store"]  # for pytest, which looks fixtures up here
+__all__ = ["logs", "object_server", "object_store", "week"]  # for pytest, which looks fixtures up here
 
 
 @pytest.fixture(scope="module", autouse=True)
