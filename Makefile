@@ -43,7 +43,7 @@ serve: $(STAMP) ## keeps the serving process up on the demo's stores, with a pag
 test: export OMP_NUM_THREADS ?= 1
 test: export JAVA_TOOL_OPTIONS ?= -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
 test: $(STAMP) ## runs all tests, on up to four cores, each process with one thread
-	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $$(($$(env -u OMP_NUM_THREADS nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP) ## runs the tests that need an NVIDIA GPU; skips them, saying so, without one
 	$(BIN)/python -m pytest tests/gpu
