@@ -1,6 +1,8 @@
 """ELMRec's view (arXiv 2409.19979): random vectors of users and items, spread over the graph of who took what. Untrained.
 
-What stands near in the graph ends up alike, since it collects the same random vectors. Everything comes from train rows.
+What stands near in the graph ends up alike, since it collects the same random vectors. Everything comes from train rows. Powers
+that lead from items to items are taken, without the first: an item's own random vector would drown what it collects, and would rank
+near chance (BENCHMARKS.md). Rows are of length one, as popular items collect more.
 
 Shapes: U users, V items + 1 (row 0 is padding), D width, E different (user, item) pairs, M nodes.
 """
@@ -8,6 +10,7 @@ Shapes: U users, V items + 1 (row 0 is padding), D width, E different (user, ite
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.behaviour.data import Histories
@@ -20,7 +23,9 @@ FADE = 0.7
 
 
 def graph_table(events: Histories, width: int, *, layers: int = LAYERS, seed: int = 0) -> Tensor:
-    """table_VD: the items' rows of mean over l = 0..layers of (D^-1/2 A D^-1/2)^l R, with R Gaussian; each pair counts once.
+    """table_VD: the items' rows, of length one, of mean over even l = 2..layers of (D^-1/2 A D^-1/2)^l R, with R Gaussian.
+
+    Each pair of a user and an item counts once.
 
     Padding and items without a train event are zero: text has to fill them. Raises ValueError for an empty graph.
     """
@@ -35,21 +40,21 @@ def graph_table(events: Histories, width: int, *, layers: int = LAYERS, seed: in
     table_VD = spread[users:]
     met_V = torch.zeros(rows, dtype=torch.bool, device=key_E.device)
     met_V[key_E % rows] = True
-    return table_VD * met_V[:, None]
+    return F.normalize(table_VD, dim=1) * met_V[:, None]
 
 
 def propagated(one_E: Tensor, other_E: Tensor, start_MD: Tensor, layers: int) -> Tensor:
-    """Mean over l = 0..layers of (D^-1/2 A D^-1/2)^l start, in the undirected graph of these edges, each given once."""
+    """Mean over even l = 2..layers of (D^-1/2 A D^-1/2)^l start, in the undirected graph of these edges, each given once."""
     nodes = len(start_MD)
     place_2E = torch.cat([torch.stack([one_E, other_E]), torch.stack([other_E, one_E])], dim=1)
     root_M = torch.bincount(place_2E[0], minlength=nodes).clamp_min(1).float().rsqrt()
     value_E = root_M[place_2E[0]] * root_M[place_2E[1]]
     graph = torch.sparse_coo_tensor(place_2E, value_E, (nodes, nodes), check_invariants=False).coalesce()
-    total_MD = layer_MD = start_MD
-    for _ in range(layers):
-        layer_MD = graph @ layer_MD
+    total_MD, layer_MD = torch.zeros_like(start_MD), start_MD
+    for _ in range(layers // 2):
+        layer_MD = graph @ (graph @ layer_MD)
         total_MD = total_MD + layer_MD
-    mean_MD: Tensor = total_MD / (layers + 1)
+    mean_MD: Tensor = total_MD / (layers // 2)
     return mean_MD
 
 

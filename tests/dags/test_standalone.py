@@ -23,7 +23,7 @@ import pytest
 
 from tests.dags.conftest import Stub, airflow_environment, migrate
 
-PATIENCE_S = 120
+PATIENCE_S = 240
 pytestmark = pytest.mark.timeout(900)  # each wait has a deadline of its own
 
 

@@ -18,9 +18,26 @@ def test_on_a_path_of_three_nodes_it_is_the_closed_form() -> None:
     step = torch.tensor([[0, half, 0], [half, 0, half], [0, half, 0]])
     square = torch.tensor([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
     torch.testing.assert_close(step @ step, square)
+    # S⁴ = S²: the mean over 2 and 4 is S²
     found = propagated(torch.tensor([0, 1]), torch.tensor([1, 2]), torch.eye(3), 4)
-    # S³ = S and S⁴ = S²: the mean over 0..4 is (I + 2 S + 2 S²) / 5
-    torch.testing.assert_close(found, (torch.eye(3) + 2 * step + 2 * square) / 5)
+    torch.testing.assert_close(found, square)
+    # with a fourth node S⁴ is another: the ends send to their neighbours 1/sqrt(2), those to each other 1/2
+    step = torch.zeros(4, 4)
+    for one, other, value in ((0, 1, half), (1, 2, 0.5), (2, 3, half)):
+        step[one, other] = step[other, one] = value
+    found = propagated(torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3]), torch.eye(4), 4)
+    torch.testing.assert_close(found, (step @ step + torch.linalg.matrix_power(step, 4)) / 2)
+
+
+def test_an_items_own_random_vector_does_not_drown_what_it_collects() -> None:
+    """Two items of the same users are one; rows are of length one, however many took them."""
+    offsets = torch.arange(0, 13, 2).tolist()
+    logs = histories(items=[1, 2] * 5 + [3, 3], train_end=[2] * 6, offsets=offsets, timestamps=[1, 2] * 6, valid_end=[2] * 6,
+                     catalogue=3)  # fmt: skip
+    table_VD = graph_table(logs, 16)
+    torch.testing.assert_close(table_VD[1], table_VD[2])
+    torch.testing.assert_close(table_VD[1:].norm(dim=1), torch.ones(3))
+    assert float(table_VD[1] @ table_VD[3]) < 0.9
 
 
 def test_items_that_users_share_are_alike_and_cold_ones_are_zero() -> None:
