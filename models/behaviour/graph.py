@@ -1,8 +1,8 @@
 """ELMRec's view (arXiv 2409.19979): random vectors of users and items, spread over the graph of who took what. Untrained.
 
 What stands near in the graph ends up alike, since it collects the same random vectors. Everything comes from train rows. Powers
-that lead from items to items are taken, without the first: an item's own random vector would drown what it collects, and would rank
-near chance (BENCHMARKS.md). Rows are of length one, as popular items collect more.
+that lead from items to items are taken, without the first: an item's own random vector would drown what it collects, and it would
+rank near chance (BENCHMARKS.md). Rows are of length one, as popular items collect more.
 
 Shapes: U users, V items + 1 (row 0 is padding), D width, E different (user, item) pairs, M nodes.
 """
