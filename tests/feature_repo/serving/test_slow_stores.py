@@ -143,7 +143,8 @@ def hung_up_on(proxy: Proxy) -> None:
 @pytest.mark.parametrize("fault", [jitter, slow, hanging, hung_up_on])
 def test_a_store_in_trouble_gives_no_wrong_answer_and_is_well_again(world: World, fault: Callable[[Proxy], None]) -> None:
     known = list(USERS)[:12]
-    assert set(world.load(known)) == {"right"}, "these users are in memory from now on"
+    # in memory from now on; on a busy machine a well store may be slow at first
+    world.client.until(lambda: set(world.load(known)) == {"right"})
     fault(world.proxy)
     said = world.load()
     assert said["unknown_user"] == 0, "a user who can't be read is not said to be unknown"
@@ -163,7 +164,7 @@ def test_a_store_that_was_flushed_knows_nobody_and_says_so_until_histories_are_p
     world.load()
     assert world.store is not None
     world.store.flushall()
-    assert set(world.load()) == {"unknown_user"}
+    world.client.until(lambda: set(world.load()) == {"unknown_user"})
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps(
         {"type": "redis", "connection_string": f"127.0.0.1:{world.store.connection_pool.connection_kwargs['port']}"}
     ))  # fmt: skip
