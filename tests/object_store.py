@@ -23,7 +23,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from werkzeug.serving import make_server
 
 Fault = Callable[[str, str], str]
-"""(method, path) -> "" to carry the request out, `throttle`, `hang up` before it, `lose the answer` after it."""
+"""(method, path) -> "" to carry the request out, `throttle`, `deny`, `hang up` before it, `lose the answer` after it."""
 
 
 @dataclass
@@ -77,6 +77,9 @@ class Front:
         if fault == "throttle":
             start("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"]
+        if fault == "deny":
+            start("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         if fault == "hang up":
             hang_up(environ)
             return []

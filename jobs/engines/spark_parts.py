@@ -7,8 +7,10 @@ machine, or variables of their own. Where the store is, and the few modules of o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import tempfile
 import threading
 import zipfile
@@ -22,6 +24,7 @@ import pyarrow.parquet as pq
 from jobs.lake import ranged
 from jobs.lake.remote import Entry, part_name
 from jobs.lake.store import Store
+from jobs.run import InputError, Unavailable
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -33,9 +36,23 @@ SENT = ("__init__", "run", "redaction", "lake/__init__", "lake/place", "lake/sto
 """Our modules that an executor runs: they load without torch, pydantic or Spark's Java side."""
 WHERE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ALLOW_HTTP")
 """Variables that say where a store is. Those that let one in are not sent: they would lie in every task."""
+TOLD = re.compile(r"^\s*jobs\.run\.(Unavailable|InputError): (.+)$", re.MULTILINE)
 Batches = Iterator[pa.RecordBatch]
 SENDING = threading.Lock()
 """Tables are written side by side."""
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """What the store refused or failed at in a task, as the driver would have told it; all else as Spark tells it."""
+    from pyspark.errors import PythonException
+
+    try:
+        yield
+    except PythonException as error:
+        if (told := TOLD.search(str(error))) is None:
+            raise
+        raise {"Unavailable": Unavailable, "InputError": InputError}[told[1]](told[2]) from error
 
 
 def put(rows: DataFrame, address: str, prefix: str, schema: pa.Schema) -> list[Entry]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pyspark.sql import functions as F
 
+from jobs.engines import spark_parts
 from jobs.engines.spark import session
 from jobs.extract import arrivals, counts, judge, shape, volume, window
 from jobs.extract.config import Config as Config
@@ -85,7 +86,8 @@ def in_session(config: Config) -> Result | arrivals.Result:
     spark = session("extract", config.spark)
     staging = config.run.lake / ".staging" / f"extract-{uuid.uuid4().hex[:8]}"
     try:
-        return arrivals.take(spark, config) if config.arriving else snapshot(spark, config, staging)
+        with spark_parts.failures():
+            return arrivals.take(spark, config) if config.arriving else snapshot(spark, config, staging)
     finally:
         spark.stop()
         shutil.rmtree(staging, ignore_errors=True)

@@ -89,12 +89,7 @@ def run(config: Config) -> Result:
     with home_of(lake) as home:
         if not config.unknown:
             known.refuse_unknown(lake, home.path, ids)
-        for item in sorted(ids):
-            bury(lake, item, config.run.ds)
-        with online.refusals():
-            emptied = forget_online(config, ids)
-            if others_ended(lake, config.jobs_wait_s):
-                emptied += forget_online(config, ids)
+        emptied = bury_all(config, ids)
         home.refresh()
         removed, inputs, outputs = tables.forget_tables(home.path, ids)
         if gone := offline.forget(history(lake, home), ids):
@@ -124,6 +119,17 @@ def run(config: Config) -> Result:
 
 
 # ---------------------------------------------------------------------------------------------------------------- online
+
+
+def bury_all(config: Config, ids: Ids) -> int:
+    """Tombstones first, then the online store, again once the jobs that were at work have ended; how many vectors went."""
+    for item in sorted(ids):
+        bury(config.run.lake, item, config.run.ds)
+    with online.refusals():
+        emptied = forget_online(config, ids)
+        if others_ended(config.run.lake, config.jobs_wait_s):
+            emptied += forget_online(config, ids)
+    return emptied
 
 
 def history(lake: Path, home: Home) -> Path:

@@ -26,11 +26,10 @@ __all__ = ["logs", "object_server", "object_store", "week"]  # for pytest, which
 
 @pytest.fixture(scope="module", autouse=True)
 def one_session() -> Iterator[None]:
-    """One session for all tests, which may get at the store: what executors do by the role of their machine."""
+    """One session for all tests, whose executors may get at the store, as a cluster's settings say."""
+    leave = {f"spark.executorEnv.AWS_{name}": "test" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        spark = session("test", {**SPARK, "spark.sql.codegen.wholeStage": "false"})
+        spark = session("test", {**SPARK, **leave, "spark.sql.codegen.wholeStage": "false"})
         patch.setattr(SparkSession, "stop", lambda self: self.catalog.clearCache())
         yield
     spark.stop()
@@ -105,6 +104,12 @@ def test_a_snapshot_is_not_committed_where_a_part_was_not_put(
     with pytest.raises(InputError, match=r"sequences/ds=2026-03-07: .* rows were put into s3://"):
         night(tmp_path, "2026-03-07", object_store.address())
     assert not partitions.is_committed(of(object_store), "sequences", "ds=2026-03-07")
+
+
+def test_what_the_store_refuses_a_task_is_told_as_what_it_is(tmp_path: Path, logs: Path, object_store: ObjectStore) -> None:
+    object_store.fault = lambda method, path: "deny" if method == "PUT" and "/items/" in path else ""
+    with pytest.raises(InputError, match=r"does not let us at items/ds=2026-03-07/part-00000.*: check the credentials"):
+        night(tmp_path, "2026-03-07", object_store.address())
 
 
 def test_another_extract_of_the_same_date_that_was_faster_is_told_by_name(
