@@ -75,7 +75,10 @@ def everywhere(lake: Path, item: str) -> list[str]:
     """Files of the lake in whose bytes, or unpacked rows, an id stands: a search that knows nothing of names."""
     found = []
     for path in sorted(path for path in lake.rglob("*") if path.is_file()):
-        raw = path.read_bytes()
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:  # SQLite takes its -shm and -wal away when the last connection closes
+            continue
         text = repr(pq.read_table(path).to_pylist()) if path.suffix == ".parquet" else raw.decode(errors="ignore")
         escaped = json.dumps(item)[1:-1]
         if item.encode() in raw or item in text or escaped in text:
