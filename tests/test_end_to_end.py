@@ -79,15 +79,8 @@ def logs(day: str, films: int) -> list[dict[str, Any]]:
     return [*rows, {"user_id": None, "item_id": "i1", "timestamp": 1}, {"user_id": "u1", "item_id": "nobody", "timestamp": 1}]
 
 
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """Runs a job by its command line and gives the Result that it prints."""
-    for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY", "LLMEMB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
-    tiny.llama(tmp_path / "base")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(tmp=tmp_path))
+def runner(recipe: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a job of a recipe by its command line and gives the Result that it prints."""
 
     def run(job: str, ds: str = FIRST, *settings: str, status: int = 0) -> dict[str, Any]:
         capsys.readouterr()
@@ -98,6 +91,19 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return found
 
     return run
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a job by its command line and gives the Result that it prints."""
+    for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY", "LLMEMB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
+    tiny.llama(tmp_path / "base")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(tmp=tmp_path))
+
+    return runner(recipe, capsys)
 
 
 def test_two_nights_from_tables_to_recommendations(tmp_path: Path, call: Callable[..., dict[str, Any]]) -> None:

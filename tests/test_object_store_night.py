@@ -15,13 +15,12 @@ import redis
 from feature_repo.reader import Reader
 from feature_repo.serving.artifacts import open_index, recommender_folder
 from feature_repo.serving.settings import Settings
-from jobs.__main__ import main
 from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
 from tests.models import tiny
 from tests.object_store import ObjectStore
 from tests.object_store import object_server as object_server
 from tests.object_store import object_store as object_store
-from tests.test_end_to_end import FIRST, ITEMS, RECIPE, SECOND, film, logs
+from tests.test_end_to_end import FIRST, ITEMS, RECIPE, SECOND, film, logs, runner
 
 pytestmark = pytest.mark.timeout(900)
 Call = Callable[..., dict[str, Any]]
@@ -44,16 +43,11 @@ def call(
     tiny.llama(tmp_path / "base")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(tmp=tmp_path).replace(f'"{tmp_path}/lake"', f'"{object_store.address()}"'))
-    machines = iter(range(1000))
+    machines, told = iter(range(1000)), runner(recipe, capsys)
 
-    def run(job: str, ds: str = FIRST, *settings: str, status: int = 0) -> dict[str, Any]:
+    def run(job: str, *given: str, status: int = 0) -> dict[str, Any]:
         monkeypatch.setenv("LLMEMB_SCRATCH", str(tmp_path / f"machine {next(machines)}"))
-        capsys.readouterr()
-        sets = [part for setting in settings for part in ("--set", setting)]
-        code, told = main([job, "--recipe", str(recipe), "--ds", ds, *sets]), capsys.readouterr()
-        assert code == status, told.err
-        found: dict[str, Any] = json.loads(told.out) if code == 0 else {"error": told.err.splitlines()[-1]}
-        return found
+        return told(job, *given, status=status)
 
     return run
 

@@ -155,8 +155,9 @@ def settle(books: Books, emb_ND: Tensor) -> None:
     part_KCD = books.parts()
     books.decoder.weight.copy_(len(part_KCD) * torch.eye(len(books.mean_D)))
     books.entry_KCD.copy_(part_KCD)
+    sized_ND = books.sized(emb_ND) - books.decoder.bias
     for _ in range(SETTLING):
-        books.entry_KCD.copy_(least_squares(books.sized(emb_ND) - books.decoder.bias, books.encode(emb_ND), books.entry_KCD))
+        books.entry_KCD.copy_(least_squares(sized_ND, books.encode(emb_ND), books.entry_KCD))
 
 
 def least_squares(sized_ND: Tensor, code_NK: Tensor, part_KCD: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from feature_repo.stores import lease, open_writer
 from jobs import collect, forget, lookup, publish, rollback
 from jobs.run import Run, Unavailable
 from tests.feature_repo.sentinels import Failover, failover, needs_sentinel
+from tests.jobs.engines.losses import lost_at
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 RUN_DS = "2026-01-01"
@@ -64,26 +65,6 @@ def look(lake: Path) -> lookup.Result:
     return lookup.run(lookup.Config(run=run_of(lake)))
 
 
-def fails_at(
-    monkeypatch: pytest.MonkeyPatch, servers: Failover, method: str, number: int, *, after: bool, view: str = ""
-) -> None:
-    """The master is killed before or after the writer's n-th call of a method (for a view), once."""
-    calls, real = [0], getattr(RedisStore, method)
-
-    def call(store: RedisStore, *given: Any) -> Any:
-        calls[0] += not view or given[0].name == view
-        now = calls[0] == number
-        calls[0] += now
-        if now and not after:
-            servers.kill()
-        done = real(store, *given)
-        if now and after:
-            servers.kill()
-        return done
-
-    monkeypatch.setattr(RedisStore, method, call)
-
-
 @pytest.mark.parametrize(
     ("method", "view", "number", "after"),
     [
@@ -98,7 +79,7 @@ def test_publish(
     lake: Path, servers: Failover, monkeypatch: pytest.MonkeyPatch, method: str, view: str, number: int, after: bool
 ) -> None:
     with monkeypatch.context() as patch:
-        fails_at(patch, servers, method, number, after=after, view=view)
+        lost_at(patch, RedisStore, servers.kill, method, number, after=after, view=view)
         with pytest.raises(Unavailable):
             put(lake, C)
     pointer = Reader.open(lake).pointer()
@@ -112,7 +93,7 @@ def test_publish(
 def test_collect(lake: Path, servers: Failover, monkeypatch: pytest.MonkeyPatch) -> None:
     put(lake, C)
     with monkeypatch.context() as patch:
-        fails_at(patch, servers, "delete", 1, after=True)
+        lost_at(patch, RedisStore, servers.kill, "delete", 1, after=True)
         with pytest.raises(Unavailable):
             collect.run(collect.Config(run=run_of(lake), grace_days=0, lease_wait_s=10))
     assert look(lake).compared == 40
@@ -125,7 +106,7 @@ def test_collect(lake: Path, servers: Failover, monkeypatch: pytest.MonkeyPatch)
 
 def test_rollback(lake: Path, servers: Failover, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        fails_at(patch, servers, "write", 1, after=True, view="serving_pointer")
+        lost_at(patch, RedisStore, servers.kill, "write", 1, after=True, view="serving_pointer")
         with pytest.raises(Unavailable):
             rollback.run(rollback.Config(run=run_of(lake), space=A, lease_wait_s=10))
     servers.mend()
@@ -135,7 +116,7 @@ def test_rollback(lake: Path, servers: Failover, monkeypatch: pytest.MonkeyPatch
 
 def test_forget(lake: Path, servers: Failover, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        fails_at(patch, servers, "delete", 2, after=True)
+        lost_at(patch, RedisStore, servers.kill, "delete", 2, after=True)
         with pytest.raises(Unavailable):
             forget.run(forget.Config(run=run_of(lake), item="m4", lease_wait_s=10))
     servers.mend()

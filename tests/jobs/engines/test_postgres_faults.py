@@ -14,6 +14,7 @@ from feature_repo.stores import PostgresStore, open_writer
 from jobs import collect, forget, lookup, publish, rollback
 from jobs.run import Run, Unavailable
 from tests.feature_repo.postgresql import Server, postgresql
+from tests.jobs.engines.losses import lost_at
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
 RUN_DS = "2026-01-01"
@@ -45,24 +46,6 @@ def put(lake: Path, space: str) -> publish.Result:
     return publish.run(publish.Config(run=run_of(lake), space=space, chunk_rows=16, approximate=False, lease_wait_s=20))
 
 
-def killed_at(patch: pytest.MonkeyPatch, lose: Callable[[], None], method: str, number: int, after: bool, view: str = "") -> None:
-    """The server is lost before or after the writer's n-th call of a method (for a view), once."""
-    calls, real = [0], getattr(PostgresStore, method)
-
-    def call(store: PostgresStore, *given: Any) -> Any:
-        calls[0] += not view or given[0].name == view
-        now = calls[0] == number
-        calls[0] += now
-        if now and not after:
-            lose()
-        done = real(store, *given)
-        if now and after:
-            lose()
-        return done
-
-    patch.setattr(PostgresStore, method, call)
-
-
 WORK: dict[str, Callable[[Path], Any]] = {
     "publish": lambda lake: put(lake, C),
     "rollback": lambda lake: rollback.run(rollback.Config(run=run_of(lake), space=A, lease_wait_s=20)),
@@ -89,7 +72,7 @@ def test_a_server_killed_amid_a_job_leaves_what_serves_whole_and_a_rerun_ends_we
     if job == "collect":
         put(lake, C)  # A is neither served nor the one before
     with monkeypatch.context() as patch:
-        killed_at(patch, server.stop, method, number, after, view)
+        lost_at(patch, PostgresStore, server.stop, method, number, after=after, view=view)
         with pytest.raises(Unavailable):
             WORK[job](lake)
     server.start()
@@ -115,7 +98,7 @@ def test_a_publish_that_a_standby_waited_for_is_served_by_it_after_the_primary_i
         standby = Server(Path(folder), server.bin, follows=server)
         try:
             with monkeypatch.context() as patch:
-                killed_at(patch, server.stop, "settle", 3, after=True)  # those before are of leases
+                lost_at(patch, PostgresStore, server.stop, "settle", 3, after=True)  # those before are of leases
                 assert put(lake, C).space_id == C
             monkeypatch.setenv("LLMEMB_ONLINE_STORE", standby.online(schema))
             standby.call("pg_ctl", "promote", "--wait", "--pgdata", "data")
