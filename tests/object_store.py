@@ -116,9 +116,6 @@ def object_server() -> Iterator[tuple[str, Front]]:
 def object_store(object_server: tuple[str, Front], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     """An empty bucket; this process and those that it starts get at it, and have an empty scratch folder."""
     url, front = object_server
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     monkeypatch.setenv("LLMEMB_SCRATCH", str(tmp_path / "scratch"))
     store = ObjectStore(url, f"bucket-{uuid.uuid4().hex[:12]}")

@@ -103,8 +103,14 @@ class Held:
                 log.warning("the lease %s could not be renewed: %s", self.key, error)
 
     def refuse_lost(self) -> None:
-        """Raises Unavailable where the lease has ended meanwhile."""
+        """Raises Unavailable where the lease has ended meanwhile.
+
+        The object itself is asked: clocks of machines differ, and a store tells an object's age in whole seconds.
+        """
         why = self.lost or ("it was not renewed in time" if time.monotonic() - self.renewed > LEASE_S else "")
+        now = None if why else read(self.store.get(self.key))
+        if not why and (now is None or (now.token, now.holder) != (self.lease.token, self.lease.holder)):
+            why = "another one took it"
         if why:
             raise Unavailable(f"{self.store.address}/{self.key} was lost ({why}): nothing is committed; run again")
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -398,7 +399,8 @@ def test_a_lock_of_a_process_that_was_killed_is_free_at_once_on_its_machine(lake
     assert not others_ended(lake, 0)
 
 
-def test_a_holder_that_lost_its_lease_commits_nothing(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sure_s", [-60.0, 60.0], ids=["by its clock too late", "by its clock in time"])
+def test_a_holder_that_lost_its_lease_commits_nothing(lake: Path, monkeypatch: pytest.MonkeyPatch, sure_s: float) -> None:
     monkeypatch.setattr(leases, "LEASE_S", 0.8)
     partitions.write(lake, ITEMS, DS, [rows("old")])
     with alone(lake, "extract"):
@@ -412,6 +414,7 @@ def test_a_holder_that_lost_its_lease_commits_nothing(lake: Path, monkeypatch: p
             assert leases.HELD[0].lease.token == held.lease.token + 1
             partitions.write(lake, ITEMS, DS, [rows("new")])
         leases.HELD.append(held)
+        held.renewed = time.monotonic() + sure_s
         with pytest.raises(Unavailable, match="was lost"):
             partitions.write(lake, ITEMS, DS, [rows("stale")])
     assert ids(lake) == ["new"]
