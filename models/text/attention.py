@@ -7,6 +7,7 @@ its prefix, H heads, G key/value heads, D head width.
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -14,18 +15,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from models.text.packing import Packing, pack
 from models.text.prompts import Prompts
 
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # torch before 2.10
-    varlen = None  # type: ignore[assignment]
+varlen: Any = None
+if torch.version.cuda:  # it runs on such devices alone, and takes seconds to import
+    with suppress(ImportError):  # torch before 2.10
+        from torch.nn.attention import varlen
 
 ATTENTION = "packed"
-"""Name of `packed_attention` among transformers' attention implementations."""
+"""Name of `packed_attention` among transformers' attention implementations, once a base model is loaded."""
 OPTIONS = frozenset(inspect.signature(varlen.varlen_attn).parameters if varlen else ())
 """Options that this version of torch's variable-length attention takes."""
 
@@ -63,9 +63,6 @@ def packed_attention(
     return out_THD[None], None
 
 
-AttentionInterface.register(ATTENTION, packed_attention)
-
-
 def padded_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, scale: float) -> Tensor:
     """query_THD, key_TGD, value_TGD -> out_THD. Pads for attention only: the linear layers see no padding."""
     assert packing.pad_SL is not None and packing.mask_SQL is not None and packing.unpad_T is not None
@@ -99,7 +96,7 @@ def variable_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pa
         options["enable_gqa"] = True
     elif groups > 1:
         key_TGD, value_TGD = key_TGD.repeat_interleave(groups, 1), value_TGD.repeat_interleave(groups, 1)
-    out_THD: Tensor = varlen.varlen_attn(  # type: ignore[assignment]
+    out_THD: Tensor = varlen.varlen_attn(
         query_THD.contiguous(),
         key_TGD.contiguous(),
         value_TGD.contiguous(),

