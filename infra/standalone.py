@@ -126,6 +126,7 @@ def environment_of(recipe: Path, lake: Path, ports: Mapping[str, int]) -> dict[s
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://localhost:{ports['airflow']}/execution/",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # nine processes for evaluations of chatbots
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     feast.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ def mlflow_server(folder: Path, ini: Path, more: dict[str, str]) -> Iterator[str
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "for the tests",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # as in Compose and Kubernetes
         **more,
     }
     command = [str(Path(sys.executable).parent / "mlflow"), "server", "--app-name", "basic-auth", "--host", "127.0.0.1"]

@@ -176,6 +176,7 @@ def test_all_three_read_the_recipe_s_stores_and_listen_on_this_machine_alone(
     environment = standalone.environment_of(tmp_path / "recipe.toml", lake, ports)
     assert environment["LLMEMB_RECIPE"] == str(tmp_path / "recipe.toml")
     assert environment["AIRFLOW__API__HOST"] == "127.0.0.1"
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert json.loads(environment["LLMEMB_ONLINE_STORE"]) == {"type": "sqlite", "path": f"{lake}/feast/online.db"}
     assert environment["LLMEMB_PAGES"] == "MLflow=http://localhost:5000;Feast=http://localhost:8888"
 
