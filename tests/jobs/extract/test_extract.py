@@ -313,7 +313,7 @@ def test_a_lost_day_of_a_hundred_is_refused(tmp_path: Path) -> None:
         day = dt.date(2026, 3, 1) - dt.timedelta(days=99 - lost)
         with pytest.raises(Refused, match=rf"lacks events: {day} has {count}, usual of its weekday: 40 .*min_day_share=0"):
             extract_night(tmp_path, some, "2026-03-01")
-        assert extract.run(config(tmp_path, CATALOGUE, some, ds="2026-03-01", min_day_share=0)).rows["interactions"] > 3900
+    assert extract.run(config(tmp_path, CATALOGUE, some, ds="2026-03-01", min_day_share=0)).rows["interactions"] > 3900
     assert extract_night(tmp_path, HUNDRED, "2026-03-01").days["2026-03-01"] == 40
     some = [event for event in HUNDRED if of_day(event) != 90]
     with pytest.raises(Refused, match="2026-02-20 has 0, usual when it was last read: 40"):
