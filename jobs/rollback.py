@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 
 from feature_repo import offline, spaces
-from feature_repo.reader import Pointer, Reader, settings
+from feature_repo.reader import Pointer, Reader, Space, settings
 from feature_repo.stores import Store, lease, open_writer
 from jobs.engines import online, registry
+from jobs.lake.items import tombstones
 from jobs.lake.locks import alone
 from jobs.run import InputError, Refused, Run, Unavailable
 
@@ -27,10 +28,16 @@ class Config:
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
     sample: int = 1_000
-    """Items, spread over the space to go back to, that must still be there."""
+    """Items, spread over the space to go back to, that must still be there. Where the lake no longer has that snapshot, their
+    number must be right."""
     demote: bool = True
     """Swaps the aliases champion and previous too, where they name what served and what serves again: else the next night would
     publish the same champion once more."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a sample of nothing."""
+        if self.sample < 1:
+            raise InputError(f"rollback.sample is {self.sample}: at least 1 item of the space to go back to is looked at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,20 @@ def back(config: Config, store: Store, reader: Reader, before: Pointer) -> Point
     last = before.previous
     if last and config.space not in ("", last.space_id):
         raise Refused(f"rollback.space {config.space} is not the one before, {last.space_id}: publish it instead")
-    return spaces.rollback(store, reader, online.sample_ids(config.run.lake, last, config.sample) if last else [])
+    sample = online.sample_ids(config.run.lake, last, config.sample) if last else []
+    if last and not sample:
+        refuse_fewer(store, last, len(tombstones(config.run.lake)))
+    return spaces.rollback(store, reader, sample)
+
+
+def refuse_fewer(store: Store, space: Space, forgotten: int) -> None:
+    """Raises Refused where the store holds fewer items of a space than were published: the lake no longer names them."""
+    held = store.spaces().get(space.space_id, 0)
+    if held + forgotten < space.items:
+        raise Refused(
+            f"space {space.space_id} is no longer whole in the store: it holds {held:,} of {space.items:,} items, and the lake "
+            f"no longer has the snapshot of {space.ds} to say which; publish it again"
+        )
 
 
 def follow(config: Config, before: Pointer, after: Pointer) -> str:

@@ -13,6 +13,7 @@ from feature_repo.reader import Pointer, Reader, Space
 from feature_repo.spaces import Unverified
 from feature_repo.stores import BROKEN, NotPublished, Store
 from jobs.engines import online
+from jobs.lake.items import tombstones
 from jobs.run import Refused
 
 
@@ -41,12 +42,17 @@ def restored(lake: Path, store: Store, reader: Reader, serves: Pointer, chunk_ro
     """Brings the serving space back to its snapshot, with what arrived since; returns what came of it, as a sentence."""
     partition = online.partition_of(serves.space_id, serves.ds)
     by_hand = "--set publish.restore=true with the date of a snapshot, or `rollback`, brings back what is whole"
+    forgotten = tombstones(lake)  # of now: a `forget` that comes meanwhile waits for the lease
+
+    def rows() -> Iterator[spaces.Chunk]:
+        return online.chunks(lake, partition, chunk_rows, forgotten=forgotten)
+
     try:
-        hash_N = spaces.inspect(online.chunks(lake, partition, chunk_rows), serves.width, serves.codec)
+        hash_N = spaces.inspect(rows(), serves.width, serves.codec)
         space = dataclasses.replace(serves.space, items=len(hash_N))
-        written, _ = spaces.stage(store, reader, space, online.chunks(lake, partition, chunk_rows), only_changes=True)
+        written, _ = spaces.stage(store, reader, space, rows(), only_changes=True)
         removed = strangers.remove_strangers(store, space.space_id, hash_N)
-        spaces.verify(store, reader, space, online.chunks(lake, partition, chunk_rows), hash_N)
+        spaces.verify(store, reader, space, rows(), hash_N)
     except (NotPublished, ValueError, *BROKEN) as error:
         return f"The snapshot of {serves.ds} could not be restored ({error}), so what serves may be mixed of two dates: {by_hand}"
     return f"The snapshot of {serves.ds} serves again as before: {written:,} rows restored, {removed:,} removed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from feature_repo.stores import lease, open_writer
 from feature_repo.strangers import remove_items
 from jobs import lookup, publish, rollback
 from jobs.engines import registry
+from jobs.lake.items import bury
 from jobs.lake.tables import space_of
 from jobs.run import InputError, Refused, Run, Unavailable
 from tests.jobs.small_registry import fresh, kept
@@ -116,6 +118,29 @@ def test_a_space_that_lacks_items_anywhere_is_not_pointed_to(catalogue: Callable
     with lease(store, "test"):
         spaces.bury(store, ids[1_500:], RUN_DS)
     assert back(lake).space_id == A  # what was forgotten on purpose is no loss
+
+
+def test_a_space_whose_snapshot_left_the_lake_is_counted(catalogue: Callable[..., Path]) -> None:
+    put(catalogue(), A)
+    lake = catalogue(space=B)
+    put(lake, B)
+    shutil.rmtree(lake / "item_embeddings" / f"space={A}")
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        assert remove_items(store, A, ["m3", "m4"]) == 2
+    with pytest.raises(
+        Refused, match=r"it holds 38 of 40 items, and the lake no longer has the snapshot of .*; publish it again"
+    ):
+        back(lake)
+    assert Reader.open(lake).pointer().space_id == B
+    for item_id in ("m3", "m4"):
+        bury(lake, item_id, RUN_DS)
+    assert back(lake).space_id == A  # both were forgotten on purpose
+
+
+def test_a_sample_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rollback\.sample is 0: at least 1"):
+        rollback.Config(run=Run(ds=RUN_DS, lake=tmp_path), sample=0)
 
 
 def test_a_pointer_that_moved_before_the_lease_was_held_is_not_turned_back(

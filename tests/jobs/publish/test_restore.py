@@ -93,6 +93,23 @@ def test_a_delta_that_does_not_verify_restores_what_served_by_itself(lake: Path,
     assert put(lake, SECOND).kind == "delta"
 
 
+def test_an_item_forgotten_while_a_delta_is_undone_does_not_end_that(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from feature_repo.strangers import remove_strangers
+    from jobs.lake.items import bury
+
+    calls = iter(("publish", "restore"))
+
+    def removed(*given: Any) -> Any:
+        if next(calls) == "restore":
+            bury(lake, "m9", SECOND)  # `forget` then waits for the lease, and removes the row
+        return remove_strangers(*given)
+
+    damaged_after_staging(monkeypatch, 1)
+    monkeypatch.setattr("feature_repo.strangers.remove_strangers", removed)
+    with pytest.raises(Refused, match="The snapshot of 2026-01-01 serves again"):
+        put(lake, SECOND)
+
+
 def test_a_restore_that_fails_too_names_the_way_by_hand(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged_after_staging(monkeypatch, 2)
     with pytest.raises(Refused, match=r"could not be restored .*'m7' is different.*publish\.restore=true"):
