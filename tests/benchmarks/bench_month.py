@@ -15,6 +15,7 @@ the nights, and ends with an `extract` that is killed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime as dt
 import hashlib
@@ -183,7 +184,9 @@ def forked(words: list[str], home: Path, kill_after: float | None = None) -> tup
         if done:
             break
         if kill_after is not None and time.monotonic() - began > kill_after:
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may not lead its group yet
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             _, raw = os.waitpid(child, 0)
             break
         time.sleep(0.01)
