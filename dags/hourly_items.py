@@ -23,7 +23,8 @@ with job_dag("hourly_items", schedule=schedule("HOURLY_CRON", "30 * * * *", asse
     (
         job_task("pin", settings={"which": "serving"})
         >> job_task("extract", ds=DS, settings={"arriving": "true"})
-        >> job_task("embed", ds=DS, settings={"arriving": "true", "encoder": TOLD.format("encoder_id")})
+        # a pool of its own: behind a training in `gpu` the hour would become a day
+        >> job_task("embed", ds=DS, pool="hourly", settings={"arriving": "true", "encoder": TOLD.format("encoder_id")})
         >> job_task("project", ds=DS, settings={"arriving": "true", "recommender": TOLD.format("recommender_id")})
         >> job_task("publish", ds=DS, settings={"arriving": "true", "space": TOLD.format("space_id")})
     )

@@ -84,6 +84,8 @@ def job_dag(dag_id: str, *, schedule: Any, doc: str, params: Mapping[str, Param]
 def deadline(dag_id: str) -> DeadlineAlert | None:
     """An alert where a run has not ended in time; none at LLMEMB_DEADLINE_HOURS=0, as `airflow dags test` (3.3) needs it."""
     hours = float(setting("DEADLINE_HOURS", "6" if dag_id == "nightly_embeddings" else "48"))
+    if dag_id == "hourly_items":
+        hours = min(hours, 1.0)
     if not hours:
         return None
     return DeadlineAlert(
@@ -103,11 +105,12 @@ def job_task(
     when: Callable[[Mapping[str, Any]], bool] | None = None,
     settings: Mapping[str, str] | None = None,
     ds: str = "",
+    pool: str = "",
     **airflow: Any,
 ) -> Any:
     """The task of a job: a process here, or a pod where LLMEMB_EXECUTOR is `kubernetes`.
 
-    `ds` is the date, the run's own (`snapshot_date`) unless an earlier task says it.
+    `ds` is the date, the run's own (`snapshot_date`) unless an earlier task says it. `pool` is Airflow's, if not the usual one.
     `shards` of at least 1 maps the task, one shard a task instance. `settings` are the command's `--set job.key=value`;
     what people or jobs fill in goes through the filter `toml`, or item 405 would be a number, and space 12e45678 a large one.
     `makes` tells other DAGs of a success, and with `when` only of one whose Result passes it.
@@ -121,7 +124,7 @@ def job_task(
     airflow |= {
         "task_id": task_id or name,
         "execution_timeout": dt.timedelta(hours=HOURS.get(name, 2)),
-        "pool": "gpu" if name in GPU_JOBS else "default_pool",
+        "pool": pool or ("gpu" if name in GPU_JOBS else "default_pool"),
     }
     operator, argument = JobProcess, "command"
     if setting("EXECUTOR", "process") == "kubernetes":

@@ -32,6 +32,8 @@ ALWAYS = {
 """What the plan of `extract` is made for, on any master."""
 SETTING = re.compile(r"\s*(spark\.\S+?)(?:\s*[=:]\s*|\s+)(.*?)\s*")
 """A line of spark-defaults.conf."""
+IN_TICKS = re.compile(r"`([^`]*/[^`]*)`")
+"""A path in the place of a table's name."""
 AS_OF = re.compile(r"(?P<name>[^\s;]+)\s+(?P<kind>VERSION|TIMESTAMP)\s+AS\s+OF\s+(?P<when>'[^']*'|\d+)", re.IGNORECASE)
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -120,6 +122,8 @@ def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) ->
 def opened(spark: SparkSession, table: str, key: str) -> DataFrame:
     """A table by its name, a table as of a time where its source keeps its past (Delta, Iceberg), or a Parquet path."""
     if past := AS_OF.fullmatch(table.strip()):
+        if (bare := IN_TICKS.search(past["name"])) and (whole := address(spark, bare[1], key)) != bare[1]:
+            raise InputError(f"{key} = {table!r} names no file system: write {whole} in the backticks")
         return spark.sql(f"SELECT * FROM {past['name']} {past['kind']} AS OF {past['when']}")
     return spark.read.parquet(address(spark, table, key)) if "/" in table else spark.table(table)
 

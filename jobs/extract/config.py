@@ -20,6 +20,9 @@ class ItemSource:
     """The column with the item's id, as the events write it; numbers are read as texts."""
     attributes: tuple[str, ...]
     """Attribute columns in the order of the prompt: texts, numbers, or lists of them."""
+    now: str = ""
+    """The table of the present, where `table` is one as of `{ds}`: what arrives between two nights (`hourly_items`) is looked for
+    there. Empty takes `table`."""
     lists: dict[str, str] = field(default_factory=dict)
     """Text columns that hold several values, and what parts them: `{ genres = "|" }`. Filters of serving find an item by each of
     them. Columns of arrays need no entry."""
@@ -96,13 +99,19 @@ class Config:
     def __post_init__(self) -> None:
         if self.most_arriving < 1:
             raise InputError(f"extract.most_arriving is {self.most_arriving}: it must be at least 1")
+        if self.arriving and "{ds}" in self.items.table and not self.items.now:
+            raise InputError(
+                f"extract.items.table = {self.items.table!r} is the table as of a date, in which nothing arrives: name the table "
+                "of the present in extract.items.now, or pause hourly_items"
+            )
         if not 0 <= self.min_day_share < 1 or (self.max_age_days or 0) < 0:
             raise InputError("extract.min_day_share must be at least 0 and below 1, extract.max_age_days at least 0")
 
     @property
     def tables(self) -> tuple[str, str]:
-        """Names of the tables of items and of events, for ds."""
-        return self.items.table.replace("{ds}", self.run.ds), self.interactions.table.replace("{ds}", self.run.ds)
+        """Names of the tables of items and of events, for ds; what arrives is looked for in the items of now."""
+        items = self.items.now if self.arriving and self.items.now else self.items.table
+        return items.replace("{ds}", self.run.ds), self.interactions.table.replace("{ds}", self.run.ds)
 
     @property
     def manifest(self) -> str:

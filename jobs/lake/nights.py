@@ -191,11 +191,14 @@ def nights_before(lake: Path, ds: str, most: int) -> list[Night]:
 
 
 def trained_on(lake: Path, ds: str) -> str:
-    """Date of the newest training of an encoder at or before `ds`; "" where none is on record."""
+    """Date of the newest training of an encoder at or before `ds`; "" where none is on record.
+
+    One that the gates refused counts: on the same texts the next one would be no better.
+    """
     for path in manifests.history(lake, "scft", ds):
         made = manifests.parsed(path)
         result = made.get("result")
-        trained = isinstance(result, Mapping) and bool(result.get("due"))
-        if made.get("status") == "done" and trained and not manifests.variant_of(made):
+        trained = made.get("status") == "done" and isinstance(result, Mapping) and bool(result.get("due"))
+        if (trained or made.get("status") == "refused") and not manifests.variant_of(made):
             return path.parent.name.removeprefix("ds=")
     return ""

@@ -132,6 +132,8 @@ def run(config: Config) -> Result:
     with online.refusals():
         register(lake, config.lease_wait_s)
         before = spaces.current(Reader.open(lake))
+    if config.arriving and (before is None or (before.space_id, before.ds) != (space_id, config.run.ds)):
+        return superseded(config, made_by, width)  # a night or a promotion was faster while the rows were inspected
     moved = compared(config, before, space)
     clock.lap(
         "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"

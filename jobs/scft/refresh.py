@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.lake import artifacts, manifests, partitions
+from jobs.lake.nights import trained_on
 from jobs.lake.tables import ITEMS
 from jobs.run import InputError, Run, as_json
 from jobs.scft.config import Config
@@ -46,7 +47,7 @@ def due(config: Config, snapshot: str) -> tuple[str, dict[str, Any] | None]:
         return f"the encoder is {age} days old (max_age_days is {config.max_age_days})", None
     if changed > config.refresh_share:
         return f"{changed:.1%} of the items are new or changed (refresh_share is {config.refresh_share:.1%})", None
-    if drifted := drift_since(lake, ds, previous["trained_ds"]):
+    if drifted := drift_since(lake, ds, max(previous["trained_ds"], trained_on(lake, ds))):
         return drifted, None
     kept = ", and no better than its base: age alone trains none again" if same and age >= config.max_age_days else ""
     return f"the encoder is {age} days old and {changed:.1%} of the items are new or changed since{kept}", previous

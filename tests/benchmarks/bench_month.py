@@ -126,7 +126,7 @@ class Month:
 
     def job(self, words: list[str]) -> tuple[int, dict[str, Any], float]:
         """(status, Result, seconds) of a job, killed first where it is its turn, however often."""
-        while self.kills > sum(self.killed.values()) and self.chance.random() < self.kills / max(1, self.left):
+        while self.chance.random() < (self.kills - sum(self.killed.values())) / max(1, self.left):
             after = self.chance.random() * self.usual.get(words[0], 1.0)
             status, _, _ = forked(words, self.home, after)
             if status == -signal.SIGKILL:

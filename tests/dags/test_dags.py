@@ -59,7 +59,7 @@ def test_every_task_has_retries_with_backoff_a_timeout_a_pool_and_an_alert(worke
     assert purposes["scft_refresh"] == purposes["rat_training"] == {"training"} and purposes["forget"] == {"on demand"}
     for name, dag in dags.items():
         assert dag["max_active_runs"] == 1
-        assert dag["deadline_hours"] == [3]
+        assert dag["deadline_hours"] == [1 if name == "hourly_items" else 3]
         for task_id, task in dag["tasks"].items():
             if task["type"] == "EmptyOperator":
                 continue
@@ -67,7 +67,8 @@ def test_every_task_has_retries_with_backoff_a_timeout_a_pool_and_an_alert(worke
             assert task["retries"] == 3 and task["backoff"] == 2, where
             assert task["hours"] or task["type"] == "HITLOperator", where
             assert task["alerts"] == [True] and task["owner"] == "search", where
-            assert task["pool"] == ("gpu" if task_id in GPU else "default_pool"), where
+            usual = "gpu" if task_id in GPU else "default_pool"
+            assert task["pool"] == ("hourly" if where == "hourly_items.embed" else usual), where
             assert task["pool"] in pools and pools[task["pool"]]["include_deferred"], where
 
 

@@ -189,6 +189,28 @@ def test_where_a_night_was_faster_the_hour_does_nothing(catalogue: Catalogue, ho
     assert Reader.open(lake).vectors(["new"]).missing == ["new"]
 
 
+@pytest.mark.parametrize("how", ["another space", "another date"])
+def test_where_a_night_is_faster_while_the_hour_looks_at_its_rows_it_does_nothing(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A promotion publishes another space of the same date: the hour must not bring the old one back."""
+    lake = catalogue()
+    bring(lake)
+    arrive(lake, ["new"], {})
+    space, ds = (B, FIRST) if how == "another space" else (A, NEXT)
+    honest, nights = publish.inspected, iter([1])
+
+    def inspected(config: publish.Config, *given: Any) -> Any:
+        if config.arriving and next(nights, 0):
+            bring(catalogue(space=space, ds=ds), space=space, ds=ds)
+        return honest(config, *given)
+
+    monkeypatch.setattr(publish, "inspected", inspected)
+    assert bring(lake, arriving=True).kind == "superseded"
+    serves = Reader.open(lake).pointer()
+    assert (serves.space_id, serves.ds) == (space, ds)
+
+
 def test_beside_a_night_that_holds_the_lease_the_hour_comes_again(catalogue: Catalogue) -> None:
     lake = catalogue()
     bring(lake)

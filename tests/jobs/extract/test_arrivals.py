@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from jobs.lake import arrivals, partitions
 from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import bury, content_hash
 from jobs.run import InputError, Refused
-from tests.jobs.extract.test_extract import CATALOGUE, DS, LOGS, config
+from tests.jobs.extract.test_extract import CATALOGUE, DS, LOGS, config, item_table
 from tests.jobs.extract.test_extract import first as first  # for pytest, which looks fixtures up here
 from tests.jobs.extract.test_extract import night as night
 from tests.jobs.extract.test_extract import one_session as one_session
@@ -55,6 +56,17 @@ def test_what_arrived_and_went_again_is_gone_and_older_dates_are_cleared(tmp_pat
     extract.run(config(tmp_path, CATALOGUE, LOGS, ds="2026-03-11", arriving=True))
     assert partitions.committed(lake, ARRIVING_ITEMS.name) == ["ds=2026-03-11"]
     assert arrivals.digest(lake, ARRIVING_ITEMS.name, f"ds={DS}") == ""
+
+
+def test_what_arrives_is_looked_for_in_the_table_of_the_present(tmp_path: Path, first: extract.Result) -> None:
+    now = item_table(tmp_path / "now.parquet", LATE)
+    made = config(tmp_path, CATALOGUE, LOGS)
+    as_of = dataclasses.replace(made.items, table=str(tmp_path / "items-{ds}.parquet"))
+    with pytest.raises(InputError, match=r"in which nothing arrives: name the table of the present in extract\.items\.now"):
+        dataclasses.replace(made, items=as_of, arriving=True)
+    result = extract.run(dataclasses.replace(made, items=dataclasses.replace(as_of, now=now), arriving=True))
+    assert isinstance(result, extract.arrivals.Result)
+    assert (result.new_items, result.changed_items) == (2, 1)
 
 
 def test_without_the_snapshot_or_with_too_many_items_it_is_left_to_the_night(tmp_path: Path, first: extract.Result) -> None:

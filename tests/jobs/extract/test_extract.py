@@ -372,6 +372,10 @@ def test_a_table_as_of_a_time_is_asked_for_as_spark_writes_it(monkeypatch: pytes
         "SELECT * FROM shop.items TIMESTAMP AS OF '2026-03-10 23:59:59'",
         "SELECT * FROM shop.items version AS OF 'night-2026-03-10'",
     ]
+    with pytest.raises(InputError, match="names no file system: write file:///films in the backticks"):
+        source(spark, "delta.`/films` VERSION AS OF 3", "extract.items.table", ["id"])
+    source(spark, "delta.`s3a://shop/films` VERSION AS OF 3", "extract.items.table", ["id"])
+    assert asked[-1] == "SELECT * FROM delta.`s3a://shop/films` VERSION AS OF 3"
 
 
 def test_a_jump_in_row_counts_is_refused_with_the_numbers(tmp_path: Path, first: extract.Result) -> None:

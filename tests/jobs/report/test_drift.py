@@ -93,6 +93,12 @@ def test_a_lasting_change_of_texts_makes_an_encoder_due_once_and_not_again_after
     assert due == [20]
 
 
+def test_a_training_that_the_gates_refused_is_not_asked_for_night_after_night(tmp_path: Path) -> None:
+    write_json(manifests.path_of(tmp_path, "2026-01-01", "scft"), {"status": "done", "result": {"due": True}})
+    write_json(manifests.path_of(tmp_path, "2026-01-08", "scft"), {"status": "refused", "error": "recall fell"})
+    assert trained_on(tmp_path, "2026-01-09") == "2026-01-08"
+
+
 def test_only_a_training_counts_and_not_a_night_on_which_none_was_due(tmp_path: Path) -> None:
     for ds, due, status in (("2026-01-01", True, "done"), ("2026-01-05", False, "done"), ("2026-01-07", True, "failed")):
         write_json(manifests.path_of(tmp_path, ds, "scft"), {"status": status, "result": {"due": due}})

@@ -219,6 +219,9 @@ def test_drift_that_a_report_found_since_the_training_makes_an_encoder_due(confi
         write_json(manifests.path_of(config.run.lake, ds, "report"), manifest)
         why, previous = scft.due(on(same, "2026-03-12"), f"ds={DS}")
         assert (why == "token length drifted", previous is None) == (due, due)
+    # the training that it asked for was refused on that night: until the next report there is nothing new
+    write_json(manifests.path_of(config.run.lake, "2026-03-12", "scft"), {"status": "refused", "error": "recall fell"})
+    assert scft.due(on(same, "2026-03-13"), f"ds={DS}")[1] is not None
 
 
 def test_an_encoder_that_is_gone_is_trained_again(config: scft.Config) -> None:
