@@ -6,11 +6,15 @@ import ast
 import importlib.util
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from jobs.__main__ import COMMANDS
+from jobs.recipe import JOBS
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("jobs", "models", "feature_repo", "dags", "infra")
@@ -81,7 +85,7 @@ def bench() -> ModuleType:
 
 def test_the_table_of_the_house_is_at_most_a_tenth_off(bench: ModuleType) -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
-    for name, now in bench.rows(bench.measured(ROOT)).items():
+    for name, now in bench.rows(bench.measured(ROOT, bench.way_of(page))).items():
         told = re.search(rf"^\| {re.escape(name)} \|.*\| ([^|]*) \|$", page, re.MULTILINE)
         assert told, name
         pairs = zip(re.findall(r"[\d.]+", told[1].replace(",", "")), re.findall(r"[\d.]+", now.replace(",", "")), strict=True)
@@ -93,13 +97,26 @@ def test_the_table_of_the_house_is_at_most_a_tenth_off(bench: ModuleType) -> Non
 
 def test_writing_the_table_changes_its_last_column_alone(bench: ModuleType) -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
-    found = bench.measured(ROOT) | {"lint": {"seconds": 12.4, "core_seconds": 3.6}}
+    found = bench.measured(ROOT, bench.way_of(page)) | {"lint": {"seconds": 12.4, "core_seconds": 3.6}}
     changed = bench.written(page, found | {"files": 12345}, "2030-01-02")
     assert "| 2030-01-02 |" in changed and "| files | 76 | 12,345 |" in changed
     assert "| `make lint` without a cache | 65 s (37 s of one core) | 12 s (4 s of one core) |" in changed
     assert len(changed.splitlines()) == len(page.splitlines())
     with pytest.raises(ValueError, match="has no row"):
         bench.written(page.replace("| files |", "| file |"), found, "2030-01-02")
+
+
+def test_one_items_way_is_the_list_in_contributing_and_its_files_are_counted_there(bench: ModuleType) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    way = bench.way_of(page)
+    assert len(set(way)) == len(way) and [name for name in way if not (ROOT / name).is_file()] == []
+    told = re.search(r"open these (\d+) files in this order", page)
+    assert told and int(told[1]) == len(way)
+    assert bench.way_of("# Contributing\n\n" + bench.WAY + "1. `jobs/pin.py`: asked.\n\n## Next\n\n`jobs/run.py`") == [
+        "jobs/pin.py"
+    ]
+    with pytest.raises(ValueError, match="has no list of files"):
+        bench.way_of(page.replace(bench.WAY, "## Another\n"))
 
 
 def test_the_command_lints_what_make_lint_lints(bench: ModuleType) -> None:
@@ -110,4 +127,41 @@ def test_the_command_lints_what_make_lint_lints(bench: ModuleType) -> None:
 
 
 def test_no_files_import_one_another_in_a_circle(bench: ModuleType) -> None:
-    assert bench.measured(ROOT)["circles"] == []
+    assert bench.measured(ROOT, ())["circles"] == []
+
+
+def contract(name: str, part: str) -> set[str]:
+    """The modules that a contract of import-linter lists."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (found,) = (one for one in contracts if one["name"] == name)
+    return set(found[part])
+
+
+def modules(folder: str) -> set[str]:
+    """The modules and packages that lie in a folder, none below it."""
+    home = ROOT / folder
+    found = [path.stem for path in home.glob("*.py") if path.stem != "__init__"]
+    found += [path.parent.name for path in home.glob("*/__init__.py")]
+    return {f"{folder.replace('/', '.')}.{name}" for name in found}
+
+
+EVERY_JOB = {f"jobs.{name}" for name in JOBS}
+COMMAND = {f"jobs.{name}" for name in COMMANDS} | {"jobs.__main__", "jobs.frames"}
+SLOW = {"jobs.lake.tensors"}
+"""The lake's border with torch."""
+
+
+def test_every_job_and_every_file_of_the_lake_and_the_feature_repository_stands_in_its_contract() -> None:
+    assert contract("a job never imports another job", "modules") == EVERY_JOB
+    assert contract("the lake and the engines know no job", "forbidden_modules") == EVERY_JOB
+    assert contract("jobs know no command", "source_modules") >= EVERY_JOB
+    assert contract("jobs know no command", "forbidden_modules") == COMMAND
+    quick = contract("the lake's tables and the command line load in a moment", "source_modules")
+    assert {name for name in quick if name.startswith("jobs.lake.")} == modules("jobs/lake") - SLOW
+    knows_no_server = contract("the feature repository does not know the serving process", "source_modules")
+    assert knows_no_server == modules("feature_repo") - {"feature_repo.serving"}
+    here = modules("jobs") - {"jobs.engines"}
+    assert here >= EVERY_JOB | COMMAND
+    assert contract("MLflow and faiss are called by the engines alone", "source_modules") == here
+    spark = contract("Spark is called by the engines and by the jobs that are programs for it", "source_modules")
+    assert spark == here - {"jobs.extract"}

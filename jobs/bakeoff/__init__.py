@@ -17,9 +17,17 @@ from torch import Tensor
 
 from jobs.engines.quantisers import quantised
 from jobs.lake import manifests, partitions
-from jobs.lake.items import texts
 from jobs.lake.tables import METRICS
-from jobs.lake.tensors import Catalogue, embeddings_digest, pick_device, read_catalogue, read_embeddings, read_histories, texts_of
+from jobs.lake.tensors import (
+    Catalogue,
+    embeddings_digest,
+    pick_device,
+    read_catalogue,
+    read_embeddings,
+    read_histories,
+    said_without_leaks,
+    texts_of,
+)
 from jobs.run import InputError, Run
 from models.behaviour.data import held_out, without_items
 from models.judge import bakeoff
@@ -27,7 +35,6 @@ from models.judge.evaluation import SLICES, make_cases
 from models.judge.family import CHAMPION, FAMILY
 from models.judge.systems import Kit, Settings
 from models.judge.text_floor import tfidf_table
-from models.text.prompts import LEAKS, normalised_name
 
 log = logging.getLogger(__name__)
 TABLE = dataclasses.replace(METRICS, name="bakeoff", grain="(model, slice, metric) of one bake-off")
@@ -104,7 +111,7 @@ def run(config: Config) -> Result:
     events = without_items(events, held_out(catalogue.item_ids, config.cold_share, config.run.seed)).to(device)
     encoder_id = manifests.latest(config.run, "scft")["encoder_id"] if config.encoder == "latest" else config.encoder
     llm = embedded(config, encoder_id, catalogue, device)
-    floor_VD = tfidf_table(said(config.run, catalogue))
+    floor_VD = tfidf_table(said_without_leaks(config.run, catalogue))
     test, valid = (make_cases(events, part, negatives=1, paper_tail=PAPER_TAIL, chunk=config.users_per_chunk,
                               seed=config.run.seed, unseen=config.run.exclude_seen) for part in PARTS)  # fmt: skip
 
@@ -127,12 +134,6 @@ def run(config: Config) -> Result:
     )  # fmt: skip
     log.info("%s", "\n".join(bakeoff.table(result.models, values, differences, config.champion)))
     return result
-
-
-def said(run: Run, catalogue: Catalogue) -> list[str]:
-    """What is said of each item, without the fields that leak popularity."""
-    leaks = {normalised_name(name) for name in LEAKS}
-    return texts(run.lake, run.ds, catalogue.item_ids, lambda name: normalised_name(name) not in leaks)
 
 
 def embedded(config: Config, encoder_id: str, catalogue: Catalogue, device: torch.device) -> dict[str, Tensor]:

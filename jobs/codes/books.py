@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs.codes.config import Config
@@ -15,7 +15,7 @@ from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.tables import space_of
 from jobs.lake.tensors import embeddings_digest
 from jobs.run import InputError, as_json
-from models.behaviour.codes import Books, fit_books
+from models.behaviour.codes import Books, fit_books, load_books
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,7 @@ def published(config: Config) -> Version | None:
 
 def load(config: Config, books_id: str) -> Version:
     """Books by their id."""
-    home = artifacts.find(config.run.lake, "books", books_id)
-    known = json.loads((home / "books.json").read_text())
-    model = Books(known["books"], known["entries"], known["width"], heads=known["training"]["apart"])
-    model.load_state_dict(load_file(home / "books.safetensors"))
-    model.eval().requires_grad_(False)
+    model, known = load_books(artifacts.find(config.run.lake, "books", books_id))
     return Version(books_id=books_id, source=known["source"], model=model)
 
 

@@ -27,7 +27,6 @@ from feature_repo.spaces import Chunk
 from feature_repo.stores import BROKEN, Fenced, Held, NotPublished, Unreplicated
 from jobs.lake import arrivals, artifacts, manifests, partitions, tables
 from jobs.lake.arrivals import ARRIVING_ITEMS
-from jobs.lake.items import titles as titles
 from jobs.lake.items import tombstones, without_forgotten
 from jobs.lake.store import Store
 from jobs.lake.tables import ITEMS, SEQUENCES, Table, item_embeddings, space_of

@@ -94,13 +94,14 @@ def log_run(
     tags: Mapping[str, str] | None = None,
     documents: Mapping[str, object] | None = None,
     curve: Sequence[Mapping[str, float]] = (),
+    files: Sequence[Path] = (),
 ) -> str | None:
     """Records a run of a job; with `register`, its artifact folder becomes a version of that model.
 
     `artifacts` is a folder `models/KIND/ID` of the lake, `code` the pyfunc file that loads it (needed to register), `inputs` the
-    data sets that the job read, with their digests; `documents` are kept as NAME.json; `curve` are the figures of a training by
-    epoch or step, see `log_curve`. An artifact that is registered already keeps its version. Returns the version, or None where
-    nothing is registered or `tracking_uri` is empty. Raises InputError where MLflow can't be reached.
+    data sets that the job read, with their digests; `documents` are kept as NAME.json, `files` as they are; `curve` are the
+    figures of a training by epoch or step, see `log_curve`. An artifact that is registered already keeps its version. Returns the
+    version, or None where nothing is registered or `tracking_uri` is empty. Raises InputError where MLflow can't be reached.
     """
     if not run.tracking_uri:
         return None
@@ -113,8 +114,7 @@ def log_run(
             mlflow.log_metrics({name: float(value) for name, value in metrics.items()})
             log_curve(client, started.info.run_id, curve)
             log_inputs(inputs or {})
-            for name, document in (documents or {}).items():
-                mlflow.log_dict(as_json(document), f"{name}.json")
+            log_papers(documents or {}, files)
             if artifacts is None or register is None or code is None:
                 return None
             version = registered(client, register, artifacts) or add_version(register, artifacts, code, known)
@@ -161,6 +161,16 @@ def log_inputs(digests: Mapping[str, str]) -> None:
     ]
     if sets:
         mlflow.log_inputs(sets, [None] * len(sets), [None] * len(sets))
+
+
+def log_papers(documents: Mapping[str, object], files: Sequence[Path]) -> None:
+    """Documents as NAME.json, and files under their own names, of the active run."""
+    import mlflow
+
+    for name, document in documents.items():
+        mlflow.log_dict(as_json(document), f"{name}.json")
+    for file in files:
+        mlflow.log_artifact(str(file))
 
 
 def experiment(client: Any, run: Run) -> str:

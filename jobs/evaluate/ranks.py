@@ -11,14 +11,13 @@ from torch import Tensor
 from jobs.engines import registry
 from jobs.evaluate.config import CHALLENGER, Config
 from jobs.evaluate.parts import part_spans
-from jobs.lake import artifacts, items
-from jobs.lake.tensors import Catalogue, read_embeddings
+from jobs.lake import artifacts
+from jobs.lake.tensors import Catalogue, read_embeddings, said_without_leaks
 from jobs.run import Run
 from models.behaviour.artifact import Loaded, load_recommender
 from models.behaviour.fused import FusedRecommender
 from models.judge.evaluation import Cases, Ranks, floor_ranks, span_ranks, vector_ranks
 from models.judge.text_floor import text_ranks, tfidf_table
-from models.text.prompts import LEAKS, normalised_name
 
 BATCH = 65_536
 Ranker = Callable[[Cases], dict[str, Ranks]]
@@ -35,7 +34,7 @@ def rankers(config: Config, challenger: Loaded, others: dict[str, str], catalogu
 
     Each model's vectors are made once, whatever is ranked by them, and one model is in memory at a time.
     """
-    floor_VD = tfidf_table(texts(config.run, catalogue))
+    floor_VD = tfidf_table(said_without_leaks(config.run, catalogue))
     if floor_VD is not None:
         yield partial(floor_ranked, floor_VD.to(challenger.device))
     teacher_id = challenger.meta.get("teacher_id", "none")
@@ -72,12 +71,6 @@ def same_cases(one: Cases, other: Cases) -> bool:
     return (
         one.unseen == other.unseen and torch.equal(one.users_C, other.users_C) and torch.equal(one.position_C, other.position_C)
     )
-
-
-def texts(run: Run, catalogue: Catalogue) -> list[str]:
-    """What is said of each item, in the catalogue's order, without the fields that leak popularity."""
-    leaks = {normalised_name(name) for name in LEAKS}
-    return items.texts(run.lake, run.ds, catalogue.item_ids, lambda name: normalised_name(name) not in leaks)
 
 
 def floor_ranked(floor_VD: Tensor, cases: Cases) -> dict[str, Ranks]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jobs.explain.result import Neighbour
+from jobs.lake import items
 from jobs.run import InputError
 
 if TYPE_CHECKING:
@@ -33,10 +34,8 @@ def nearest(lake: Path, space: Space | None, item_id: str, count: int) -> list[t
 
 def titles(lake: Path, ds: str, item_ids: Sequence[str]) -> dict[str, str]:
     """A name for each item; its id where the catalogue can't be read, which the chain tells of."""
-    from jobs.engines import online
-
     try:
-        return online.titles(lake, ds, item_ids)
+        return items.titles(lake, ds, item_ids)
     except (OSError, ValueError):
         return dict(zip(item_ids, item_ids, strict=True))
 

@@ -5,14 +5,12 @@ Shapes: N items, K books.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.generate.config import Config
@@ -20,7 +18,7 @@ from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.tables import ITEM_CODES, space_of
 from jobs.lake.tensors import Catalogue
 from jobs.run import InputError
-from models.behaviour.codes import Books
+from models.behaviour.codes import Books, load_books
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +37,7 @@ class Tokens:
 def read_tokens(config: Config, catalogue: Catalogue, encoder_id: str, recommender_id: str) -> Tokens:
     """The codes of ds. Raises InputError where there are none, they are of another space, or an item lacks them."""
     books_id = str(manifests.latest(config.run, "codes")["books_id"]) if config.books == "latest" else config.books
-    home = artifacts.find(config.run.lake, "books", books_id)
-    known = json.loads((home / "books.json").read_text())
+    model, known = load_books(artifacts.find(config.run.lake, "books", books_id))
     own = (f"space {space_of(encoder_id, recommender_id)}", f"encoder {encoder_id}")
     if known["source"] not in own:
         raise InputError(f"books {books_id} are of {known['source']}, the vectors of {own[0]}: run codes for it first")
@@ -51,11 +48,9 @@ def read_tokens(config: Config, catalogue: Catalogue, encoder_id: str, recommend
         raise InputError(f"{place.null_count} items have no codes, for example {strange!r}: run codes for {config.run.ds}")
     rows = rows.take(place)
     flat = pc.list_flatten(rows["codes"].combine_chunks()).to_numpy(zero_copy_only=False)
-    model = Books(known["books"], known["entries"], known["width"], heads=known["training"]["apart"])
-    model.load_state_dict(load_file(home / "books.safetensors"))
     return Tokens(
         books_id=books_id, entries=known["entries"], of_vectors=known["source"] == own[0],
-        books=model.eval().requires_grad_(False),
+        books=model,
         code_NK=torch.from_numpy(flat.reshape(len(rows), -1).astype(np.int64)),
         number_N=torch.from_numpy(rows["number"].to_numpy().astype(np.int64)),
     )  # fmt: skip

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from jobs.lake import partitions
-from jobs.lake.items import live_items
+from jobs.lake.items import live_items, texts
 from jobs.lake.store import called
 from jobs.lake.tables import ITEMS, SEQUENCES
 from jobs.run import InputError, Run, as_json, code_revision
 from models.behaviour.data import Histories, histories
+from models.text.prompts import LEAKS, normalised_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,14 @@ def read_catalogue(run: Run) -> Catalogue:
 
 def texts_of(catalogue: Catalogue) -> Tensor:
     """text_V: a number for each different text of the catalogue, -1 for padding."""
-    texts = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
-    return torch.cat([torch.tensor([-1]), torch.from_numpy(texts.astype("int64"))])
+    number_N = catalogue.content_hashes.dictionary_encode().indices.to_numpy()
+    return torch.cat([torch.tensor([-1]), torch.from_numpy(number_N.astype("int64"))])
+
+
+def said_without_leaks(run: Run, catalogue: Catalogue) -> list[str]:
+    """What is said of each item, in the catalogue's order, without the fields that leak popularity."""
+    leaks = {normalised_name(name) for name in LEAKS}
+    return texts(run.lake, run.ds, catalogue.item_ids, lambda name: normalised_name(name) not in leaks)
 
 
 def read_histories(run: Run, item_ids: Sequence[str]) -> tuple[Histories, str]:

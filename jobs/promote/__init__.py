@@ -9,9 +9,10 @@ from typing import Any, Literal
 from jobs.engines import registry
 from jobs.lake import artifacts, manifests
 from jobs.lake.locks import alone
+from jobs.lake.outcomes import read_outcomes
 from jobs.lake.tables import space_of
 from jobs.promote import model_card
-from jobs.promote.judging import Reason, Rules, gates, read_outcomes
+from jobs.promote.judging import Reason, Rules, gates
 from jobs.run import InputError, Refused, Run, as_json
 
 log = logging.getLogger(__name__)

@@ -6,18 +6,16 @@ which are to be beaten overall. A slice that can't tell is undecided and says ho
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.numpy import load_file
 
+from jobs.lake.outcomes import Outcomes
 from jobs.run import InputError
-from models.judge.gates import RARE, Array, Comparison, Verdict, by_user, compare
+from models.judge.gates import RARE, Comparison, Verdict, by_user, compare
 
 Kind = Literal["floor", "champion", "reference", "other"]
 
@@ -44,56 +42,33 @@ class Rules:
     heaviest: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcomes:
-    """Every model's NDCG of every held-out event (artifact `outcomes`); K models, S slices, C cases."""
-
-    models: list[str]
-    slices: list[str]
-    user_C: np.ndarray[Any, np.dtype[np.int64]]
-    slices_SC: np.ndarray[Any, np.dtype[np.bool_]]
-    ndcg_KC: Array
-
-    def compared(self, against: str, slice_: str, margin: float, rules: Rules) -> Comparison:
-        """The challenger beside a model in a slice. Raises InputError for one that was not evaluated."""
-        if against not in self.models or slice_ not in self.slices:
-            raise InputError(
-                f"the evaluation has no comparison with {against} on {slice_}: models {self.models}, slices {self.slices}"
-            )
-        inside_C = self.slices_SC[self.slices.index(slice_)]
-        user_C, users = self.user_C[inside_C], int(self.user_C.max(initial=-1)) + 1
-        challenger_U, other_U = (
-            by_user(self.ndcg_KC[self.models.index(name), inside_C], user_C, users) for name in ("llmemb", against)
+def compared(outcomes: Outcomes, against: str, slice_: str, margin: float, rules: Rules) -> Comparison:
+    """The challenger beside a model in a slice. Raises InputError for one that was not evaluated."""
+    if against not in outcomes.models or slice_ not in outcomes.slices:
+        raise InputError(
+            f"the evaluation has no comparison with {against} on {slice_}: models {outcomes.models}, slices {outcomes.slices}"
         )
-        cases_U = np.bincount(user_C, minlength=users)
-        return compare(challenger_U, other_U, cases_U, margin=margin, min_users=rules.min_users, heaviest=rules.heaviest)
-
-
-def read_outcomes(folder: Path) -> Outcomes:
-    """The outcomes that `evaluate` kept."""
-    names = json.loads((folder / "outcomes.json").read_text())
-    found = load_file(folder / "outcomes.safetensors")
-    return Outcomes(
-        models=names["models"],
-        slices=names["slices"],
-        user_C=found["user_C"].astype(np.int64),
-        slices_SC=found["slices_SC"].astype(bool),
-        ndcg_KC=found["ndcg_KC"].astype(np.float64),
+    inside_C = outcomes.slices_SC[outcomes.slices.index(slice_)]
+    user_C, users = outcomes.user_C[inside_C], int(outcomes.user_C.max(initial=-1)) + 1
+    challenger_U, other_U = (
+        by_user(outcomes.ndcg_KC[outcomes.models.index(name), inside_C], user_C, users) for name in ("llmemb", against)
     )
+    cases_U = np.bincount(user_C, minlength=users)
+    return compare(challenger_U, other_U, cases_U, margin=margin, min_users=rules.min_users, heaviest=rules.heaviest)
 
 
 def gates(rules: Rules, judged: Mapping[str, Any], outcomes: Outcomes) -> Iterator[Reason]:
     """All gates' verdicts. Raises InputError for a floor or slice that the evaluation lacks."""
     for floor in rules.floors:
-        yield beats(floor, outcomes.compared(floor, "overall", 0.0, rules))
+        yield beats(floor, compared(outcomes, floor, "overall", 0.0, rules))
     if judged["champion_id"]:
         for slice_, margin in rules.margins.items():
-            yield not_worse("champion", slice_, margin, outcomes.compared("champion", slice_, margin, rules))
+            yield not_worse("champion", slice_, margin, compared(outcomes, "champion", slice_, margin, rules))
     # where the champion is the reference, the wider margin could not refuse what the narrow one lets pass
     if rules.reference_times and judged["reference_id"] not in ("", judged["champion_id"]):
         for slice_, margin in rules.margins.items():
             wide = min(margin * rules.reference_times, 1.0)
-            yield not_worse("reference", slice_, wide, outcomes.compared("reference", slice_, wide, rules))
+            yield not_worse("reference", slice_, wide, compared(outcomes, "reference", slice_, wide, rules))
     if judged["leaking"]:
         text = f"raw embeddings foretell test popularity with R2 {judged['leak']['r2']:.3f}: find the prompt's field that leaks"
         yield Reason(gate="no leak", verdict="undecided", text=text)

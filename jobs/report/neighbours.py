@@ -17,7 +17,7 @@ from jobs.lake import partitions
 from jobs.lake.tables import ITEM_GROUPS, ITEMS
 from jobs.report.layers import BASE, Layer, Matrix, rows_below, served_vectors
 from jobs.report.maps import centred_directions
-from jobs.report.sample import Sample, hash_bound, title
+from jobs.report.sample import Sample, hash_bound, short_title
 from jobs.report.spaces import Spaces
 from jobs.run import Run
 
@@ -171,5 +171,5 @@ def with_titles(lake: Path, partition: str, column: str, near: Mapping[str, list
     for batch in partitions.scan(lake, ITEMS, partition, ("item_id", "content_hash", "attributes")):
         for row in batch.filter(pc.is_in(batch[column], pa.array(keys, pa.string()))).to_pylist():
             pairs = [(pair["name"], pair["value"] or "") for pair in row["attributes"]]
-            known[row[column]] = (row["item_id"], title(row["item_id"], pairs))
+            known[row[column]] = (row["item_id"], short_title(row["item_id"], pairs))
     return {item_id: [known[key] for key in found] for item_id, found in near.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from jobs.lake import partitions
-from jobs.lake.items import tombstones
+from jobs.lake.items import live_items, title
 from jobs.lake.tables import ITEMS
 
 OTHERS = 7
@@ -37,13 +37,12 @@ class Sample:
     @property
     def titles(self) -> list[str]:
         """A name for each item."""
-        return [title(item_id, pairs) for item_id, pairs in zip(self.item_ids, self.attributes, strict=True)]
+        return [short_title(item_id, pairs) for item_id, pairs in zip(self.item_ids, self.attributes, strict=True)]
 
 
-def title(item_id: str, pairs: Sequence[tuple[str, str]]) -> str:
-    """An item's attribute `title`, else its first one, else its id."""
-    values = dict(pairs)
-    text = " ".join((values.get("title") or next(iter(values.values()), "") or item_id).split())
+def short_title(item_id: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """An item's title on one line, cut to what is shown."""
+    text = " ".join(title(item_id, pairs).split())
     return text if len(text) <= TITLE else f"{text[: TITLE - 1]}…"
 
 
@@ -57,10 +56,9 @@ def draw_sample(lake: Path, partition: str, most: int) -> Sample:
     total = partitions.read_commit(lake, ITEMS.name, partition).rows
     bound = hash_bound(total, most)
     found = []
-    for batch in partitions.scan(lake, ITEMS, partition, ("item_id", "content_hash", "attributes")):
+    for batch in live_items(lake, partition, ("item_id", "content_hash", "attributes")):
         found += batch.filter(pc.less(batch["content_hash"], bound)).to_pylist()
-    gone = tombstones(lake)
-    rows = sorted((row for row in found if row["item_id"] not in gone), key=lambda row: (row["content_hash"], row["item_id"]))
+    rows = sorted(found, key=lambda row: (row["content_hash"], row["item_id"]))
     return Sample(
         item_ids=[row["item_id"] for row in rows],
         attributes=[[(pair["name"], pair["value"] or "") for pair in row["attributes"]] for row in rows],

@@ -18,17 +18,10 @@ def track(run: Run, night: Night, state: str, measures: Mapping[str, float], hom
         return
     from jobs.engines import registry
 
+    figures = {metric_name(name): value for name, value in measures.items()}
+    files = [home / name for name in ("report.html", "openlineage.jsonl")]
     try:
-        with registry.connected(run) as client:
-            import mlflow
-
-            tags = {"job": "report", "ds": night.ds, "state": state}
-            experiment = registry.experiment(client, run)
-            with mlflow.start_run(experiment_id=experiment, run_name=f"report {night.ds}", tags=tags):
-                mlflow.log_metrics({metric_name(name): value for name, value in measures.items()})
-                registry.log_inputs(written(night))
-                for name in ("report.html", "openlineage.jsonl"):
-                    mlflow.log_artifact(str(home / name))
+        registry.log_run(run, "report", {}, figures, inputs=written(night), tags={"state": state}, files=files)
     except (InputError, Unavailable) as error:
         log.warning("the page is written, but not logged: %s", error)
 

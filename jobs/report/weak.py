@@ -5,17 +5,16 @@ Read from what `evaluate` kept of every held-out event; users are numbers there,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from jobs.lake import artifacts
 from jobs.lake.nights import Night
+from jobs.lake.outcomes import read_outcomes
 
 MODEL = "llmemb"
 """The model that the evaluation judged."""
@@ -48,20 +47,17 @@ class Group:
 def groups(lake: Path, night: Night) -> tuple[Group, ...]:
     """Every group that has users; none where nothing was evaluated, or what it kept is gone."""
     identity = str(night.result("evaluate").get("outcomes_id") or "none")
-    home = lake / "models" / "outcomes" / identity
     try:
-        artifacts.find(lake, "outcomes", identity)
-        names = json.loads((home / "outcomes.json").read_text())
-        found = load_file(home / "outcomes.safetensors")
-        ndcg_C = found["ndcg_KC"][names["models"].index(MODEL)].astype(np.float64)
-        slices = dict(zip(names["slices"], found["slices_SC"].astype(bool), strict=True))
+        found = read_outcomes(artifacts.find(lake, "outcomes", identity))
+        ndcg_C = found.ndcg_KC[found.models.index(MODEL)]
+        slices = dict(zip(found.slices, found.slices_SC, strict=True))
     except (OSError, ValueError, KeyError, SafetensorError):
         return ()
-    made = (group(name, found["user_C"][slices[name]], ndcg_C[slices[name]]) for name in GROUPS if name in slices)
+    made = (group(name, found.user_C[slices[name]], ndcg_C[slices[name]]) for name in GROUPS if name in slices)
     return tuple(one for one in made if one.users)
 
 
-def group(name: str, user_C: npt.NDArray[np.int32], ndcg_C: npt.NDArray[np.float64]) -> Group:
+def group(name: str, user_C: npt.NDArray[np.int64], ndcg_C: npt.NDArray[np.float64]) -> Group:
     """One group, from the cases of its slice."""
     _, place_C, count_U = np.unique(user_C, return_inverse=True, return_counts=True)
     mean_U = np.bincount(place_C, weights=ndcg_C, minlength=len(count_U)) / np.maximum(count_U, 1)

@@ -11,10 +11,14 @@ Shapes: N items, D width, K books, C entries of a book, B items of a batch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.behaviour.whitening import moments
@@ -307,3 +311,11 @@ class CodeItems(nn.Module):
         """emb_ND of items by their index; text does not matter beyond the codes."""
         emb_ND: Tensor = self(row_N)
         return emb_ND
+
+
+def load_books(folder: Path) -> tuple[Books, dict[str, Any]]:
+    """Frozen books of an artifact, on the CPU, and what its books.json tells of them (`source`, `entries`, …)."""
+    known: dict[str, Any] = json.loads((folder / "books.json").read_text())
+    books = Books(known["books"], known["entries"], known["width"], heads=known["training"]["apart"])
+    books.load_state_dict(load_file(folder / "books.safetensors"))
+    return books.eval().requires_grad_(False), known

@@ -111,7 +111,7 @@ def following(events: Histories) -> Tensor:
 
 def pairs(events: Histories, apart: int) -> tuple[Tensor, Tensor]:
     """one_P, other_P: different items of a user's train rows that stand `apart` events from one another, in their order."""
-    train_N = events.position_N < events.train_end_U[events.user_N]
+    train_N = events.in_train_N
     same_P = train_N[apart:] & (events.position_N[apart:] >= apart)
     one_P, other_P = events.items_N[:-apart][same_P], events.items_N[apart:][same_P]
     return one_P[one_P != other_P], other_P[one_P != other_P]
@@ -127,7 +127,7 @@ def gram(events: Histories, at_once: int = 4096) -> Tensor:
     """gram_VV float64: how many users had both items in train rows, each user counted once."""
     rows, users = events.catalogue + 1, len(events.train_end_U)
     gram_VV = torch.zeros(rows, rows, dtype=torch.float64, device=events.items_N.device)
-    train_N = events.position_N < events.train_end_U[events.user_N]
+    train_N = events.in_train_N
     for start in range(0, users, at_once):
         mine_N = train_N & (events.user_N >= start) & (events.user_N < start + at_once)
         had_UV = torch.zeros(min(at_once, users - start), rows, device=gram_VV.device)

@@ -50,6 +50,11 @@ class Histories:
         """Each event's position in its user's history."""
         return torch.arange(len(self.items_N), device=self.items_N.device) - self.offsets_U1[self.user_N]
 
+    @property
+    def in_train_N(self) -> Tensor:
+        """Whether each event is a train row."""
+        return self.position_N < self.train_end_U[self.user_N]
+
     def to(self, device: torch.device | str) -> Histories:
         """The same histories on another device."""
         names = ("offsets_U1", "items_N", "timestamps_N", "train_end_U", "valid_end_U")
@@ -153,15 +158,13 @@ def training_rows(events: Histories, max_len: int, windows: Literal["last", "all
 
 def train_counts(events: Histories) -> Tensor:
     """counts_V: interactions of each item in train rows; test and validation rows never count."""
-    in_train_N = events.position_N < events.train_end_U[events.user_N]
-    return torch.bincount(events.items_N[in_train_N], minlength=events.catalogue + 1)
+    return torch.bincount(events.items_N[events.in_train_N], minlength=events.catalogue + 1)
 
 
 def followers(events: Histories) -> Tensor:
     """index_P: the train events that follow another item in their user's history; that other is the event before."""
-    train_N = events.position_N < events.train_end_U[events.user_N]
     # the last event of a user is followed by another's first
-    follows_P = train_N[1:] & (events.position_N[1:] > 0) & (events.items_N[1:] != events.items_N[:-1])
+    follows_P = events.in_train_N[1:] & (events.position_N[1:] > 0) & (events.items_N[1:] != events.items_N[:-1])
     return follows_P.nonzero().flatten() + 1
 
 
@@ -193,9 +196,8 @@ def held_out(item_ids: Sequence[str], share: float, seed: int) -> Tensor:
 
 def without_items(events: Histories, held_V: Tensor) -> Histories:
     """The histories as if nobody had touched the held items before the end of train; later events stay."""
-    user_N, position_N = events.user_N, events.position_N
-    dropped_N = held_V.to(events.items_N.device)[events.items_N] & (position_N < events.train_end_U[user_N])
-    dropped_U = torch.bincount(user_N[dropped_N], minlength=len(events.train_end_U))
+    dropped_N = held_V.to(events.items_N.device)[events.items_N] & events.in_train_N
+    dropped_U = torch.bincount(events.user_N[dropped_N], minlength=len(events.train_end_U))
     offsets_U1 = torch.cat([events.offsets_U1[:1], (events.length_U - dropped_U).cumsum(0)])
     return Histories(
         offsets_U1=offsets_U1,

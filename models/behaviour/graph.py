@@ -30,7 +30,7 @@ def graph_table(events: Histories, width: int, *, layers: int = LAYERS, seed: in
     Padding and items without a train event are zero: text has to fill them. Raises ValueError for an empty graph.
     """
     rows, users = events.catalogue + 1, len(events.train_end_U)
-    train_N = events.position_N < events.train_end_U[events.user_N]
+    train_N = events.in_train_N
     key_E = torch.unique(events.user_N[train_N] * rows + events.items_N[train_N])
     if not len(key_E):
         raise ValueError("no user has a train event: the graph is empty; extract a longer history or move the split")

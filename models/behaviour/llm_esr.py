@@ -90,7 +90,7 @@ def like_users(events: Histories, white_VK: Tensor, count: int) -> Tensor:
     A user without train events has none, and fewer users than `count` are all like: U stands for nobody.
     """
     users = len(events.train_end_U)
-    in_train_N = events.position_N < events.train_end_U[events.user_N]
+    in_train_N = events.in_train_N
     sum_UK = torch.zeros(users, white_VK.shape[1], device=white_VK.device)
     sum_UK.index_add_(0, events.user_N[in_train_N], white_VK[events.items_N[in_train_N]].float())
     profile_UK = F.normalize(sum_UK, dim=1)

@@ -33,9 +33,8 @@ class Counted:
 def count(events: Histories) -> Counted:
     """Counts train rows; later events never count."""
     rows = events.catalogue + 1
-    user_N = events.user_N
-    in_train_N = events.position_N < events.train_end_U[user_N]
-    user_N, items_N = user_N[in_train_N], events.items_N[in_train_N]
+    in_train_N = events.in_train_N
+    user_N, items_N = events.user_N[in_train_N], events.items_N[in_train_N]
     neighbours = user_N[1:] == user_N[:-1]
     key_T, times_T = torch.unique((items_N[:-1] * rows + items_N[1:])[neighbours], return_counts=True)
     from_V = torch.bincount(key_T // rows, minlength=rows)

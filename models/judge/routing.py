@@ -52,7 +52,7 @@ def weakness(events: Histories, users_U: Tensor, valid_U: Tensor) -> dict[str, T
     if not bool(known_U.any()):
         raise ValueError("no user has a validation event: there is nothing to tell weak users by; move the split")
     rows = events.catalogue + 1
-    in_train_N = events.position_N < events.train_end_U[events.user_N]
+    in_train_N = events.in_train_N
     user_N, item_N = events.user_N[in_train_N], events.items_N[in_train_N]
     count_N = train_counts(events)[item_N].double().log1p()
     users = len(events.train_end_U)

@@ -105,7 +105,7 @@ def restricted(events: Histories, users_U: Tensor, in_V: Tensor) -> Histories:
         offsets_U1=torch.cat([torch.zeros(1, dtype=torch.int64), length_U.cumsum(0)]),
         items_N=number_V[events.items_N[kept_N]],
         timestamps_N=events.timestamps_N[kept_N],
-        train_end_U=count(position_N < events.train_end_U[user_N]),
+        train_end_U=count(events.in_train_N),
         valid_end_U=count(position_N < events.valid_end_U[user_N]),
         catalogue=int(in_V.sum()),
     )

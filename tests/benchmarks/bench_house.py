@@ -17,6 +17,7 @@ import ast
 import datetime as dt
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -30,26 +31,9 @@ import networkx
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("jobs", "models", "feature_repo", "dags", "infra")
-WAY = (
-    "jobs/extract/__init__.py",
-    "jobs/extract/shape.py",
-    "jobs/extract/judge.py",
-    "jobs/lake/tables.py",
-    "jobs/embed/__init__.py",
-    "models/text/prompts.py",
-    "models/text/packing.py",
-    "models/text/encoder.py",
-    "models/text/embedding.py",
-    "jobs/project.py",
-    "models/behaviour/fused.py",
-    "jobs/publish/__init__.py",
-    "feature_repo/spaces.py",
-    "feature_repo/redis_store.py",
-)
-"""Files to open, in order, to follow one item from its table to its online vector."""
-
-
 PAGE = ROOT / "CONTRIBUTING.md"
+WAY = "## One item's way, file by file\n"
+"""The part of CONTRIBUTING.md that lists the files to open, in order, to follow one item to its online vector."""
 TITLE = "| | before the rooms (commit 6fdad22) | "
 """How the head of the table in CONTRIBUTING.md starts; the date follows."""
 LINT = (
@@ -65,11 +49,11 @@ def main() -> int:
     """Measures one folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT)
-    parser.add_argument("--way", default=",".join(WAY))
+    parser.add_argument("--way", help="files, with commas; those of CONTRIBUTING.md where not given")
     parser.add_argument("--lint", action="store_true", help="times `make lint` too; run it on a quiet machine")
     parser.add_argument("--write", action="store_true", help="puts the figures into CONTRIBUTING.md")
     arguments = parser.parse_args()
-    found = measured(arguments.folder, arguments.way.split(","))
+    found = measured(arguments.folder, arguments.way.split(",") if arguments.way else way_of(PAGE.read_text()))
     if arguments.lint:
         found["lint"] = lint(arguments.folder)
     if arguments.write:
@@ -78,7 +62,15 @@ def main() -> int:
     return 0
 
 
-def measured(folder: Path, way: Sequence[str] = WAY) -> dict[str, Any]:
+def way_of(page: str) -> list[str]:
+    """The files of one item's way as CONTRIBUTING's text lists them. Raises ValueError where the list is gone."""
+    found = re.findall(r"`([a-z_/0-9]+\.py)`", page.partition(WAY)[2].partition("\n## ")[0])
+    if not found:
+        raise ValueError(f"CONTRIBUTING.md has no list of files below {WAY.strip()!r}: write one")
+    return found
+
+
+def measured(folder: Path, way: Sequence[str]) -> dict[str, Any]:
     """All figures but those of `make lint`."""
     files = {path: path.read_text() for room in ROOMS for path in sorted((folder / room).rglob("*.py"))}
     lines = {path: len(text.splitlines()) for path, text in files.items()}

@@ -16,7 +16,7 @@ import pytest
 from jobs import evaluate, pretrain, rat
 from jobs.engines import registry
 from jobs.evaluate import ranks
-from jobs.lake import artifacts, manifests, partitions
+from jobs.lake import artifacts, manifests, partitions, tensors
 from jobs.lake.tables import METRICS, SEQUENCES
 from jobs.run import InputError, Run, as_json
 from models.behaviour.data import held_out
@@ -99,7 +99,7 @@ def test_texts_without_an_llm_are_a_floor_and_fields_that_leak_are_not_read(lake
     assert ("tfidf_text", "overall") in {(row.against, row.slice) for row in result.differences}
     assert len(set(read)) > 10 and all(read)
     # `title` is what the small lake's items have
-    monkeypatch.setattr(ranks, "LEAKS", ("Title",))
+    monkeypatch.setattr(tensors, "LEAKS", ("Title",))
     read.clear()
     judge(lake)
     assert len(read) > 10 and not any(read)

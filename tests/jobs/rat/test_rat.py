@@ -222,7 +222,7 @@ def test_items_held_out_have_no_train_event_are_no_candidate_and_weigh_nothing(
     held = set(held_out(ids, 0.3, seed).nonzero().flatten().tolist())
     assert held and held != set(held_out(ids, 0.3, 49 - seed).nonzero().flatten().tolist())
     events = given["events"]
-    in_train = events.position_N < events.train_end_U[events.user_N]
+    in_train = events.in_train_N
     assert not held & set(events.items_N[in_train].tolist())
     assert given["candidates_M"].tolist() == sorted(set(range(1, 20)) - held)
     assert (given["aligner"].weight_V == 0).nonzero().flatten().tolist() == sorted({0, 20} | held)

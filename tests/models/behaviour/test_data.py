@@ -1,5 +1,8 @@
 """Histories: windows, splits, cases, groups and bad input."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +25,8 @@ from models.behaviour.data import (
     window,
     without_items,
 )
+
+ROOT = Path(__file__).parents[3]
 
 
 def made(lists: list[list[int]], ends: list[tuple[int, int]], catalogue: int = 9) -> Histories:
@@ -140,3 +145,15 @@ def test_neighbours_follow_one_another_in_one_users_train_rows_and_differ() -> N
     events = made([[1, 2, 2, 3, 4, 5], [6], [7, 8]], [(4, 5), (1, 1), (2, 2)])
     assert neighbours(events).tolist() == [[1, 2], [2, 3], [7, 8]]
     assert neighbours(made([[], [3]], [(0, 0), (1, 1)])).shape == (0, 2)
+
+
+def test_train_rows_are_those_before_the_end_of_train_and_one_place_says_so() -> None:
+    events = histories(offsets=[0, 4, 4, 6], items=[1, 2, 3, 4, 5, 1], timestamps=[0] * 6, train_end=[2, 0, 0],
+                       valid_end=[3, 0, 1], catalogue=5)  # fmt: skip
+    assert events.in_train_N.tolist() == [True, True, False, False, False, False]
+    written = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "models").rglob("*.py")
+        if re.search(r"< (\w+\.)?train_end_U\[", path.read_text())
+    ]
+    assert written == ["models/behaviour/data.py"]
