@@ -132,12 +132,10 @@ def run(config: Config) -> Result:
     with online.refusals():
         register(lake, config.lease_wait_s)
         before = spaces.current(Reader.open(lake))
-    if config.arriving and (before is None or (before.space_id, before.ds) != (space_id, config.run.ds)):
-        return superseded(config, made_by, width)  # a night or a promotion was faster while the rows were inspected
+    if config.arriving and not beside.points_to(before, space_id, config.run.ds):  # a night was faster meanwhile
+        return superseded(config, made_by, width)
     moved = compared(config, before, space)
-    clock.lap(
-        "compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours changed {moved.churn or 'none'}"
-    )
+    clock.lap("compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours moved {moved.churn or 'none'}")
     graph = config.graph if config.approximate else None
     index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving, forgotten=forgotten)
     space = dataclasses.replace(space, index=index_digest)

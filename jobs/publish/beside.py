@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from feature_repo import index, offline, spaces
 from feature_repo.index import Graph
-from feature_repo.reader import CODECS, Reader, Space
+from feature_repo.reader import CODECS, Pointer, Reader, Space
 from feature_repo.stores import Store
 from jobs.engines import online
 from jobs.lake import arrivals, partitions
@@ -63,7 +63,11 @@ def refuse_full(lake: Path, store: Store, reader: Reader, space: Space) -> None:
 def serves(lake: Path, space_id: str, ds: str) -> bool:
     """Whether a snapshot in a space is what serves."""
     with online.refusals():
-        pointer = spaces.current(Reader.open(lake))
+        return points_to(spaces.current(Reader.open(lake)), space_id, ds)
+
+
+def points_to(pointer: Pointer | None, space_id: str, ds: str) -> bool:
+    """Whether a pointer names a snapshot in a space."""
     return pointer is not None and (pointer.space_id, pointer.ds) == (space_id, ds)
 
 
