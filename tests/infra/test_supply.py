@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -31,6 +34,8 @@ IMAGES = {
         re.search(r"IMAGES := (.*?)\nPINS", (ROOT / "Makefile").read_text(), re.DOTALL)[1],  # type: ignore[index]
     )
 }
+FILES = [*IMAGES, "base-model"]
+"""Of infra/requirements: one for each image, and one for the demo's LLM."""
 
 
 def requirements(name: str) -> dict[str, list[tuple[str, list[str]]]]:
@@ -45,7 +50,7 @@ def requirements(name: str) -> dict[str, list[tuple[str, list[str]]]]:
     return found
 
 
-@pytest.mark.parametrize("image", [*IMAGES, "base-model"])
+@pytest.mark.parametrize("image", FILES)
 def test_every_package_of_an_image_is_pinned_with_its_hashes(image: str) -> None:
     found = requirements(image)
     assert found
@@ -116,16 +121,51 @@ def test_a_package_whose_bytes_are_others_than_those_that_were_tested_is_not_ins
     assert done.returncode and "DO NOT MATCH THE HASHES" in done.stderr and not (tmp_path / "installed").exists()
 
 
-def test_no_licence_is_installed_that_nobody_has_read() -> None:
+def licences() -> tuple[list[str], dict[str, str]]:
+    """infra/licences.txt: what may be installed, and what was read by hand of single packages."""
     lines = [line for line in (INFRA / "licences.txt").read_text().splitlines() if not line.startswith("#")]
-    allowed = [line for line in lines if ":" not in line]
+    read = [line.partition(":") for line in lines if ":" in line]
+    return [line for line in lines if ":" not in line], {name: words.strip() for name, _, words in read}
+
+
+def test_no_licence_is_installed_that_nobody_has_read() -> None:
+    allowed, read = licences()
     command = [str(Path(sys.executable).parent / "pip-licenses"), "--python", sys.executable, "--from=mixed", "--partial-match"]
-    command += ["--allow-only", ";".join(allowed), "--ignore-packages", *(line.split(":")[0] for line in lines if ":" in line)]
-    pinned = [name for name in PINNED if name not in {line.split(":")[0] for line in lines if ":" in line}]
-    done = subprocess.run([*command, "--packages", *pinned], capture_output=True, text=True, check=False)
+    command += ["--allow-only", ";".join(allowed), "--ignore-packages", *read]
+    wanted = {*PINNED, *(name for image in FILES for name in requirements(image))} - set(read)
+    done = subprocess.run([*command, "--packages", *sorted(wanted)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("image", FILES)
+def test_what_only_an_image_installs_has_a_licence_that_somebody_has_read(image: str) -> None:
+    """Of what is installed here, pip-licenses reads it (above)."""
+    installed = {canonicalize_name(one.metadata["Name"]) for one in importlib.metadata.distributions()}
+    _, read = licences()
+    assert all(canonicalize_name(name) == name and words for name, words in read.items())
+    unread = set(requirements(image)) - installed - set(read)
+    assert not unread, f"put them into infra/licences.txt, each with the licence that it has: {sorted(unread)}"
 
 
 def test_the_bill_of_materials_is_made_in_every_run_of_the_checks() -> None:
     assert "make sbom" in (ROOT / ".ci" / "run").read_text().splitlines()
     assert "cyclonedx-py environment" in (ROOT / "Makefile").read_text()
+
+
+def test_every_file_that_an_image_installs_from_has_its_own_bill_of_materials(tmp_path: Path) -> None:
+    named = re.findall(r"-r infra/requirements/([\w-]+)\.txt", DOCKERFILE)
+    assert set(named) == set(FILES)
+    done = subprocess.run(["make", "--dry-run", "sbom"], cwd=ROOT, capture_output=True, text=True, check=True)
+    (loop,) = re.findall(r"^for image in .*?^done$", done.stdout, re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"^for image in (.*);", loop)[0].split()) == set(FILES)
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "--output-file sbom-$image.json" in loop and "sbom-*.json" in ignored
+    words = shlex.split(re.search(r"cyclonedx-py (requirements .*?) --output-file", loop.replace("\\\n", " "))[1])  # type: ignore[index]
+    tool = str(Path(sys.executable).parent / "cyclonedx-py")
+    command = [tool, *(word.replace("$image", "gpu") for word in words), "--output-file", str(tmp_path / "gpu.json")]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    bill = json.loads((tmp_path / "gpu.json").read_text())
+    assert bill["bomFormat"] == "CycloneDX"
+    found = {(canonicalize_name(one["name"]), one["version"]) for one in bill["components"]}
+    assert found == {(name, version) for name, lines in requirements("gpu").items() for version, _ in lines}
+    assert any(name.startswith("nvidia-") for name, _ in found)
