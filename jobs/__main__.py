@@ -146,13 +146,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  python -m jobs recommend --recipe jobs/recipes/smoke.toml --ds 1998-04-22 --set recommend.user=405",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("job", choices=JOBS, metavar="NAME", help="the job to run")
+    # both, so that a typo of a command is answered by the commands too
+    parser.add_argument("job", choices=[*COMMANDS, *JOBS], metavar="NAME", help="the job to run")
     parser.add_argument("--recipe", type=Path, required=True, help="TOML file with a table for each job")
     parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
     parser.add_argument(
         "--set", action="append", default=[], metavar="JOB.KEY=VALUE", help="overrides one value of the recipe (repeatable)"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.job in COMMANDS:
+        parser.error(f"the command {arguments.job} stands first: python -m jobs {arguments.job} --help")
+    return arguments
 
 
 def refuse_future(ds: str, now: dt.datetime) -> None:

@@ -183,9 +183,15 @@ def test_the_result_comes_after_all_that_is_logged(recipe: Path, monkeypatch: py
 
 def test_a_wrong_call_is_shown_the_commands_for_people_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["nights"])
-    said = capsys.readouterr().err
-    assert all(name in said for name in cli.COMMANDS)
+        cli.main(["nigth", "--recipe", "recipe.toml", "--ds", "2026-01-01"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert all(name in said for name in (*cli.COMMANDS, *cli.JOBS))
+
+
+def test_a_command_that_does_not_stand_first_is_told_where(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--recipe", "recipe.toml", "night", "--ds", "2026-01-01"])
+    assert "the command night stands first: python -m jobs night --help" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_missing_recipe_names_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
