@@ -37,6 +37,8 @@ COMMANDS = {
     "night": "--recipe FILE --ds DATE: runs the jobs of a night in their order",
 }
 """What is no job: takes arguments of its own and leaves no manifest."""
+SLOW = ("check", "worth")
+"""Commands that may be silent for long; `new` asks, and the jobs of `night` speak for themselves."""
 UNSEEN = ("forget", "scft", "pretrain", "rat")
 """Jobs that `forget` doesn't wait for: itself, and trainings, whose artifacts may name what they were trained on."""
 FIRST_SPEAKS_S = 5.0
@@ -56,7 +58,8 @@ def command(words: Sequence[str]) -> int:
     """Runs one of COMMANDS; returns the exit status."""
     logs.start(words[0])
     try:
-        status: int = importlib.import_module(f"jobs.{words[0]}").main(words[1:])
+        with logs.SignsOfLife(words[0]) if words[0] in SLOW else contextlib.nullcontext():
+            status: int = importlib.import_module(f"jobs.{words[0]}").main(words[1:])
     except (ValueError, Refused) as error:
         status = 3 if isinstance(error, Refused) else 2
         complain(words[0], redacted(str(error)), status)
