@@ -123,8 +123,8 @@ def refuse_unreadable(text: str, answers: Mapping[str, Any]) -> None:
             if job in recipe:
                 build(importlib.import_module(f"jobs.{job}").Config, {"run": run, **values_of(recipe, job)}, job)
     except ValueError as error:
-        key = next((key for key in QUESTIONS if f"{key}:" in f"{error}" or f"{key}." in f"{error}"), None)
-        raise InputError(f"{error}; answer {key} anew: {QUESTIONS[key]}" if key else f"{error}") from error
+        off = next((key for key in QUESTIONS if f"{key}:" in f"{error}" or f"{key}." in f"{error}"), None)
+        raise InputError(f"{error}; answer {off} anew: {QUESTIONS[off]}" if off else f"{error}") from error
 
 
 def filled(starter: str, answers: Mapping[str, Any]) -> str:
