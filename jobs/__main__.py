@@ -37,6 +37,8 @@ COMMANDS = {
     "night": "--recipe FILE --ds DATE: runs the jobs of a night in their order",
 }
 """What is no job: takes arguments of its own and leaves no manifest."""
+SLOW = ("check", "worth")
+"""Commands that may be silent for long; `new` asks, and the jobs of `night` speak for themselves."""
 UNSEEN = ("forget", "scft", "pretrain", "rat")
 """Jobs that `forget` doesn't wait for: itself, and trainings, whose artifacts may name what they were trained on."""
 FIRST_SPEAKS_S = 5.0
@@ -56,7 +58,8 @@ def command(words: Sequence[str]) -> int:
     """Runs one of COMMANDS; returns the exit status."""
     logs.start(words[0])
     try:
-        status: int = importlib.import_module(f"jobs.{words[0]}").main(words[1:])
+        with logs.SignsOfLife(words[0]) if words[0] in SLOW else contextlib.nullcontext():
+            status: int = importlib.import_module(f"jobs.{words[0]}").main(words[1:])
     except (ValueError, Refused) as error:
         status = 3 if isinstance(error, Refused) else 2
         complain(words[0], redacted(str(error)), status)
@@ -146,13 +149,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  python -m jobs recommend --recipe jobs/recipes/smoke.toml --ds 1998-04-22 --set recommend.user=405",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("job", choices=JOBS, metavar="NAME", help="the job to run")
+    # both, so that a typo of a command is answered by the commands too
+    parser.add_argument("job", choices=[*COMMANDS, *JOBS], metavar="NAME", help="the job to run")
     parser.add_argument("--recipe", type=Path, required=True, help="TOML file with a table for each job")
     parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
     parser.add_argument(
         "--set", action="append", default=[], metavar="JOB.KEY=VALUE", help="overrides one value of the recipe (repeatable)"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.job in COMMANDS:
+        parser.error(f"the command {arguments.job} stands first: python -m jobs {arguments.job} --help")
+    return arguments
 
 
 def refuse_future(ds: str, now: dt.datetime) -> None:

@@ -9,6 +9,7 @@ For a look at your data in a notebook. Nothing is registered or served; for that
 from __future__ import annotations
 
 import importlib
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from jobs import logs
 from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.items import titles
 from jobs.lake.tables import SEQUENCES, item_embeddings
 from jobs.recipe import build, values_of
-from jobs.run import InputError, Run, as_json
+from jobs.run import InputError, Refused, Run, as_json
 from models.behaviour.artifact import Loaded, load_recommender
 
 JOBS = ("extract", "scft", "embed", "pretrain", "rat", "evaluate", "project")
@@ -36,6 +38,12 @@ SPARK = {
     # starts quickly and compiles little: frames that fit into this process are few rows to Spark
     "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
 }
+TIMES = ("timestamp", "datetime")
+"""Names of the time's column, the first that there is; RecTools calls it `datetime`."""
+UNITS = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+"""What a number that is no unix second may be, and by what it must be divided."""
+OLDEST_S, NEWEST_S = 631_152_000, 4_102_444_800
+"""1990 and 2100 in unix seconds: larger numbers are of another unit if they then lie between the two."""
 FEW_DAYS = 10
 """Logs of fewer days are split by each user's last two events, not by time."""
 
@@ -62,25 +70,33 @@ def recommend_from_frames(
 ) -> Answer:
     """Embeds the items by the LLM as it is, trains a recommender on the events, and measures it.
 
-    `items` has item_id and attribute columns, the most telling first; `events` has user_id, item_id and timestamp (a date, or
-    unix seconds). `settings` are keys of a recipe, such as {"rat.training.epochs": 20}. A Spark session of this process is ended.
-    Raises InputError for a column that is missing or data that can't be split; ValueError as the jobs do.
+    `items` has item_id and attribute columns, the most telling first; `events` has user_id, item_id and timestamp or datetime (a
+    date, or unix seconds). `settings` are keys of a recipe, such as {"rat.training.epochs": 20}. A Spark session of this process
+    is ended. Logs go to standard error, as of the command line.
+    Raises InputError for a column that is missing, a time that is none or data that can't be split; ValueError as the jobs do.
     """
     check(items, events, k)
+    seconds = as_seconds(events[time_of(events)])
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        seconds = as_seconds(events["timestamp"])
         run = Run(ds=f"{pd.Timestamp(int(seconds.max()), unit='s'):%Y-%m-%d}", lake=home / "lake")
-        recipe = recipe_of(home, items, events.assign(timestamp=seconds), base)
+        recipe = recipe_of(home, items, events[["user_id", "item_id"]].assign(timestamp=seconds), base)
         for key, value in (settings or {}).items():
             place(recipe, key, value)
-        results = {job: work(job, run, values_of(recipe, job)) for job in JOBS}
+        try:
+            results = {job: work(job, run, values_of(recipe, job)) for job in JOBS}
+        except (InputError, Refused) as error:
+            error.args = (without_folder(str(error), home),)
+            raise
         return answered(run, results, k)
 
 
 def check(items: pd.DataFrame, events: pd.DataFrame, k: int) -> None:
     """Raises InputError for what is missing."""
-    for name, frame, columns in (("items", items, ["item_id"]), ("events", events, ["user_id", "item_id", "timestamp"])):
+    for name, frame in (("items", items), ("events", events)):
+        if not isinstance(frame, pd.DataFrame):
+            raise InputError(f"{name} is a {type(frame).__name__}, no DataFrame: give a pandas.DataFrame of it")
+    for name, frame, columns in (("items", items, ["item_id"]), ("events", events, ["user_id", "item_id", time_of(events)])):
         for column in columns:
             if column not in frame.columns:
                 raise InputError(f"{name} has no column {column!r}; it has {', '.join(map(str, frame.columns))}: rename one")
@@ -90,11 +106,47 @@ def check(items: pd.DataFrame, events: pd.DataFrame, k: int) -> None:
         raise InputError(f"there are {len(events)} events and k is {k}: give events, and a k of at least 1")
 
 
+def time_of(events: pd.DataFrame) -> str:
+    """The name of the time's column, as it would be where there is none."""
+    return next((name for name in TIMES if name in events.columns), TIMES[0])
+
+
 def as_seconds(times: pd.Series[Any]) -> pd.Series[Any]:
-    """Unix seconds of dates, texts of dates, or numbers of seconds."""
-    if pd.api.types.is_numeric_dtype(times):
-        return times.astype("int64")
-    return pd.to_datetime(times, utc=True).astype("datetime64[s, UTC]").astype("int64")
+    """Unix seconds of dates, texts of dates, or numbers of seconds. Raises InputError for what is none of them, or missing."""
+    times = times.infer_objects()  # numbers may come as objects
+    name = times.name or TIMES[0]
+    if not pd.api.types.is_numeric_dtype(times):
+        times = as_dates(times, name)
+    if missing := int(times.isna().sum()):
+        raise InputError(f"events: {missing:,} of {len(times):,} values of {name} are missing: leave such events out, by "
+                         f"events.dropna(subset=[{name!r}])")  # fmt: skip
+    if not pd.api.types.is_numeric_dtype(times):
+        return times.astype("datetime64[s, UTC]").astype("int64")
+    newest = float(times.max())
+    if newest > NEWEST_S:
+        for unit, count in UNITS.items():
+            if OLDEST_S <= newest / count <= NEWEST_S:
+                raise InputError(f"events: {name} {newest:.0f} looks like {unit}: divide by {count}, as unix seconds are wanted")
+        raise InputError(f"events: {name} {newest:g} is no time in unix seconds: give dates or unix seconds")
+    return times.astype("int64")
+
+
+def as_dates(times: pd.Series[Any], name: object) -> pd.Series[Any]:
+    """Dates of texts or dates, UTC. Raises InputError with the first that is none."""
+    try:
+        return pd.to_datetime(times, utc=True)
+    except (ValueError, TypeError, OverflowError) as error:
+        odd = times[pd.to_datetime(times, utc=True, errors="coerce").isna() & times.notna()]
+        value = f"{odd.iloc[0]!r}, which is no date or not of the others' form" if len(odd) else f"what is no date ({error})"
+        raise InputError(f"events: {name} has {value}: write all like 2026-01-31 12:00:00, or give unix seconds") from error
+
+
+def without_folder(text: str, home: Path) -> str:
+    """A complaint without the folder that is gone when it is read: the tables are the caller's frames."""
+    text = re.sub(rf"[;,]? they lie in {re.escape(str(home))}\S*", "", text)
+    for name in ("items", "events"):
+        text = text.replace(f"{home}/{name}.parquet", name)
+    return text.replace(str(home), "a folder that is gone")
 
 
 def recipe_of(home: Path, items: pd.DataFrame, events: pd.DataFrame, base: str) -> dict[str, Any]:
@@ -129,8 +181,10 @@ def place(recipe: dict[str, Any], key: str, value: Any) -> None:
 
 def work(job: str, run: Run, values: Mapping[str, Any]) -> Any:
     """Runs a job as the command line would, its manifest kept for the next one."""
-    module = importlib.import_module(f"jobs.{job}")
-    result = module.run(build(module.Config, {"run": run, **values}, job))
+    logs.start(job, run.ds)
+    with logs.SignsOfLife(job):
+        module = importlib.import_module(f"jobs.{job}")
+        result = module.run(build(module.Config, {"run": run, **values}, job))
     manifest = {"job": job, "ds": run.ds, "status": "done", "result": as_json(result)}
     manifests.append(run.lake, run.ds, job, manifest)
     return result

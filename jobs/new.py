@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import datetime as dt
+import importlib
 import json
 import logging
+import os
 import re
 import sys
 import tomllib
@@ -12,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.recipe import apply
-from jobs.run import InputError
+from jobs.recipe import JOBS, apply, build, expand, values_of
+from jobs.run import InputError, Run
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +45,20 @@ def main(argv: Sequence[str]) -> int:
     target = arguments.folder / "recipe.toml"
     if target.exists():
         raise InputError(f"{target} is there already: change it, or name another folder")
-    given = flat(overrides(arguments.set))
     home = arguments.folder.absolute()
-    known = flat(tomllib.loads(STARTER.read_text())) | {"run.lake": str(home / "lake")} | given
+    known = flat(tomllib.loads(STARTER.read_text())) | {"run.lake": str(home / "lake")}
+    given = {
+        key: parts(value) if isinstance(value, str) and isinstance(known.get(key), list) else value
+        for key, value in flat(overrides(arguments.set)).items()
+    }
+    known |= given
     answers = known | asked({key: text for key, text in QUESTIONS.items() if key not in given}, known)
     if "run.tracking_uri" not in given:
         # a file, which a bucket can't hold
         place = home if "://" in str(answers["run.lake"]) else answers["run.lake"]
         answers["run.tracking_uri"] = f"sqlite:///{place}/mlflow.db"
     text = filled(STARTER.read_text(), answers)
+    refuse_unreadable(text, answers)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     target.write_text(text)
     log.info("next:  python -m jobs check --recipe %s\n       make night RECIPE=%s DS=YYYY-MM-DD", target, target)
@@ -88,8 +96,35 @@ def asked(questions: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, A
             break
         if line.strip():
             said = line.strip()
-            answers[key] = [part.strip() for part in said.split(",")] if isinstance(before, list) else said
+            answers[key] = parts(said) if isinstance(before, list) else said
     return answers
+
+
+def parts(said: str) -> list[str]:
+    """Names by commas as a list; one name is a list of one."""
+    return [part.strip() for part in said.split(",") if part.strip()]
+
+
+def refuse_unreadable(text: str, answers: Mapping[str, Any]) -> None:
+    """Raises InputError with the question again where a job would not read the recipe: asked before anything is written."""
+    for key, value in answers.items():
+        if value == []:
+            raise InputError(f"{key} is empty; answer it anew: {QUESTIONS[key]}")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and "$" in os.path.expandvars(one):
+                raise InputError(
+                    f"{key} = {one!r}: in a recipe $NAME stands for a variable of the environment, and none of that name is set: "
+                    "write it without $ (USD 5, say), or set the variable first"
+                )
+    try:
+        recipe = expand(tomllib.loads(text), "of these answers")
+        run = build(Run, {"ds": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}", **recipe["run"]}, "run")
+        for job in JOBS:
+            if job in recipe:
+                build(importlib.import_module(f"jobs.{job}").Config, {"run": run, **values_of(recipe, job)}, job)
+    except ValueError as error:
+        off = next((key for key in QUESTIONS if f"{key}:" in f"{error}" or f"{key}." in f"{error}"), None)
+        raise InputError(f"{error}; answer {off} anew: {QUESTIONS[off]}" if off else f"{error}") from error
 
 
 def filled(starter: str, answers: Mapping[str, Any]) -> str:

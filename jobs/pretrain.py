@@ -101,7 +101,7 @@ def made(config: Config, events: Histories, counts_V: torch.Tensor, checkpoint: 
     teacher = Recommender(IdItems(events.catalogue + 1, config.backbone.width), build_sequence(config.backbone))
     trained = train(
         teacher, events, config.training, max_len=config.backbone.max_len, seed=config.run.seed,
-        log=progress_log("pretrain"), checkpoint=checkpoint, candidates_M=counts_V.nonzero().flatten(),
+        log=progress_log("pretrain", config.training.epochs), checkpoint=checkpoint, candidates_M=counts_V.nonzero().flatten(),
         unseen=config.run.exclude_seen,
     )  # fmt: skip
     return teacher, trained

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.check import tables
-from jobs.check.finding import Finding
+from jobs.check.finding import Finding, failure
 from jobs.lake.store import of as store_of
 from jobs.lake.store import refuse_unready
 from jobs.recipe import JOBS, build, load_recipe, values_of
@@ -60,23 +60,23 @@ def found(recipe: Recipe) -> list[Finding]:
     for what, check in checks.items():
         try:
             findings += check()
-        except KeyError as error:
-            findings.append(Finding("wrong", what, f"the recipe has no key {error}: add it"))
         except Exception as error:
-            findings.append(Finding("wrong", what, " ".join(str(error).split())[:400]))
+            findings.append(failure(what, error))
     return findings
 
 
 def keys(recipe: Recipe, run: Run) -> Iterator[Finding]:
     """Whether every job that the recipe names would read its table."""
-    named = [job for job in JOBS if job in recipe]
-    for job in named:
+    valid = []
+    for job in [job for job in JOBS if job in recipe]:
         try:
             config = importlib.import_module(f"jobs.{job}").Config
             build(config, {"run": run, **values_of(recipe, job)}, job)
+            valid.append(job)
         except ValueError as error:
             yield Finding("wrong", "recipe", str(error))
-    yield Finding("ok", "recipe", f"the tables of these jobs are valid: {', '.join(named)}")
+    if valid:
+        yield Finding("ok", "recipe", f"the tables of these jobs are valid: {', '.join(valid)}")
 
 
 def device(run: Run, recipe: Recipe) -> Iterator[Finding]:

@@ -51,16 +51,23 @@ def pick_device(run: Run) -> torch.device:
     return device
 
 
-def progress_log(job: str) -> Callable[[dict[str, float], int], None]:
-    """A `log(metrics, step)` that logs one line at most every two seconds."""
+def progress_log(job: str, epochs: int | None = None) -> Callable[[dict[str, float], int], None]:
+    """A `log(metrics, step)` that logs one line at most every two seconds; of a known number of epochs also the seconds left.
+
+    They are `at most`, as a training may stop early. Steps count from 1, or go on where a checkpoint was resumed.
+    """
     last, told = -2.0, logging.getLogger(f"jobs.{job}")
+    began, done = time.monotonic(), 0
 
     def log(metrics: dict[str, float], step: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 2:
-            last = time.monotonic()
+        nonlocal last, done
+        done, now = done + 1, time.monotonic()
+        if now - last >= 2:
+            last = now
             written = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            told.info("epoch %d  %s", step, written)
+            left = 0 if epochs is None else epochs - step
+            estimate = f"  at most {left * (now - began) / done:,.0f} s to go" if left > 0 else ""
+            told.info("epoch %d  %s%s", step, written, estimate)
 
     return log
 

@@ -46,8 +46,8 @@ def gated(config: Config) -> Result:
     recommender, checkpoint = fresh(config, read), checkpoint_path("rat", config, read.inputs, config.run.lake)
     trained = train(
         recommender, read.events, training_of(config), max_len=config.backbone.max_len, seed=config.run.seed,
-        log=progress_log("rat"), candidates_M=read.counts_V.nonzero().flatten(), unseen=config.run.exclude_seen,
-        aligner=aligner_of(config, read),
+        log=progress_log("rat", config.training.epochs), candidates_M=read.counts_V.nonzero().flatten(),
+        unseen=config.run.exclude_seen, aligner=aligner_of(config, read),
         distiller=make_distiller(config, recommender.items, read.events), checkpoint=checkpoint,
     )  # fmt: skip
     recommender_id, turned, fused = "0" * 16, Rotation(note="another process tells"), fuse.Fused()

@@ -71,7 +71,7 @@ class Work:
         self.checkpoints.append(checkpoint_path("refit", self.settings, inputs, self.config.run.lake))
         return train(
             recommender, self.events, whole, max_len=self.settings.backbone.max_len, seed=self.config.run.seed,
-            log=progress_log("refit"), candidates_M=self.counts_V.nonzero().flatten(), aligner=aligner,
+            log=progress_log("refit", epochs), candidates_M=self.counts_V.nonzero().flatten(), aligner=aligner,
             checkpoint=self.checkpoints[-1], unseen=self.config.run.exclude_seen, validate_on=self.split,
         )  # fmt: skip
 

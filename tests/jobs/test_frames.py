@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -9,8 +13,8 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from jobs import frames
-from jobs.run import InputError
+from jobs import frames, logs
+from jobs.run import InputError, Run
 
 ROOT = Path(__file__).parents[2]
 ITEMS = pd.DataFrame({"item_id": ["a"], "title": ["A"]})
@@ -60,6 +64,20 @@ def test_the_notebook_is_shipped_without_outputs(notebook: nbformat.NotebookNode
         (ITEMS, EVENTS.drop(columns="timestamp"), "events has no column 'timestamp'"),
         (ITEMS[["item_id"]], EVENTS, "at least a title"),
         (ITEMS, EVENTS[:0], "there are 0 events"),
+        (None, EVENTS, "items is a NoneType, no DataFrame"),
+        (ITEMS, [("u", "a", 1)], "events is a list, no DataFrame"),
+        (ITEMS, EVENTS.assign(timestamp=1_767_312_000_000), "looks like milliseconds: divide by 1000,"),
+        (ITEMS, EVENTS.assign(timestamp=1.767312e15), "looks like microseconds: divide by 1000000,"),
+        (ITEMS, EVENTS.assign(timestamp=float("inf")), "timestamp inf is no time in unix seconds"),
+        (
+            ITEMS,
+            EVENTS.assign(timestamp=float("nan")),
+            r"1 of 1 values of timestamp are missing.*dropna\(subset=\['timestamp'\]\)",
+        ),
+        (ITEMS, EVENTS.assign(timestamp=pd.NaT), "1 of 1 values of timestamp are missing"),
+        (ITEMS, EVENTS.assign(timestamp=""), "1 of 1 values of timestamp are missing"),
+        (ITEMS, EVENTS.assign(timestamp="soon"), "timestamp has 'soon', which is no date.*2026-01-31 12:00:00"),
+        (ITEMS, EVENTS.assign(datetime="soon").drop(columns="timestamp"), "datetime has 'soon'"),
     ],
 )
 def test_what_is_missing_is_named(items: pd.DataFrame, events: pd.DataFrame, says: str) -> None:
@@ -67,6 +85,36 @@ def test_what_is_missing_is_named(items: pd.DataFrame, events: pd.DataFrame, say
         frames.recommend_from_frames(items, events)
 
 
-@pytest.mark.parametrize("times", [["2026-01-02"], pd.to_datetime(["2026-01-02"]), [1767312000]])
+@pytest.mark.parametrize(
+    "times", [["2026-01-02"], pd.to_datetime(["2026-01-02"]), [1767312000], pd.Series([1767312000], dtype=object)]
+)
 def test_dates_texts_and_seconds_are_one_time(times: object) -> None:
     assert frames.as_seconds(pd.Series(times)).tolist() == [1767312000]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: Run
+
+
+def test_each_job_logs_and_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handlers: list[type] = []
+
+    def run(config: Config) -> dict[str, str]:
+        handlers.extend(type(handler) for handler in logging.getLogger().handlers)
+        logging.getLogger("jobs.extract").info("three of four")
+        return {"ds": config.run.ds}
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(Config=Config, run=run))
+    assert frames.work("extract", Run(ds="2026-01-01", lake=tmp_path), {}) == {"ds": "2026-01-01"}
+    assert logs.SignsOfLife in handlers
+    assert "extract: three of four" in capsys.readouterr().err
+
+
+def test_a_refusal_tells_reasons_and_no_folder_that_is_gone() -> None:
+    with pytest.raises(InputError) as told:
+        frames.recommend_from_frames(ITEMS, pd.DataFrame({"user_id": ["u"], "item_id": ["b"], "datetime": ["2026-01-02"]}))
+    assert "1 of 1 interactions records (100.0%) were refused" in str(told.value)
+    assert "1 × " in str(told.value) and "/" not in str(told.value)

@@ -6,6 +6,7 @@ import datetime as dt
 import importlib
 import io
 import json
+import logging
 import sys
 import types
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
+from jobs import logs
 from jobs.lake import manifests
 from jobs.run import InputError, Older, Refused, Run, Unavailable
 
@@ -183,9 +185,28 @@ def test_the_result_comes_after_all_that_is_logged(recipe: Path, monkeypatch: py
 
 def test_a_wrong_call_is_shown_the_commands_for_people_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["nights"])
-    said = capsys.readouterr().err
-    assert all(name in said for name in cli.COMMANDS)
+        cli.main(["nigth", "--recipe", "recipe.toml", "--ds", "2026-01-01"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert all(name in said for name in (*cli.COMMANDS, *cli.JOBS))
+
+
+def test_a_command_that_does_not_stand_first_is_told_where(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--recipe", "recipe.toml", "night", "--ds", "2026-01-01"])
+    assert "the command night stands first: python -m jobs night --help" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("command", "spoken_for"), [("check", True), ("worth", True), ("new", False), ("night", False)])
+def test_commands_that_may_be_silent_give_signs_of_life(monkeypatch: pytest.MonkeyPatch, command: str, spoken_for: bool) -> None:
+    seen: list[bool] = []
+
+    def main(_: object) -> int:
+        seen.append(any(isinstance(handler, logs.SignsOfLife) for handler in logging.getLogger().handlers))
+        return 0
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(main=main))
+    assert cli.main([command]) == 0
+    assert seen == [spoken_for]
 
 
 def test_a_missing_recipe_names_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

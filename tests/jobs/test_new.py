@@ -59,6 +59,43 @@ def test_a_key_that_the_starter_lacks_is_refused(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "shop").exists()
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("extract.interactions.unit=seconds", "Unit of the time, if it is a number: s, ms or us"),
+        ("extract.items.attributes=5", "answer extract.items.attributes anew: Its columns that the LLM shall read, by commas"),
+        ("extract.items.attributes=[1]", "answer extract.items.attributes anew"),
+        ("scft.policy.domain=A toy of $5 or less:", "write it without $ (USD 5, say)"),
+        ('extract.items.attributes=["title", "US$"]', "write it without $"),
+        ("collect.grace_days=soon", "collect.grace_days: Input should be a valid number"),
+        ("extract.items.attributes=[]", "extract.items.attributes is empty"),
+    ],
+)
+def test_an_answer_that_no_job_would_read_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str, says: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["new", str(tmp_path / "shop"), "--set", answer]) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "shop").exists()
+
+
+@pytest.mark.parametrize(("said", "read"), [("title", ["title"]), ("title, brand,", ["title", "brand"])])
+def test_attributes_given_as_a_text_are_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, read: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["new", str(tmp_path), "--set", f"extract.items.attributes={said}"]) == 0
+    assert load_recipe(tmp_path / "recipe.toml")["extract"]["items"]["attributes"] == read
+
+
+def test_a_variable_that_is_set_may_stand_in_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setenv("SHOP", "shop")
+    assert main(["new", str(tmp_path), "--set", "extract.items.table=$SHOP.items"]) == 0
+    assert load_recipe(tmp_path / "recipe.toml")["extract"]["items"]["table"] == "shop.items"
+
+
 def answered() -> list[str]:
     """`--set` for every question, so that nothing is asked."""
     return [word for key in new.QUESTIONS for word in ("--set", f"{key}=x")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,6 +47,13 @@ def test_the_teacher_has_a_vector_for_every_item_and_its_manifest_figures(small_
     assert len(result.history) == result.epochs == 2
 
 
+def test_an_epoch_tells_how_long_the_others_take(small_lake: Run, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="jobs"):
+        pretrain.run(config(small_lake))
+    first = next(told for told in caplog.messages if told.startswith("epoch 1 "))
+    assert re.search(r"at most \d+ s to go$", first)
+
+
 def test_a_rerun_leaves_the_same_teacher_and_no_checkpoint(small_lake: Run) -> None:
     assert pretrain.run(config(small_lake)).teacher_id == pretrain.run(config(small_lake)).teacher_id
     assert list((small_lake.lake / "checkpoints").iterdir()) == []
@@ -55,7 +64,7 @@ def test_killed_in_training_and_run_again_it_ends_with_the_same_teacher(small_la
     class Killed(Exception):
         pass
 
-    def dies(job: str) -> object:
+    def dies(_: str, epochs: int) -> object:
         def log(figures: dict[str, float], epoch: int) -> None:
             if epoch == 3:
                 raise Killed

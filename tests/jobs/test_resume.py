@@ -49,7 +49,7 @@ def taught(run: Run) -> str:
 def killed(monkeypatch: pytest.MonkeyPatch, job: Job, run: Run, epoch: int) -> None:
     """Runs a job until it dies after an epoch, before that epoch's checkpoint."""
 
-    def dies(_: str) -> Callable[[dict[str, float], int], None]:
+    def dies(_: str, epochs: int) -> Callable[[dict[str, float], int], None]:
         def log(figures: dict[str, float], step: int) -> None:
             if step == epoch:
                 raise Killed

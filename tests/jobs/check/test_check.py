@@ -81,7 +81,7 @@ def test_a_date_column_needs_no_unit() -> None:
 @pytest.mark.parametrize(
     ("setting", "what", "says"),
     [
-        ('extract.items.attributes=["title", "brand"]', "tables", "no column 'brand'; it has sku, title"),
+        ('extract.items.attributes=["title", "brand"]', "items", "no column 'brand'; it has sku, title"),
         ("embed.encodr=latest", "recipe", "unknown key embed.encodr"),
         ('run.tracking_uri=""', "MLflow", "promote needs it"),
         ("run.device=cuda:9", "device", "sees no GPU"),
@@ -94,6 +94,26 @@ def test_what_would_fail_later_is_wrong_now(shop: Path, setting: str, what: str,
         pytest.skip("a machine with a GPU has that device")
     wrong = [one for one in found(load_recipe(shop, [setting])) if one.level == "wrong"]
     assert [(one.what, says in one.text) for one in wrong] == [(what, True)]
+
+
+@pytest.mark.parametrize("setting", ["extract.interactions.unit=seconds", "extract.items.attributes=title"])
+def test_a_job_is_not_valid_and_wrong_at_once(shop: Path, setting: str) -> None:
+    told = {one.level: one.text for one in found(load_recipe(shop, [setting])) if one.what == "recipe"}
+    assert "extract" in told["wrong"]
+    assert told["ok"] == "the tables of these jobs are valid: scft"
+    alone = {"extract": load_recipe(shop, [setting])["extract"]}
+    assert [one.level for one in found({**alone, "run": {"lake": str(shop.parent / "lake")}}) if one.what == "recipe"] == [
+        "wrong"
+    ]
+
+
+def test_one_bad_table_hides_nothing_of_the_other(shop: Path) -> None:
+    events(shop.parent, [f"sku{number}" for number in range(20)], 1_700_000_000_000)
+    wrong = [one for one in found(load_recipe(shop, ['extract.items.attributes=["brand"]'])) if one.level == "wrong"]
+    assert [one.what for one in wrong] == ["items", "unit of time"]
+    assert "no column 'brand'" in wrong[0].text
+    without = {name: value for name, value in load_recipe(shop)["extract"].items() if name != "items"}
+    assert [one.what for one in tables.look(without) if one.level == "wrong"] == ["items", "unit of time"]
 
 
 def test_settings_of_the_demo_are_shown(shop: Path) -> None:
