@@ -96,7 +96,7 @@ def test_what_somebody_set_for_a_local_master_stays(built: Built, tmp_path: Path
 
 SECRET = "hunter2"
 SECRETS = {
-    "spark.hadoop.fs.s3a.secret.key": f"  {SECRET}\\ #!= \U0001f600",
+    "spark.hadoop.fs.s3a.secret.key": f"{SECRET}\\ #!= \U0001f600",
     "spark.hadoop.fs.azure.account.key.shop.dfs.core.windows.net": SECRET,
     "spark.sql.catalog.shop.uri": f"jdbc:postgresql://feast:p/{SECRET}@db/shop",
     "spark.hadoop.javax.jdo.option.ConnectionPassword": SECRET,
