@@ -97,7 +97,7 @@ def plainly(name: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """A JSON value whose texts are redacted, also those that are keys, and whose values under a secret's name are hidden whole."""
+    """A JSON value whose texts are redacted, keys too, and whose values under a secret's name are hidden whole."""
     if isinstance(value, Mapping):
         return {
             redacted(key) if isinstance(key, str) else key: HIDDEN if hides(str(key), part) else without_secrets(part)

@@ -83,8 +83,8 @@ def secrets_of(job: str, settings: Mapping[str, str]) -> dict[str, str]:
     for key in found:
         if key.endswith("JavaOptions"):
             raise InputError(
-                f"[{job}.spark] {key} holds a password, token or key, and Java's options are an argument list, which every user of "
-                "the machine can read: put it into the variable JDK_JAVA_OPTIONS, of executors spark.executorEnv.JDK_JAVA_OPTIONS"
+                f"[{job}.spark] {key} holds a password, token or key, and Java's options are an argument list, which every user "
+                "of the machine can read: put it into the variable JDK_JAVA_OPTIONS, of executors spark.executorEnv.JDK_JAVA_OPTIONS"
             )
     return found
 
@@ -117,8 +117,8 @@ def private(secrets: Mapping[str, str]) -> Iterator[None]:
     shared = file.read_bytes() if file.is_file() else b""
     file.unlink(missing_ok=True)
     lines = "".join(f"{key} {escaped(value)}\n" for key, value in secrets.items())
-    with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
-        out.write(shared + b"\n" + lines.encode())
+    file.touch(0o600, exist_ok=False)
+    file.write_bytes(shared + b"\n" + lines.encode())
     os.environ["SPARK_CONF_DIR"] = str(folder)
     try:
         yield
@@ -143,7 +143,7 @@ def check_known(spark: SparkSession, job: str, secrets: Mapping[str, str]) -> No
         if known.get(key) != value:
             spark.stop()
             raise InputError(
-                f"[{job}.spark] {key} did not reach Spark as it is: it goes by spark-defaults.conf, which the --properties-file and "
+                f"[{job}.spark] {key} did not reach Spark as it is: it goes by spark-defaults.conf, which --properties-file and "
                 "--conf of PYSPARK_SUBMIT_ARGS overrule, and which takes no blanks at an end: set it in one place"
             )
 

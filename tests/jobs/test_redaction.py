@@ -50,7 +50,7 @@ TEXTS = [
     f"X-Api-Key: {SECRET}",
     f"password='a {SECRET}' user=b",
     f"password='a''{SECRET}'",
-    f"password = \'\'\'a {SECRET}\'\'\'",
+    f"password = '''a {SECRET}'''",
     f'"password": "hun\\"{SECRET}", "user": "b"',
     f"password=a){SECRET}",
     f'"{{\\"password\\": \\"a \\\\\\"{SECRET}\\", \\"user\\": \\"b\\"}}"',
@@ -125,10 +125,12 @@ def test_other_values_stay_and_a_path_that_is_a_key_is_redacted() -> None:
     assert without_secrets({"inputs": {f"s3a://AKIA:s/{SECRET}@shop/films": "1"}}) == {"inputs": {"s3a://***@shop/films": "1"}}
 
 
-@pytest.mark.parametrize("text", ["a:", "http://x:y", "password=[", "password='", "password=\\", "a\\", "password=]", "-a.b"])
+@pytest.mark.parametrize("text", ["http://x:y", "\\", "a.b-"])
 def test_a_long_text_costs_time_by_its_length(text: str) -> None:
-    """Each of these forms once began a search through all the rest."""
-    redacted(text * 20_000)
+    """Where each place begins a search through all the rest, this takes longer than a test may."""
+    redacted("password=" + text * 200_000)
+    redacted('password: "' + text * 200_000)
+    redacted(text * 200_000)
 
 
 def test_a_config_is_kept_without_the_password_of_its_address() -> None:
