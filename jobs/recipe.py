@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from jobs.redaction import has_password
+from jobs.redaction import redacted, shows_secret
 from jobs.run import InputError
 
 C = TypeVar("C")
@@ -94,10 +94,10 @@ def apply(recipe: dict[str, Any], override: str) -> None:
     Raises InputError for a form of another kind, and for what could be taken for another text than was meant.
     """
     path, equals, text = override.partition("=")
-    if has_password(text):
+    if shows_secret(path, text):
         raise InputError(
-            f"--set {path}: an address with a password in an argument list is seen by every user of this machine: put it into "
-            "the environment, and write $NAME in the recipe"
+            f"--set {redacted(path)}: a password, token or key in an argument list is seen by every user of this machine: put it "
+            "into the environment, and write $NAME in the recipe"
         )
     keys = path.split(".")
     if not equals or len(keys) < 2 or not all(keys):

@@ -10,40 +10,111 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-USER_INFO = re.compile(r"(?<=://)[^/\s'\"<>@]*(?:@[^/\s'\"<>@]*)*@(?=[^\s@])")
-"""`user:password@` of an address; a password may hold an @ that nobody escaped."""
-NAMED = re.compile(
-    r"""((?<![A-Za-z0-9])(?:[A-Z0-9]+_)*(?:password|passwd|passphrase|pwd|secret|token|api[-_]?key|access[-_]?key|secret[-_]?key|
-    account[-_]?key|sig|signature|credentials?|authorization)["']?\s*[=:]\s*["']?(?:(?:bearer|basic)\s+)?)
-    [^\s,;&"'}\])]+""",
-    re.IGNORECASE | re.VERBOSE,
+USER_INFO = re.compile(
+    r"""(?<![A-Za-z0-9+.-])(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*+)://(?:
+    (?P<pair>[^/\s:@'"<>]*+:(?P<port>\d{1,5}+(?=/))?(?:[^\s'"<>]|['"](?=[\w/!$%+.-])){0,300})   # user:password
+    |(?P<user>[^/\s'"<>@]*+(?:@[^/\s'"<>@]*+)*)
+    )@(?=[^\s@])""",
+    re.VERBOSE,
 )
-"""`password=…` in a connection string, a query, a header or JSON."""
+"""`user:password@` or `token@` of an address; a password may hold a / and an @ that nobody escaped."""
+DATABASES = re.compile(r"(?:.*[+.])?(?:postgres|postgresql|mysql|mariadb|redis|rediss|mongodb|amqp|amqps|psycopg2?)(?:\+.*)?")
+"""Schemes whose paths hold no @: there `a:12/b@c` is no port with a path but a password."""
+AZURE = ("abfs", "abfss", "wasb", "wasbs")
+"""Schemes where a container stands in the user's place."""
+PEM = re.compile(r"(BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL)
+"""What a private key consists of."""
+NAME = re.compile(r"""(?<![\w.-])(?P<name>[\w.-]++)(?:\\*+["'])?\s*+[=:]\s*+(?P<how>(?:bearer|basic)\s++)?""", re.IGNORECASE)
+"""`name=`, `name: `, `"name": ` of a connection string, a query, a header, a setting or JSON, also of JSON in JSON."""
+STOPS = r"""[\s,;&]|\\{0,9}["'}\])>]{1,9}(?:[\s,;&.:]|\Z)"""
+QUOTED = r""""(?:\\.|[^"\\])*+"|'(?:\\.|[^'\\])*+'"""
+VALUE = re.compile(
+    rf"""(?P<open>["'])(?P<text>(?:\\.|(?P=open){{2}}|(?!(?P=open))[^\\])*+)(?P<shut>(?P=open)?)     # "it\"s", 'it''s'
+    |(?P<escaped>\\+["'])(?P<inner>(?:(?!(?<!\\)(?P=escaped)).)*+)(?P<end>(?P=escaped)?)           # \"a text of JSON in JSON\"
+    |\[(?:{QUOTED}|[^\]])*+\]?|\{{(?:{QUOTED}|[^}}])*+\}}?                                          # a list, a mapping
+    |(?:(?!{STOPS}).)++                                                                            # a word
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+HARMLESS = re.compile(r"(?:true|false|null|none|\*\*\*)?", re.IGNORECASE)
+TITLE = re.compile(r"(?:Secret|Token|Signature|Credential)s?: [A-Z][a-z']*(?=[\s,.;!?]|\Z)")
+"""A title in prose (`The Secret: Dare to Dream`) and no setting."""
 KEYS = re.compile(
-    r"(?:.*[-_.])?(?:password|passwd|passphrase|secret|token|(?:api|access|secret)[-_]?key|credentials?)", re.IGNORECASE
+    r""".*(?:passwords?|passwd|passphrase)
+    |(?:.*_)?(?:pwd|secret|(?:auth|api|access|refresh|sas|id)?token|credentials?|sig|signature|authorization
+    |(?:api|access|secret|account|private|signing|encryption)_?key)
+    |(?:.*_)?fs_azure_(?:account_key|account_oauth2_client_secret|sas(?!_token_provider))_.*""",
+    re.VERBOSE,
 )
-"""Names of values that are secret as a whole, such as Spark's `fs.s3a.secret.key`."""
+"""Names of values that are secret as a whole, as `plainly` writes them."""
+VARIABLES = re.compile(r"[A-Z0-9]+(?:_[A-Z0-9]+)*_(?:AUTH|PASS)|PGPASS")
+"""Such names among environment variables: `REDISCLI_AUTH`, `SMTP_PASS`."""
 
 
 def redacted(text: str) -> str:
     """A text without the secrets that it shows by their form."""
-    return NAMED.sub(rf"\1{HIDDEN}", USER_INFO.sub(f"{HIDDEN}@", text))
+    text = without_users(PEM.sub(rf"\1{HIDDEN}", text) if "PRIVATE KEY-----" in text else text)
+    kept, at = [], 0
+    for found in NAME.finditer(text):
+        if found.start() < at or not secret(found["name"]) or TITLE.match(text, found.start("name")):
+            continue
+        if (value := VALUE.match(text, found.end())) and (shown := without_value(value)) != value[0]:
+            kept += [text[at : found.end()], shown]
+            at = value.end()
+    return "".join([*kept, text[at:]])
+
+
+def without_value(found: re.Match[str]) -> str:
+    """A value hidden in its quotes, or as it was where it tells nothing."""
+    quotes = (found["open"] or found["escaped"] or "", found["shut"] or found["end"] or "")
+    text = next((part for part in (found["text"], found["inner"]) if part is not None), found[0])
+    return found[0] if HARMLESS.fullmatch(text) else HIDDEN.join(quotes)
+
+
+def without_users(text: str) -> str:
+    """A text whose addresses have neither users nor passwords; a container of Azure stays, and so does an @ of a path."""
+    return USER_INFO.sub(without_user, text) if "://" in text else text
+
+
+def without_user(found: re.Match[str]) -> str:
+    """An address up to its host, without its user."""
+    scheme = found["scheme"].lower()
+    if found["port"] and not DATABASES.fullmatch(scheme):
+        return found[0]
+    if scheme in AZURE and found["user"]:
+        return found[0]
+    return f"{found['scheme']}://{HIDDEN}@"
+
+
+def secret(name: str) -> bool:
+    """Whether what has this name is a secret: `dbPassword`, `spark.hadoop.fs.s3a.secret.key`, `REDISCLI_AUTH`."""
+    return bool(KEYS.fullmatch(plainly(name)) or VARIABLES.fullmatch(name))
+
+
+def plainly(name: str) -> str:
+    """A name in small letters, its words joined by `_`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[.-]", "_", name.strip("\"' ")).lower()
 
 
 def without_secrets(value: Any) -> Any:
-    """A JSON value whose texts are redacted, and whose values under a secret's name are hidden whole."""
+    """A JSON value whose texts are redacted, keys too, and whose values under a secret's name are hidden whole."""
     if isinstance(value, Mapping):
-        return {key: HIDDEN if hides(str(key), part) else without_secrets(part) for key, part in value.items()}
+        return {
+            redacted(key) if isinstance(key, str) else key: HIDDEN if hides(str(key), part) else without_secrets(part)
+            for key, part in value.items()
+        }
     if isinstance(value, list | tuple):
         return [without_secrets(part) for part in value]
     return redacted(value) if isinstance(value, str) else value
 
 
 def hides(name: str, value: Any) -> bool:
-    """Whether a value is a secret by its name alone."""
-    return isinstance(value, str) and bool(value) and bool(KEYS.fullmatch(name.replace(".key", "_key")))
+    """Whether a value is a secret by its name alone; a number is none, unless it is called a password."""
+    if not value or isinstance(value, bool) or not secret(name):
+        return False
+    return not isinstance(value, int | float) or "pass" in name.lower() or "pwd" in name.lower()
 
 
-def has_password(text: str) -> bool:
-    """Whether a text has an address with a password in it."""
-    return bool(re.search(r"://[^/\s:@]*:[^/\s@]+@", text))
+def shows_secret(name: str, text: str) -> bool:
+    """Whether `name=text` would have to be redacted."""
+    return redacted(text) != text or (secret(name) and not HARMLESS.fullmatch(text.strip("\"' ")))

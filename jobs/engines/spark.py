@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
 import logging
 import os
@@ -10,11 +12,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.progress import on_terminal
+from jobs.redaction import hides, redacted
 from jobs.run import InputError
 
 if TYPE_CHECKING:
@@ -43,8 +47,11 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
 
     Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule.
 
-    Raises InputError when no Java can be had or the master cannot be reached.
+    No secret goes over a command line: `private` says how.
+
+    Raises InputError when no Java can be had, the master cannot be reached, or a secret would have to be an argument.
     """
+    secrets = secrets_of(job, settings)
     find_java()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     from pyspark.sql import SparkSession
@@ -56,16 +63,98 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
         defaults |= {key: value for key, value in laptop().items() if key not in known}
     settings = defaults | dict(settings)
     builder = SparkSession.builder.appName(f"llmemb-{job}")
+    own_java = not java_runs()
     for key, value in settings.items():
-        builder = builder.config(key, value)
+        if not (own_java and key in secrets):
+            builder = builder.config(key, value)
     try:
-        spark = builder.getOrCreate()
+        with private(secrets if own_java else {}):
+            spark = builder.getOrCreate()
     except Exception as error:
         raise InputError(f"Spark did not start ({first_line(error)}): check [{job}.spark] in the recipe") from error
+    check_known(spark, job, secrets if own_java else {})
     spark.sparkContext.setLogLevel("ERROR")
     # PySpark writes every failed query's Java stack as one JSON line; the exception it raises says the same
     logging.getLogger("DataFrameQueryContextLogger").setLevel(logging.CRITICAL + 1)
     return spark
+
+
+def secrets_of(job: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """Those settings that are secret by their name or show one. Raises InputError for one among Java's options."""
+    found = {key: value for key, value in settings.items() if hides(key, value) or redacted(value) != value}
+    for key in found:
+        if key.endswith("JavaOptions"):
+            raise InputError(
+                f"[{job}.spark] {key} holds a password, token or key, and Java's options are an argument list, which every user "
+                "of the machine can read: put it into the variable JDK_JAVA_OPTIONS, of executors spark.executorEnv.JDK_JAVA_OPTIONS"
+            )
+    return found
+
+
+def java_runs() -> bool:
+    """Whether this process has its Java process already: settings then go to it over their connection."""
+    from pyspark import SparkContext
+
+    return "PYSPARK_GATEWAY_PORT" in os.environ or SparkContext._gateway is not None
+
+
+@contextlib.contextmanager
+def private(secrets: Mapping[str, str]) -> Iterator[None]:
+    """Spark's settings in a copy that only this user can read, with the secrets in it.
+
+    PySpark starts Java by `spark-submit --conf key=value`, and an argument list is read by everybody on the machine. The secrets
+    leave the disk once Spark has started; the rest of the copy (log4j2.properties, hive-site.xml) stays as long as this process.
+    """
+    if not secrets:
+        yield
+        return
+    home = Path(tempfile.mkdtemp(prefix="llmemb-spark-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    folder, before = home / "conf", os.environ.get("SPARK_CONF_DIR")
+    if (given := settings_folder()).is_dir():
+        shutil.copytree(given, folder, ignore_dangling_symlinks=True)
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)
+    file = folder / "spark-defaults.conf"
+    shared = file.read_bytes() if file.is_file() else b""
+    file.unlink(missing_ok=True)
+    lines = "".join(f"{key} {escaped(value)}\n" for key, value in secrets.items())
+    file.touch(0o600, exist_ok=False)
+    file.write_bytes(shared + b"\n" + lines.encode())
+    os.environ["SPARK_CONF_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        file.write_bytes(shared)
+        os.environ.pop("SPARK_CONF_DIR")
+        if before is not None:
+            os.environ["SPARK_CONF_DIR"] = before
+
+
+def escaped(value: str) -> str:
+    """A value as a file of Java's properties holds it: any letter but plain ones by its UTF-16 code."""
+    units = value.encode("utf-16-be", "surrogatepass")
+    codes = [int.from_bytes(units[at : at + 2], "big") for at in range(0, len(units), 2)]
+    return "".join(chr(code) if code < 128 and chr(code).isalnum() else f"\\u{code:04x}" for code in codes)
+
+
+def check_known(spark: SparkSession, job: str, secrets: Mapping[str, str]) -> None:
+    """Raises InputError where Spark has not read the secrets as they are."""
+    known = spark.sparkContext.getConf()
+    for key, value in secrets.items():
+        if known.get(key) != value:
+            spark.stop()
+            raise InputError(
+                f"[{job}.spark] {key} did not reach Spark as it is: it goes by spark-defaults.conf, which --properties-file and "
+                "--conf of PYSPARK_SUBMIT_ARGS overrule, and which takes no blanks at an end: set it in one place"
+            )
+
+
+def settings_folder() -> Path:
+    """The folder of Spark's settings."""
+    from pyspark.find_spark_home import _find_spark_home
+
+    return Path(os.environ.get("SPARK_CONF_DIR") or Path(_find_spark_home(), "conf"))
 
 
 def laptop() -> dict[str, str]:
@@ -86,8 +175,7 @@ def given() -> dict[str, str]:
         SparkContext._ensure_initialized()
         return dict(SparkConf().getAll())
     found = {}
-    home = os.environ.get("SPARK_CONF_DIR") or str(Path(os.environ.get("SPARK_HOME") or "/nowhere", "conf"))
-    file = Path(home, "spark-defaults.conf")
+    file = settings_folder() / "spark-defaults.conf"
     for line in file.read_text().splitlines() if file.is_file() else ():
         if written := SETTING.fullmatch(line):
             found[written[1]] = written[2]

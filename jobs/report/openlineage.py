@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+from jobs.engines.spark import AS_OF
 from jobs.lake.nights import JobRun, Night
+from jobs.redaction import without_users
 from jobs.run import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ NIGHT = "night"
 """Job of the parent run."""
 LAKE_PARTITION = re.compile(r"\w+/(ds|space|encoder)=")
 """How a partition of the lake is written, which a path of the user's is not."""
+FILES = re.compile(r"\w+\.`([^`]*/[^`]*)`")
+"""How Spark's SQL writes files as a table, with their format."""
 API_KEY = "OPENLINEAGE_API_KEY"
 """Environment variable of the client that holds the endpoint's key."""
 TIMEOUT_S, RETRIES = 5.0, 2
@@ -145,10 +149,16 @@ def data_set(written: str, namespace: str) -> tuple[str, str]:
     """A name of a manifest -> (namespace, name) as OpenLineage names data sets.
 
     A table of the lake has one name, whoever reads or writes it, so that a lineage graph hangs together; its partition is in the
-    version. A source table keeps its name. A source path is named by its storage, without user or password.
+    version. A source table keeps its name, whatever time it is read as of. A source path is named by its storage, without user
+    or password.
     """
     from openlineage.client.naming import dataset as naming
 
+    if past := AS_OF.fullmatch(written.strip()):
+        written = past["name"]
+    if files := FILES.fullmatch(written):
+        written = files[1]
+    written = without_users(written) if "/" in written else written.replace("`", "")
     if "/" not in written or LAKE_PARTITION.match(written):
         return namespace, written.partition("/")[0]
     url = urlsplit(written)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyspark.java_gateway
 import pytest
+from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from jobs.engines import spark
+from jobs.run import InputError
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = {"spark.ui.enabled", "spark.ui.showConsoleProgress", "spark.sql.shuffle.partitions", "spark.driver.extraJavaOptions"}
@@ -85,3 +92,87 @@ def test_what_somebody_set_for_a_local_master_stays(built: Built, tmp_path: Path
     made = built(SPARK_CONF_DIR=str(tmp_path))
     key = line.replace("=", " ").replace(":", " ").split()[0]
     assert key not in made and made.keys() >= LAPTOP - {key}
+
+
+SECRET = "hunter2"
+SECRETS = {
+    "spark.hadoop.fs.s3a.secret.key": f"{SECRET}\\ #!= \U0001f600",
+    "spark.hadoop.fs.azure.account.key.shop.dfs.core.windows.net": SECRET,
+    "spark.sql.catalog.shop.uri": f"jdbc:postgresql://feast:p/{SECRET}@db/shop",
+    "spark.hadoop.javax.jdo.option.ConnectionPassword": SECRET,
+}
+
+
+def test_no_secret_of_spark_s_settings_is_in_an_argument_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "spark-defaults.conf").write_text("spark.ui.port 4050")
+    (tmp_path / "hive-site.xml").write_text("<configuration/>")
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
+    monkeypatch.setattr(spark, "find_java", lambda: None)
+    monkeypatch.setattr(SparkContext, "_gateway", None)
+    monkeypatch.setattr(SparkContext, "_active_spark_context", None)
+    monkeypatch.setattr(SparkSession, "_instantiatedSession", None)
+    seen: dict[str, Any] = {}
+
+    def popen(command: list[str], **given: Any) -> None:
+        folder = Path(given["env"]["SPARK_CONF_DIR"])
+        file = folder / "spark-defaults.conf"
+        seen.update(command=command, env=given["env"], folder=folder, text=file.read_text())
+        seen["modes"] = [path.stat().st_mode & 0o777 for path in (file, folder, folder.parent)]
+        raise OSError("none is started")
+
+    monkeypatch.setattr(pyspark.java_gateway, "Popen", popen)
+    with pytest.raises(InputError, match="none is started"):
+        spark.session("extract", {**SECRETS, "spark.executor.cores": "3"})
+    assert "spark.executor.cores=3" in seen["command"]
+    assert SECRET not in repr(seen["command"]) + repr(seen["env"])
+    assert not [word for word in seen["command"] if any(key in word for key in SECRETS)]
+    assert seen["modes"] == [0o600, 0o700, 0o700]
+    assert seen["text"].startswith("spark.ui.port 4050\n") and seen["text"].count(SECRET) == len(SECRETS)
+    assert (seen["folder"] / "hive-site.xml").exists() and os.environ["SPARK_CONF_DIR"] == str(tmp_path)
+    assert (seen["folder"] / "spark-defaults.conf").read_text() == "spark.ui.port 4050", "the secrets have left the disk"
+    assert SECRET not in (tmp_path / "spark-defaults.conf").read_text()
+
+
+def test_a_session_has_its_secrets_as_they_are_and_no_process_shows_them() -> None:
+    """With a real Java process, in a process of its own."""
+    code = (
+        "import sys, json, pathlib\nfrom jobs.engines import spark\nsecrets = json.load(sys.stdin)\n"
+        "session = spark.session('extract', {'spark.master': 'local[1]', **secrets})\n"
+        "known = session.sparkContext.getConf()\nassert {key: known.get(key) for key in secrets} == secrets\n"
+        "hadoop = session.sparkContext._jsc.hadoopConfiguration()\n"
+        "assert hadoop.get('fs.s3a.secret.key') == secrets['spark.hadoop.fs.s3a.secret.key']\n"
+        "shown = [path.read_bytes() for path in pathlib.Path('/proc').glob('[0-9]*/cmdline')]\n"
+        "assert any(b'llmemb-extract' in line for line in shown)\n"
+        f"assert not any(b'{SECRET[:4]}' + b'{SECRET[4:]}' in line for line in shown)\n"
+        "session.stop()\nprint('held')\n"
+    )
+    here = {name: value for name, value in os.environ.items() if not name.startswith(("PYSPARK_", "SPARK_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, input=json.dumps(SECRETS), capture_output=True, text=True, check=False, env=here
+    )
+    assert done.stdout == "held\n", done.stderr
+
+
+@pytest.mark.parametrize("key", ["spark.driver.extraJavaOptions", "spark.executor.extraJavaOptions"])
+def test_a_secret_among_java_s_options_is_refused_without_repeating_it(key: str) -> None:
+    with pytest.raises(InputError, match="JDK_JAVA_OPTIONS") as refused:
+        spark.session("extract", {key: f"-Xmx1g -Djavax.net.ssl.keyStorePassword={SECRET}"})
+    assert SECRET not in str(refused.value)
+
+
+def test_a_secret_that_another_file_of_settings_hides_is_told() -> None:
+    class Context:
+        def getConf(self) -> dict[str, str]:
+            return {"spark.authenticate.secret": "another"}
+
+    class Session:
+        sparkContext, stopped = Context(), False
+
+        def stop(self) -> None:
+            self.stopped = True
+
+    session: Any = Session()
+    with pytest.raises(InputError, match="PYSPARK_SUBMIT_ARGS") as told:
+        spark.check_known(session, "extract", {"spark.authenticate.secret": SECRET})
+    assert session.stopped and SECRET not in str(told.value)
