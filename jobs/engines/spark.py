@@ -86,7 +86,8 @@ def secrets_of(job: str, settings: Mapping[str, str]) -> dict[str, str]:
         if key.endswith("JavaOptions"):
             raise InputError(
                 f"[{job}.spark] {key} holds a password, token or key, and Java's options are an argument list, which every user "
-                "of the machine can read: put it into the variable JDK_JAVA_OPTIONS, of executors spark.executorEnv.JDK_JAVA_OPTIONS"
+                "of the machine can read: put it into the variable JDK_JAVA_OPTIONS, "
+                "for executors into spark.executorEnv.JDK_JAVA_OPTIONS"
             )
     return found
 

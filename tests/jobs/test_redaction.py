@@ -125,6 +125,7 @@ def test_other_values_stay_and_a_path_that_is_a_key_is_redacted() -> None:
     assert without_secrets({"inputs": {f"s3a://AKIA:s/{SECRET}@shop/films": "1"}}) == {"inputs": {"s3a://***@shop/films": "1"}}
 
 
+@pytest.mark.timeout(100)
 @pytest.mark.parametrize("text", ["http://x:y", "\\", "a.b-"])
 def test_a_long_text_costs_time_by_its_length(text: str) -> None:
     """Where each place begins a search through all the rest, this takes longer than a test may."""
