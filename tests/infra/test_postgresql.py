@@ -123,7 +123,7 @@ def test_airflow_s_api_server_reads_it_with_the_same_driver(worker: Worker, serv
         "print('pools:', asyncio.run(read()))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=server.airflow(tmp_path), capture_output=True, text=True, check=False)
-    assert "pools: 2" in done.stdout.splitlines(), done.stderr[-2000:]
+    assert "pools: 3" in done.stdout.splitlines(), done.stderr[-2000:]
 
 
 # ----------------------------------------------------------------------------------------------------------------- mlflow
