@@ -28,15 +28,18 @@ PORTS = {"airflow": 8080, "mlflow": 5000, "feast": 8888}
 NAMES = {"airflow": "Airflow", "mlflow": "MLflow", "feast": "Feast"}
 PASSWORDS = "simple_auth_manager_passwords.json.generated"
 # a task whose pool is missing is never started
-AIRFLOW = """
-import os, sys
+MIGRATE = """
+import sys
 from airflow.__main__ import main
 for words in (["db", "migrate"], ["pools", "import", sys.argv[-1]]):
     sys.argv = ["airflow", *words]
     main()
-os.execv(sys.executable, [sys.executable, "-m", "airflow", "standalone"])
 """
 """Both commands in one process: Airflow takes seconds to import."""
+AIRFLOW = f"""{MIGRATE}
+import os
+os.execv(sys.executable, [sys.executable, "-m", "airflow", "standalone"])
+"""
 GRACE_S = 20
 """Seconds that each process has to end."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import importlib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.recipe import JOBS, apply, build, expand, values_of
+from jobs.recipe import JOBS, apply, build, config_of, expand
 from jobs.run import InputError, Run
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ def refuse_unreadable(text: str, answers: Mapping[str, Any]) -> None:
         run = build(Run, {"ds": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}", **recipe["run"]}, "run")
         for job in JOBS:
             if job in recipe:
-                build(importlib.import_module(f"jobs.{job}").Config, {"run": run, **values_of(recipe, job)}, job)
+                config_of(recipe, job, run)
     except ValueError as error:
         off = next((key for key in QUESTIONS if f"{key}:" in f"{error}" or f"{key}." in f"{error}"), None)
         raise InputError(f"{error}; answer {off} anew: {QUESTIONS[off]}" if off else f"{error}") from error

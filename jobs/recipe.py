@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import re
 import tomllib
@@ -170,6 +171,11 @@ def build(cls: type[C], values: Mapping[str, Any], table: str) -> C:
         first = error.errors()[0]
         key = ".".join([table, *(str(part) for part in first["loc"])])
         raise InputError(f"recipe: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def config_of(recipe: Mapping[str, Any], job: str, run: Any) -> Any:
+    """A job's Config from its table of the recipe. Raises InputError as `build` does."""
+    return build(importlib.import_module(f"jobs.{job}").Config, {"run": run, **values_of(recipe, job)}, job)
 
 
 def refuse_unknown(cls: Any, values: Mapping[str, Any], table: str) -> None:

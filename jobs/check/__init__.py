@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import importlib
 import importlib.util
 import json
 import os
@@ -18,7 +17,7 @@ from jobs.check import tables
 from jobs.check.finding import Finding, failure
 from jobs.lake.store import of as store_of
 from jobs.lake.store import refuse_unready
-from jobs.recipe import JOBS, build, load_recipe, values_of
+from jobs.recipe import JOBS, build, config_of, load_recipe
 from jobs.run import Run
 
 Recipe = Mapping[str, Any]
@@ -70,8 +69,7 @@ def keys(recipe: Recipe, run: Run) -> Iterator[Finding]:
     valid = []
     for job in [job for job in JOBS if job in recipe]:
         try:
-            config = importlib.import_module(f"jobs.{job}").Config
-            build(config, {"run": run, **values_of(recipe, job)}, job)
+            config_of(recipe, job, run)
             valid.append(job)
         except ValueError as error:
             yield Finding("wrong", "recipe", str(error))

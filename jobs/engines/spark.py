@@ -63,16 +63,17 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
         defaults |= {key: value for key, value in laptop().items() if key not in known}
     settings = defaults | dict(settings)
     builder = SparkSession.builder.appName(f"llmemb-{job}")
-    own_java = not java_runs()
+    if java_runs():
+        secrets = {}  # none has to go by a command line
     for key, value in settings.items():
-        if not (own_java and key in secrets):
+        if key not in secrets:
             builder = builder.config(key, value)
     try:
-        with private(secrets if own_java else {}):
+        with private(secrets):
             spark = builder.getOrCreate()
     except Exception as error:
         raise InputError(f"Spark did not start ({first_line(error)}): check [{job}.spark] in the recipe") from error
-    check_known(spark, job, secrets if own_java else {})
+    check_known(spark, job, secrets)
     spark.sparkContext.setLogLevel("ERROR")
     # PySpark writes every failed query's Java stack as one JSON line; the exception it raises says the same
     logging.getLogger("DataFrameQueryContextLogger").setLevel(logging.CRITICAL + 1)

@@ -140,7 +140,8 @@ def gather(config: Config, night: Night) -> tuple[Facts, dict[str, float]]:
     shown, layers, why = look(config, spaces)
     badly_served = weak.groups(lake, night)
     values = measure(config, night, spaces, layers, shown) | weak.measures(badly_served)
-    recent = [past for past in before if past.ds >= nights.trained_on(lake, night.ds)]
+    trained_ds = nights.trained_on(lake, night.ds)
+    recent = [past for past in before if past.ds >= trained_ds]
     serving_ds, space_id = serving([*before, night])
     facts = Facts(
         night=night,

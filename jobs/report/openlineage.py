@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from jobs.engines.spark import AS_OF
+from jobs.engines.spark import AS_OF, IN_TICKS
 from jobs.lake.nights import JobRun, Night
 from jobs.redaction import without_users
 from jobs.run import InputError
@@ -29,7 +29,7 @@ NIGHT = "night"
 """Job of the parent run."""
 LAKE_PARTITION = re.compile(r"\w+/(ds|space|encoder)=")
 """How a partition of the lake is written, which a path of the user's is not."""
-FILES = re.compile(r"\w+\.`([^`]*/[^`]*)`")
+FILES = re.compile(rf"\w+\.{IN_TICKS.pattern}")
 """How Spark's SQL writes files as a table, with their format."""
 API_KEY = "OPENLINEAGE_API_KEY"
 """Environment variable of the client that holds the endpoint's key."""

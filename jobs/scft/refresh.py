@@ -47,7 +47,7 @@ def due(config: Config, snapshot: str) -> tuple[str, dict[str, Any] | None]:
         return f"the encoder is {age} days old (max_age_days is {config.max_age_days})", None
     if changed > config.refresh_share:
         return f"{changed:.1%} of the items are new or changed (refresh_share is {config.refresh_share:.1%})", None
-    if drifted := drift_since(lake, ds, max(previous["trained_ds"], trained_on(lake, ds))):
+    if drifted := drift_since(lake, ds, previous["trained_ds"]):
         return drifted, None
     kept = ", and no better than its base: age alone trains none again" if same and age >= config.max_age_days else ""
     return f"the encoder is {age} days old and {changed:.1%} of the items are new or changed since{kept}", previous
@@ -81,12 +81,17 @@ def trainings(lake: Path, ds: str) -> Iterator[Training]:
 
 
 def drift_since(lake: Path, ds: str, trained_ds: str) -> str:
-    """Why the newest report since the training asks for a new encoder: texts or neighbours drifted; empty where it doesn't."""
+    """Why the newest report since the training asks for a new encoder: texts or neighbours drifted; empty where it doesn't.
+
+    A training that the gates refused since answers it too.
+    """
     try:
         newest = manifests.read(lake, ds, "report")
     except InputError:
         return ""
-    return str(newest["result"].get("refresh_encoder", "")) if newest["ds"] > trained_ds else ""
+    reason = str(newest["result"].get("refresh_encoder", ""))
+    # the history of trainings is read where there is a reason alone
+    return reason if reason and newest["ds"] > max(trained_ds, trained_on(lake, ds)) else ""
 
 
 def changed_share(lake: Path, before: str, now: str) -> float:

@@ -25,7 +25,7 @@ if torch.version.cuda:  # it runs on such devices alone, and takes seconds to im
         from torch.nn.attention import varlen
 
 ATTENTION = "packed"
-"""Name of `packed_attention` among transformers' attention implementations, once a base model is loaded."""
+"""Name of `packed_attention` among transformers' attention implementations, once `register_attention` was called."""
 OPTIONS = frozenset(inspect.signature(varlen.varlen_attn).parameters if varlen else ())
 """Options that this version of torch's variable-length attention takes."""
 
@@ -61,6 +61,13 @@ def packed_attention(
     else:
         out_THD = padded_attention(query_THD, key_TGD, value_TGD, packing, scale)
     return out_THD[None], None
+
+
+def register_attention() -> None:
+    """Makes `packed_attention` known to transformers, before a model is made that uses it."""
+    from transformers import AttentionInterface  # takes seconds: only where there is a model
+
+    AttentionInterface.register(ATTENTION, packed_attention)
 
 
 def padded_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, scale: float) -> Tensor:

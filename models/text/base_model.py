@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from models.text.attention import ATTENTION, packed_attention
+from models.text.attention import ATTENTION, register_attention
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -122,11 +122,11 @@ def load_base(
     `dtype` None takes what suits the device; `layers` 0 takes all layers. Raises
     ValueError for a model that cannot be packed or a tokenizer that does not fit the weights.
     """
-    from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    AttentionInterface.register(ATTENTION, packed_attention)
+    register_attention()
     folder = base_folder(name)
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "is_encoder_decoder", False):

@@ -30,7 +30,7 @@ from transformers import AutoModel, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.text import fp8
-from models.text.attention import ATTENTION
+from models.text.attention import ATTENTION, register_attention
 from models.text.base_model import layers_of
 from models.text.embedding import compile_layers, embed
 from models.text.encoder import Encoder, Spec
@@ -82,6 +82,7 @@ def without_prefix(source: Prompts) -> Prompts:
 
 def build(size: str, device: torch.device) -> Any:
     """The architecture with random weights, made on the device."""
+    register_attention()
     with device:
         config = LlamaConfig(max_position_embeddings=2048, **SIZES[size])
         return AutoModel.from_config(config, attn_implementation=ATTENTION, dtype=torch.bfloat16).to(device).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,14 +15,6 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-MIGRATE = """
-import sys
-from airflow.__main__ import main
-for words in (["db", "migrate"], ["pools", "import", sys.argv[-1]]):
-    sys.argv = ["airflow", *words]
-    main()
-"""
-"""Both commands of Airflow in one process: it takes seconds to import."""
 
 
 class Stub:
@@ -99,7 +92,8 @@ def airflow_environment(home: Path) -> dict[str, str]:
 
 def migrate(environment: dict[str, str]) -> None:
     """Makes Airflow's database, with the pools that the DAGs use."""
-    words = [sys.executable, "-c", MIGRATE, str(ROOT / "infra" / "pools.json")]
+    program = runpy.run_path(str(ROOT / "infra" / "standalone.py"))["MIGRATE"]
+    words = [sys.executable, "-c", program, str(ROOT / "infra" / "pools.json")]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
