@@ -26,20 +26,27 @@ from jobs.recipe import load_recipe  # noqa: E402 (the checkout's own)
 
 PORTS = {"airflow": 8080, "mlflow": 5000, "feast": 8888}
 NAMES = {"airflow": "Airflow", "mlflow": "MLflow", "feast": "Feast"}
+DATABASE = "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"
 PASSWORDS = "simple_auth_manager_passwords.json.generated"
-# a task whose pool is missing is never started
+# a task whose pool is missing is never started; in a file of SQLite's with a write-ahead log, readers keep nobody from writing
 MIGRATE = """
 import sys
+from airflow import settings
 from airflow.__main__ import main
 for words in (["db", "migrate"], ["pools", "import", sys.argv[-1]]):
     sys.argv = ["airflow", *words]
     main()
+if settings.engine.dialect.name == "sqlite":
+    with settings.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 """
-"""Both commands in one process: Airflow takes seconds to import."""
+"""All in one process: Airflow takes seconds to import."""
 AIRFLOW = f"""{MIGRATE}
 import os
 os.execv(sys.executable, [sys.executable, "-m", "airflow", "standalone"])
 """
+LOCK_S = 60
+"""Seconds that Airflow waits for SQLite's write lock. By SQLite's own five, on a busy machine, its scheduler ends."""
 GRACE_S = 20
 """Seconds that each process has to end."""
 
@@ -136,7 +143,13 @@ def environment_of(recipe: Path, lake: Path, ports: Mapping[str, int]) -> dict[s
     }
     feast.mkdir(parents=True, exist_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # Airflow starts itself by name
-    return defaults | dict(os.environ) | {"PATH": path, "LLMEMB_RECIPE": str(recipe)}
+    found = defaults | dict(os.environ) | {"PATH": path, "LLMEMB_RECIPE": str(recipe)}
+    return {DATABASE: database(found["AIRFLOW_HOME"])} | found
+
+
+def database(home: str) -> str:
+    """The address of Airflow's database in its home, where no other is set."""
+    return f"sqlite:///{home}/airflow.db?timeout={LOCK_S}"
 
 
 def commands(run: Mapping[str, Any], lake: Path, ports: Mapping[str, int]) -> dict[str, list[str]]:

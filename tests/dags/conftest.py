@@ -15,6 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+STANDALONE = runpy.run_path(str(ROOT / "infra" / "standalone.py"))
 
 
 class Stub:
@@ -82,6 +83,7 @@ def airflow_environment(home: Path) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLMEMB_", "AIRFLOW_", "PYTEST_"))}
     return clean | {
         "AIRFLOW_HOME": str(home),
+        STANDALONE["DATABASE"]: STANDALONE["database"](home),
         "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
@@ -92,8 +94,7 @@ def airflow_environment(home: Path) -> dict[str, str]:
 
 def migrate(environment: dict[str, str]) -> None:
     """Makes Airflow's database, with the pools that the DAGs use."""
-    program = runpy.run_path(str(ROOT / "infra" / "standalone.py"))["MIGRATE"]
-    words = [sys.executable, "-c", program, str(ROOT / "infra" / "pools.json")]
+    words = [sys.executable, "-c", STANDALONE["MIGRATE"], str(ROOT / "infra" / "pools.json")]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

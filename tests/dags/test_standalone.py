@@ -69,7 +69,14 @@ class Standalone:
             except (urllib.error.URLError, OSError):
                 pass
             time.sleep(0.3)
-        raise AssertionError(f"waited {PATIENCE_S} s for {what}\n{self.log.read_text()[-4000:]}")
+        raise AssertionError(f"waited {PATIENCE_S} s for {what}\n{self.told()}")
+
+    def told(self) -> str:
+        """The newest lines of each part: one that talks much hides none of the others."""
+        lines: dict[str, list[str]] = {}
+        for line in self.log.read_text().splitlines():
+            lines.setdefault(line.partition("|")[0], []).append(line[:400])
+        return "\n".join(line for part in lines.values() for line in part[-25:])
 
     def runs(self, dag: str) -> list[dict[str, Any]]:
         """Every run of a DAG."""
@@ -124,6 +131,9 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
         "AIRFLOW__SCHEDULER__ENABLE_HEALTH_CHECK": "False",
+        # a task that its executor lost is started anew after this, by itself after ten minutes
+        "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "60",
+        "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT_CHECK_INTERVAL": "20",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "LLMEMB_PYTHON": str(stub.python),
         "LLMEMB_RECIPE": "recipe.toml",

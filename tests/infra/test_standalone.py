@@ -166,7 +166,7 @@ def test_a_port_that_is_none_is_refused(standalone: ModuleType, text: str) -> No
 def test_all_three_read_the_recipe_s_stores_and_listen_on_this_machine_alone(
     standalone: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY", "LLMEMB_OFFLINE", "AIRFLOW_HOME"):
+    for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY", "LLMEMB_OFFLINE", "AIRFLOW_HOME", standalone.DATABASE):
         monkeypatch.delenv(name, raising=False)
     ports, lake = dict(standalone.PORTS), tmp_path / "lake"
     lines = standalone.commands({"tracking_uri": "sqlite:////x/mlflow.db"}, lake, ports)
@@ -176,6 +176,7 @@ def test_all_three_read_the_recipe_s_stores_and_listen_on_this_machine_alone(
     environment = standalone.environment_of(tmp_path / "recipe.toml", lake, ports)
     assert environment["LLMEMB_RECIPE"] == str(tmp_path / "recipe.toml")
     assert environment["AIRFLOW__API__HOST"] == "127.0.0.1"
+    assert environment[standalone.DATABASE] == f"sqlite:///{lake}/airflow/airflow.db?timeout=60"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert json.loads(environment["LLMEMB_ONLINE_STORE"]) == {"type": "sqlite", "path": f"{lake}/feast/online.db"}
     assert environment["LLMEMB_PAGES"] == "MLflow=http://localhost:5000;Feast=http://localhost:8888"
@@ -183,8 +184,10 @@ def test_all_three_read_the_recipe_s_stores_and_listen_on_this_machine_alone(
 
 def test_what_is_set_already_stays(standalone: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", '{"type": "redis"}')
+    monkeypatch.setenv(standalone.DATABASE, "postgresql+psycopg2://airflow@db/airflow")
     environment = standalone.environment_of(tmp_path / "recipe.toml", tmp_path / "lake", dict(standalone.PORTS))
     assert environment["LLMEMB_ONLINE_STORE"] == '{"type": "redis"}'
+    assert environment[standalone.DATABASE] == "postgresql+psycopg2://airflow@db/airflow"
 
 
 # -------------------------------------------------------------------------------------------------------------- how it ends
@@ -245,6 +248,7 @@ def test_the_pages_of_airflow_mlflow_and_feast_answer(
         assert "Feast" in page("feast", "/")
         with contextlib.closing(sqlite3.connect(next(tmp_path.rglob("airflow.db")))) as database:
             pools = {name for (name,) in database.execute("SELECT pool FROM slot_pool")}
+            assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert pools >= set(json.loads((PROGRAM.parent / "pools.json").read_text()))
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 143
