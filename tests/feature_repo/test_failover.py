@@ -15,7 +15,7 @@ from feature_repo.feature_definitions import item_embedding
 from feature_repo.keys import key_texts
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import BROKEN, Fenced, Held, Unreplicated, lease, open_writer
-from tests.feature_repo.sentinels import Failover, failover, needs_sentinel
+from tests.feature_repo.sentinels import Failover, failover
 
 SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
 
@@ -39,7 +39,6 @@ def alone(redis_port: int, monkeypatch: pytest.MonkeyPatch) -> redis.Redis:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Failover]:
-    needs_sentinel()
     with failover(tmp_path_factory.mktemp("sentinel")) as servers:
         yield servers
 

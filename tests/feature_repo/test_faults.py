@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from feature_repo.reader import Answer, Pointer
-from tests.feature_repo.sentinels import Failover, needs_sentinel
+from tests.feature_repo.sentinels import Failover
 
 HARNESS = Path(__file__).parents[1] / "benchmarks" / "bench_faults.py"
 
@@ -21,8 +21,6 @@ HARNESS = Path(__file__).parents[1] / "benchmarks" / "bench_faults.py"
 @pytest.mark.parametrize("store", ["sqlite", "redis", "sentinel", "postgres"])
 def test_killed_and_run_again_all_ends_equal(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few kills; `python tests/benchmarks/bench_faults.py --kills 200` is the long run."""
-    if store == "sentinel":
-        needs_sentinel()
     monkeypatch.setenv("LLMEMB_LEASE_MS", "1500")
     # set first, so that what the harness sets is taken back at the end too
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", "")

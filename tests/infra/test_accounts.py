@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -22,6 +21,7 @@ from feature_repo.feature_definitions import item_embedding, user_history
 from feature_repo.keys import key_prefix
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
+from tests.feature_repo.redis_version import needs_redis_7
 from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -32,8 +32,7 @@ MODEL = "llmemb-recommender"
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Redis as redis.sh starts it."""
-    if not shutil.which("redis-server"):
-        pytest.skip("no redis-server: install it to run these tests")
+    needs_redis_7()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -29,6 +29,7 @@ from feast.repo_config import load_repo_config
 from feature_repo import feature_definitions, spaces
 from feature_repo.reader import Reader, open_store, settings
 from feature_repo.stores import lease, open_writer
+from tests.feature_repo.redis_version import needs_redis_7
 from tests.feature_repo.serving import world
 from tests.feature_repo.serving.world import publish, push_history, serving
 
@@ -40,6 +41,7 @@ As = Callable[[str], None]
 @pytest.fixture
 def become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[As]:
     """Redis as infra/redis.sh starts it; call it with a user's name, and every connection from then on is that user's."""
+    needs_redis_7()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -106,7 +105,6 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
                 with serving(tmp_path, breaker_s=0.1) as client:
                     yield World(client, proxy)
         return
-    assert shutil.which("redis-server"), "apt-get install redis-server"
     with own_redis(tmp_path, monkeypatch) as server:
         port = int(server.args[2])  # type: ignore[index]
         fill(tmp_path)

@@ -15,7 +15,7 @@ from feature_repo.redis_store import RedisStore
 from feature_repo.stores import lease, open_writer
 from jobs import collect, forget, lookup, publish, rollback
 from jobs.run import Run, Unavailable
-from tests.feature_repo.sentinels import Failover, failover, needs_sentinel
+from tests.feature_repo.sentinels import Failover, failover
 from tests.jobs.engines.losses import lost_at
 
 A, B, C = "a" * 16, "b" * 16, "c" * 16
@@ -36,7 +36,6 @@ def again(work: Callable[[], Done], tries: int = 20) -> Done:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Failover]:
-    needs_sentinel()
     with failover(tmp_path_factory.mktemp("sentinel")) as servers:
         yield servers
 
