@@ -164,7 +164,8 @@ def projected(rows: pa.Table, llm_NE: torch.Tensor, recommender: Loaded, space_i
     bad_N = ~emb_ND.isfinite().all(1) | (emb_ND == 0).all(1)
     if bool(bad_N.any()):
         raise ValueError(f"{int(bad_N.sum())} items have a vector that is zero or not finite, for example "
-                         f"{rows['item_id'][int(bad_N.nonzero()[0])]}: the recommender is broken, train it again")  # fmt: skip
+                         f"{rows['item_id'][int(bad_N.nonzero()[0])]}: the recommender is broken, or none of its parts reads "
+                         "text and the item is new; train it again, with a part in rat.fusion.parts that does")  # fmt: skip
     group = warm["group"].take(pc.index_in(rows["item_id"], value_set=warm["item_id"].combine_chunks()))
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(emb_ND.flatten().numpy()), recommender.width)
     return pa.table(

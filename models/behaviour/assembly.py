@@ -26,6 +26,8 @@ Option = tuple[float, str]
 """What is varied of a part: a fade or events of shrinking, and the counting part's table."""
 GRAPH_PRIOR = 1.0
 """Train events that weigh as much as text in the graph part: cold items are filled from text, the others keep their place."""
+READ_TEXT = ("llmemb", "collaborative", "graph", "text")
+"""Parts in which an item without events has a vector, the first to keep where validation has no use for any of them."""
 CONTROLS = ("shuffled", "gaussian")
 
 
@@ -132,13 +134,12 @@ def assemble(config: Fusion, given: Material) -> Assembled:
             chosen[name] = value[0]
         counted = value[1] or counted
     centred = [name for name in ("collaborative", "llmemb") if config.centre]
-    found = fusion.search(sample, scores, centred=centred, gated=config.gates)
+    found = fusion.search(sample, scores, centred=centred, gated=config.gates, reach=READ_TEXT)
     gains: dict[str, float] = {}
     if config.controls and "text" in made and len(made) > 1 and found.alone:
         gains, without = text_gains(config, given, sample, scores, found, chosen["text"] if "text" in chosen else config.fades[0])
         if gains["text"] <= max(0.0, *(gains[name] for name in CONTROLS)):
             found = without
-            del made["text"], scores["text"]
     kept = [name for name in made if found.relative[name] > 0]
     means = {name: scores[name].user_CD.mean(0) for name in kept}
     return Assembled(
@@ -214,8 +215,7 @@ def text_gains(
 ) -> tuple[dict[str, float], Found]:
     """What text and each control in its place add to the other parts on validation; and the weights without text."""
     centred = [name for name in ("collaborative", "llmemb") if config.centre]
-    others = {name: part for name, part in scores.items() if name != "text"}
-    without = fusion.search(sample, others, centred=centred)
+    without = fusion.search(sample, scores, centred=centred, barred="text", reach=READ_TEXT)
     gains = {"text": found.ndcg["overall"] - without.ndcg["overall"]}
     generator = torch.Generator().manual_seed(len(given.item_ids))
     for control in CONTROLS:

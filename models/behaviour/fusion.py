@@ -44,6 +44,8 @@ HELD = 2**27
 """Scores held at once while the best are looked for."""
 GAIN = 1e-5
 """A change that gains less is not taken."""
+FAINT = 0.01
+"""Weight of a part that is there for new items alone: for all others it breaks ties at most."""
 DEFAULTS: Mapping[str, float] = {"collaborative": 1.0, "llmemb": 1.0, "text": 0.7, "counting": 0.5, "graph": 0.5}
 """Weights where validation can't choose: about what it chose on the data sets of BENCHMARKS.md."""
 
@@ -235,11 +237,19 @@ class Search:
         return found
 
 
-def search(sample: Sample, scores: Mapping[str, Scores], *, centred: Sequence[str] = (), gated: bool = True) -> Found:
+def search(
+    sample: Sample,
+    scores: Mapping[str, Scores],
+    *,
+    centred: Sequence[str] = (),
+    gated: bool = True,
+    barred: str = "",
+    reach: Sequence[str] = (),
+) -> Found:
     """Weights, gates and centring, one coordinate after the other until none gains.
 
-    A band of items with too few cases keeps gate 1. With fewer than LEAST cases the
-    default weights stand, and the note says so.
+    A band of items with too few cases keeps gate 1. With fewer than LEAST cases the default weights stand, and the note says so.
+    The part `barred` is not tried. Where none of the parts `reach` gains, the first that is there gets weight FAINT.
     """
     names = list(scores)
     run = Search(sample, scores)
@@ -249,7 +259,7 @@ def search(sample: Sample, scores: Mapping[str, Scores], *, centred: Sequence[st
         note = f"{len(sample.target_C)} validation cases are too few to choose weights (under {LEAST}): the defaults stand"
         return found_at(run, point, {}, [], note)
     alone = {name: run.value(Point(tuple(float(other == name) for other in names), ones, zero)) for name in names}
-    order = sorted(range(len(names)), key=lambda number: -alone[names[number]])
+    order = sorted((n for n, name in enumerate(names) if name != barred), key=lambda number: -alone[names[number]])
     # the best part first, then the others in turn: from equal weights a search ends where two parts that know the same hold out
     point, curve = Point(tuple(float(number == order[0]) for number in range(len(names))), ones, zero), list[dict[str, Any]]()
     curve.append({"part": names[order[0]], "to": 1.0, "ndcg": run.value(point)})
@@ -271,7 +281,18 @@ def search(sample: Sample, scores: Mapping[str, Scores], *, centred: Sequence[st
                 point = better(run, point, options, f"centre of {name}", curve)
         if point == before:
             break
-    return found_at(run, point, alone, curve, "")
+    return found_at(run, reaching(point, names, reach), alone, curve, "")
+
+
+def reaching(point: Point, names: Sequence[str], reach: Sequence[str]) -> Point:
+    """The point, with a faint weight for the first of the parts `reach` where none of them has one.
+
+    An item that nobody has touched yet has a vector in these parts alone, and without one it could not be served at all.
+    """
+    numbers = [names.index(name) for name in reach if name in names]
+    if not numbers or any(point.weight[number] for number in numbers):
+        return point
+    return replaced(point, "weight", numbers[0], FAINT)
 
 
 def bands_to_try(sample: Sample) -> list[int]:

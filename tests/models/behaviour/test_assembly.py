@@ -8,9 +8,10 @@ import torch
 
 from models.behaviour import counting
 from models.behaviour.artifact import load_recommender, save_fused
-from models.behaviour.assembly import CONTROLS, Fusion, assemble
+from models.behaviour.assembly import CONTROLS, Fusion, Name, assemble
 from models.behaviour.counting import Counting
 from models.behaviour.fused import FusedRecommender
+from models.behaviour.fusion import FAINT
 from tests.models.behaviour.small_world import ITEMS, material, texts
 
 SMALL = Fusion(text_width=5, counting_width=4)
@@ -28,9 +29,27 @@ def test_text_that_gains_no_more_than_its_controls_is_dropped() -> None:
     noise = torch.randn(ITEMS, 16, generator=torch.Generator().manual_seed(3))
     assembled = assemble(SMALL, material(llm_NE=noise))
     if assembled.gains["text"] <= max(0.0, *(assembled.gains[name] for name in CONTROLS)):
-        assert "text" not in {part.name for part in assembled.parts} and "text" not in assembled.found.relative
+        assert "text" not in {part.name for part in assembled.parts} and assembled.found.relative["text"] == 0
     else:
         pytest.fail(f"texts of noise gained more than noise: {assembled.gains}")
+
+
+@pytest.mark.parametrize("parts", [("counting", "text"), ("text", "counting", "llmemb")])
+def test_a_new_item_has_a_vector_even_where_no_part_that_reads_text_is_worth_anything(
+    tmp_path: Path, parts: tuple[Name, ...]
+) -> None:
+    noise = torch.randn(ITEMS, 16, generator=torch.Generator().manual_seed(3))
+    given = material(llm_NE=noise)
+    assembled = assemble(dataclasses.replace(SMALL, parts=parts, counting_width=40), given)
+    assert assembled.gains["text"] <= max(0.0, *(assembled.gains[name] for name in CONTROLS))
+    kept = "llmemb" if "llmemb" in parts else "text"
+    assert {name: weight for name, weight in assembled.found.relative.items() if name != "counting"} == (
+        {name: FAINT if name == kept else 0 for name in parts if name != "counting"}
+    )
+    save_fused(tmp_path, assembled.parts, assembled.found.weights, item_ids=given.item_ids, counts_V=given.counts_V,
+               whitening=given.whitening, meta={})  # fmt: skip
+    emb_ND = load_recommender(tmp_path).project(noise[:2], ["new", "newer"])
+    assert bool(emb_ND.any(1).all())
 
 
 @pytest.mark.parametrize("order", [("cooccurrence", "ease"), ("ease", "cooccurrence")])

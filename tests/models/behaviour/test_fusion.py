@@ -40,6 +40,25 @@ def test_a_part_of_noise_gets_no_weight_and_two_that_know_different_cases_share_
     assert found.curve[-1]["ndcg"] >= found.curve[0]["ndcg"]
 
 
+def test_where_no_part_that_reaches_new_items_gains_the_first_of_them_stays_faintly_and_the_rest_keep_their_places() -> None:
+    cases = sample()
+    wrong = [dataclasses.replace(part, user_CD=-part.user_CD) for part in (knows(cases, 1.0, 2), knows(cases, 1.0, 3))]
+    scores = {"counting": knows(cases, 0.9, 1), "text": wrong[0], "llmemb": wrong[1]}
+    plain, found = fusion.search(cases, scores), fusion.search(cases, scores, reach=("graph", "llmemb", "text"))
+    assert plain.relative == {"counting": 1.0, "text": 0, "llmemb": 0}
+    assert found.relative == {"counting": 1.0, "text": 0, "llmemb": fusion.FAINT} and found.weights.scale["llmemb"] > 0
+    assert found.ndcg["overall"] == pytest.approx(plain.ndcg["overall"], abs=0.005)
+
+
+def test_a_part_that_gains_is_not_joined_by_a_faint_one_and_a_barred_part_is_not_tried() -> None:
+    cases = sample()
+    scores = {"counting": knows(cases, 0.3, 1), "text": knows(cases, 0.9, 2), "llmemb": knows(cases, 0.0, 3)}
+    reach = ("llmemb", "text")
+    assert fusion.search(cases, scores, reach=reach).relative["llmemb"] == 0
+    barred = fusion.search(cases, scores, barred="text", reach=reach)
+    assert barred.relative["text"] == 0 and barred.relative["llmemb"] == fusion.FAINT and barred.relative["counting"] > 0
+
+
 def test_a_part_that_is_alone_keeps_its_weight_even_where_it_does_worse_than_a_tie_of_all() -> None:
     cases = sample()
     worse = knows(cases, 1.0)
