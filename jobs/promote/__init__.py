@@ -37,6 +37,8 @@ class Config:
     """A user with more held-out events in a slice weighs as much as one with so many; 0 sets no bound."""
     floors: tuple[str, ...] = ("popularity",)
     """Models of the evaluation that any challenger must beat overall. Where it doesn't, a person is asked."""
+    always_ask: bool = False
+    """A person says yes to every promotion, also where all gates passed: nothing becomes champion by itself."""
     approved_by: str = ""
     """Who takes an undecided challenger upon themselves: their name, kept with the decision; empty leaves it undecided. Does
     not overrule a gate that failed."""
@@ -121,7 +123,7 @@ def decide(config: Config) -> Result:
     if champion and serving == challenger_id:
         decision, version = "promoted", champion["version"]
     else:
-        reasons += standing(config, judged, champion)
+        reasons += standing(config, judged, champion) + asked(config)
         decision = decided(reasons, config)
         version = recorded(config, judged, reasons, decision)
         # the registry has no compare-and-set: who moved the alias without our lock is found by looking again
@@ -207,6 +209,12 @@ def standing(config: Config, judged: dict[str, Any], champion: dict[str, str] | 
         text = f"no alias names a champion, yet {before} was promoted once: set the alias again, or let a person decide without"
         reasons.append(Reason(gate="champion known", verdict="undecided", text=text))
     return tuple(reasons)
+
+
+def asked(config: Config) -> tuple[Reason, ...]:
+    """What is left to a person whatever the gates say."""
+    text = "promote.always_ask is on: a person says yes to every promotion"
+    return (Reason(gate="a person's yes", verdict="undecided", text=text),) if config.always_ask else ()
 
 
 def decided(reasons: tuple[Reason, ...], config: Config) -> Decision:
