@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     run = build(Run, {"ds": arguments.ds, **load_recipe(arguments.recipe).get("run", {})}, "run")
     night = Night(recipe=arguments.recipe, ds=arguments.ds)
     try:
-        told = hour(night) if arguments.arriving else whole(night, run, train=arguments.train)
+        told = run_hour(night) if arguments.arriving else run_night(night, run, train=arguments.train)
     except Failed as error:
         log.error("the night stops here: %s", error)
         return error.status
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def whole(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
+def run_night(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     """The night and its report, which is written also where the night failed."""
     try:
         served = serve(night, run, train=train)
@@ -80,7 +80,7 @@ def whole(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     return {"space_id": served["space_id"], "items": served["items"], "report": night.job("report")["path"]}
 
 
-def hour(night: Night) -> dict[str, Any]:
+def run_hour(night: Night) -> dict[str, Any]:
     """New and changed items, laid over what serves; the Result of `publish`. Safe beside a night."""
     pinned = night.job("pin", "pin.which=serving")
     here = Night(recipe=night.recipe, ds=pinned["ds"])

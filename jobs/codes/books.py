@@ -74,11 +74,11 @@ def load(config: Config, books_id: str) -> Version:
 def fitted(config: Config, sample_ND: Tensor) -> Books:
     """New books of a sample of the vectors, told by epoch."""
 
-    def tell(figures: dict[str, float], epoch: int) -> None:
+    def log_epoch(figures: dict[str, float], epoch: int) -> None:
         if epoch % 10 == 0:
             log.info("epoch %d  loss %.4f  dead entries %d", epoch, figures["loss"], figures["dead"])
 
-    return fit_books(sample_ND, config.training, seed=config.run.seed, log=tell)
+    return fit_books(sample_ND, config.training, seed=config.run.seed, log=log_epoch)
 
 
 def keep(config: Config, source: Source, model: Books) -> Version:

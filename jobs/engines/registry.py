@@ -237,7 +237,7 @@ def fetch(run: Run, kind: str, artifact_id: str) -> Path:
     Raises InputError where neither has it, or the bytes are not those that the id stands for.
     """
     here = run.lake / "models" / kind / artifact_id
-    if artifacts.here(run.lake, kind, artifact_id) or not run.tracking_uri:
+    if artifacts.has_artifact(run.lake, kind, artifact_id) or not run.tracking_uri:
         return artifacts.find(run.lake, kind, artifact_id)
     with connected(run) as client:
         import mlflow

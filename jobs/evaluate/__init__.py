@@ -16,7 +16,7 @@ from jobs.evaluate.config import Result as Result
 from jobs.evaluate.config import unseen_only
 from jobs.evaluate.figures import judged, metric_rows, tabled
 from jobs.evaluate.ranks import opened, ranks_of
-from jobs.evaluate.table import tell
+from jobs.evaluate.table import log_table
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import METRICS
 from jobs.lake.tensors import Catalogue, embeddings_digest, pick_device, read_catalogue, read_embeddings, read_histories
@@ -35,7 +35,7 @@ def run(config: Config) -> Result:
 
     Raises InputError or ValueError for a model or embeddings that are missing, no held-out event, or scores that are not finite.
     """
-    chosen = compared(config)
+    chosen = resolve_models(config)
     catalogue = read_catalogue(config.run)
     challenger = opened(config.run, chosen["recommender"], pick_device(config.run))
     events, digest = read_events(config, challenger, catalogue)
@@ -67,12 +67,12 @@ def run(config: Config) -> Result:
         outcomes_id=outputs["outcomes"], negatives_id=outputs["negatives"], ranking_seconds=round(seconds, 3),
         device=str(challenger.device), inputs=inputs, outputs=outputs, rows=rows,
     )  # fmt: skip
-    tell(config, result, catalogue)
+    log_table(config, result, catalogue)
     record(config, result)
     return result
 
 
-def compared(config: Config) -> dict[str, str]:
+def resolve_models(config: Config) -> dict[str, str]:
     """Ids of the challenger, its encoder, the champion and the reference, and the digest of the embeddings that it reads."""
     chosen = registry.resolve(config.run, config.recommender)
     return {

@@ -58,20 +58,20 @@ def stage(lake: Path, kind: str) -> Path:
 def find(lake: Path, kind: str, identity: str) -> Path:
     """Folder of an artifact, for example `artifact(lake, "encoder", "ab12…")`. Raises InputError where it is absent."""
     path = lake / "models" / kind / identity
-    if not here(lake, kind, identity):
+    if not has_artifact(lake, kind, identity):
         where = stores.called(lake)
         raise InputError(f"{kind} {identity} is not in the lake ({where}): train it, or fetch it from the registry first")
     return path
 
 
-def here(lake: Path, kind: str, identity: str) -> bool:
+def has_artifact(lake: Path, kind: str, identity: str) -> bool:
     """Whether the lake has an artifact; of a lake on an object store it then is on this machine, whole."""
     return has_folder(lake, lake / "models" / kind / identity)
 
 
 def brought(lake: Path, kind: str, identity: str) -> Path:
     """Folder of an artifact on this machine, where the lake has it; the path may be of nothing."""
-    here(lake, kind, identity)
+    has_artifact(lake, kind, identity)
     return lake / "models" / kind / identity
 
 

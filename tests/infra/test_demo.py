@@ -89,7 +89,7 @@ def printed(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             carried = [{"llmemb": 0.3, "text": 0.2}] * 10
             with contextlib.redirect_stderr(sys.stdout):
                 logs.start("recommend", demo.DS)
-                recommend.tell(SimpleNamespace(recent=recent, titles=[*titles, *more], scores=[0.5] * 10, carried=carried))  # type: ignore[arg-type]
+                recommend.log_result(SimpleNamespace(recent=recent, titles=[*titles, *more], scores=[0.5] * 10, carried=carried))  # type: ignore[arg-type]
         return {}, 1.0
 
     monkeypatch.setattr(demo, "job", job)
