@@ -134,8 +134,8 @@ def show(stages: list[tuple[str, str, float]]) -> None:
     serve.tell(serve.ask_once(DEMO / "lake", USER))
     say("━━━ time ━━━")
     for dag, task, seconds in stages:
-        print(f"  {dag:<20} {task:<12} {seconds:7.1f} s")
-    print(f"  {'all':<33} {time.monotonic() - START:7.1f} s")
+        print(f"  {dag:<20} {task:<15} {seconds:7.1f} s")
+    print(f"  {'all':<36} {time.monotonic() - START:7.1f} s")
 
 
 def table(outcomes_id: str) -> Iterator[str]:
