@@ -6,7 +6,6 @@ import dataclasses
 import time
 
 import torch
-from safetensors.torch import save_file
 
 from jobs.engines import registry
 from jobs.evaluate.cases import every_case, keep_outcomes
@@ -19,7 +18,15 @@ from jobs.evaluate.ranks import opened, ranks_of
 from jobs.evaluate.table import log_table
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import METRICS
-from jobs.lake.tensors import Catalogue, embeddings_digest, pick_device, read_catalogue, read_embeddings, read_histories
+from jobs.lake.tensors import (
+    Catalogue,
+    embeddings_digest,
+    pick_device,
+    read_catalogue,
+    read_embeddings,
+    read_histories,
+    write_tensors,
+)
 from jobs.run import Run, as_json
 from models.behaviour.artifact import Loaded
 from models.behaviour.data import Histories, held_out, without_items
@@ -113,8 +120,8 @@ def leaks(config: Config, challenger: Loaded, catalogue: Catalogue, events: Hist
 def keep_negatives(run: Run, cases: Cases) -> str:
     """Keeps what the sampled ranking ranked among, as indices into the catalogue; equal draws are one artifact."""
     staged = artifacts.stage(run.lake, "negatives")
-    tensors = {"target_C": cases.target_C, "negative_CN": cases.negative_CN}
-    save_file({name: value.int().cpu().contiguous() for name, value in tensors.items()}, staged / "negatives.safetensors")
+    tensors = {"target_C": cases.target_C.int(), "negative_CN": cases.negative_CN.int()}
+    write_tensors(staged / "negatives.safetensors", tensors)
     return artifacts.keep(run.lake, "negatives", staged)
 
 

@@ -5,12 +5,11 @@ Made of manifests and artifacts alone, so that the card says what was, not what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.lake import manifests
+from jobs.lake import artifacts, manifests
 from jobs.run import InputError
 
 
@@ -20,8 +19,8 @@ def card(lake: Path, ds: str, decision: Mapping[str, Any], judged: Mapping[str, 
     What is not recorded in the lake is said to be unknown.
     """
     recommender_id, encoder_id = str(decision["recommender_id"]), str(decision["encoder_id"])
-    recommender = described(lake, "recommender", recommender_id)
-    encoder = described(lake, "encoder", encoder_id)
+    recommender = artifacts.description(lake, "recommender", recommender_id)
+    encoder = artifacts.description(lake, "encoder", encoder_id)
     extract, scft, rat = (manifest(lake, ds, job) for job in ("extract", "scft", "rat"))
     lines = [
         f"# Recommender {recommender_id}",
@@ -37,13 +36,6 @@ def card(lake: Path, ds: str, decision: Mapping[str, Any], judged: Mapping[str, 
         *section("Origin", origin(extract, scft, rat, judged)),
     ]
     return "\n".join(lines) + "\n"
-
-
-def described(lake: Path, kind: str, identity: str) -> dict[str, Any]:
-    """What an artifact says of itself; empty where the lake lacks it."""
-    path = lake / "models" / kind / identity / f"{kind}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
 
 
 def manifest(lake: Path, ds: str, job: str) -> dict[str, Any]:
