@@ -13,8 +13,8 @@ from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
 from jobs.collect import retention
 from jobs.engines import online
-from jobs.lake import removal, unnamed
 from jobs.lake import store as stores
+from jobs.lake import unnamed
 from jobs.run import InputError, Run
 
 log = logging.getLogger(__name__)
@@ -148,8 +148,8 @@ def sweep(config: Config, done: spaces.Collected) -> dict[Path, int]:
         log.warning("llm_embeddings stay: no registry (run.tracking_uri), or no artifact, tells which encoders are needed")
     gone = {}
     for path in [path for rule, days in wanted for path in rule(config.run, needs, days)]:
-        took = removal.size(path)
-        if config.dry_run or removal.remove(config.run.lake, path):
+        took = retention.size(path)
+        if config.dry_run or retention.remove(config.run.lake, path):
             gone[path] = took
             log.info(
                 "%s %s: %s bytes", "would remove" if config.dry_run else "removed", name_of(config.run.lake, path), f"{took:,}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from feature_repo.reader import Space, offline_folder
 from jobs.engines import registry
 from jobs.engines.online import recommender_of
 from jobs.lake import arrivals, manifests, partitions
+from jobs.lake.locks import alone
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, space_of
-from jobs.run import InputError, Run
+from jobs.run import InputError, Run, Unavailable
 
 SNAPSHOTS = (ITEMS.name, INTERACTIONS.name, SEQUENCES.name, QUARANTINE.name)
 OFFLINE = ("item_embedding", "item_codes", "item_attributes", "user_history")
@@ -140,3 +142,27 @@ def is_old(run: Run, path: Path, ds: str, days: int) -> bool:
     commits = [commit.stat().st_mtime for commit in path.rglob(partitions.COMMIT)]
     written = max(commits, default=path.stat().st_mtime)
     return ds < f"{last}" and time.time() - written >= days * DAY
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(one.stat().st_size for one in ([path] if path.is_file() else path.rglob("*")) if one.is_file())
+
+
+def remove(lake: Path, path: Path) -> bool:
+    """Removes a file, or a folder: first the commits that name its files, so that no reader sees half of it.
+
+    A snapshot that an `extract` of its date is at stays; returns whether it went.
+    """
+    if path.is_file():
+        path.unlink()
+        return True
+    try:
+        with alone(lake, f"extract {path.name.removeprefix('ds=')}", 0):
+            for commit in sorted(path.rglob(partitions.COMMIT)):
+                commit.unlink()
+                partitions.sync(commit.parent)
+            shutil.rmtree(path)
+    except Unavailable:
+        return False
+    return True
