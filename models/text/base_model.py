@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -126,6 +127,7 @@ def load_base(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(worth_telling)
     register_attention()
     folder = base_folder(name)
     config = AutoConfig.from_pretrained(folder)
@@ -149,6 +151,12 @@ def load_base(
             f"tokenizer of {name!r} has token {largest}, the weights have {rows} rows: take the model's own tokenizer"
         )
     return model.to(device) if not four_bit else model, tokenizer, folder
+
+
+def worth_telling(record: logging.LogRecord) -> bool:
+    """Whether a line of transformers' loading is news; weights of the files that are not in use (a head, layers above) are none."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or any(word in text for word in ("MISSING", "MISMATCH", "CONVERSION"))
 
 
 def four_bits() -> BitsAndBytesConfig:

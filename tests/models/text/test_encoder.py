@@ -168,6 +168,17 @@ def test_fewer_layers_are_the_lower_ones(base: Path) -> None:
     assert len(layers_of(model)) == 1
 
 
+def test_layers_that_are_left_out_are_no_news_and_weights_that_are_missing_are(
+    base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_base(str(base), device=CPU, dtype=torch.float32, layers=1)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+    load_base(str(base), device=CPU, dtype=torch.float32, layers=3)  # it has two
+    told = capfd.readouterr().err
+    assert "LOAD REPORT" in told and "MISSING" in told
+
+
+
 def test_embeddings_come_in_the_order_of_the_prompts_and_out_of_memory_halves_the_step(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
