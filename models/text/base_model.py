@@ -154,7 +154,7 @@ def load_base(
 
 
 def worth_telling(record: logging.LogRecord) -> bool:
-    """Whether a line of transformers' loading is news; weights of the files that are not in use (a head, layers above) are none."""
+    """Whether a line of transformers' loading is news; weights in the files that nobody uses (layers above) are none."""
     text = record.getMessage()
     return "LOAD REPORT" not in text or any(word in text for word in ("MISSING", "MISMATCH", "CONVERSION"))
 

@@ -127,8 +127,8 @@ def test_the_end_of_the_demo_tells_item_users_figures_times_and_the_report(
     assert "  item 50: [+0.2500, -0.1250, …]" in told
     assert any(line.endswith("equal to the lake's; a read takes 7.0 ms") for line in told)
     assert f"  report: {demo.DEMO / 'report.html'}" in told
-    assert f"  {'':<20} {'movielens':<12}    12.3 s" in told
-    assert f"  {'rat_training':<20} {'rat':<12}    56.8 s" in told
+    assert f"  {'':<20} {'movielens':<15}    12.3 s" in told
+    assert f"  {'rat_training':<20} {'rat':<15}    56.8 s" in told
     assert re.fullmatch(r"  all +\d+\.\d s", told[-1])
 
 
