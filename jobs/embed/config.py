@@ -24,6 +24,7 @@ class Config:
     shards: int = 1
     """Tasks that share the catalogue, by content hash."""
     shard: int = 0
+    """This process's share of the texts, from 0 to `shards` - 1."""
     part_items: int = 50_000
     """Texts of a part: what a kill can cost, and what memory holds."""
     token_budget: int = 0

@@ -30,12 +30,15 @@ class Backbone:
     """A sequence encoder and its sizes."""
 
     name: Literal["sasrec", "gru4rec", "bert4rec"] = "sasrec"
+    """The kind of the sequence encoder: that of your own SRS."""
     width: int = 64
     """Width of item and user vectors."""
     layers: int = 1
+    """Layers of the sequence encoder."""
     heads: int = 1
     """Attention heads; GRU4Rec has none."""
     dropout: float = 0.2
+    """Share of hidden values that is set to zero in a training step."""
     max_len: int = 50
     """Events of a history that are read, the newest."""
 
