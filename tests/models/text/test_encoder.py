@@ -178,7 +178,6 @@ def test_layers_that_are_left_out_are_no_news_and_weights_that_are_missing_are(
     assert "LOAD REPORT" in told and "MISSING" in told
 
 
-
 def test_embeddings_come_in_the_order_of_the_prompts_and_out_of_memory_halves_the_step(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
