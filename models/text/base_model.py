@@ -121,7 +121,7 @@ def load_base(
     """A base model's name -> the model without its language head, its tokenizer, and its folder.
 
     `dtype` None takes what suits the device; `layers` 0 takes all layers. Raises
-    ValueError for a model that cannot be packed or a tokenizer that does not fit the weights.
+    ValueError for a model that cannot be packed, more layers than it has, or a tokenizer that does not fit the weights.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -133,6 +133,8 @@ def load_base(
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"base model {name!r} is an encoder-decoder: take a decoder or an encoder")
+    if layers > getattr(config, "num_hidden_layers", layers):
+        raise ValueError(f"base model {name!r} has {config.num_hidden_layers} layers, not {layers}: the others would be random")
     options: dict[str, Any] = {"num_hidden_layers": layers} if layers else {}
     if four_bit:
         options["quantization_config"] = four_bits()
