@@ -30,7 +30,7 @@ class Config:
     token_budget: int = 0
     """Tokens of a step; 0 suits the device. It halves where memory is short."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of the stored values."""
+    """Type of the stored values."""
     compile: bool = False
     """Compiles the model's layers: worth half a minute's start from some 50,000 texts on, on a GPU."""
     fp8: bool = False

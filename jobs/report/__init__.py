@@ -58,7 +58,7 @@ class Config:
     Its key, where it wants one, is that of the environment variable `OPENLINEAGE_API_KEY`.
     """
     namespace: str = "llmemb"
-    """Of the OpenLineage events."""
+    """Namespace of the OpenLineage events."""
 
     def __post_init__(self) -> None:
         if min(self.history, self.base_items, self.examples, self.coverage_events) < 0:

@@ -50,9 +50,9 @@ class Settings:
     hidden: int = 256
     """Hidden width of the adapters."""
     alpha: float = 0.01
-    """Share of RAT's alignment."""
+    """Weight of RAT's alignment loss."""
     temperature: float = 0.1
-    """Of the alignment's InfoNCE."""
+    """Temperature of the alignment's InfoNCE."""
     prior: float = 5.0
     """Train events from which an item's teacher vector weighs a half in the alignment."""
     distil: float = 0.01

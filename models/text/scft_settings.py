@@ -16,7 +16,7 @@ class Scft:
     ratio: float = 0.4
     """Share of an item's attributes that a view drops, on average; never all."""
     temperature: float = 0.05
-    """Of the loss's softmax over cosines: a lower one looks more at the items that are hardest to tell apart."""
+    """Temperature of the loss's softmax over cosines: a lower one looks more at the items that are hardest to tell apart."""
     learn_temperature: bool = False
     """Trains the temperature too, from `temperature` on."""
     learning_rate: float = 2e-4
