@@ -31,6 +31,7 @@ class Told(Night):
             "items": 3,
             "path": "report.html",
             "sequence": 7,
+            "decision": decisions[-1],
         }
 
 
@@ -38,6 +39,7 @@ calls: list[str] = []
 told: dict[str, tuple[str, ...]] = {}
 fails: dict[str, int] = {}
 due = [False]
+decisions = ["promoted"]
 
 
 @pytest.fixture
@@ -45,6 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     calls.clear()
     fails.clear()
     due[0] = False
+    decisions[:] = ["promoted"]
     monkeypatch.setattr(night.registry, "champion", lambda run: {"recommender_id": "r"})
     return Run(ds="2026-01-01", lake=tmp_path)
 
@@ -95,6 +98,17 @@ def test_a_refused_challenger_leaves_the_champion_serving(run: Run) -> None:
     fails["promote"] = 3
     night.run_night(TONIGHT, run, train=True)
     assert calls[-6:] == SERVING
+
+
+@pytest.mark.parametrize("decision", ["undecided", "promoted"])
+def test_a_challenger_that_waits_for_a_person_is_told_with_the_command_that_says_yes(
+    run: Run, caplog: pytest.LogCaptureFixture, decision: str
+) -> None:
+    decisions[:] = [decision]
+    night.run_night(TONIGHT, run, train=True)
+    assert calls[-6:] == SERVING
+    waits = "waits for a person, the champion goes on serving; to say yes: python -m jobs promote --recipe r.toml --ds 2026-01-01"
+    assert (waits in caplog.text) is (decision == "undecided")
 
 
 def test_without_a_champion_a_person_is_asked_and_the_report_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
