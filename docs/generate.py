@@ -91,9 +91,12 @@ def config_of(table: str) -> Any:
 
 
 def keys(table: str) -> list[Key]:
-    """Every key of a table of the recipe, nested ones with dotted names."""
+    """Every key of a table of the recipe, nested ones with dotted names. Raises ValueError for one without a text."""
     schema = schema_of(config_of(table))
-    return list(walk(schema, schema.get("$defs", {})))
+    found = list(walk(schema, schema.get("$defs", {})))
+    if silent := [f"{table}.{key.name}" for key in found if not key.text]:
+        raise ValueError(f"no text says what these keys mean: {', '.join(silent)}; write one under their fields")
+    return found
 
 
 def walk(schema: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[Key]:

@@ -40,6 +40,8 @@ class View(NamedTuple):
 
 
 TAGS = {"system": "llmemb"}
+OWNER = "llmemb"
+"""Who owns all objects where LLMEMB_OWNER names nobody: as in Airflow."""
 ENTITIES = (
     ("item", "item_id", "An item of the catalogue"),
     ("space", "space_id", "One (encoder, whitening, recommender): vectors of two spaces can't be compared"),
@@ -134,7 +136,7 @@ class Definitions(NamedTuple):
 
 def define(offline: str) -> Definitions:
     """The objects, their offline tables in Parquet folders below `offline`. LLMEMB_OWNER, a team or an address, owns them."""
-    owner = os.environ.get("LLMEMB_OWNER", "")
+    owner = os.environ.get("LLMEMB_OWNER") or OWNER
     entities = Entities(*(made_entity(*words, owner) for words in ENTITIES))
     named = {name: made_view(name, entities, offline, owner) for name in VIEWS if name != "user_history"}
     push = PushSource(

@@ -45,13 +45,13 @@ class Graph:
     """Parameters of the approximate index (HNSW, Malkov and Yashunin 2018)."""
 
     neighbours: int = 32
-    """Links an item (M)."""
+    """Links that an item has in the graph (HNSW's M)."""
     breadth_build: int = 200
     """Candidates while building (ef_construction)."""
     breadth_search: int = 200
     """Candidates while searching (ef): more is slower and finds more."""
     precision: Literal["float16", "int8"] = "float16"
-    """Of the vectors inside the graph, by which candidates are found; they are scored in full. int8 is half as large, and
+    """Type of the vectors inside the graph, by which candidates are found; they are scored in full. int8 is half as large, and
     finds about a hundredth less."""
     threads: int = 1
     """One thread builds the same graph every time; more are faster, and find as well, but leave other bytes."""

@@ -134,8 +134,8 @@ def show(stages: list[tuple[str, str, float]]) -> None:
     serve.tell(serve.ask_once(DEMO / "lake", USER))
     say("━━━ time ━━━")
     for dag, task, seconds in stages:
-        print(f"  {dag:<20} {task:<12} {seconds:7.1f} s")
-    print(f"  {'all':<33} {time.monotonic() - START:7.1f} s")
+        print(f"  {dag:<20} {task:<15} {seconds:7.1f} s")
+    print(f"  {'all':<36} {time.monotonic() - START:7.1f} s")
 
 
 def table(outcomes_id: str) -> Iterator[str]:
@@ -144,7 +144,7 @@ def table(outcomes_id: str) -> Iterator[str]:
     The table of `evaluate` has the newest event of each user alone, which are too few here.
     """
     from jobs.lake.outcomes import read_outcomes  # numpy takes its time
-    from jobs.promote.judging import Rules, compared, figures
+    from jobs.promote.judging import Rules, compare_slice, figures
 
     found = read_outcomes(DEMO / "lake" / "models" / "outcomes" / outcomes_id)
     inside = [found.slices_SC[found.slices.index(part)] for part in SLICES]
@@ -155,7 +155,7 @@ def table(outcomes_id: str) -> Iterator[str]:
     yield f"  {'events':<28}" + "".join(f"{one.sum():>10,}" for one in inside)
     rules = Rules(margins={}, reference_times=0, floors=(), min_users=30, heaviest=10)
     for floor in (model for model in found.models[: found.models.index("llmemb")]):
-        yield f"  llmemb beside {floor}: {figures(compared(found, floor, 'overall', 0.0, rules))}"
+        yield f"  llmemb beside {floor}: {figures(compare_slice(found, floor, 'overall', 0.0, rules))}"
 
 
 def say(text: str) -> None:

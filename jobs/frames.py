@@ -73,14 +73,17 @@ def recommend_from_frames(
     `items` has item_id and attribute columns, the most telling first; `events` has user_id, item_id and timestamp or datetime (a
     date, or unix seconds). `settings` are keys of a recipe, such as {"rat.training.epochs": 20}. A Spark session of this process
     is ended. Logs go to standard error, as of the command line.
-    Raises InputError for a column that is missing, a time that is none or data that can't be split; ValueError as the jobs do.
+    Raises InputError for a column or an id that is missing, a time that is none or data that can't be split; ValueError as the
+    jobs do.
     """
     check(items, events, k)
+    items = items.assign(item_id=as_ids(items, "items", "item_id"))
     seconds = as_seconds(events[time_of(events)])
+    events = pd.DataFrame({name: as_ids(events, "events", name) for name in ("user_id", "item_id")}).assign(timestamp=seconds)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         run = Run(ds=f"{pd.Timestamp(int(seconds.max()), unit='s'):%Y-%m-%d}", lake=home / "lake")
-        recipe = recipe_of(home, items, events[["user_id", "item_id"]].assign(timestamp=seconds), base)
+        recipe = recipe_of(home, items, events, base)
         for key, value in (settings or {}).items():
             place(recipe, key, value)
         try:
@@ -104,6 +107,20 @@ def check(items: pd.DataFrame, events: pd.DataFrame, k: int) -> None:
         raise InputError("items has no attribute beside item_id: give at least a title")
     if not len(events) or k < 1:
         raise InputError(f"there are {len(events)} events and k is {k}: give events, and a k of at least 1")
+
+
+def as_ids(frame: pd.DataFrame, name: str, column: str) -> pd.Series[Any]:
+    """A column of ids as texts: 7 and 7.0 are one, since pandas makes floats of numbers beside a missing value.
+
+    Raises InputError where one is missing: as text it would be an item called `nan`.
+    """
+    ids = frame[column]
+    if missing := int(ids.isna().sum()):
+        raise InputError(f"{name}: {missing:,} of {len(ids):,} values of {column} are missing: leave such rows out, by "
+                         f"{name}.dropna(subset=[{column!r}])")  # fmt: skip
+    if pd.api.types.is_float_dtype(ids) and bool((ids == ids.round()).all()):
+        ids = ids.astype("int64")
+    return ids.astype(str)
 
 
 def time_of(events: pd.DataFrame) -> str:
@@ -152,7 +169,7 @@ def without_folder(text: str, home: Path) -> str:
 def recipe_of(home: Path, items: pd.DataFrame, events: pd.DataFrame, base: str) -> dict[str, Any]:
     """Writes the two tables and names them in a recipe of defaults that suit a small machine."""
     for name, frame in (("items", items), ("events", events)):
-        pq.write_table(pa.Table.from_pandas(frame.astype({"item_id": str}), preserve_index=False), home / f"{name}.parquet")
+        pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), home / f"{name}.parquet")
     days = (events["timestamp"] // 86_400).nunique()
     training = {"epochs": 40, "patience": 5, "batch": 64, "loss": "full"}
     return {

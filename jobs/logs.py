@@ -31,6 +31,8 @@ FIELDS: Mapping[str, type | tuple[type, ...]] = {
 COUNTS = "rows"
 """Row counts by table, the only nested field."""
 ROOT = "jobs"
+CHATTY = ("bitsandbytes",)
+"""Libraries heard from errors on: this one warns at its import of what only 4 bits on a CPU would need."""
 SILENCE_S = 8.0
 """Nobody waits longer than ten seconds for a sign of life."""
 
@@ -44,6 +46,8 @@ def start(job: str = "", ds: str = "") -> None:
     handler.setFormatter(Json(job, ds) if as_json() else Text())
     root.addHandler(handler)
     logging.getLogger(ROOT).setLevel(logging.INFO)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def as_json() -> bool:

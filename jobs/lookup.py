@@ -112,11 +112,11 @@ def run(config: Config) -> Result:
         outputs={},
         rows={},
     )
-    tell(result)
+    log_result(result)
     return result
 
 
-def tell(result: Result) -> None:
+def log_result(result: Result) -> None:
     """What was compared and what the item's vector is like, for a person."""
     log.info("%s vectors of space %s (%s) equal the lake's", f"{result.compared:,}", result.space_id, result.serves_ds)
     log.info("%s: [%s, …] width %d", result.item, ", ".join(f"{value:.4f}" for value in result.vector), result.width)

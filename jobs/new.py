@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         for key, value in flat(overrides(arguments.set)).items()
     }
     known |= given
-    answers = known | asked({key: text for key, text in QUESTIONS.items() if key not in given}, known)
+    answers = known | ask_questions({key: text for key, text in QUESTIONS.items() if key not in given}, known)
     if "run.tracking_uri" not in given:
         # a file, which a bucket can't hold
         place = home if "://" in str(answers["run.lake"]) else answers["run.lake"]
@@ -81,7 +81,7 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def asked(questions: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
+def ask_questions(questions: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
     """Answers to the questions, a line of standard input each; what isn't answered stays as it is."""
     answers: dict[str, Any] = {}
     for key, text in questions.items():

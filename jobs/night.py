@@ -47,6 +47,13 @@ class Night:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result
 
+    def say_yes(self) -> str:
+        """The command by which a person lets a model out that `promote` left to them."""
+        return (
+            f"python -m jobs promote --recipe {self.recipe} --ds {self.ds} --set promote.approved_by=NAME (and --set "
+            "promote.overruled_by=NAME where a floor was not beaten)"
+        )
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs the night and prints what came of it as JSON; the exit status of the first job that failed, else 0."""
@@ -61,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     run = build(Run, {"ds": arguments.ds, **load_recipe(arguments.recipe).get("run", {})}, "run")
     night = Night(recipe=arguments.recipe, ds=arguments.ds)
     try:
-        told = hour(night) if arguments.arriving else whole(night, run, train=arguments.train)
+        told = run_hour(night) if arguments.arriving else run_night(night, run, train=arguments.train)
     except Failed as error:
         log.error("the night stops here: %s", error)
         return error.status
@@ -69,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def whole(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
+def run_night(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     """The night and its report, which is written also where the night failed."""
     try:
         served = serve(night, run, train=train)
@@ -80,7 +87,7 @@ def whole(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
     return {"space_id": served["space_id"], "items": served["items"], "report": night.job("report")["path"]}
 
 
-def hour(night: Night) -> dict[str, Any]:
+def run_hour(night: Night) -> dict[str, Any]:
     """New and changed items, laid over what serves; the Result of `publish`. Safe beside a night."""
     pinned = night.job("pin", "pin.which=serving")
     here = Night(recipe=night.recipe, ds=pinned["ds"])
@@ -101,9 +108,7 @@ def serve(night: Night, run: Run, *, train: bool) -> dict[str, Any]:
         challenge(night, first=champion is None)
     champion = registry.champion(run)
     if champion is None:
-        say_yes = f"python -m jobs promote --recipe {night.recipe} --ds {night.ds} --set promote.approved_by=NAME"
-        raise Refused(f"nothing serves yet: a person must say yes, see docs/first-champion.md, then: {say_yes} (and --set "
-                      "promote.overruled_by=NAME where a floor was not beaten)")  # fmt: skip
+        raise Refused(f"nothing serves yet: a person must say yes, see docs/first-champion.md, then: {night.say_yes()}")
     if champion.get("ds") == night.ds and not champion.get("gated_id"):
         refit(night)
     # asked once: a promotion meanwhile waits for the next night
@@ -123,11 +128,17 @@ def challenge(night: Night, *, first: bool) -> None:
     night.job("embed", "embed.encoder=opponent")
     night.job("evaluate")
     try:
-        night.job("promote")
+        decision = night.job("promote")["decision"]
     except Failed as error:
         if first or error.status != 3:
             raise
+        decision = "refused"
+    if first:
+        return
+    if decision == "refused":
         log.warning("the challenger is refused: the champion goes on serving")
+    elif decision == "undecided":
+        log.warning("the challenger waits for a person, the champion goes on serving; to say yes: %s", night.say_yes())
 
 
 def refit(night: Night) -> None:

@@ -109,7 +109,7 @@ def run(config: Config) -> Result:
         outputs={},
         rows={},
     )
-    tell(result)
+    log_result(result)
     return result
 
 
@@ -179,7 +179,7 @@ def nearest(
     return [item_id for item_id, _ in kept], [score for _, score in kept]
 
 
-def tell(result: Result) -> None:
+def log_result(result: Result) -> None:
     """The recommendations, for a person."""
     lines = ["history, newest last:", *(f"      {title}" for title in result.recent), "recommended next:"]
     best = zip(result.titles, result.scores, result.carried, strict=True)

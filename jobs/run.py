@@ -44,12 +44,14 @@ class Run:
     tracking_uri: str = ""
     """MLflow tracking and registry; empty leaves both out (GPU workers without MLflow)."""
     experiment: str = "llmemb"
+    """MLflow's experiment, under which all runs stand."""
     device: str = "auto"
     """`auto` takes the GPU where there is one; or `cpu`, `cuda`, `cuda:1`."""
     variant: str = ""
     """Name of an experiment. `latest` in a run without one never means its encoders, teachers, recommenders or evaluations; a run
     of the same name takes those first, and the nights' own where it has none."""
     seed: int = 42
+    """Every random draw follows from it: the same seed, data and machine give the same numbers."""
     exclude_seen: bool = True
     """Whether serving leaves out what a user has had. Validation, early stopping, the weights of parts, the gates and `recommend`
     rank alike; turn it off where repeats are what is wanted."""

@@ -51,13 +51,13 @@ def main(argv: Sequence[str]) -> int:
     run = build(Run, {"ds": arguments.ds, **recipe.get("run", {})}, "run")
     config = build(Config, {"run": run, **values_of(recipe, "scft")}, "scft")
     config = dataclasses.replace(config, worth_items=arguments.items or config.worth_items)
-    worth = weighed(config, arguments.encoder, arguments.layers)
+    worth = measure_encoders(config, arguments.encoder, arguments.layers)
     log.info("\n%s", "\n".join(table(worth)))
     print(json.dumps(plain(worth)))
     return 0
 
 
-def weighed(config: Config, ids: Sequence[str], layers: Sequence[int]) -> Worth:
+def measure_encoders(config: Config, ids: Sequence[str], layers: Sequence[int]) -> Worth:
     """Every encoder on one sample, each less the base model and less TF-IDF."""
     device = pick_device(config.run)
     snapshot = partitions.latest(config.run.lake, ITEMS.name, config.run.ds)
@@ -68,7 +68,9 @@ def weighed(config: Config, ids: Sequence[str], layers: Sequence[int]) -> Worth:
     ndcg_C = {name: untrained.untrained_ndcg(sample.trial, sample.embedded(load(), name)) for name, load in asked.items()}
     if (floor_C := without_llm(sample)) is not None:
         ndcg_C[TFIDF] = floor_C
-    return untrained.compared(sample.trial, ndcg_C, [(one, other) for one in ndcg_C for other in (BASE, TFIDF)], config.run.seed)
+    return untrained.compare_rankings(
+        sample.trial, ndcg_C, [(one, other) for one in ndcg_C for other in (BASE, TFIDF)], config.run.seed
+    )
 
 
 def candidates(
@@ -112,13 +114,13 @@ def table(worth: Worth) -> list[str]:
     ]
     lines += [f"{name:<{width}}" + "".join(f"{rows[s]:>26.4f}" for s in shown) for name, rows in worth.ndcg.items()]
     for pair, rows in worth.less.items():
-        lines.append(f"{pair:<{width}}" + "".join(f"{told(rows[s]):>26}" for s in shown))
+        lines.append(f"{pair:<{width}}" + "".join(f"{difference_text(rows[s]):>26}" for s in shown))
     if worth.users < untrained.FEWEST:
         lines.append(f"{untrained.FEWEST} users are needed to decide anything: take a later --ds, or a sample of more items")
     return lines
 
 
-def told(ends: tuple[float, float, float]) -> str:
+def difference_text(ends: tuple[float, float, float]) -> str:
     """A difference with its interval."""
     value, low, high = ends
     return f"{value:+.4f} (few users)" if math.isnan(low) else f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -19,6 +19,8 @@ from jobs.recipe import JOBS
 ROOT = Path(__file__).parent.parent
 ROOMS = ("jobs", "models", "feature_repo", "dags", "infra")
 FILE_LINES, FUNCTION_LINES = 350, 40
+TEST_LINES = 480
+"""Of a file of tests: past that it tests more than one thing, and parts by it."""
 LONG_YET: set[str] = set()
 """Files and functions that are still to be split; a test says when one need stand here no more."""
 
@@ -47,6 +49,12 @@ def test_no_file_has_more_than_350_lines_and_no_function_more_than_40() -> None:
     found = {one for path in sources() for one in too_long(path.read_text(), str(path.relative_to(ROOT)))}
     assert found <= LONG_YET, f"split these: {sorted(found - LONG_YET)}"
     assert found >= LONG_YET, f"short by now, take them out of LONG_YET: {sorted(LONG_YET - found)}"
+
+
+def test_no_file_of_tests_has_more_than_480_lines() -> None:
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    found = [f"{path.relative_to(ROOT)}: {count}" for path in files if (count := len(path.read_text().splitlines())) > TEST_LINES]
+    assert not found, f"part these by what they test: {found}"
 
 
 @pytest.mark.parametrize(

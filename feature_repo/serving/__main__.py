@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import ssl
@@ -10,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from feature_repo.serving import logs
 
 if TYPE_CHECKING:
     from feature_repo.serving.settings import Settings
@@ -23,7 +24,7 @@ def application() -> Any:
     from feature_repo.serving.app import make_app
     from feature_repo.serving.settings import from_environment
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.start()
     settings = from_environment()
     return make_app(settings, lake_of(settings.artifacts))
 
@@ -48,6 +49,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     prepare(settings.workers)
+    logs.start()
     # uvicorn ends well and then raises the signal again: told to end, ending is no failure
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     import uvicorn
@@ -76,6 +78,7 @@ def server_of(settings: Settings) -> dict[str, Any]:
         "workers": settings.workers if settings.workers > 1 else None,
         "access_log": False,  # it would name what callers ask
         "log_level": "warning",
+        "log_config": None,  # its lines go where ours go
         "http": "feature_repo.serving.http:Patient",
         "server_header": False,
         "backlog": 256,

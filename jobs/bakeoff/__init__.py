@@ -58,6 +58,7 @@ class Config:
     route_to: tuple[str, ...] = ("text", "graph", "repeat_markov_popularity")
     """Models that weak users are routed to, beside the champion."""
     seeds: tuple[int, ...] = (42, 43, 44)
+    """Every system is made once with each of them."""
     cold_share: float = 0.1
     """Share of the items whose train events are left out, so that cold items can be ranked."""
     settings: Settings = field(default_factory=Settings)
@@ -121,7 +122,7 @@ def run(config: Config) -> Result:
 
     floor_VD = None if floor_VD is None else floor_VD.to(device)
     found = bakeoff.held(kit, config.systems, config.seeds, test, valid, floor_VD)
-    values, differences = bakeoff.compared(found, test.slices_SC, config.champion, seed=config.run.seed)
+    values, differences = bakeoff.compare_systems(found, test.slices_SC, config.champion, seed=config.run.seed)
     commit = partitions.write(config.run.lake, TABLE, f"ds={config.run.ds}", [metric_rows(values, test.slices_SC)])
     result = Result(
         champion=config.champion, encoder_id=encoder_id, models=tuple(bakeoff.rows(found, values)), values=values,

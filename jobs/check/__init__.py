@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="JOB.KEY=VALUE")
     arguments = parser.parse_args(argv)
     findings = sorted(
-        found(load_recipe(arguments.recipe, arguments.set)), key=lambda one: ("ok", "look", "wrong").index(one.level)
+        all_findings(load_recipe(arguments.recipe, arguments.set)), key=lambda one: ("ok", "look", "wrong").index(one.level)
     )
     for one in findings:
         sys.stderr.write(f"{one.level:<6} {one.what:<16} {one.text}\n")
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     return 2 if counts["wrong"] else 0
 
 
-def found(recipe: Recipe) -> list[Finding]:
+def all_findings(recipe: Recipe) -> list[Finding]:
     """All findings; what fails is one too."""
     run = build(Run, {"ds": f"{dt.datetime.now(dt.UTC):%Y-%m-%d}", **recipe.get("run", {})}, "run")
     checks: dict[str, Callable[[], Iterator[Finding]]] = {

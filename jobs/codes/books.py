@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs.codes.config import Config
@@ -15,7 +13,7 @@ from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.tables import space_of
 from jobs.lake.tensors import embeddings_digest
 from jobs.run import InputError, as_json
-from models.behaviour.codes import Books, fit_books, load_books
+from models.behaviour.codes import Books, fit_books, load_books, save_books
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +72,16 @@ def load(config: Config, books_id: str) -> Version:
 def fitted(config: Config, sample_ND: Tensor) -> Books:
     """New books of a sample of the vectors, told by epoch."""
 
-    def tell(figures: dict[str, float], epoch: int) -> None:
+    def log_epoch(figures: dict[str, float], epoch: int) -> None:
         if epoch % 10 == 0:
             log.info("epoch %d  loss %.4f  dead entries %d", epoch, figures["loss"], figures["dead"])
 
-    return fit_books(sample_ND, config.training, seed=config.run.seed, log=tell)
+    return fit_books(sample_ND, config.training, seed=config.run.seed, log=log_epoch)
 
 
 def keep(config: Config, source: Source, model: Books) -> Version:
     """Keeps new books; equal books are kept once."""
     staged = artifacts.stage(config.run.lake, "books")
-    save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, staged / "books.safetensors")
-    books, entries, width = model.entry_KCD.shape
-    known = {"source": source.name, "books": books, "entries": entries, "width": width,
-             "training": as_json(config.training), "seed": config.run.seed}  # fmt: skip
-    (staged / "books.json").write_text(json.dumps(known, indent=1, sort_keys=True))
+    known = {"source": source.name, "training": as_json(config.training), "seed": config.run.seed}
+    save_books(staged, model, known)
     return load(config, artifacts.keep(config.run.lake, "books", staged))

@@ -36,7 +36,7 @@ def report(
         "collisions": rounded(code_figures.collisions(code_NK)) | {"most_numbered": int(pc.max(rows["number"]).as_py()) + 1},
         "bits": len(model.entry_KCD) * (entries - 1).bit_length(),
         "items": len(code_NK),
-        "books": compared(some_ND, model.decode(model.encode(some_ND))),
+        "books": reading_errors(some_ND, model.decode(model.encode(some_ND))),
     }
     name, category_N = categories(config, rows)
     if name:
@@ -46,11 +46,11 @@ def report(
         found["moved"] = moved(other, rows)
     if config.controls and fresh:
         read = quantised(sample_ND, len(model.entry_KCD), entries)
-        found |= {kind: compared(some_ND, read_ND[: len(some_ND)]) for kind, (read_ND, _) in read.items()}
+        found |= {kind: reading_errors(some_ND, read_ND[: len(some_ND)]) for kind, (read_ND, _) in read.items()}
     return found
 
 
-def compared(emb_ND: Tensor, read_ND: Tensor) -> dict[str, float]:
+def reading_errors(emb_ND: Tensor, read_ND: Tensor) -> dict[str, float]:
     """Neighbours kept, and the error, of what codes tell."""
     if len(emb_ND) < 2:
         return {}

@@ -14,12 +14,13 @@ import torch
 
 from jobs.embed.config import Config as Config
 from jobs.embed.missing import missing
-from jobs.embed.parts import attributes, commit_parts, finished
+from jobs.embed.parts import attributes, finished
 from jobs.embed.tally import Tally
 from jobs.engines import registry
 from jobs.lake import arrivals, artifacts, manifests, partitions
 from jobs.lake.locks import alone
 from jobs.lake.partitions import Commit
+from jobs.lake.parts import commit_parts
 from jobs.lake.tables import ITEMS, llm_embeddings
 from jobs.lake.tensors import pick_device
 from jobs.run import InputError, Refused

@@ -24,12 +24,13 @@ class Config:
     shards: int = 1
     """Tasks that share the catalogue, by content hash."""
     shard: int = 0
+    """This process's share of the texts, from 0 to `shards` - 1."""
     part_items: int = 50_000
     """Texts of a part: what a kill can cost, and what memory holds."""
     token_budget: int = 0
     """Tokens of a step; 0 suits the device. It halves where memory is short."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of the stored values."""
+    """Type of the stored values."""
     compile: bool = False
     """Compiles the model's layers: worth half a minute's start from some 50,000 texts on, on a GPU."""
     fp8: bool = False

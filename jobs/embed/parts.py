@@ -1,10 +1,8 @@
-"""Parts of a shard: embedded, kept aside under the name of their texts so that a kill loses none, and committed at once."""
+"""Parts of a shard: embedded, and kept aside under the name of their texts, so that a kill loses none."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from jobs.embed.config import Config
 from jobs.embed.tally import Tally
-from jobs.lake import partitions, tables
-from jobs.lake.partitions import Commit
+from jobs.lake import tables
+from jobs.lake.parts import part_path, write_part
 from jobs.lake.tables import Table
 from jobs.run import InputError
 from models.text.embedding import embed
@@ -31,22 +28,16 @@ CHUNK = 8192
 
 def finished(part: pa.Table, config: Config, ready: Callable[[], Encoder], table: Table, partition: str, tally: Tally) -> Path:
     """The file of a part, embedded now or by a run that was killed. It carries the name of its texts, so it is never mistaken."""
-    aside = partitions.folder(config.run.lake, table.name, partition) / ".parts"
     name = hashlib.sha256("\n".join([config.dtype, str(config.fp8), *part["content_hash"].to_pylist()]).encode()).hexdigest()
-    path = aside / f"{name[:32]}.parquet"
+    path = part_path(config.run.lake, table, partition, name[:32])
     if path.exists():
         tally.resumed += part.num_rows
         return path
-    aside.mkdir(parents=True, exist_ok=True)
     encoder = ready()
     started, before = time.monotonic(), tally.seconds
     tally.start()
     rows = tables.check(table, embedded(part, encoder, config, tally), f"{table.name}/{partition}")
-    unfinished = path.with_suffix(".unfinished")
-    pq.write_table(rows, unfinished, compression="zstd")
-    with unfinished.open("rb") as stream:
-        os.fsync(stream.fileno())
-    unfinished.replace(path)
+    write_part(path, rows)
     tally.seconds = before + time.monotonic() - started
     return path
 
@@ -79,21 +70,3 @@ def refuse_bad_rows(emb_BE: NDArray[np.floating], item_ids: pa.ChunkedArray) -> 
         named = ", ".join(item_ids.take(pa.array(bad[:20])).to_pylist())
         raise InputError(f"{len(bad)} embeddings are not finite or all zero, of items {named}{'…' if len(bad) > 20 else ''}: "
                          "look at their texts; if values overflow float16, set embed.dtype to float32")  # fmt: skip
-
-
-def commit_parts(lake: Path, table: Table, partition: str, parts: list[Path]) -> Commit:
-    """Commits the partition: what it held already, and the new parts behind it. Parts are linked, so a kill loses none."""
-    if parts or partitions.is_committed(lake, table.name, partition):
-        commit = partitions.commit_files(lake, table.name, partition, [link(part) for part in parts], behind=True)
-    else:
-        commit = partitions.write(lake, table, partition, [])
-    shutil.rmtree(partitions.folder(lake, table.name, partition) / ".parts", ignore_errors=True)
-    return commit
-
-
-def link(part: Path) -> Path:
-    """A second name of a finished part, for the commit to move."""
-    name = part.parent.parent / f".{part.name}"
-    name.unlink(missing_ok=True)
-    os.link(part, name)
-    return name

@@ -285,8 +285,8 @@ def offline_home(lake: Path) -> Iterator[Path]:
 
 def recommender_of(lake: Path, space_id: str) -> dict[str, str]:
     """Ids of the encoder and recommender that make a space, from the artifacts of the lake; empty texts where not found."""
-    for recommender_id, path in artifacts.described(lake, "recommender"):
-        encoder_id = str(json.loads(path.read_text()).get("encoder_id", ""))
+    for recommender_id, known in artifacts.described(lake, "recommender"):
+        encoder_id = str(known.get("encoder_id", ""))
         if space_of(encoder_id, recommender_id) == space_id:
             return {"encoder_id": encoder_id, "recommender_id": recommender_id}
     return {"encoder_id": "", "recommender_id": ""}

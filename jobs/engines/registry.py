@@ -7,7 +7,6 @@ training runs where it is not installed.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -200,9 +199,8 @@ def flattened(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def identity(artifact: Path) -> dict[str, str]:
     """Ids that a kept artifact stands for: its own, and of a recommender also its encoder's."""
     ids = {f"{artifact.parent.name}_id": artifact.name}
-    described = artifact / "recommender.json"
-    if described.exists():
-        ids["encoder_id"] = str(json.loads(described.read_text()).get("encoder_id", ""))
+    if artifact.parent.name == "recommender" and (known := artifacts.about(artifact)):
+        ids["encoder_id"] = str(known.get("encoder_id", ""))
     return ids
 
 
@@ -237,7 +235,7 @@ def fetch(run: Run, kind: str, artifact_id: str) -> Path:
     Raises InputError where neither has it, or the bytes are not those that the id stands for.
     """
     here = run.lake / "models" / kind / artifact_id
-    if artifacts.here(run.lake, kind, artifact_id) or not run.tracking_uri:
+    if artifacts.has_artifact(run.lake, kind, artifact_id) or not run.tracking_uri:
         return artifacts.find(run.lake, kind, artifact_id)
     with connected(run) as client:
         import mlflow

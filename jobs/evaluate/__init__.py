@@ -6,7 +6,6 @@ import dataclasses
 import time
 
 import torch
-from safetensors.torch import save_file
 
 from jobs.engines import registry
 from jobs.evaluate.cases import every_case, keep_outcomes
@@ -16,10 +15,18 @@ from jobs.evaluate.config import Result as Result
 from jobs.evaluate.config import unseen_only
 from jobs.evaluate.figures import judged, metric_rows, tabled
 from jobs.evaluate.ranks import opened, ranks_of
-from jobs.evaluate.table import tell
+from jobs.evaluate.table import log_table
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import METRICS
-from jobs.lake.tensors import Catalogue, embeddings_digest, pick_device, read_catalogue, read_embeddings, read_histories
+from jobs.lake.tensors import (
+    Catalogue,
+    embeddings_digest,
+    pick_device,
+    read_catalogue,
+    read_embeddings,
+    read_histories,
+    write_tensors,
+)
 from jobs.run import Run, as_json
 from models.behaviour.artifact import Loaded
 from models.behaviour.data import Histories, held_out, without_items
@@ -35,7 +42,7 @@ def run(config: Config) -> Result:
 
     Raises InputError or ValueError for a model or embeddings that are missing, no held-out event, or scores that are not finite.
     """
-    chosen = compared(config)
+    chosen = resolve_models(config)
     catalogue = read_catalogue(config.run)
     challenger = opened(config.run, chosen["recommender"], pick_device(config.run))
     events, digest = read_events(config, challenger, catalogue)
@@ -67,12 +74,12 @@ def run(config: Config) -> Result:
         outcomes_id=outputs["outcomes"], negatives_id=outputs["negatives"], ranking_seconds=round(seconds, 3),
         device=str(challenger.device), inputs=inputs, outputs=outputs, rows=rows,
     )  # fmt: skip
-    tell(config, result, catalogue)
+    log_table(config, result, catalogue)
     record(config, result)
     return result
 
 
-def compared(config: Config) -> dict[str, str]:
+def resolve_models(config: Config) -> dict[str, str]:
     """Ids of the challenger, its encoder, the champion and the reference, and the digest of the embeddings that it reads."""
     chosen = registry.resolve(config.run, config.recommender)
     return {
@@ -113,8 +120,8 @@ def leaks(config: Config, challenger: Loaded, catalogue: Catalogue, events: Hist
 def keep_negatives(run: Run, cases: Cases) -> str:
     """Keeps what the sampled ranking ranked among, as indices into the catalogue; equal draws are one artifact."""
     staged = artifacts.stage(run.lake, "negatives")
-    tensors = {"target_C": cases.target_C, "negative_CN": cases.negative_CN}
-    save_file({name: value.int().cpu().contiguous() for name, value in tensors.items()}, staged / "negatives.safetensors")
+    tensors = {"target_C": cases.target_C.int(), "negative_CN": cases.negative_CN.int()}
+    write_tensors(staged / "negatives.safetensors", tensors)
     return artifacts.keep(run.lake, "negatives", staged)
 
 

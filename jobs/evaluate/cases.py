@@ -8,15 +8,13 @@ Shapes: C cases, U users, K models, S slices.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from jobs.lake import artifacts
+from jobs.lake import outcomes
 from jobs.run import Run
 from models.behaviour import data
 from models.behaviour.data import Histories, targets
@@ -58,11 +56,10 @@ def every_case(events: Histories, part: Literal["valid", "test"], last: Cases, m
 
 def keep_outcomes(run: Run, cases: Cases, ranks: Mapping[str, tuple[Tensor, ...]], k: int) -> str:
     """Keeps every model's NDCG of every case as an artifact `outcomes`; equal ones are kept once. Gives its id."""
-    staged = artifacts.stage(run.lake, "outcomes")
     number_C = torch.unique(cases.users_C, return_inverse=True)[1]
     value_KC = torch.stack([by_rank(full_C2, k)["ndcg"] for full_C2, *_ in ranks.values()])
-    tensors = {"user_C": number_C.int(), "slices_SC": cases.slices_SC, "ndcg_KC": value_KC.float()}
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, staged / "outcomes.safetensors")
-    names = {"models": list(ranks), "slices": list(SLICES), "metric": f"ndcg@{k}"}
-    (staged / "outcomes.json").write_text(json.dumps(names, sort_keys=True))
-    return artifacts.keep(run.lake, "outcomes", staged)
+    found = outcomes.Outcomes(
+        models=list(ranks), slices=list(SLICES), user_C=number_C.cpu().numpy(), slices_SC=cases.slices_SC.cpu().numpy(),
+        ndcg_KC=value_KC.double().cpu().numpy(),
+    )  # fmt: skip
+    return outcomes.keep_outcomes(run.lake, found, f"ndcg@{k}")

@@ -30,11 +30,11 @@ class Config:
     unseen: bool | None = None
     """The old name of `exclude_seen`."""
     k: int = 10
-    """Cut of HR and NDCG."""
+    """Places of a list that HR and NDCG look at."""
     negatives: int = 100
-    """Of the sampled ranking, which is there for comparison with papers only."""
+    """Items that each case is ranked among in the sampled ranking, which is there for comparison with papers only."""
     resamples: int = 1000
-    """Of the bootstrap over users."""
+    """Draws of the bootstrap over users."""
     min_users: int = 30
     """A slice of fewer users gets no interval: it can't tell."""
     paper_tail: int = 4

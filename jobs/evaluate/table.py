@@ -13,7 +13,7 @@ from models.judge.evaluation import SLICES
 log = logging.getLogger(__name__)
 
 
-def tell(config: Config, result: Result, catalogue: Catalogue) -> None:
+def log_table(config: Config, result: Result, catalogue: Catalogue) -> None:
     """The table, for a person."""
     log.info("%s", "\n".join(table(config, result, catalogue)))
 
@@ -27,19 +27,19 @@ def table(config: Config, result: Result, catalogue: Catalogue) -> Iterator[str]
     yield line("", names)
     yield line("users", [f"{result.users[name]:,}" for name in names])
     for model, by_slice in result.values.items():
-        yield line(model, [shown(by_slice[name][ndcg]) for name in names])
+        yield line(model, [figure_text(by_slice[name][ndcg]) for name in names])
     for against in ("champion", "id_only", "popularity"):
         rows = {row.slice: row for row in result.differences if row.against == against}
         if rows:
-            yield line(f"{CHALLENGER} - {against}", [shown(rows[name].value, "+") for name in names])
-            yield line("   95 % from", [shown(rows[name].low, "+") for name in names])
-            yield line("   to", [shown(rows[name].high, "+") for name in names])
-            yield line("   could have shown", [shown(rows[name].detectable) for name in names])
+            yield line(f"{CHALLENGER} - {against}", [figure_text(rows[name].value, "+") for name in names])
+            yield line("   95 % from", [figure_text(rows[name].low, "+") for name in names])
+            yield line("   to", [figure_text(rows[name].high, "+") for name in names])
+            yield line("   could have shown", [figure_text(rows[name].detectable) for name in names])
             break
     yield f"overall, and for comparison with papers among {config.negatives} sampled negatives:"
     yield line("", columns(config))
     for model, by_slice in result.values.items():
-        yield line(model, [shown(by_slice["overall"][name]) for name in columns(config)])
+        yield line(model, [figure_text(by_slice["overall"][name]) for name in columns(config)])
     if result.leak:
         warning = f" ABOVE {config.leak_bound}: a field of the prompt leaks popularity" if result.leaking else ""
         yield f"raw embeddings foretell log test popularity: R2 {result.leak['r2']:.3f}, rank correlation " \
@@ -51,6 +51,6 @@ def line(head: str, cells: list[str]) -> str:
     return f"  {head:<26}" + "".join(f"{cell:>{max(9, len(cell) + 2)}}" for cell in cells)
 
 
-def shown(value: float | None, sign: str = "") -> str:
+def figure_text(value: float | None, sign: str = "") -> str:
     """A figure with four digits; a dash where there is none."""
     return "-" if value is None else f"{value:{sign}.4f}"

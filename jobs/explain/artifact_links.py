@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,8 @@ if TYPE_CHECKING:
 
 def recommender_link(lake: Path, identity: str, pointer: Pointer) -> Link:
     """The recommender of the space."""
-    path = artifacts.brought(lake, "recommender", identity) / "recommender.json"
     text = ""
-    if identity and path.exists():
-        known = json.loads(path.read_text())
+    if known := artifacts.description(lake, "recommender", identity):
         backbone = known.get("backbone", {})
         made = f"{backbone.get('name', 'SRS')} of width {backbone.get('width', pointer.width)}"
         if parts := known.get("parts"):
@@ -47,9 +44,7 @@ def encoder_link(lake: Path, identity: str) -> Link:
 
 def encoder_card(lake: Path, identity: str) -> dict[str, Any]:
     """What an encoder says of itself; empty where it is gone."""
-    path = artifacts.brought(lake, "encoder", identity) / "encoder.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if identity and path.exists() else {}
-    return known
+    return artifacts.description(lake, "encoder", identity)
 
 
 def artifact_link(lake: Path, kind: str, identity: str, jobs: Sequence[str], text: str, depth: int) -> Link:
@@ -94,9 +89,7 @@ def gate_link(lake: Path, recommender_id: str) -> Link:
 
 def judged_id(lake: Path, recommender_id: str) -> str:
     """The recommender that gates judged: of one trained on all events after that, the one it came from."""
-    path = artifacts.brought(lake, "recommender", recommender_id) / "recommender.json"
-    known = json.loads(path.read_text()) if recommender_id and path.exists() else {}
-    return str(known.get("gated_id") or recommender_id)
+    return str(artifacts.description(lake, "recommender", recommender_id).get("gated_id") or recommender_id)
 
 
 def promotion_of(lake: Path, recommender_id: str) -> dict[str, Any] | None:

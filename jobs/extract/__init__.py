@@ -120,7 +120,7 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
         },
         cuts={name: shape.date(cut) for name, cut in zip(("valid", "test"), cuts, strict=True)} if cuts else {},
     )
-    tell(config, result)
+    log_result(config, result)
     return result
 
 
@@ -202,7 +202,7 @@ def catalogue(config: Config) -> str:
     return f"of {config.run.ds}" if "{ds}" in config.items.table else "of the time of reading"
 
 
-def tell(config: Config, result: Result) -> None:
+def log_result(config: Config, result: Result) -> None:
     """The funnel, for a person."""
     yesterday = dt.datetime.now(dt.UTC).date() - dt.timedelta(days=1)
     if config.run.ds < f"{yesterday}" and "{ds}" not in config.items.table:

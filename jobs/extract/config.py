@@ -75,6 +75,7 @@ class Config:
     valid_share: float = 0.1
     """Share of the events that validate (temporal split); the cut falls on a midnight, UTC."""
     test_share: float = 0.1
+    """Share of the events that the gates judge by, the newest (temporal split); no training sees them before."""
     max_history: int = 2_000
     """Newest events kept for a user in `sequences`: bounds one row."""
     max_quarantine_share: float = 0.05

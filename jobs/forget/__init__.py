@@ -114,7 +114,7 @@ def run(config: Config) -> Result:
         outputs=outputs,
         rows={name: -count for name, count in removed.items()},
     )
-    tell(result)
+    log_result(result)
     return result
 
 
@@ -197,7 +197,7 @@ def repoint(config: Config, digests: dict[str, str]) -> None:
         spaces.reindex(store, Reader.open(lake), digests)
 
 
-def tell(result: Result) -> None:
+def log_result(result: Result) -> None:
     """What went and the proof, for a person. Raises Refused where the proof fails."""
     log.info("removed: %s vectors online, rows of the lake %s", result.online_removed, result.lake_removed or "none")
     log.info("proof: %s vectors online, files that name it: %s", result.left_online, result.left_in_lake or "none")

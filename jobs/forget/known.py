@@ -25,7 +25,7 @@ def refuse_unknown(lake: Path, home: Path, ids: Ids) -> None:
     for path in files(home):
         if not unknown:
             return
-        unknown -= found(path, frozenset(unknown))
+        unknown -= ids_in_file(path, frozenset(unknown))
     if unknown and (unknown := {item for item in unknown if not is_online(lake, item)}):
         raise InputError(
             f"forget: {sorted(unknown)[0]!r} is no item that the lake or the online store knows ({len(unknown)} of {len(ids)} "
@@ -42,7 +42,7 @@ def files(lake: Path) -> Iterator[Path]:
             yield from (here / file for file in partitions.read_commit(lake, name, partition).files)
 
 
-def found(path: Path, ids: Ids) -> set[str]:
+def ids_in_file(path: Path, ids: Ids) -> set[str]:
     """Which ids a file names."""
     if not any(pc.any(named(batch, ids)).as_py() for batch in batches(path)):
         return set()

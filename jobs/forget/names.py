@@ -94,7 +94,7 @@ def said(text: str, ids: Collection[str]) -> bool:
     return any(f"'{item}'" in text or f'"{item}"' in text or (len(item) >= LONG and item in text) for item in ids)
 
 
-def shown(page: str) -> set[str]:
+def ids_on_page(page: str) -> set[str]:
     """The ids of the items that a report names: it lists them for its own script."""
     listed = re.search(r'(?s)id="titles">(.*?)</script>', page)
     return set(json.loads(listed[1])["named"]) if listed else set()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from jobs.forget.names import LONG, Ids, batches, leaves, named, said, shown, values
+from jobs.forget.names import LONG, Ids, batches, ids_on_page, leaves, named, said, values
 from jobs.lake.partitions import COMMIT, write_json
 from jobs.run import Unavailable
 
@@ -37,7 +37,7 @@ def forget_answers(lake: Path, ids: Ids) -> int:
         if job in ECHOES and ids & values(path.read_text()):
             path.unlink()
             removed += 1
-        elif job != "forget" and tells(manifest, ids):
+        elif job != "forget" and names_item(manifest, ids):
             write_json(path, manifest | {key: silenced(manifest[key], ids) for key in TOLD if key in manifest})
     for path in sorted(lake.glob("reports/**/*")):
         if path.is_file() and names(path, ids):
@@ -60,7 +60,7 @@ def job_of(path: Path, manifest: dict[str, Any]) -> str:
     return str(manifest.get("job") or path.stem.removeprefix("asked-").split("-")[0])
 
 
-def tells(manifest: dict[str, Any], ids: Ids) -> bool:
+def names_item(manifest: dict[str, Any], ids: Ids) -> bool:
     """Whether what a manifest tells of its run names an item, as a value or in quotes."""
     texts = [value for key in TOLD for value in leaves(manifest.get(key)) if isinstance(value, str)]
     return any(text in ids or said(text, ids) for text in texts)
@@ -95,7 +95,7 @@ def mentions(lake: Path, ids: Ids) -> Iterator[str]:
         if name.startswith("manifests/") and path.suffix == ".json":
             manifest = read(path)
             job = job_of(path, manifest)
-            if job != "forget" and (tells(manifest, ids) or (job in ECHOES and ids & values(path.read_text()))):
+            if job != "forget" and (names_item(manifest, ids) or (job in ECHOES and ids & values(path.read_text()))):
                 yield name
         elif names(path, ids):
             yield name
@@ -107,7 +107,7 @@ def names(path: Path, ids: Ids) -> bool:
         return any(pc.any(named(batch, ids)).as_py() for batch in batches(path))
     if path.name == COMMIT:
         return False
-    if path.suffix == ".html" and ids & shown(path.read_text()):
+    if path.suffix == ".html" and ids & ids_on_page(path.read_text()):
         return True
     if path.suffix == ".json":
         return bool(ids & values(path.read_text())) or in_bytes(path, ids)

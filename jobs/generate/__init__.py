@@ -60,7 +60,7 @@ def run(config: Config) -> Result:
     history_CL = lists.history_CL.to(read.token_NT.device)
     prompt_CL = prompts(config, writer, history_CL, users(recommender, read.table_VD, history_CL), books, words)
     item_CW = generated(writer, prompt_CL, Tree(read.token_NT), config.training.beams).cpu()
-    ndcg = {"generated": worth(item_CW, lists), "recommender": placed(lists.score_CM.double(), lists.place_C)}
+    ndcg = {"generated": beams_ndcg(item_CW, lists), "recommender": placed(lists.score_CM.double(), lists.place_C)}
     every_1C = torch.ones(1, len(item_CW), dtype=torch.bool)
     less = estimate(bootstrap(torch.stack(list(ndcg.values()), 1), every_1C, seed=config.run.seed), 0, 0, minus=1)
     result = Result(
@@ -118,12 +118,12 @@ def taught(
     users_U = torch.arange(len(events.train_end_U), device=token_NT.device)
     history_UH = window(events, users_U, events.train_end_U, config.training.history + 1)
 
-    def tell(figures: dict[str, float], step: int) -> None:
+    def log_step(figures: dict[str, float], step: int) -> None:
         if step % 200 == 0:
             log.info("step %d  loss %.4f", step, figures["loss"])
 
     train_writer(writer, history_UH, user_words(books, user_UD, words), token_NT, table_VD[1:], config.training,
-                 seed=config.run.seed, log=tell)  # fmt: skip
+                 seed=config.run.seed, log=log_step)  # fmt: skip
     return writer
 
 
@@ -147,7 +147,7 @@ def generated(writer: Writer, prompt_CL: Tensor, tree: Tree, beams: int) -> Tens
     return torch.cat([beam_search(writer, some, tree, beams)[0] for some in torch.split(prompt_CL, USERS_AT_ONCE)])
 
 
-def worth(item_CW: Tensor, lists: Lists) -> Tensor:
+def beams_ndcg(item_CW: Tensor, lists: Lists) -> Tensor:
     """NDCG@10 of each case's beams, without what the recommender's lists leave out."""
     own_CW = item_CW == lists.target_C[:, None]
     left_CW = (item_CW > 0) & ~(item_CW[:, :, None] == lists.out_CH[:, None]).any(2)

@@ -22,7 +22,7 @@ class Config:
     user_codes: Codes = field(default_factory=lambda: Codes(books=2))
     """Books of users' vectors."""
     users: int = 20_000
-    """Test users asked, at most."""
+    """Test users that are asked about, at most."""
 
     def __post_init__(self) -> None:
         if self.users < 1:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jobs.lake import remote
 from jobs.lake import store as stores
@@ -58,25 +60,37 @@ def stage(lake: Path, kind: str) -> Path:
 def find(lake: Path, kind: str, identity: str) -> Path:
     """Folder of an artifact, for example `artifact(lake, "encoder", "ab12…")`. Raises InputError where it is absent."""
     path = lake / "models" / kind / identity
-    if not here(lake, kind, identity):
+    if not has_artifact(lake, kind, identity):
         where = stores.called(lake)
         raise InputError(f"{kind} {identity} is not in the lake ({where}): train it, or fetch it from the registry first")
     return path
 
 
-def here(lake: Path, kind: str, identity: str) -> bool:
+def has_artifact(lake: Path, kind: str, identity: str) -> bool:
     """Whether the lake has an artifact; of a lake on an object store it then is on this machine, whole."""
     return has_folder(lake, lake / "models" / kind / identity)
 
 
 def brought(lake: Path, kind: str, identity: str) -> Path:
     """Folder of an artifact on this machine, where the lake has it; the path may be of nothing."""
-    here(lake, kind, identity)
+    has_artifact(lake, kind, identity)
     return lake / "models" / kind / identity
 
 
-def described(lake: Path, kind: str) -> Iterator[tuple[str, Path]]:
-    """(id, its file KIND.json) of all artifacts of a kind that have one, in order."""
+def about(folder: Path) -> dict[str, Any]:
+    """What an artifact's folder says of itself, in KIND.json; empty where it has no such file."""
+    path = folder / f"{folder.parent.name}.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return known
+
+
+def description(lake: Path, kind: str, identity: str) -> dict[str, Any]:
+    """What an artifact says of itself; empty where the lake lacks it, or without an id."""
+    return about(brought(lake, kind, identity)) if identity else {}
+
+
+def described(lake: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(id, what its file KIND.json says) of all artifacts of a kind that have one, in order."""
     home = lake / "models" / kind
     if store := stores.of(lake):
         paths = [home / identity / f"{kind}.json" for identity in store.folders(f"models/{kind}")]
@@ -86,7 +100,7 @@ def described(lake: Path, kind: str) -> Iterator[tuple[str, Path]]:
                     path = home / ".described" / path.parent.name / path.name
                 if not path.exists():
                     store.fetch_one(f"models/{kind}/{path.parent.name}/{path.name}", path)
-                yield path.parent.name, path
+                yield path.parent.name, json.loads(path.read_text())
         return
     for path in sorted(home.glob(f"*/{kind}.json")):
-        yield path.parent.name, path
+        yield path.parent.name, json.loads(path.read_text())

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+
+from jobs.lake import artifacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +38,17 @@ def read_outcomes(folder: Path) -> Outcomes:
         slices_SC=found["slices_SC"].astype(bool),
         ndcg_KC=found["ndcg_KC"].astype(np.float64),
     )
+
+
+def keep_outcomes(lake: Path, found: Outcomes, metric: str) -> str:
+    """Keeps outcomes as an artifact, equal ones once -> its id."""
+    staged = artifacts.stage(lake, "outcomes")
+    tensors = {
+        "user_C": found.user_C.astype(np.int32),
+        "slices_SC": np.ascontiguousarray(found.slices_SC),
+        "ndcg_KC": np.ascontiguousarray(found.ndcg_KC.astype(np.float32)),
+    }
+    save_file(tensors, staged / "outcomes.safetensors")
+    names = {"models": found.models, "slices": found.slices, "metric": metric}
+    (staged / "outcomes.json").write_text(json.dumps(names, sort_keys=True))
+    return artifacts.keep(lake, "outcomes", staged)

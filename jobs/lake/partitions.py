@@ -101,11 +101,16 @@ def written(value: object) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Replaces a small file by a value as JSON, as `write_text` does."""
+    write_text(path, written(value))
+
+
+def write_text(path: Path, text: str) -> None:
     """Replaces a small file at once: readers see the old text or the new one, also after a power cut."""
     make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with aside.open("w") as stream:
-        stream.write(written(value))
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(path)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs.lake import partitions
@@ -70,6 +71,11 @@ def progress_log(job: str, epochs: int | None = None) -> Callable[[dict[str, flo
             told.info("epoch %d  %s%s", step, written, estimate)
 
     return log
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors of any device as one safetensors file."""
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
 
 
 def checkpoint_path(job: str, config: object, inputs: Mapping[str, str], lake: Path) -> Path:

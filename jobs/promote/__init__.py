@@ -37,6 +37,8 @@ class Config:
     """A user with more held-out events in a slice weighs as much as one with so many; 0 sets no bound."""
     floors: tuple[str, ...] = ("popularity",)
     """Models of the evaluation that any challenger must beat overall. Where it doesn't, a person is asked."""
+    always_ask: bool = False
+    """A person says yes to every promotion, also where all gates passed: nothing becomes champion by itself."""
     approved_by: str = ""
     """Who takes an undecided challenger upon themselves: their name, kept with the decision; empty leaves it undecided. Does
     not overrule a gate that failed."""
@@ -121,19 +123,19 @@ def decide(config: Config) -> Result:
     if champion and serving == challenger_id:
         decision, version = "promoted", champion["version"]
     else:
-        reasons += standing(config, judged, champion)
+        reasons += objections(config, judged, champion) + persons_yes(config)
         decision = decided(reasons, config)
         version = recorded(config, judged, reasons, decision)
         # the registry has no compare-and-set: who moved the alias without our lock is found by looking again
-        late = standing(config, judged, registry.champion(config.run)) if decision == "promoted" else ()
+        late = objections(config, judged, registry.champion(config.run)) if decision == "promoted" else ()
         if late := tuple(reason for reason in late if reason.verdict == "failed"):
             reasons, decision = reasons + late, "refused"
             recorded(config, judged, reasons, decision)
-    tell(challenger_id, decision, reasons, config)
+    log_decision(challenger_id, decision, reasons, config)
     if decision == "refused":
         raise Refused("; ".join(f"{reason.gate}: {reason.text}" for reason in reasons if reason.verdict == "failed"))
     if decision == "promoted" and serving != challenger_id:
-        registry.set_aliases(config.run, [*moves(config, champion, version), ("challenger", None), ("champion", version)])
+        registry.set_aliases(config.run, [*alias_moves(config, champion, version), ("challenger", None), ("champion", version)])
     result = result_of(config, judged, reasons, decision, version)
     if decision == "promoted" and serving != challenger_id:
         card = model_card.card(config.run.lake, config.run.ds, as_json(result), judged)
@@ -182,7 +184,7 @@ def evaluation(run: Run) -> dict[str, Any]:
     return judged
 
 
-def moves(config: Config, champion: dict[str, str] | None, version: str) -> list[tuple[str, str | None]]:
+def alias_moves(config: Config, champion: dict[str, str] | None, version: str) -> list[tuple[str, str | None]]:
     """Aliases that a promotion moves beside champion and challenger: `previous`, and the reference where it is new."""
     found: list[tuple[str, str | None]] = [("previous", champion["version"])] if champion else []
     if config.reference_by:
@@ -192,7 +194,7 @@ def moves(config: Config, champion: dict[str, str] | None, version: str) -> list
     return found
 
 
-def standing(config: Config, judged: dict[str, Any], champion: dict[str, str] | None) -> tuple[Reason, ...]:
+def objections(config: Config, judged: dict[str, Any], champion: dict[str, str] | None) -> tuple[Reason, ...]:
     """What speaks against a promotion whatever the figures: the champion is another, newer, or not to be found."""
     against, serving = judged["champion_id"], registry.judged_id(champion) if champion else ""
     reasons = []
@@ -207,6 +209,12 @@ def standing(config: Config, judged: dict[str, Any], champion: dict[str, str] | 
         text = f"no alias names a champion, yet {before} was promoted once: set the alias again, or let a person decide without"
         reasons.append(Reason(gate="champion known", verdict="undecided", text=text))
     return tuple(reasons)
+
+
+def persons_yes(config: Config) -> tuple[Reason, ...]:
+    """What is left to a person whatever the gates say."""
+    text = "promote.always_ask is on: a person says yes to every promotion"
+    return (Reason(gate="a person's yes", verdict="undecided", text=text),) if config.always_ask else ()
 
 
 def decided(reasons: tuple[Reason, ...], config: Config) -> Decision:
@@ -258,7 +266,7 @@ def read(judged: dict[str, Any]) -> dict[str, str]:
     return {"metrics": judged["outputs"]["metrics"], "outcomes": judged["outcomes_id"], **ids}
 
 
-def tell(challenger_id: str, decision: Decision, reasons: tuple[Reason, ...], config: Config) -> None:
+def log_decision(challenger_id: str, decision: Decision, reasons: tuple[Reason, ...], config: Config) -> None:
     """The decision, for a person."""
     yes = " and ".join(dict.fromkeys(name for name in (config.approved_by, config.overruled_by) if name))
     who = {"promoted": yes, "rejected": config.rejected_by}.get(decision)

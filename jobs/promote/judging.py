@@ -42,7 +42,7 @@ class Rules:
     heaviest: int
 
 
-def compared(outcomes: Outcomes, against: str, slice_: str, margin: float, rules: Rules) -> Comparison:
+def compare_slice(outcomes: Outcomes, against: str, slice_: str, margin: float, rules: Rules) -> Comparison:
     """The challenger beside a model in a slice. Raises InputError for one that was not evaluated."""
     if against not in outcomes.models or slice_ not in outcomes.slices:
         raise InputError(
@@ -60,15 +60,15 @@ def compared(outcomes: Outcomes, against: str, slice_: str, margin: float, rules
 def gates(rules: Rules, judged: Mapping[str, Any], outcomes: Outcomes) -> Iterator[Reason]:
     """All gates' verdicts. Raises InputError for a floor or slice that the evaluation lacks."""
     for floor in rules.floors:
-        yield beats(floor, compared(outcomes, floor, "overall", 0.0, rules))
+        yield beats(floor, compare_slice(outcomes, floor, "overall", 0.0, rules))
     if judged["champion_id"]:
         for slice_, margin in rules.margins.items():
-            yield not_worse("champion", slice_, margin, compared(outcomes, "champion", slice_, margin, rules))
+            yield not_worse("champion", slice_, margin, compare_slice(outcomes, "champion", slice_, margin, rules))
     # where the champion is the reference, the wider margin could not refuse what the narrow one lets pass
     if rules.reference_times and judged["reference_id"] not in ("", judged["champion_id"]):
         for slice_, margin in rules.margins.items():
             wide = min(margin * rules.reference_times, 1.0)
-            yield not_worse("reference", slice_, wide, compared(outcomes, "reference", slice_, wide, rules))
+            yield not_worse("reference", slice_, wide, compare_slice(outcomes, "reference", slice_, wide, rules))
     if judged["leaking"]:
         text = f"raw embeddings foretell test popularity with R2 {judged['leak']['r2']:.3f}: find the prompt's field that leaks"
         yield Reason(gate="no leak", verdict="undecided", text=text)

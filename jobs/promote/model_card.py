@@ -5,12 +5,11 @@ Made of manifests and artifacts alone, so that the card says what was, not what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.lake import manifests
+from jobs.lake import artifacts, manifests
 from jobs.run import InputError
 
 
@@ -20,8 +19,8 @@ def card(lake: Path, ds: str, decision: Mapping[str, Any], judged: Mapping[str, 
     What is not recorded in the lake is said to be unknown.
     """
     recommender_id, encoder_id = str(decision["recommender_id"]), str(decision["encoder_id"])
-    recommender = described(lake, "recommender", recommender_id)
-    encoder = described(lake, "encoder", encoder_id)
+    recommender = artifacts.description(lake, "recommender", recommender_id)
+    encoder = artifacts.description(lake, "encoder", encoder_id)
     extract, scft, rat = (manifest(lake, ds, job) for job in ("extract", "scft", "rat"))
     lines = [
         f"# Recommender {recommender_id}",
@@ -39,13 +38,6 @@ def card(lake: Path, ds: str, decision: Mapping[str, Any], judged: Mapping[str, 
     return "\n".join(lines) + "\n"
 
 
-def described(lake: Path, kind: str, identity: str) -> dict[str, Any]:
-    """What an artifact says of itself; empty where the lake lacks it."""
-    path = lake / "models" / kind / identity / f"{kind}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
-
-
 def manifest(lake: Path, ds: str, job: str) -> dict[str, Any]:
     """The newest good manifest of a job; empty where there is none."""
     try:
@@ -59,7 +51,7 @@ def section(title: str, lines: Sequence[str] | Iterator[str]) -> list[str]:
     return ["", f"## {title}", "", *lines]
 
 
-def known(values: Mapping[str, Any], *path: str) -> Any:
+def entry(values: Mapping[str, Any], *path: str) -> Any:
     """A value by its path, `unknown` where it isn't recorded."""
     found: Any = values
     for name in path:
@@ -73,12 +65,12 @@ def what_it_is(
     recommender: Mapping[str, Any], encoder: Mapping[str, Any], encoder_id: str, decision: Mapping[str, Any]
 ) -> Iterator[str]:
     """Kind, parts and use."""
-    backbone = f"{known(recommender, 'backbone', 'name')}, width {known(recommender, 'width')}"
+    backbone = f"{entry(recommender, 'backbone', 'name')}, width {entry(recommender, 'width')}"
     yield f"A sequential recommender ({backbone}) over vectors that an LLM makes of items' texts (LLMEmb: SCFT, then RAT)."
     space_id = decision.get("space_id", "unknown")
-    yield f"It reads encoder {encoder_id} ({known(encoder, 'base')}); together they make space {space_id}."
+    yield f"It reads encoder {encoder_id} ({entry(encoder, 'base')}); together they make space {space_id}."
     if "rotation" in recommender:
-        turned = {name: known(recommender, "rotation", name) for name in ("to", "residual", "cosine")}
+        turned = {name: entry(recommender, "rotation", name) for name in ("to", "residual", "cosine")}
         yield f"Turned, which changes no ranking, towards the space of recommender {turned['to']}: residual " \
               f"{turned['residual']}, mean cosine {turned['cosine']}."  # fmt: skip
     yield "Meant for the next items of a user in the catalogue it was trained on. Item vectors of other spaces do not fit it."
@@ -87,21 +79,21 @@ def what_it_is(
 def made_from(extract: Mapping[str, Any], encoder: Mapping[str, Any], rat: Mapping[str, Any]) -> Iterator[str]:
     """The snapshot and the fields that the LLM may read."""
     yield (
-        f"Snapshot of {known(extract, 'ds')}: {known(extract, 'result', 'rows', 'items')} items, "
-        f"{known(extract, 'result', 'rows', 'interactions')} events, {known(extract, 'result', 'rows', 'sequences')} users; "
-        f"{known(rat, 'result', 'rows', 'train_events')} events trained."
+        f"Snapshot of {entry(extract, 'ds')}: {entry(extract, 'result', 'rows', 'items')} items, "
+        f"{entry(extract, 'result', 'rows', 'interactions')} events, {entry(extract, 'result', 'rows', 'sequences')} users; "
+        f"{entry(rat, 'result', 'rows', 'train_events')} events trained."
     )
-    cuts = known(extract, "result", "cuts")
+    cuts = entry(extract, "result", "cuts")
     if isinstance(cuts, Mapping) and cuts:
-        yield f"Validation begins at {known(cuts, 'valid')}, test at {known(cuts, 'test')}; nothing after a cut was trained on."
-    allow = known(encoder, "policy", "allow")
+        yield f"Validation begins at {entry(cuts, 'valid')}, test at {entry(cuts, 'test')}; nothing after a cut was trained on."
+    allow = entry(encoder, "policy", "allow")
     fields = ", ".join(allow) if isinstance(allow, list) and allow else "every attribute of the table"
     yield f"The LLM reads: {fields}. Refused, as they tell popularity of the whole period: {refused(encoder)}."
 
 
 def refused(encoder: Mapping[str, Any]) -> str:
     """Fields that the policy blocks and does not admit."""
-    block, admit = known(encoder, "policy", "block"), known(encoder, "policy", "admit")
+    block, admit = entry(encoder, "policy", "block"), entry(encoder, "policy", "admit")
     if not isinstance(block, list):
         return "unknown"
     left = [name for name in block if name not in (admit if isinstance(admit, list) else [])]
@@ -121,16 +113,16 @@ def trained(
     encoder: Mapping[str, Any], scft: Mapping[str, Any], rat: Mapping[str, Any], recommender: Mapping[str, Any]
 ) -> Iterator[str]:
     """Settings and figures of the trainings."""
-    lora = known(encoder, "lora")
+    lora = entry(encoder, "lora")
     yield f"SCFT: {'LoRA r ' + str(lora['r']) if isinstance(lora, Mapping) else 'none, the base model as it is'}, best step " \
-          f"{known(scft, 'result', 'best_step')} of {known(scft, 'result', 'steps')}."  # fmt: skip
-    worth = known(scft, "result", "worth")
+          f"{entry(scft, 'result', 'best_step')} of {entry(scft, 'result', 'steps')}."  # fmt: skip
+    worth = entry(scft, "result", "worth")
     if isinstance(worth, Mapping) and worth:
         yield f"Without any training on top, the encoder ranks {BESIDE_BASE.get(str(worth.get('verdict')), 'unknown')} " \
               f"({worth.get('why')})."  # fmt: skip
-    yield f"RAT: {known(rat, 'config', 'training', 'loss')} loss, best epoch {known(rat, 'result', 'best_epoch')}, validation " \
-          f"NDCG@10 {figure(known(rat, 'result', 'validation_ndcg'))}; whitening keeps " \
-          f"{figure(known(recommender, 'explained_variance'))} of the variance."  # fmt: skip
+    yield f"RAT: {entry(rat, 'config', 'training', 'loss')} loss, best epoch {entry(rat, 'result', 'best_epoch')}, validation " \
+          f"NDCG@10 {figure(entry(rat, 'result', 'validation_ndcg'))}; whitening keeps " \
+          f"{figure(entry(recommender, 'explained_variance'))} of the variance."  # fmt: skip
 
 
 def judged_lines(decision: Mapping[str, Any], judged: Mapping[str, Any]) -> Iterator[str]:
@@ -159,7 +151,7 @@ def limits(judged: Mapping[str, Any], encoder: Mapping[str, Any]) -> Iterator[st
     if leak:
         yield f"- Raw embeddings foretell log test popularity with R2 {figure(leak.get('r2'))}" \
               f"{': a field leaks' if judged.get('leaking') else ''}."  # fmt: skip
-    yield f"- The LLM ({known(encoder, 'base')}) brings its own biases and languages; its licence holds for what is made with it."
+    yield f"- The LLM ({entry(encoder, 'base')}) brings its own biases and languages; its licence holds for what is made with it."
     yield "- Judged on past logs, which were made under another recommender: an online test is still needed."
 
 

@@ -134,7 +134,7 @@ def run(config: Config) -> Result:
         before = spaces.current(Reader.open(lake))
     if config.arriving and not beside.points_to(before, space_id, config.run.ds):  # a night was faster meanwhile
         return superseded(config, made_by, width)
-    moved = compared(config, before, space)
+    moved = check_compatibility(config, before, space)
     clock.lap("compare", f"{moved.kind}, residual {moved.residual} of {moved.distance}, neighbours moved {moved.churn or 'none'}")
     graph = config.graph if config.approximate else None
     index_digest = online.build_index(lake, space, graph, config.chunk_rows, arrived=config.arriving, forgotten=forgotten)
@@ -242,7 +242,7 @@ def rows_of(config: Config, partition: str, forgotten: frozenset[str], *, checke
     )
 
 
-def compared(config: Config, before: Pointer | None, space: Space) -> Compatibility:
+def check_compatibility(config: Config, before: Pointer | None, space: Space) -> Compatibility:
     """The new rows against those that serve. Raises Refused for an older ds, or neighbours that changed without a reason."""
     if config.restore:
         return undo.allowed(config.run.lake, before, space, config.churn_items)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 
 import torch
+import torch.nn.functional as F
 
 from jobs.lake import artifacts
 from jobs.lake.tensors import checkpoint_path, pick_device, progress_log
@@ -17,10 +18,8 @@ from jobs.rat.read import Read, read_all
 from jobs.rat.rotation import Rotation
 from jobs.run import as_json
 from models.behaviour.assembly import Material
-from models.behaviour.data import Histories
 from models.behaviour.fused import Part
-from models.behaviour.items import Items
-from models.behaviour.llm_esr import Distiller, DualItems, like_users
+from models.behaviour.llm_esr import Distiller, like_users
 from models.behaviour.recommender import Recommender, build_sequence
 from models.behaviour.training import Aligner, train
 from models.processes import join, same_everywhere
@@ -48,7 +47,7 @@ def gated(config: Config) -> Result:
         recommender, read.events, training_of(config), max_len=config.backbone.max_len, seed=config.run.seed,
         log=progress_log("rat", config.training.epochs), candidates_M=read.counts_V.nonzero().flatten(),
         unseen=config.run.exclude_seen, aligner=aligner_of(config, read),
-        distiller=make_distiller(config, recommender.items, read.events), checkpoint=checkpoint,
+        distiller=make_distiller(config, read), checkpoint=checkpoint,
     )  # fmt: skip
     recommender_id, turned, fused = "0" * 16, Rotation(note="another process tells"), fuse.Fused()
     if rank == 0:
@@ -109,12 +108,12 @@ def aligner_of(config: Config, read: Read) -> Aligner | None:
     return make_aligner(config, read.taught.table_VD, read.taught.known_V, read.catalogue, read.counts_V)
 
 
-def make_distiller(config: Config, items: Items, events: Histories) -> Distiller | None:
+def make_distiller(config: Config, read: Read) -> Distiller | None:
     """LLM-ESR's self-distillation over users alike in what they read; None for other adapters."""
-    if not isinstance(items, DualItems) or config.distil == 0:
+    if config.adapter != "llm_esr" or config.distil == 0:
         return None
-    like_US = like_users(events, items.white_VK.to(events.items_N.device), config.like_users)
-    return Distiller(events, like_US, config.backbone.width, config.distil)
+    like_US = like_users(read.events, F.pad(read.white_NK, (0, 0, 1, 0)), config.like_users)
+    return Distiller(read.events, like_US, config.backbone.width, config.distil)
 
 
 def material(config: Config, recommender: Recommender, read: Read) -> Material:

@@ -46,7 +46,7 @@ class Config:
     alpha: float = 0.01
     """Weight of the alignment loss."""
     temperature: float = 0.1
-    """Of the alignment's InfoNCE."""
+    """Temperature of the alignment's InfoNCE."""
     popularity_prior: float = 5.0
     """An item with n train events aligns with weight n / (n + prior): a tail item's ID vector is mostly noise."""
     cold_share: float = 0.0

@@ -13,22 +13,15 @@ from torch import Tensor
 from jobs.lake.tensors import Catalogue, texts_of
 from jobs.rat.config import Config
 from models.behaviour.assembly import Fusion
-from models.behaviour.items import Items, MlpAdapter, NullSpaceItems, ResidualItems, TextItems
-from models.behaviour.llm_esr import DualItems
+from models.behaviour.item_sources import build_items
+from models.behaviour.items import Items
 from models.behaviour.training import Aligner, Training
 
 
 def make_items(config: Config, white_NK: Tensor) -> Items:
     """The item source of the configured adapter over the catalogue's whitened embeddings."""
-    unit = config.training.cosine > 0
-    if config.adapter == "null_space":
-        return NullSpaceItems(white_NK, config.backbone.width, config.text_width, unit=unit)
-    if config.adapter == "llm_esr":
-        return DualItems(white_NK, config.hidden, config.backbone.width)
-    adapter = MlpAdapter(white_NK.shape[1], config.hidden, config.backbone.width)
-    if config.adapter == "residual":
-        return ResidualItems(white_NK, adapter, config.backbone.width, config.drop_ids, unit=unit)
-    return TextItems(white_NK, adapter, unit=unit)
+    items: Items = build_items(item_config(config), config.backbone.width, len(white_NK), white_NK, config.drop_ids)
+    return items
 
 
 def training_of(config: Config) -> Training:
@@ -51,7 +44,7 @@ def fusion_of(config: Config) -> Fusion:
 
 
 def item_config(config: Config) -> dict[str, Any]:
-    """What builds the item source again from an artifact."""
+    """What builds the item source, now and again from an artifact."""
     items: dict[str, Any] = {"kind": config.adapter} | (
         {"text_width": config.text_width, "added": True} if config.adapter == "null_space" else {"hidden": config.hidden}
     )

@@ -71,13 +71,13 @@ def run(config: Config) -> Result:
         return dataclasses.replace(done, note=f"{done.recommender_id} is trained on all events already")
     if not config.refit:
         return dataclasses.replace(done, note="rat.refit is off: what was judged serves")
-    judged = found(config.run, done.gated_id)
+    judged = read_judged(config.run, done.gated_id)
     if judged.settings.cold_share or judged.settings.adapter == "llm_esr":
         return dataclasses.replace(done, note="items are held out of its training, or it is a baseline: what was judged serves")
     return trained_anew(config, judged, champion)
 
 
-def found(run: Run, recommender_id: str) -> Judged:
+def read_judged(run: Run, recommender_id: str) -> Judged:
     """The recommender and how it was trained. Raises InputError where the lake does not tell."""
     folder = registry.fetch(run, "recommender", recommender_id)
     manifest = made_by(run, "rat", "recommender_id", recommender_id)
@@ -117,7 +117,7 @@ def trained_anew(config: Config, judged: Judged, champion: Mapping[str, str]) ->
     work = Work(config, judged, catalogue, split)
     teacher, teacher_trained = work.teacher()
     llmemb, trained = work.llmemb(teacher)
-    history, ratio = compared(judged, trained, teacher_trained)
+    history, ratio = compare_losses(judged, trained, teacher_trained)
     log.info("loss on all events is %.3f times that of the judged training", ratio)
     if not ratio <= 1 + config.refit_loss:
         raise Refused(f"trained on all events, the loss is {ratio:.3f} times the judged training's at the same epoch, more than "
@@ -139,7 +139,7 @@ def trained_anew(config: Config, judged: Judged, champion: Mapping[str, str]) ->
     return dataclasses.replace(result, recommender_id=made, version=version, outputs={"recommender": made})
 
 
-def compared(judged: Judged, trained: Trained, teacher: Trained | None) -> tuple[tuple[dict[str, float], ...], float]:
+def compare_losses(judged: Judged, trained: Trained, teacher: Trained | None) -> tuple[tuple[dict[str, float], ...], float]:
     """Losses by epoch beside those of the judged training, and the worst ratio at the last epoch."""
     curves = {"gated": [one["loss"] for one in judged.told["history"]], "all": [one["loss"] for one in trained.history]}
     if teacher is not None and judged.teacher_told is not None:

@@ -9,7 +9,6 @@ Shapes: N items in both whose text did not change, D width, V items + 1 (row 0 i
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from feature_repo.compatibility import Matrix, apart, procrustes
-from jobs.lake import partitions
+from jobs.lake import artifacts, partitions
 from jobs.lake.tables import item_embeddings, space_of
 from jobs.lake.tensors import Catalogue
 from jobs.run import Run
@@ -79,7 +78,7 @@ def find(run: Run, which: str, catalogue: Catalogue, part_width: int) -> Goal | 
     to = before(run) if which == "champion" else which
     if not to:
         return Rotation(note=f"no champion of a date before {run.ds}: nothing serves whose basis could be kept")
-    known = json.loads((registry.fetch(run, "recommender", to) / "recommender.json").read_text())
+    known = artifacts.about(registry.fetch(run, "recommender", to))
     width, spans = known["width"], spans_of(known)
     start, stop = spans.get("llmemb", (0, 0))
     if stop - start != part_width:

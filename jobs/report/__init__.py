@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jobs.lake import artifacts, nights
+from jobs.lake import artifacts, nights, partitions
 from jobs.lake.nights import Night
 from jobs.lake.partitions import digest_file
 from jobs.lake.store import called
@@ -45,6 +44,7 @@ class Config:
     examples: int = 2
     """Examples of each group: head, tail, cold."""
     neighbours: int = 5
+    """Nearest items that the report shows of each example."""
     category: str = ""
     """Attribute whose first value colours the maps; empty takes the one with the fewest values."""
     bounds: Bounds = field(default_factory=Bounds)
@@ -58,7 +58,7 @@ class Config:
     Its key, where it wants one, is that of the environment variable `OPENLINEAGE_API_KEY`.
     """
     namespace: str = "llmemb"
-    """Of the OpenLineage events."""
+    """Namespace of the OpenLineage events."""
 
     def __post_init__(self) -> None:
         if min(self.history, self.base_items, self.examples, self.coverage_events) < 0:
@@ -109,8 +109,8 @@ def run(config: Config) -> Result:
     found = openlineage.events(night, config.namespace)
     home = lake / "reports" / f"ds={ds}"
     html = page(facts)
-    write_text(home / "report.html", html)
-    write_text(home / "openlineage.jsonl", openlineage.lines(found))
+    partitions.write_text(home / "report.html", html)
+    partitions.write_text(home / "openlineage.jsonl", openlineage.lines(found))
     artifacts.put_folder(lake, home)
     told = verdict(facts)
     announce(told, home / "report.html", len(html.encode()))
@@ -196,11 +196,3 @@ def announce(told: Verdict, path: Path, size: int) -> None:
     for point in told.points:
         log.info("  %s", point)
     log.info("%s (%.1f MiB)", path, size / 2**20)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    aside.write_text(text)
-    aside.replace(path)

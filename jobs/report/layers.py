@@ -5,7 +5,6 @@ Shapes: N items sampled, B rows of a batch, E LLM width, D width of the space.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +71,7 @@ def base_vectors(run: Run, spaces: Spaces, sample: Sample, base_items: int) -> t
 
 def base_encoder(lake: Path, encoder_id: str) -> str:
     """The encoder without LoRA over the same base model that has embedded something; empty where there is none."""
-    described = {name: json.loads(path.read_text()) for name, path in artifacts.described(lake, "encoder")}
+    described = dict(artifacts.described(lake, "encoder"))
     own = described.get(encoder_id, {})
     alike = [
         name

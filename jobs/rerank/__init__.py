@@ -47,8 +47,8 @@ def run(config: Config) -> Result:
     words = [named[item_id] for item_id in catalogue.item_ids]
     model = load_reranker(config.base, config.distilling, domain=config.domain, device=device, seed=config.run.seed)
     known = questions(parts["valid"], words, config.history)
-    distil(model, known, config.distilling, seed=config.run.seed, log=tell)
-    values, weight = asked(config, model, parts, words, known)
+    distil(model, known, config.distilling, seed=config.run.seed, log=log_step)
+    values, weight = rank_test_users(config, model, parts, words, known)
     every_1C = torch.ones(1, len(values["plain"]), dtype=torch.bool)
     found = bootstrap(torch.stack([values[way] for way in WAYS], 1), every_1C, seed=config.run.seed)
     first = WAYS.index("recommender")
@@ -65,7 +65,7 @@ def run(config: Config) -> Result:
     return result
 
 
-def asked(
+def rank_test_users(
     config: Config, model: Reranker, parts: dict[str, Lists], words: Sequence[str], known: Sequence[Question]
 ) -> tuple[dict[str, Tensor], float]:
     """NDCG@10 of each test user by each way; and the weight in the mix, which validation chose."""
@@ -104,7 +104,7 @@ def rounded(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
 
 
-def tell(figures: dict[str, float], step: int) -> None:
+def log_step(figures: dict[str, float], step: int) -> None:
     """A line now and then."""
     if step % 20 == 0:
         log.info("step %d  loss %.4f", step, figures["loss"])

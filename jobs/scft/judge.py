@@ -16,7 +16,7 @@ from jobs.run import Refused, as_json
 from jobs.scft.config import Config
 from jobs.scft.refresh import trainings
 from jobs.scft.tuning import validation_size, watched
-from jobs.scft.worth import BASE, BEFORE, NEW, Sample, weighed
+from jobs.scft.worth import BASE, BEFORE, NEW, Sample, measure_encoders
 from models.text.base_model import load_base
 from models.text.embedding import embed
 from models.text.encoder import Encoder, load_encoder, save_encoder
@@ -52,15 +52,19 @@ def keep(
     wrong = refusals(figures, before, moved, config.gates, candidates=len(emb_CE), zero_shot=tuned is None)
     if wrong:
         raise Refused(f"the encoder is refused: {'; '.join(wrong)}")
-    worth = {"verdict": "base", "why": "it is the base model as it is"} if tuned is None else compared(config, loaded, sample)
+    worth = (
+        {"verdict": "base", "why": "it is the base model as it is"}
+        if tuned is None
+        else measure_against_base(config, loaded, sample)
+    )
     encoder_id = artifacts.keep(config.run.lake, "encoder", staged)
     version = register(config, encoder_id, figures, inputs, curve_of(tuned), worth["verdict"])
     return {"encoder_id": encoder_id, "figures": figures, "base_figures": before, "moved": moved, "version": version,
             "worth": worth}  # fmt: skip
 
 
-def compared(config: Config, loaded: Encoder, sample: Sample | str) -> dict[str, Any]:
-    """What the encoder is worth beside its base model and the encoder in use before. Raises Refused as `weighed` does."""
+def measure_against_base(config: Config, loaded: Encoder, sample: Sample | str) -> dict[str, Any]:
+    """What the encoder is worth beside its base model and the encoder in use before. Raises Refused as `measure_encoders`."""
     device = loaded.device
 
     def base() -> Encoder:
@@ -71,7 +75,7 @@ def compared(config: Config, loaded: Encoder, sample: Sample | str) -> dict[str,
     if (before := next(trainings(config.run.lake, config.run.ds), None)) is not None:
         folder = artifacts.find(config.run.lake, "encoder", before.result["encoder_id"])
         encoders[BEFORE] = lambda: load_encoder(folder, device=device)
-    return weighed(config, sample, encoders)
+    return measure_encoders(config, sample, encoders)
 
 
 def base_embeddings(config: Config, encoder: Encoder, validation: Validation) -> NDArray[np.float32]:

@@ -119,7 +119,7 @@ def progress(steps: int) -> Callable[[dict[str, float], int], None]:
     """A `log(metrics, step)`: validations at once, losses at most every five seconds, with the seconds to go."""
     began, first, last = time.monotonic(), -1, -5.0
 
-    def tell(metrics: dict[str, float], step: int) -> None:
+    def log_step(metrics: dict[str, float], step: int) -> None:
         nonlocal first, last
         first = step if first < 0 else first
         if "loss" not in metrics or time.monotonic() - last >= 5 or step == steps:
@@ -128,4 +128,4 @@ def progress(steps: int) -> Callable[[dict[str, float], int], None]:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             log.info("step %d/%d  %s%s", step, steps, shown, f"  {left:,.0f} s to go at most" if step > first else "")
 
-    return tell
+    return log_step

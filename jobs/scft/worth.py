@@ -70,7 +70,7 @@ def sample_of(config: Config, snapshot: str, device: torch.device) -> Sample | s
     return Sample(trial, items)
 
 
-def weighed(config: Config, sample: Sample | str, encoders: dict[str, Callable[[], Encoder]]) -> dict[str, Any]:
+def measure_encoders(config: Config, sample: Sample | str, encoders: dict[str, Callable[[], Encoder]]) -> dict[str, Any]:
     """The encoder NEW beside the others, each loaded only while it embeds: verdict, why, figures and differences.
 
     Raises Refused where the new one is surely worse than its base, or with accept = "better" isn't surely better.
@@ -84,7 +84,7 @@ def weighed(config: Config, sample: Sample | str, encoders: dict[str, Callable[[
     if worth.users < untrained.FEWEST:
         return unknown(config, f"not told: {worth.users} users have a validation event, {untrained.FEWEST} are needed", worth)
     said = untrained.verdict(worth, f"{NEW} - {BASE}")
-    why = told(worth, f"{NEW} - {BASE}", config)
+    why = difference_text(worth, f"{NEW} - {BASE}", config)
     log.info("without any training, the encoder ranks %s than its base: %s",
              {"better": "better", "worse": "worse"}.get(said, "no differently"), why)  # fmt: skip
     if said == "worse" or (said != "better" and config.accept == "better"):
@@ -114,7 +114,7 @@ def as_result(said: str, why: str, worth: Worth | None) -> dict[str, Any]:
     return {"verdict": said, "why": why, "users": worth.users, "ndcg": ndcg, "less": less}
 
 
-def told(worth: Worth, pair: str, config: Config) -> str:
+def difference_text(worth: Worth, pair: str, config: Config) -> str:
     """A pair's differences as one line."""
     parts = [
         f"{key} {value:+.4f} " + ("(too few users to tell)" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]")

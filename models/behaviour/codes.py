@@ -12,13 +12,13 @@ Shapes: N items, D width, K books, C entries of a book, B items of a batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.behaviour.whitening import moments
@@ -45,8 +45,11 @@ class Codes:
     entries: int = 256
     """Entries of a book: at 256 a code is a byte."""
     epochs: int = 30
+    """Times that training reads the sample."""
     batch: int = 1024
+    """Items of a step."""
     learning_rate: float = 1e-3
+    """Learning rate of Adam."""
     apart: bool = False
     """Each book chooses by a head of its own, as published; else all choose jointly, which keeps more."""
     commitment: float = 0.25
@@ -311,6 +314,13 @@ class CodeItems(nn.Module):
         """emb_ND of items by their index; text does not matter beyond the codes."""
         emb_ND: Tensor = self(row_N)
         return emb_ND
+
+
+def save_books(folder: Path, books: Books, known: Mapping[str, Any]) -> None:
+    """Writes books and what is known of them, as JSON, into a folder: what `load_books` reads."""
+    save_file({name: value.cpu().contiguous() for name, value in books.state_dict().items()}, folder / "books.safetensors")
+    sizes = dict(zip(("books", "entries", "width"), books.entry_KCD.shape, strict=True))
+    (folder / "books.json").write_text(json.dumps({**known, **sizes}, indent=1, sort_keys=True))
 
 
 def load_books(folder: Path) -> tuple[Books, dict[str, Any]]:

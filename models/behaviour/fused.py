@@ -35,7 +35,7 @@ class Part:
     backbone: Backbone
     """Its width and how many events it reads."""
     config: Mapping[str, Any]
-    """What `recommender.build_items` reads."""
+    """What `item_sources.build_items` reads."""
     fading: float | None = None
     """Of a user that is a fading mean."""
 

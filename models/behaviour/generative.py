@@ -27,19 +27,27 @@ class Generative:
     """The model that writes tokens, and its training."""
 
     width: int = 128
+    """Width of its hidden states."""
     layers: int = 4
+    """Transformer layers."""
     heads: int = 4
+    """Attention heads."""
     dropout: float = 0.2
+    """Share of hidden values that is set to zero in a training step."""
     history: int = 10
     """Newest items that are read."""
     steps: int = 4000
+    """Steps of the training."""
     batch: int = 128
     """Users of a step."""
     learning_rate: float = 1e-3
+    """Learning rate of AdamW."""
     text: float = 0.1
     """Share of the InfoNCE between code embeddings and texts in the loss."""
     temperature: float = 0.1
+    """Temperature of that InfoNCE."""
     beams: int = 20
+    """Unfinished items that the search keeps at each token."""
 
     def __post_init__(self) -> None:
         if min(self.width, self.layers, self.heads, self.history, self.steps, self.batch, self.beams) < 1:

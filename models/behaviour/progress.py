@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.behaviour.data import Histories, cases, inputs_before, targets
 from models.behaviour.recommender import Recommender, score
+from models.checkpoint import adam_from, adam_state, read_checkpoint, write_checkpoint
 from models.judge.metrics import by_rank, full_ranks
 
 LOGITS = 2**28
@@ -164,31 +163,17 @@ class Progress:
 
     def save(self, path: Path) -> None:
         """Replaces the checkpoint at once."""
-        tensors = {f"model.{name}": value for name, value in self.recommender.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        tensors |= {f"memory.{name}": value for name, value in self.memory.items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".aside")
-        known = {"history": json.dumps(self.history), "best_epoch": str(self.best_epoch)}
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside, metadata=known)
-        aside.replace(path)
+        groups = {"model": self.recommender.state_dict(), "best": self.best, "memory": self.memory,
+                  "adam": adam_state(self.optimizer.state_dict()["state"])}  # fmt: skip
+        write_checkpoint(path, groups, {"history": json.dumps(self.history), "best_epoch": str(self.best_epoch)})
 
     def load(self, path: Path) -> None:
         """Takes up a checkpoint: the next epoch runs as if nothing had happened."""
-        with safe_open(path, framework="pt") as file:
-            known = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.history, self.best_epoch = json.loads(known["history"]), int(known["best_epoch"])
-        self.recommender.load_state_dict({name: tensors[f"model.{name}"] for name in self.best})
-        for name, value in self.best.items():
-            value.copy_(tensors[f"best.{name}"])
-        for name, value in self.memory.items():
-            value.copy_(tensors[f"memory.{name}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("adam."):
-                _, number, key = name.split(".")
-                state.setdefault(int(number), {})[key] = value
+        groups, texts = read_checkpoint(path)
+        self.history, self.best_epoch = json.loads(texts["history"]), int(texts["best_epoch"])
+        self.recommender.load_state_dict({name: groups["model"][name] for name in self.best})
+        for held, kept in ((self.best, groups["best"]), (self.memory, groups.get("memory", {}))):
+            for name, value in held.items():
+                value.copy_(kept[name])
+        state = adam_from(groups.get("adam", {}))
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

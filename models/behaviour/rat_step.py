@@ -182,7 +182,7 @@ def full(hidden_PD: Tensor, table_MD: Tensor, label_P: Tensor) -> Tensor:
 
 def align(aligner: Aligner, events_BW: Tensor, look_up: Callable[[Tensor], Tensor], most: int) -> Tensor:
     """alpha times the alignment loss over a batch's unique items, `most` at most, found in static shapes."""
-    ordered_K = (met_by_all(events_BW, len(aligner.teacher_VD)) if dist.is_initialized() else events_BW.flatten()).sort().values
+    ordered_K = (batch_items(events_BW, len(aligner.teacher_VD)) if dist.is_initialized() else events_BW.flatten()).sort().values
     first_K = torch.cat([ordered_K[:1] != 0, ordered_K[1:] != ordered_K[:-1]])
     draw_K = torch.rand(ordered_K.shape, device=ordered_K.device) * first_K
     if dist.is_initialized():
@@ -195,7 +195,7 @@ def align(aligner: Aligner, events_BW: Tensor, look_up: Callable[[Tensor], Tenso
     return aligner.alpha * loss
 
 
-def met_by_all(events_BW: Tensor, rows: int) -> Tensor:
+def batch_items(events_BW: Tensor, rows: int) -> Tensor:
     """item_V: the items of all processes' batches, 0 for the others: one alignment over the whole batch, however it is split."""
     met_V = torch.zeros(rows, device=events_BW.device)
     met_V[events_BW.flatten()] = 1

@@ -16,18 +16,9 @@ from torch import Tensor, nn
 
 from models.behaviour.bert4rec import Bert4Rec
 from models.behaviour.gru4rec import GRU4Rec
-from models.behaviour.items import (
-    DirectionItems,
-    IdItems,
-    Items,
-    MlpAdapter,
-    NullSpaceItems,
-    ResidualItems,
-    ShrunkItems,
-    TableItems,
-    TextItems,
-)
-from models.behaviour.llm_esr import DualItems, DualView
+from models.behaviour.item_sources import build_items
+from models.behaviour.items import Items
+from models.behaviour.llm_esr import DualView
 from models.behaviour.sasrec import SASRec
 from models.behaviour.whitening import Whitening
 
@@ -39,12 +30,15 @@ class Backbone:
     """A sequence encoder and its sizes."""
 
     name: Literal["sasrec", "gru4rec", "bert4rec"] = "sasrec"
+    """The kind of the sequence encoder: that of your own SRS."""
     width: int = 64
     """Width of item and user vectors."""
     layers: int = 1
+    """Layers of the sequence encoder."""
     heads: int = 1
     """Attention heads; GRU4Rec has none."""
     dropout: float = 0.2
+    """Share of hidden values that is set to zero in a training step."""
     max_len: int = 50
     """Events of a history that are read, the newest."""
 
@@ -151,7 +145,9 @@ class LoadedRecommender:
         self.row = {item_id: row for row, item_id in enumerate(item_ids, start=1)}
         self.backbone = Backbone(**meta["backbone"])
         self.whitening = whitening or read_whitening(meta, tensors, device)
-        self.items = build_items(meta["items"], self.backbone, self.whitening, len(item_ids)).to(device)
+        # no text: vectors are made by `project`
+        white_0K = None if self.whitening is None else torch.zeros(0, self.whitening.map_EK.shape[1])
+        self.items = build_items(meta["items"], self.backbone.width, len(item_ids), white_0K).to(device)
         self.sequence = build_sequence(self.backbone, meta["items"]["kind"], meta.get("fading")).to(device).eval()
         self.items.load_state_dict(strip_prefix(tensors, "recommender.items."))
         self.sequence.load_state_dict(strip_prefix(tensors, "recommender.sequence."))
@@ -178,7 +174,7 @@ class LoadedRecommender:
 
         Raises ValueError for any other: its vectors come from `project`.
         """
-        if not isinstance(self.items, IdItems):
+        if self.meta["items"]["kind"] != "id":
             raise ValueError("this recommender keeps no item table: project the items' LLM embeddings")
         return self.turned(self.items.table())
 
@@ -233,30 +229,6 @@ def whitened(whitening: Whitening, llm_NE: Tensor, encoder_id: str) -> Tensor:
     if not bool(white_NK.isfinite().all()):
         raise ValueError("an LLM embedding is not finite: embed these items again")
     return white_NK
-
-
-def build_items(config: Mapping[str, Any], backbone: Backbone, whitening: Whitening | None, catalogue: int) -> Any:
-    """The item source that `config["kind"]` names, without its table of texts."""
-    if config["kind"] == "id":
-        return IdItems(catalogue + 1, backbone.width)
-    assert whitening is not None
-    width = whitening.map_EK.shape[1]
-    if config["kind"] == "shrunk":
-        return ShrunkItems(catalogue + 1, width, backbone.width)
-    if config["kind"] == "directions":
-        return DirectionItems(width, backbone.width)
-    if config["kind"] in ("table", "sides"):
-        return TableItems(catalogue + 1, backbone.width)
-    if config["kind"] == "mlp":
-        adapter = MlpAdapter(width, config["hidden"], backbone.width)
-        return TextItems(torch.zeros(0, width), adapter, unit=config.get("unit", False))
-    if config["kind"] == "residual":
-        adapter = MlpAdapter(width, config["hidden"], backbone.width)
-        return ResidualItems(torch.zeros(catalogue, width), adapter, backbone.width, unit=config.get("unit", False))
-    if config["kind"] == "llm_esr":
-        return DualItems(torch.zeros(catalogue, width), config["hidden"], backbone.width)
-    known = {name: config.get(name, False) for name in ("added", "unit")}
-    return NullSpaceItems(torch.zeros(catalogue, width), backbone.width, config["text_width"], **known)
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

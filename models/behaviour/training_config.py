@@ -25,7 +25,9 @@ class Training:
     windows: Literal["last", "all"] = "last"
     """Rows of a user: the last max_len events, or as many windows as cover the whole history."""
     learning_rate: float = 1e-3
+    """Learning rate of AdamW."""
     weight_decay: float = 0.0
+    """How strongly AdamW draws weights to zero."""
     loss: str = "sampled"
     """`full`: the softmax over all candidates. Over sampled negatives: `sampled`, a softmax with their correction; `gbce`,
     gSASRec's; `bce`, SASRec's own."""

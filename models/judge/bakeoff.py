@@ -83,7 +83,7 @@ def fixed(test: Ranks, valid: Ranks, seeds: int) -> Outcome:
     return one
 
 
-def compared(
+def compare_systems(
     found: Mapping[str, Outcome], slices_GC: Tensor, champion: str = CHAMPION, *, seed: int = 0
 ) -> tuple[dict[str, dict[str, dict[str, float]]], list[dict[str, Any]]]:
     """Values by model, slice and metric; and the champion's NDCG less every other model's, by slice, with 95 % intervals.

@@ -46,15 +46,19 @@ class Settings:
     cosine: float = 0.07
     """Temperature of the text systems' softmax."""
     whitened_width: int = 1536
+    """Directions kept by whitening, at most."""
     hidden: int = 256
+    """Hidden width of the adapters."""
     alpha: float = 0.01
-    """Share of RAT's alignment."""
+    """Weight of RAT's alignment loss."""
     temperature: float = 0.1
+    """Temperature of the alignment's InfoNCE."""
     prior: float = 5.0
     """Train events from which an item's teacher vector weighs a half in the alignment."""
     distil: float = 0.01
-    """LLM-ESR's distillation, and how many like users it looks at."""
+    """Weight of LLM-ESR's distillation."""
     like_users: int = 10
+    """Like users that a user learns from in it."""
     fusion: Fusion = field(default_factory=Fusion)
     """The champion's parts."""
     codes: Codes = field(default_factory=Codes)

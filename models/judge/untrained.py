@@ -126,10 +126,10 @@ def weigh(trial: Trial, encoders: Mapping[str, Tensor], seed: int = 0) -> Worth:
     """llm_NE of each encoder by name -> what they are worth, the first beside each of the others."""
     first, *others = encoders
     ndcg_C = {name: untrained_ndcg(trial, llm_NE) for name, llm_NE in encoders.items()}
-    return compared(trial, ndcg_C, [(first, other) for other in others], seed)
+    return compare_rankings(trial, ndcg_C, [(first, other) for other in others], seed)
 
 
-def compared(trial: Trial, ndcg_C: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], seed: int = 0) -> Worth:
+def compare_rankings(trial: Trial, ndcg_C: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], seed: int = 0) -> Worth:
     """ndcg_C by name -> means by slice, and the differences of the pairs whose names are both there and differ."""
     column, slices_SC = {name: number for number, name in enumerate(ndcg_C)}, trial.cases.slices_SC.cpu()
     found = bootstrap(torch.stack(list(ndcg_C.values()), dim=1), slices_SC, seed=seed)

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -120,17 +121,20 @@ def load_base(
     """A base model's name -> the model without its language head, its tokenizer, and its folder.
 
     `dtype` None takes what suits the device; `layers` 0 takes all layers. Raises
-    ValueError for a model that cannot be packed or a tokenizer that does not fit the weights.
+    ValueError for a model that cannot be packed, more layers than it has, or a tokenizer that does not fit the weights.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(worth_telling)
     register_attention()
     folder = base_folder(name)
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"base model {name!r} is an encoder-decoder: take a decoder or an encoder")
+    if layers > getattr(config, "num_hidden_layers", layers):
+        raise ValueError(f"base model {name!r} has {config.num_hidden_layers} layers, not {layers}: the others would be random")
     options: dict[str, Any] = {"num_hidden_layers": layers} if layers else {}
     if four_bit:
         options["quantization_config"] = four_bits()
@@ -149,6 +153,12 @@ def load_base(
             f"tokenizer of {name!r} has token {largest}, the weights have {rows} rows: take the model's own tokenizer"
         )
     return model.to(device) if not four_bit else model, tokenizer, folder
+
+
+def worth_telling(record: logging.LogRecord) -> bool:
+    """Whether a line of transformers' loading is news; weights in the files that nobody uses (layers above) are none."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or any(word in text for word in ("MISSING", "MISMATCH", "CONVERSION"))
 
 
 def four_bits() -> BitsAndBytesConfig:

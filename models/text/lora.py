@@ -21,8 +21,11 @@ class Lora:
     """LoRA weights (Hu et al. 2021): rank r, scale alpha / r, on every linear map of the model's layers."""
 
     r: int = 8
+    """Rank of the LoRA weights: more can learn more, and cost more."""
     alpha: int = 32
+    """What they add to the base is multiplied by alpha / r."""
     dropout: float = 0.1
+    """Share of what they read that is set to zero in a training step."""
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:

@@ -29,11 +29,13 @@ class Distilling:
     tokens: int = 100
     """Soft tokens before the prompt; 0 leaves the plain prompt."""
     steps: int = 200
+    """Steps of the training."""
     batch: int = 4
     """Users of a step."""
     learning_rate: float = 3e-3
+    """Learning rate of Adam."""
     temperature: float = 0.2
-    """Of the softmax over candidates' scores, which are mean log-probabilities of a token."""
+    """Temperature of the softmax over candidates' scores, which are mean log-probabilities of a token."""
     pick: float = 0.5
     """Share of the loss that is the recommender's own pick; the rest is what came next."""
 

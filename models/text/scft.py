@@ -7,6 +7,7 @@ Shapes: B items of a step, R rows (two views an item), E width, K clusters, P pa
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.checkpoint import adam_from, adam_state, read_checkpoint, write_checkpoint
 from models.processes import any_process, from_first, sum_gradients
 from models.text import fp8
 from models.text.base_model import layers_of
@@ -33,7 +35,6 @@ from models.text.moments import Moments
 from models.text.packing import to_device
 from models.text.prompts import Ints, Prompts, Texts, take
 from models.text.scft_batches import Batches, Drawn, Pairs, Partners, often
-from models.text.scft_checkpoint import read_checkpoint, write_checkpoint
 from models.text.scft_settings import Scft as Scft
 from models.text.view_retrieval import Validation, autocast_like_base, evaluating, hold_out_views, validate_together
 
@@ -294,15 +295,16 @@ class Trainer:
             return
         groups: dict[str, dict[Any, Tensor]] = {"lora": {**lora_state(self.encoder.model)}, "best": {**self.best}}
         groups |= {"scale": {"": self.scale.detach()}, "head": {n: value.detach() for n, value in enumerate(self.head)}}
-        groups |= {f"adam.{number}": state for number, state in self.optimizer.state_dict()["state"].items()}
+        groups["adam"] = adam_state(self.optimizer.state_dict()["state"])
         if self.moments:
             groups["moments"] = self.moments.state()
         known = {"losses": self.losses, "history": self.history, "best_step": self.best_step, "tokens": self.tokens_done}
-        write_checkpoint(path, groups, known)
+        write_checkpoint(path, groups, {"known": json.dumps(known)})
 
     def load(self, content: bytes) -> None:
         """Restores a checkpoint file's content: the next step runs as if training had never stopped."""
-        groups, known = read_checkpoint(content)
+        groups, texts = read_checkpoint(content)
+        known = json.loads(texts["known"])
         self.losses, self.history = known["losses"], known["history"]
         self.best_step, self.tokens_done = known["best_step"], known["tokens"]
         self.best = groups["best"]
@@ -313,11 +315,8 @@ class Trainer:
                 value.copy_(groups["head"][str(number)])
         if self.moments:
             self.moments.load(groups["moments"])
-        adam: dict[int, dict[str, Tensor]] = {}
-        for name, value in groups.get("adam", {}).items():
-            place, _, key = name.partition(".")
-            adam.setdefault(int(place), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
+        state = adam_from(groups.get("adam", {}))
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
 def speedometer(trainer: Trainer) -> Callable[[], float]:

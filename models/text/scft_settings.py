@@ -16,12 +16,15 @@ class Scft:
     ratio: float = 0.4
     """Share of an item's attributes that a view drops, on average; never all."""
     temperature: float = 0.05
+    """Temperature of the loss's softmax over cosines: a lower one looks more at the items that are hardest to tell apart."""
     learn_temperature: bool = False
     """Trains the temperature too, from `temperature` on."""
     learning_rate: float = 2e-4
+    """Learning rate of AdamW, at its highest."""
     warm_up: float = 0.05
     """Share of the steps over which the learning rate rises; then it falls along a cosine to a tenth."""
     weight_decay: float = 0.01
+    """How strongly AdamW draws weights to zero."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     tokens: int = 0
@@ -31,6 +34,7 @@ class Scft:
     fp8: bool = False
     """Multiplies with the frozen weights in 8 bits (NVIDIA GPUs of compute capability 8.9 or later). The gates judge without."""
     validate_every: int = 250
+    """Steps between validations (and checkpoints)."""
     patience: int = 4
     """Validations without a better rank before training stops."""
     validation_items: int = 1000

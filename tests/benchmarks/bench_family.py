@@ -151,7 +151,7 @@ def run_bakeoff(arguments: argparse.Namespace) -> dict[str, Any]:
     floors = bakeoff.held(lambda _: None, [], arguments.seeds, test, valid,  # type: ignore[arg-type,return-value]
                           None if floor_VD is None else floor_VD.to(arguments.device))  # fmt: skip
     found = floors | kept(arguments)
-    values, differences = bakeoff.compared(found, test.slices_SC)
+    values, differences = bakeoff.compare_systems(found, test.slices_SC)
     models = bakeoff.rows(found, values)
     print("\n".join(bakeoff.table(models, values, differences, "fused")), file=sys.stderr, flush=True)
     return {

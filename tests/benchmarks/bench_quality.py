@@ -39,8 +39,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.behaviour.data import Histories, held_out, inputs_before, neighbours, train_counts, without_items
-from models.behaviour.items import IdItems, MlpAdapter, NullSpaceItems, ResidualItems, TextItems
-from models.behaviour.llm_esr import Distiller, DualItems, like_users
+from models.behaviour.item_sources import build_items
+from models.behaviour.items import IdItems
+from models.behaviour.llm_esr import Distiller, like_users
 from models.behaviour.recommender import Backbone, Recommender, build_sequence
 from models.behaviour.training import Aligner, Training, train
 from models.behaviour.whitening import fit_whitening
@@ -331,12 +332,8 @@ def embeddings(arguments: argparse.Namespace, name: str) -> Tensor:
 
 def item_source(model: Model, white_NK: Tensor, width: int) -> Any:
     """Item vectors from whitened text."""
-    if model.items == "null_space":
-        return NullSpaceItems(white_NK, width, width // 2)
-    if model.items == "llm_esr":
-        return DualItems(white_NK, model.hidden, width)
-    adapter = MlpAdapter(white_NK.shape[1], model.hidden, width)
-    return ResidualItems(white_NK, adapter, width, DROP) if model.items == "residual" else TextItems(white_NK, adapter)
+    config = {"kind": model.items, "hidden": model.hidden, "text_width": width // 2, "added": True}
+    return build_items(config, width, len(white_NK), white_NK, DROP)
 
 
 # ------------------------------------------------------------------------------------------------------------- neighbours

@@ -33,7 +33,8 @@ from models.behaviour.data import (
     targets,
     train_counts,
 )
-from models.behaviour.items import IdItems, MlpAdapter, NullSpaceItems, TextItems
+from models.behaviour.item_sources import build_items
+from models.behaviour.items import IdItems
 from models.behaviour.progress import Trained
 from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
 from models.behaviour.training import Aligner, Training, train
@@ -124,9 +125,8 @@ def llm_items(arguments: argparse.Namespace, backbone: Backbone, device: str) ->
     ).to(device)
     whitening = fit_whitening(llm_NE, arguments.whiten)
     white_NK = whitening(llm_NE)
-    if arguments.adapter == "null_space":
-        return NullSpaceItems(white_NK, backbone.width, arguments.text_width), whitening.explained
-    return TextItems(white_NK, MlpAdapter(white_NK.shape[1], arguments.hidden, backbone.width)), whitening.explained
+    config = {"kind": arguments.adapter, "hidden": arguments.hidden, "text_width": arguments.text_width, "added": True}
+    return build_items(config, backbone.width, len(white_NK), white_NK), whitening.explained
 
 
 def parse() -> argparse.Namespace:

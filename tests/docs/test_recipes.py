@@ -6,7 +6,7 @@ import importlib
 import tomllib
 import typing
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[2]
 def known_keys(config: Any, prefix: str = "") -> Iterator[str]:
     """Keys of a config by its types, as the command line builds it."""
     hints = typing.get_type_hints(config)
-    for field in fields(config):
-        if field.name == "run":
+    for known in fields(config):
+        if known.name == "run":
             continue
-        kind = hints[field.name]
+        kind = hints[known.name]
         if is_dataclass(kind):
-            yield from known_keys(kind, f"{prefix}{field.name}.")
+            yield from known_keys(kind, f"{prefix}{known.name}.")
         else:
-            yield f"{prefix}{field.name}"
+            yield f"{prefix}{known.name}"
 
 
 def test_the_reference_is_what_the_generator_writes(generate: ModuleType) -> None:
@@ -58,10 +58,28 @@ def test_the_keys_to_set_first_exist_stand_first_and_are_marked(generate: Module
         assert f"| `{key}` | **first** |" in rest
 
 
-def test_every_key_to_set_first_has_a_meaning(generate: ModuleType) -> None:
-    for name in generate.FIRST:
-        table, _, key = name.partition(".")
-        assert next(found.text for found in generate.keys(table) if found.name == key), f"{name}: write a text under its field"
+@dataclass(frozen=True, kw_only=True)
+class Nested:
+    """Part of a configuration."""
+
+    told: int = 1
+    """How many."""
+    riddle: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent:
+    """A configuration of which one key has no text."""
+
+    nested: Nested = field(default_factory=Nested)
+    plain: str = ""
+    """What it says."""
+
+
+def test_a_key_without_a_text_is_refused_by_name(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "config_of", lambda table: Silent)
+    with pytest.raises(ValueError, match=r"mean: scft\.nested\.riddle; write"):
+        generate.keys("scft")
 
 
 def test_how_long_a_model_trains_is_no_matter_for_experts_alone(generate: ModuleType) -> None:

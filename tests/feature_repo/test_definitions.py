@@ -54,12 +54,16 @@ def test_history_is_what_was_true_at_each_moment(tmp_path: Path, monkeypatch: py
     assert found["sequence"].tolist() == [1, 1, 2, 3]
 
 
-def test_every_definition_says_what_it_is_and_whose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMEMB_OWNER", "search@example.com")
+@pytest.mark.parametrize(("given", "owner"), [("search@example.com", "search@example.com"), ("", "llmemb"), (None, "llmemb")])
+def test_every_definition_says_what_it_is_and_whose(monkeypatch: pytest.MonkeyPatch, given: str | None, owner: str) -> None:
+    if given is None:
+        monkeypatch.delenv("LLMEMB_OWNER", raising=False)
+    else:
+        monkeypatch.setenv("LLMEMB_OWNER", given)
     for found in feature_definitions.define("offline"):
         assert found.tags["system"] == "llmemb", found.name
         if not isinstance(found, Permission):
-            assert found.description and found.owner == "search@example.com", found.name
+            assert found.description and found.owner == owner, found.name
         if isinstance(found, FeatureView):
             keys = {column.name for column in found.entity_columns}
             assert found.tags["written_by"] and all(field.description for field in found.schema if field.name not in keys)

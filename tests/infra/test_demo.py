@@ -89,7 +89,7 @@ def printed(demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             carried = [{"llmemb": 0.3, "text": 0.2}] * 10
             with contextlib.redirect_stderr(sys.stdout):
                 logs.start("recommend", demo.DS)
-                recommend.tell(SimpleNamespace(recent=recent, titles=[*titles, *more], scores=[0.5] * 10, carried=carried))  # type: ignore[arg-type]
+                recommend.log_result(SimpleNamespace(recent=recent, titles=[*titles, *more], scores=[0.5] * 10, carried=carried))  # type: ignore[arg-type]
         return {}, 1.0
 
     monkeypatch.setattr(demo, "job", job)
@@ -127,8 +127,8 @@ def test_the_end_of_the_demo_tells_item_users_figures_times_and_the_report(
     assert "  item 50: [+0.2500, -0.1250, …]" in told
     assert any(line.endswith("equal to the lake's; a read takes 7.0 ms") for line in told)
     assert f"  report: {demo.DEMO / 'report.html'}" in told
-    assert f"  {'':<20} {'movielens':<12}    12.3 s" in told
-    assert f"  {'rat_training':<20} {'rat':<12}    56.8 s" in told
+    assert f"  {'':<20} {'movielens':<15}    12.3 s" in told
+    assert f"  {'rat_training':<20} {'rat':<15}    56.8 s" in told
     assert re.fullmatch(r"  all +\d+\.\d s", told[-1])
 
 

@@ -166,7 +166,7 @@ def test_a_night_that_is_refused_leaves_what_arrived_where_it_serves(
     arrive(lake, ["new"], {})
     bring(lake, arriving=True)
     with monkeypatch.context() as once, pytest.raises(Refused, match="too many changed"):
-        once.setattr(publish, "compared", refusing)
+        once.setattr(publish, "check_compatibility", refusing)
         bring(lake)
     assert look(lake).compared == 41
 

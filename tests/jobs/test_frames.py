@@ -78,6 +78,14 @@ def test_the_notebook_is_shipped_without_outputs(notebook: nbformat.NotebookNode
         (ITEMS, EVENTS.assign(timestamp=""), "1 of 1 values of timestamp are missing"),
         (ITEMS, EVENTS.assign(timestamp="soon"), "timestamp has 'soon', which is no date.*2026-01-31 12:00:00"),
         (ITEMS, EVENTS.assign(datetime="soon").drop(columns="timestamp"), "datetime has 'soon'"),
+        (
+            pd.concat([ITEMS, ITEMS.assign(item_id=None)]),
+            EVENTS,
+            r"items: 1 of 2 values of item_id are missing: .*items\.dropna\(subset=\['item_id'\]\)",
+        ),
+        (ITEMS.assign(item_id=float("nan")), EVENTS, "items: 1 of 1 values of item_id are missing"),
+        (ITEMS, EVENTS.assign(item_id=pd.NA), "events: 1 of 1 values of item_id are missing"),
+        (ITEMS, EVENTS.assign(user_id=None), r"1 of 1 values of user_id .*events\.dropna\(subset=\['user_id'\]\)"),
     ],
 )
 def test_what_is_missing_is_named(items: pd.DataFrame, events: pd.DataFrame, says: str) -> None:
@@ -90,6 +98,19 @@ def test_what_is_missing_is_named(items: pd.DataFrame, events: pd.DataFrame, say
 )
 def test_dates_texts_and_seconds_are_one_time(times: object) -> None:
     assert frames.as_seconds(pd.Series(times)).tolist() == [1767312000]
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ([7, 12], ["7", "12"]),
+        (pd.Series([7, None, 12]).dropna(), ["7", "12"]),  # floats by now
+        ([7.5, 12.0], ["7.5", "12.0"]),
+        (["007", "a"], ["007", "a"]),
+    ],
+)
+def test_an_id_is_one_text_whether_pandas_made_a_float_of_it_or_not(given: object, texts: list[str]) -> None:
+    assert frames.as_ids(pd.DataFrame({"item_id": given}), "events", "item_id").tolist() == texts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,8 +63,10 @@ def test_libraries_are_heard_from_warnings_on(monkeypatch: pytest.MonkeyPatch, c
     logs.start()
     logging.getLogger("some.library").info("chat")
     logging.getLogger("some.library").warning("look out")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("pip install kernels")
     told = capsys.readouterr().err
     assert "chat" not in told
+    assert "kernels" not in told
     assert "look out" in told
 
 

@@ -106,6 +106,9 @@ def test_every_job_reads_the_starter_and_it_is_safe() -> None:
     run = build(Run, {"ds": "2026-01-01", **recipe["run"]}, "run")
     for job in ("extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup", "collect"):
         build(importlib.import_module(f"jobs.{job}").Config, {"run": run, **values_of(recipe, job)}, job)
-    assert "promote" not in recipe  # nobody approves by default
-    assert recipe["collect"]["grace_days"] > 0
-    assert len(new.STARTER.read_text().splitlines()) <= 22
+    assert recipe["promote"] == {"always_ask": True}  # nobody approves by default
+    assert recipe["scft"]["training"]["steps"] == 0  # thousands take hours on a laptop
+    days = {key: value for key, value in new.flat(recipe).items() if "days" in key}
+    assert days["collect.grace_days"] > 0 and all(value > 0 for value in days.values())
+    assert len(new.flat(recipe)) <= 20
+    assert all(len(line) <= 130 for line in new.STARTER.read_text().splitlines())

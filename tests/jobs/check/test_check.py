@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.__main__ import main
-from jobs.check import found, tables
+from jobs.check import all_findings, tables
 from jobs.recipe import load_recipe
 
 
@@ -46,7 +46,7 @@ def events(folder: Path, ids: list[str], second: int = 1_700_000_000) -> None:
 
 
 def levels(recipe: Path, *settings: str) -> dict[str, tuple[str, str]]:
-    return {one.what: (one.level, one.text) for one in found(load_recipe(recipe, settings))}
+    return {one.what: (one.level, one.text) for one in all_findings(load_recipe(recipe, settings))}
 
 
 def test_a_recipe_that_will_run_has_nothing_wrong_and_nothing_is_written(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,24 +92,24 @@ def test_what_would_fail_later_is_wrong_now(shop: Path, setting: str, what: str,
 
     if "cuda" in setting and torch.cuda.is_available():
         pytest.skip("a machine with a GPU has that device")
-    wrong = [one for one in found(load_recipe(shop, [setting])) if one.level == "wrong"]
+    wrong = [one for one in all_findings(load_recipe(shop, [setting])) if one.level == "wrong"]
     assert [(one.what, says in one.text) for one in wrong] == [(what, True)]
 
 
 @pytest.mark.parametrize("setting", ["extract.interactions.unit=seconds", "extract.items.attributes=title"])
 def test_a_job_is_not_valid_and_wrong_at_once(shop: Path, setting: str) -> None:
-    told = {one.level: one.text for one in found(load_recipe(shop, [setting])) if one.what == "recipe"}
+    told = {one.level: one.text for one in all_findings(load_recipe(shop, [setting])) if one.what == "recipe"}
     assert "extract" in told["wrong"]
     assert told["ok"] == "the tables of these jobs are valid: scft"
     alone = {"extract": load_recipe(shop, [setting])["extract"]}
-    assert [one.level for one in found({**alone, "run": {"lake": str(shop.parent / "lake")}}) if one.what == "recipe"] == [
+    assert [one.level for one in all_findings({**alone, "run": {"lake": str(shop.parent / "lake")}}) if one.what == "recipe"] == [
         "wrong"
     ]
 
 
 def test_one_bad_table_hides_nothing_of_the_other(shop: Path) -> None:
     events(shop.parent, [f"sku{number}" for number in range(20)], 1_700_000_000_000)
-    wrong = [one for one in found(load_recipe(shop, ['extract.items.attributes=["brand"]'])) if one.level == "wrong"]
+    wrong = [one for one in all_findings(load_recipe(shop, ['extract.items.attributes=["brand"]'])) if one.level == "wrong"]
     assert [one.what for one in wrong] == ["items", "unit of time"]
     assert "no column 'brand'" in wrong[0].text
     without = {name: value for name, value in load_recipe(shop)["extract"].items() if name != "items"}
@@ -118,7 +118,7 @@ def test_one_bad_table_hides_nothing_of_the_other(shop: Path) -> None:
 
 def test_settings_of_the_demo_are_shown(shop: Path) -> None:
     demo = load_recipe(shop, ["collect.grace_days=0", "promote.approved_by=me"])
-    assert [one.level for one in found(demo) if one.what == "safety"] == ["look", "look"]
+    assert [one.level for one in all_findings(demo) if one.what == "safety"] == ["look", "look"]
 
 
 def test_something_wrong_ends_with_2(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

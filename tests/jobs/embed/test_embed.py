@@ -25,6 +25,7 @@ from jobs import embed
 from jobs.embed import parts
 from jobs.engines import registry
 from jobs.lake import artifacts, partitions
+from jobs.lake import parts as finished_parts
 from jobs.lake.items import bury, content_hash
 from jobs.lake.tables import llm_embeddings
 from jobs.run import InputError, Run, as_json
@@ -374,7 +375,7 @@ def test_a_full_disk_is_said_and_finished_parts_stay(config: embed.Config, monke
         written(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts.pq, "write_table", full)
+        patch.setattr(finished_parts.pq, "write_table", full)
         with pytest.raises(InputError, match="make room and run again"):
             embed.run(config)
     assert embed.run(config).resumed == 16

@@ -215,6 +215,23 @@ def test_a_slice_that_cant_tell_waits_for_a_person_who_then_answers_for_it(
     assert judge(run) == dataclasses.replace(approved, approved_by="")  # decided is decided
 
 
+def test_where_a_person_is_always_asked_nothing_is_promoted_by_itself_and_a_loss_stays_refused(tmp_path: Path) -> None:
+    run = fresh(tmp_path)
+    first = crowned(run)
+    good, bad = kept(run, 1), kept(run, 2)
+    evaluated(run, good, first.name)
+    result = judge(run, always_ask=True)
+    assert result.decision == "undecided"
+    assert [reason.gate for reason in result.reasons if reason.verdict != "passed"] == ["a person's yes"]
+    assert aliases(run) == {"champion": first.name, "challenger": good.name}
+    assert judge(run, always_ask=True, approved_by="Ada").decision == "promoted"
+    assert judge(run, always_ask=True).decision == "promoted", "who is champion already is not asked about again"
+    evaluated(run, bad, good.name, reference_id=first.name, overall=WORSE)
+    with pytest.raises(Refused, match="not worse on overall"):
+        judge(run, always_ask=True, approved_by="Ada")
+    assert aliases(run)["champion"] == good.name
+
+
 def test_the_margin_is_a_share_of_the_champions_value(tmp_path: Path) -> None:
     run = fresh(tmp_path)
     first, second = crowned(run), kept(run, 1)

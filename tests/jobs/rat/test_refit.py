@@ -158,7 +158,7 @@ def test_the_same_events_make_the_same_recommender(run: Run, tmp_path: Path) -> 
 
 def test_a_loss_far_above_the_judged_one_is_refused_and_the_judged_one_serves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = promoted(run)
-    monkeypatch.setattr(refit, "compared", lambda *given: ((), 1.31))
+    monkeypatch.setattr(refit, "compare_losses", lambda *given: ((), 1.31))
     with pytest.raises(Refused, match=r"1\.310 times the judged training's.*rat\.refit_loss = 1\.2"):
         again(run, refit_loss=0.2)
     champion = registry.champion(run)

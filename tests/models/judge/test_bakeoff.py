@@ -87,7 +87,7 @@ def test_what_no_seed_changes_is_the_same_with_every_seed(found: dict[str, Outco
 
 def test_the_table_holds_every_model_and_the_champion_s_lead_over_each(found: dict[str, Outcome]) -> None:
     slices_GC = cases()[0].slices_SC
-    values, differences = bakeoff.compared(found, slices_GC)
+    values, differences = bakeoff.compare_systems(found, slices_GC)
     assert set(values) == set(found)
     assert {row["against"] for row in differences} == set(found) - {"fused"}
     overall = {row["against"]: row for row in differences if row["slice"] == "overall"}
@@ -102,7 +102,7 @@ def test_the_table_holds_every_model_and_the_champion_s_lead_over_each(found: di
 def test_weak_users_are_routed_and_the_ends_are_the_two_models(found: dict[str, Outcome]) -> None:
     told = bakeoff.routing(found, *cases(), ("text", "fused", "absent"))
     assert set(told["routes"]) == {"text"} and told["without_validation"] == 0
-    values, _ = bakeoff.compared(found, cases()[0].slices_SC)
+    values, _ = bakeoff.compare_systems(found, cases()[0].slices_SC)
     for row in told["routes"]["text"]:
         if row["share"] in (0.0, 1.0):
             end = values["fused" if row["share"] == 0 else "text"]["overall"]["ndcg@10"]
@@ -120,7 +120,7 @@ def test_equal_models_differ_by_nothing_and_a_sure_lead_is_told() -> None:
     slices_GC[SLICES.index("overall")] = True
     slices_GC[SLICES.index("cold"), :5] = True
     models = {"fused": outcome(ndcg_C, ndcg_C), "twin": outcome(ndcg_C, ndcg_C), "worse": outcome(ndcg_C - 0.1, ndcg_C - 0.1)}
-    values, differences = bakeoff.compared(models, slices_GC)
+    values, differences = bakeoff.compare_systems(models, slices_GC)
     rows = {(row["against"], row["slice"]): row for row in differences}
     assert (rows["twin", "overall"]["low"], rows["twin", "overall"]["high"]) == (0, 0)
     assert rows["worse", "overall"]["low"] == pytest.approx(0.1, abs=1e-4)
@@ -137,7 +137,7 @@ def test_seeds_are_part_of_the_noise() -> None:
     shaky = {"fused": outcome(ndcg_C, ndcg_C), "other": outcome(ndcg_C + 0.05, ndcg_C - 0.07)}
     spans = []
     for models in (steady, shaky):
-        row = bakeoff.compared(models, slices_GC)[1][0]
+        row = bakeoff.compare_systems(models, slices_GC)[1][0]
         spans.append(row["high"] - row["low"])
     assert spans[1] > 0.05 > spans[0]
 
@@ -146,7 +146,7 @@ def test_unknown_names_are_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"bakeoff.systems names 'best': there are id_only, text"):
         bakeoff.held(kit, ("best",), (0,), *cases(), None)
     with pytest.raises(ValueError, match=r"bakeoff.champion 'best' is none of the systems that were made: fused"):
-        bakeoff.compared({"fused": outcome(torch.zeros(3))}, torch.ones(len(SLICES), 3, dtype=torch.bool), "best")
+        bakeoff.compare_systems({"fused": outcome(torch.zeros(3))}, torch.ones(len(SLICES), 3, dtype=torch.bool), "best")
 
 
 def test_a_book_with_more_entries_than_items_is_refused_by_count() -> None:

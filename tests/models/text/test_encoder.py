@@ -168,6 +168,23 @@ def test_fewer_layers_are_the_lower_ones(base: Path) -> None:
     assert len(layers_of(model)) == 1
 
 
+def test_layers_that_are_left_out_are_no_news_and_weights_that_are_missing_are(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_base(str(base), device=CPU, dtype=torch.float32, layers=1)
+    assert "LOAD REPORT" not in caplog.text
+    weights = load_file(base / "model.safetensors")
+    del weights["norm.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    load_base(str(base), device=CPU, dtype=torch.float32)
+    assert "LOAD REPORT" in caplog.text and "MISSING" in caplog.text
+
+
+def test_more_layers_than_the_base_has_are_refused_instead_of_made_up(base: Path) -> None:
+    with pytest.raises(ValueError, match="has 2 layers, not 3: the others would be random"):
+        load_base(str(base), device=CPU, dtype=torch.float32, layers=3)
+
+
 def test_embeddings_come_in_the_order_of_the_prompts_and_out_of_memory_halves_the_step(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,154 @@
+"""What only a container engine could run is held by a schema and rules: Compose."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.infra.documents import COMPOSE, INFRA, KUBERNETES, ONCE, ROOT, SECRET, SERVICES, last, pinned, variables
+
+
+def test_compose_is_what_the_compose_specification_says() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(INFRA / "compose.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_has_every_part_that_a_cluster_has() -> None:
+    airflow = {f"airflow-{part}" for part in ("init", "api-server", "scheduler", "dag-processor", "triggerer")}
+    assert (
+        airflow | {"serving", "mlflow", "redis", "postgres", "object-storage", "spark-master", "spark-worker"} <= SERVICES.keys()
+    )
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_pinned_and_has_no_right_that_it_does_not_need(name: str) -> None:
+    service = SERVICES[name]
+    assert pinned(service["image"]), service["image"]
+    assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"] and not service.get("privileged")
+    # a fresh volume is root's: one service gives it away, without a network, and ends
+    assert re.match(r"[1-9]\d*:[1-9]\d*$", service.get("user", "")) or name == "object-storage-init"
+    assert set(service.get("cap_add", [])) <= ({"CHOWN", "DAC_OVERRIDE"} if name == "object-storage-init" else set())
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), "nobody outside this machine"
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES.keys() - ONCE))
+def test_a_service_that_stays_is_asked_for_its_health(name: str) -> None:
+    service = SERVICES[name]
+    of_image = last(service["build"]["target"], "HEALTHCHECK") if "build" in service else None
+    assert service.get("healthcheck", {}).get("test") or of_image
+    assert service["restart"] == "unless-stopped" and service["deploy"]["resources"]["limits"]["memory"]
+
+
+def test_a_service_waits_for_what_it_needs() -> None:
+    for service in SERVICES.values():
+        for needed, how in service.get("depends_on", {}).items():
+            assert how["condition"] == ("service_completed_successfully" if needed in ONCE else "service_healthy")
+
+
+def test_compose_takes_every_secret_from_outside_and_names_them_all() -> None:
+    for name, service in SERVICES.items():
+        for variable, value in service.get("environment", {}).items():
+            if SECRET.search(variable):
+                assert re.match(r"\$\{[A-Z0-9_]+(:\?[^}]*)?\}$", value), f"{name}: {variable}"
+    assert not re.search(r"://\w+:[^$@/\s]+@", COMPOSE), "an address with a password"
+    named = re.search(r"with\n#\s+([A-Z0-9_ ]+)\n", COMPOSE)
+    assert named
+    wanted = set(re.findall(r"(?<!\$)\$\{([A-Z0-9_]+)(?!\w*:-)", COMPOSE))
+    assert set(named[1].split()) == wanted
+    assert all(f"${{{name}:?" in COMPOSE for name in wanted), "a secret that is missing is told, not taken for empty"
+
+
+def test_spark_in_compose_is_local_or_the_cluster_beside_it() -> None:
+    folder = SERVICES["airflow-scheduler"]["environment"]["SPARK_CONF_DIR"]
+    assert folder.replace("${SPARK:-local}", "standalone") == SERVICES["spark-worker"]["environment"]["SPARK_CONF_DIR"]
+    settings = (INFRA / "spark" / "standalone" / "spark-defaults.conf").read_text()
+    assert re.search(r"^spark\.master\s+spark://spark-master:7077$", settings, re.M)
+    assert re.search(r"^spark\.master\.rest\.enabled\s+false$", settings, re.M), "its other door asks nobody for a secret"
+    assert "7077" in SERVICES["spark-master"]["command"] and "spark://spark-master:7077" in SERVICES["spark-worker"]["command"]
+
+
+SPARK_RUNS = ("airflow-scheduler", "spark-master", "spark-worker")
+
+
+@pytest.mark.parametrize("name", SPARK_RUNS)
+def test_spark_may_load_its_codecs_and_has_a_secret_that_is_no_argument(name: str) -> None:
+    service = SERVICES[name]
+    assert "/tmp:exec" in service["tmpfs"], "Docker's tmpfs is noexec: zstd and snappy would not load"
+    assert service["command"][:2] == ["sh", "/opt/llmemb/infra/spark/secret.sh"]
+    assert service["environment"]["SPARK_SECRET"].startswith("${SPARK_SECRET")
+
+
+def test_spark_s_health_is_asked_at_its_own_ports() -> None:
+    for name, port in (("spark-master", 7077), ("spark-worker", 8081)):
+        assert f", {port})" in SERVICES[name]["healthcheck"]["test"][-1], name
+    assert SERVICES["spark-worker"]["command"][-3:-1] == ["--webui-port", "8081"]
+
+
+@pytest.mark.parametrize("crypto", [True, False])
+def test_spark_s_secret_is_written_where_its_owner_alone_reads(crypto: bool, tmp_path: Path) -> None:
+    settings = tmp_path / "conf"
+    settings.mkdir()
+    shipped = (INFRA / "spark" / "standalone" / "spark-defaults.conf").read_text()
+    (settings / "spark-defaults.conf").write_text(shipped if crypto else "spark.ui.enabled false\n")
+    command = ["sh", str(INFRA / "spark" / "secret.sh"), "sh", "-c", 'echo "$SPARK_CONF_DIR ${SPARK_SECRET:-gone}"']
+    given = os.environ | {"SPARK_CONF_DIR": str(settings), "TMPDIR": str(tmp_path), "SPARK_SECRET": "a long text"}
+    for _ in range(2):  # a container that starts again
+        done = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
+    folder, left = done.stdout.split()
+    assert left == "gone" and folder == str(tmp_path / "spark-conf" if crypto else settings)
+    if crypto:
+        file = Path(folder) / "spark-defaults.conf"
+        assert file.stat().st_mode & 0o077 == 0 and file.read_text().count("spark.authenticate.secret a long text") == 1
+        del given["SPARK_SECRET"]
+        refused = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+        assert refused.returncode and "SPARK_SECRET: set it" in refused.stderr
+
+
+def test_mlflow_s_server_runs_no_jobs_that_its_memory_has_no_room_for() -> None:
+    assert SERVICES["mlflow"]["environment"]["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert variables(KUBERNETES / "mlflow.env")["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_mlflow_s_page_knows_the_name_under_which_its_port_is_published() -> None:
+    command = SERVICES["mlflow"]["command"]
+    assert {"mlflow:5000", "localhost:5000"} <= set(command[command.index("--allowed-hosts") + 1].split(","))
+    assert SERVICES["mlflow"]["ports"] == ["127.0.0.1:5000:5000"]
+
+
+def test_a_recipe_of_one_s_own_runs_in_compose() -> None:
+    assert SERVICES["airflow-scheduler"]["environment"]["LLMEMB_RECIPE"] == "/recipes/${RECIPE:-prod.toml}"
+    assert "${RECIPES:-../jobs/recipes}:/recipes:ro" in SERVICES["airflow-scheduler"]["volumes"]
+    made = {}
+    for target in ("up", "night"):
+        words = ["make", "-n", target, "RECIPE=shop/mine.toml", "DS=2026-01-31", "IN=compose", "SPARK=standalone"]
+        made[target] = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert f'RECIPES="{ROOT}/shop" RECIPE="mine.toml" SPARK="standalone" docker compose' in made[target]
+    assert "infra/first_secrets.py infra/.env" in made["up"] and "--profile spark up" in made["up"]
+    assert 'python -m jobs night --recipe "/recipes/mine.toml" --ds "2026-01-31"' in made["night"]
+
+
+def test_the_first_secrets_are_all_that_compose_asks_for_and_stay(tmp_path: Path) -> None:
+    target = tmp_path / ".env"
+    target.write_text("S3_PASSWORD=mine")
+    for _ in range(2):
+        subprocess.run([sys.executable, str(INFRA / "first_secrets.py"), str(target)], check=True, capture_output=True)
+    found = variables(target)
+    assert found.keys() == set(re.findall(r"\$\{([A-Z0-9_]+):\?", COMPOSE)) and found["S3_PASSWORD"] == "mine"
+    assert all(re.fullmatch(r"[0-9a-f]{48}", value) for name, value in found.items() if name not in ("S3_PASSWORD", "FERNET_KEY"))
+    from cryptography.fernet import Fernet
+
+    Fernet(found["FERNET_KEY"])
+
+
+def test_every_volume_of_compose_is_declared() -> None:
+    declared = set(yaml.safe_load(COMPOSE)["volumes"])
+    used = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
+    assert {name for name in used if "/" not in name and not name.startswith("$")} == declared

@@ -1,0 +1,152 @@
+"""SCFT in several processes: the weights, validations and stops of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from models.processes import any_process, from_first
+from models.text import view_retrieval
+from models.text.embedding import embed, embed_together
+from models.text.encoder import Encoder
+from models.text.packing import Step
+from models.text.prompts import prompts
+from models.text.scft import Interrupted
+from tests.models import tiny
+from tests.models.text.test_scft import SMALL, tuned
+from tests.models.text.test_scft import base as base  # for pytest, which looks fixtures up here
+from tests.models.text.test_scft import own_cache as own_cache
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from tests.models.text import test_scft_processes
+dist.init_process_group("gloo")
+getattr(test_scft_processes, sys.argv[1])(*map(Path, sys.argv[2:]))
+dist.destroy_process_group()
+"""
+
+
+def in_two_processes(work: Callable[..., None], *paths: Path, port: int) -> None:
+    """Runs a function of this file in two processes that know each other; fails where one fails or they hang."""
+    known = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": str(Path(__file__).parents[3])}  # fmt: skip
+    command = [sys.executable, "-c", WORKER, work.__name__, *map(str, paths)]
+    workers = [subprocess.Popen(command, env={**os.environ, **known, "RANK": str(rank)}) for rank in range(2)]
+    try:
+        assert [worker.wait(timeout=250) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def keep_weights(base: Path, file: Path) -> None:
+    result, _ = tuned(base, dropout=0.0)
+    if dist.get_rank() == 0:
+        save_file(result.lora, file)
+
+
+def test_two_processes_give_the_weights_of_one_at_the_same_global_batch(base: Path, tmp_path: Path, free_port: int) -> None:
+    whole, _ = tuned(base, dropout=0.0)
+    in_two_processes(keep_weights, base, tmp_path / "two.safetensors", port=free_port)
+    # a sum in another order turns the step of an entry whose gradient is next to nothing, so weights are compared whole
+    shared = load_file(tmp_path / "two.safetensors")
+    other = tuned(base, dataclasses.replace(SMALL, batch=4), dropout=0.0)[0].lora
+    for name, value in whole.lora.items():
+        assert float((shared[name] - value).norm() / value.norm()) < 0.02
+        assert "lora_B" not in name or float((other[name] - value).norm() / value.norm()) > 0.2
+
+
+def stop_in_one_and_resume(base: Path, file: Path) -> None:
+    """The second process alone is told to stop, after step 4; and it alone can't see the checkpoint afterwards."""
+    rank, steps = dist.get_rank(), iter(range(99))
+    with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
+        tuned(base, checkpoint=file, stop=lambda: next(steps) >= 3 and rank == 1)
+    dist.barrier()
+    resumed, logged = tuned(base, checkpoint=file.with_name("not there") if rank else file)
+    assert len(resumed.losses) == 6 and sum("loss" in metrics for metrics in logged) == 2
+
+
+def test_a_stop_that_reaches_one_process_stops_all_and_all_go_on_from_the_first_ones_checkpoint(
+    base: Path, tmp_path: Path, free_port: int
+) -> None:
+    in_two_processes(stop_in_one_and_resume, base, tmp_path / "state.safetensors", port=free_port)
+    assert (tmp_path / "state.safetensors").exists()
+
+
+def judge_differently(base: Path, folder: Path) -> None:
+    """In the second process every validation but the first looks worse, as it could on another kind of device."""
+    rank, seen = dist.get_rank(), [0]
+    plain, forward = view_retrieval.view_figures, Encoder.forward
+
+    def figures(*given: torch.Tensor) -> dict[str, float]:
+        seen.append(len(seen))
+        return {**plain(*given), "mrr": float(len(seen) if rank == 0 else -len(seen))}
+
+    rows = [0]
+
+    def counted(self: Encoder, step: Step) -> torch.Tensor:
+        rows[0] += 0 if self.training else len(step.length_B)
+        return forward(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view_retrieval, "view_figures", figures)
+        patch.setattr(Encoder, "forward", counted)
+        result, _ = tuned(base, dataclasses.replace(SMALL, steps=8, validate_every=1, patience=2))
+    facts = {"steps": result.steps, "best": result.best_step, "mrr": [entry["mrr"] for entry in result.history], "rows": rows[0]}
+    (folder / f"{rank}.json").write_text(json.dumps(facts))
+
+
+def test_processes_take_the_first_ones_validation_and_each_embeds_its_share(base: Path, tmp_path: Path, free_port: int) -> None:
+    in_two_processes(judge_differently, base, tmp_path, port=free_port)
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert (one["steps"], one["best"], one["mrr"]) == (other["steps"], other["best"], other["mrr"]) == (8, 8, one["mrr"])
+    # 9 validations of 8 + 8 + 20 prompts
+    assert one["rows"] == other["rows"] == 9 * 18
+
+
+def embed_some(base: Path, folder: Path) -> None:
+    encoder = tiny.encoder(base)
+    for count in (1, 7):
+        source = prompts(encoder.tokenize(tiny.items(count)), np.arange(count), encoder.limit)[0]
+        found, alone = embed_together(encoder, source), embed(encoder, source)
+        assert found is None if dist.get_rank() else np.allclose(found, alone, atol=1e-5)
+
+
+def test_processes_embed_prompts_together_in_their_order_however_few(base: Path, tmp_path: Path, free_port: int) -> None:
+    in_two_processes(embed_some, base, tmp_path, port=free_port)
+
+
+def fail_in_the_first(base: Path, folder: Path) -> None:
+    def fails() -> bytes:
+        raise OSError("no such disk")
+
+    with pytest.raises(RuntimeError if dist.get_rank() else OSError):
+        from_first(fails)
+    assert from_first(lambda: b"") == b""
+    assert any_process(dist.get_rank() == 1) and not any_process(False)
+
+
+def test_a_failure_of_the_first_process_fails_in_all_instead_of_hanging(base: Path, tmp_path: Path, free_port: int) -> None:
+    in_two_processes(fail_in_the_first, base, tmp_path, port=free_port)
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
