@@ -19,7 +19,7 @@ from jobs.recipe import JOBS
 ROOT = Path(__file__).parent.parent
 ROOMS = ("jobs", "models", "feature_repo", "dags", "infra")
 FILE_LINES, FUNCTION_LINES = 350, 40
-TEST_LINES = 480
+TEST_LINES = 520
 """Of a file of tests: past that it tests more than one thing, and parts by it."""
 LONG_YET: set[str] = set()
 """Files and functions that are still to be split; a test says when one need stand here no more."""
@@ -51,7 +51,7 @@ def test_no_file_has_more_than_350_lines_and_no_function_more_than_40() -> None:
     assert found >= LONG_YET, f"short by now, take them out of LONG_YET: {sorted(LONG_YET - found)}"
 
 
-def test_no_file_of_tests_has_more_than_480_lines() -> None:
+def test_no_file_of_tests_has_more_than_520_lines() -> None:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     found = [f"{path.relative_to(ROOT)}: {count}" for path in files if (count := len(path.read_text().splitlines())) > TEST_LINES]
     assert not found, f"part these by what they test: {found}"

@@ -59,3 +59,13 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(file, {"model": {"items.weight": torch.zeros(4)}}, TEXTS)
     assert file.read_bytes() == before
+
+
+def test_who_reads_the_old_checkpoint_while_a_new_one_comes_reads_it_whole(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    write_checkpoint(file, GROUPS, TEXTS)
+    before = file.read_bytes()
+    with file.open("rb") as old:
+        write_checkpoint(file, {"model": {"items.weight": torch.zeros(99)}}, TEXTS)
+        assert old.read() == before
+    assert file.read_bytes() != before
