@@ -41,7 +41,7 @@ class InteractionSource:
     """The table of SRS logs."""
 
     table: str
-    """As for items; `{ds}` is the date here too."""
+    """As for items; `{ds}` is the date here too, and a table of that date that is not there yet is waited for (exit status 4)."""
     user_id: str = "user_id"
     """The column with the user's id."""
     item_id: str = "item_id"
