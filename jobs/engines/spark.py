@@ -207,9 +207,13 @@ def source(spark: SparkSession, table: str, key: str, columns: Sequence[str], *,
         rows = opened(spark, table, key)
         known = rows.columns
     except PySparkException as error:
-        if dated and (error.getCondition() or "").split(".")[0] in ABSENT:
+        absent = (error.getCondition() or "").split(".")[0] in ABSENT
+        if dated and absent and not AS_OF.fullmatch(table.strip()):  # a table that keeps its past is there on every date
             raise Unavailable(f"{key} = {table!r} is not there: has the upstream load run? ({first_line(error)})") from error
-        raise InputError(f"{key} = {table!r} cannot be read ({first_line(error)}): name a table or a Parquet path") from error
+        raise InputError(
+            f"{key} = {table!r} cannot be read ({first_line(error)}): name a table or a Parquet path; a part of a name with "
+            "dashes or blanks stands in backticks"
+        ) from error
     for column in columns:
         if column not in known:
             raise InputError(f"{key} = {table!r} has no column {column!r}; it has {', '.join(known)}")

@@ -302,12 +302,15 @@ def test_logs_that_are_not_there_yet_may_come_later(tmp_path: Path) -> None:
 def test_a_table_of_a_date_that_is_not_there_yet_may_come_later(tmp_path: Path, side: str) -> None:
     tables = {"items": item_table(tmp_path / "i.parquet", CATALOGUE), "interactions": event_table(tmp_path / "e.parquet", LOGS)}
     (tmp_path / f"empty-{DS}").mkdir()
-    for missing in (f"{tmp_path}/ds={{ds}}", f"{tmp_path}/empty-{{ds}}", "shop.of_{ds}"):
+    for missing in (f"{tmp_path}/ds={{ds}}", f"{tmp_path}/empty-{{ds}}", "shop.`of_{ds}`"):
         given = tables | {side: missing}
         with pytest.raises(Unavailable, match=rf"extract.{side}.table = .* is not there: has the upstream load run"):
             extract.run(config(tmp_path, given["items"], given["interactions"]))
     with pytest.raises(InputError, match="cannot be read"):  # one that has no date in its name comes no more
         given = tables | {side: f"{tmp_path}/nowhere"}
+        extract.run(config(tmp_path, given["items"], given["interactions"]))
+    with pytest.raises(InputError, match="dashes or blanks stands in backticks"):
+        given = tables | {side: "shop.of_{ds}"}
         extract.run(config(tmp_path, given["items"], given["interactions"]))
 
 
