@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import os
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from airflow.sdk import BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRescheduleException, AirflowSkipException
 from job_environment import environment_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 30
 """What a job gets to save its checkpoint when it is told to stop."""
+LONGEST_S = 600
+"""At most so long until a job that is busy or away is asked again."""
 
 log = logging.getLogger("airflow.task.job")
 
@@ -85,16 +88,40 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
 
 
 def judge(job: str, status: int | None, last: str, context: Any) -> None:
-    """What an exit status means (README): 2, 3 and 5 are final, 4 (busy or away) and all else is worth a retry.
+    """What an exit status means (README): 2, 3 and 5 are final, 4 (busy, away, not there yet) waits, all else is worth a retry.
 
-    A backfill must not turn serving back, so a `publish` that refuses its date as older than what serves (5) is skipped there.
+    What fills the lake must not turn serving back, so a `publish` that refuses its date as older than what serves (5) is skipped
+    there. Nor does a backfill wait: logs of an old date that are not there never come; a lease or store has the usual retries.
     """
     if status == 0:
         return
-    if status == 5 and context["dag_run"].run_type == "backfill":
+    if status == 5 and fills(context):
         raise AirflowSkipException(f"the lake is filled, what serves stays: {last}")
     if status in (2, 3, 5):
         raise AirflowFailException(last or f"{job} ended with status {status}")
-    # a lease that is held, a store or MLflow that is down: time heals it, and it is told as what it is
+    if status == 4 and context["dag_run"].run_type != "backfill":
+        wait(f"{job} is busy or away: {last}", context)
     what = "is busy or away" if status == 4 else f"ended with status {status}"
     raise AirflowException(f"{job} {what}: {last}")
+
+
+def fills(context: Any) -> bool:
+    """Whether a run fills a date of the lake, whatever serves by then: a backfill, or a night that late logs started."""
+    started_by = {asset.name for asset in context.get("triggering_asset_events") or ()}
+    return context["dag_run"].run_type == "backfill" or started_by == {"logs"}
+
+
+def wait(what: str, context: Any) -> None:
+    """Has the task asked again later, in LLMEMB_RETRY_S seconds, then after twice as long each time, up to ten minutes.
+
+    Logs that are not there yet, a lease that is held, a store or MLflow that is down: time heals it. A wait is none of the task's
+    tries and holds no slot. Raises AirflowRescheduleException; AirflowFailException once it has lasted LLMEMB_WAIT_HOURS.
+    """
+    now, hours = dt.datetime.now(dt.UTC), float(setting("WAIT_HOURS", "6"))
+    began = context["ti"].get_first_reschedule_date(context) or now
+    if now - began >= dt.timedelta(hours=hours):
+        raise AirflowFailException(f"{what} (still, after LLMEMB_WAIT_HOURS = {hours:g})")
+    asked = int(context.get("task_reschedule_count", 0))
+    seconds = min(float(setting("RETRY_S", "30")) * 2 ** min(asked, 20), LONGEST_S)
+    log.warning("%s: asked again in %.0f s, for up to %g h", what, seconds, hours)
+    raise AirflowRescheduleException(now + dt.timedelta(seconds=seconds))

@@ -11,10 +11,12 @@ DOC = """
 `pin` asks once who is champion, and whatever is promoted meanwhile waits for the next night. `extract` takes a snapshot, `embed`
 runs what changed through the champion's encoder, `project` bends it with the champion's adapter, `publish` brings the space
 online, `lookup` reads it back as a client would. `report` says how the night went, also after a failure; the run is green only
-where `lookup` is. After a promotion it runs at once, with the newest snapshot there is, however old the training is by then.
+where `lookup` is. After a promotion it runs at once, with the newest snapshot there is, however old the training is by then. Logs
+start it for their own date; where a newer one serves by then, the lake is filled and `publish` skipped.
 
 A night waits for the logs where LLMEMB_NIGHTLY_CRON is empty and the load that brings them updates the asset `logs`
-(`llmemb://logs`, the date as `ds` in its extra). By the clock, `extract` ends where a day isn't there (`extract.max_age_days`).
+(`llmemb://logs`, the date as `ds` in its extra). By the clock, `extract` asks again where a day isn't there
+(`extract.max_age_days`), after half a minute, then ever later up to ten minutes, for up to six hours (LLMEMB_WAIT_HOURS).
 
 Before the first champion there is nothing to serve: `pin` then says so. Run `scft_refresh` and `rat_training` first.
 A range of dates: `airflow backfill create --dag-id nightly_embeddings --from-date 2026-01-01 --to-date 2026-01-31`.
@@ -31,7 +33,7 @@ with job_dag(
 ):
     lookup = job_task("lookup", ds=PINNED, settings=told_by("publish"))
     (
-        job_task("pin", settings={"newest": "{{ (dag_run.run_type == 'asset_triggered') | toml }}"})
+        job_task("pin", settings={"newest": "{{ ('champion' in (triggering_asset_events | map(attribute='name'))) | toml }}"})
         >> job_task("extract", ds=PINNED, makes=asset("sequences"))
         >> job_task("embed", ds=PINNED, settings={"encoder": TOLD.format("encoder_id")}, shards=int(setting("SHARDS", "1")))
         >> job_task("project", ds=PINNED, settings={"recommender": TOLD.format("recommender_id")})

@@ -10,7 +10,6 @@ import dataclasses
 import datetime as dt
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -267,42 +266,6 @@ def remove_space(store: Store, space_id: str) -> int:
         store.renew()
         removed += remove_items(store, space_id, sorted(set(ids)))
     return removed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collected:
-    """What `collect` did."""
-
-    removed: dict[str, int]
-    """Rows of each space removed."""
-    waiting: dict[str, float]
-    """Hours that other spaces have left."""
-    kept: dict[str, Space]
-    """The serving space and the one before."""
-
-
-def collect(store: Store, reader: Reader, grace: dt.timedelta) -> Collected:
-    """Removes every space that neither serves nor is the one before, once `grace` has passed since that was first seen.
-
-    Half-staged spaces of a publisher that died go the same way. Raises Fenced.
-    """
-    pointer, now = current(reader), dt.datetime.now(dt.UTC)
-    kept = live(pointer) if pointer else {}
-    online, notes = store.spaces(), store.notes()
-    for space_id in set(notes) - (set(online) - set(kept)):
-        store.note(space_id, None)
-    removed: dict[str, int] = {}
-    waiting: dict[str, float] = {}
-    for space_id in sorted(set(online) - set(kept)):
-        since = dt.datetime.fromisoformat(notes.get(space_id, now.isoformat()))
-        if space_id not in notes:
-            store.note(space_id, now.isoformat())
-        if now - since >= grace:
-            removed[space_id] = remove_space(store, space_id)
-            store.note(space_id, None)
-        else:
-            waiting[space_id] = round((grace - (now - since)).total_seconds() / 3600, 2)
-    return Collected(removed=removed, waiting=waiting, kept=kept)
 
 
 def live(pointer: Pointer) -> dict[str, Space]:

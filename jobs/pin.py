@@ -28,7 +28,7 @@ class Config:
     that is online now."""
     newest: bool = False
     """Uses the newest snapshot of the lake if that is newer than ds. This is for a model that a person approved days after its
-    training. `serving` always uses the snapshot that is online."""
+    training; a night that logs started works on their date. `serving` always uses the snapshot that is online."""
 
 
 @dataclass(frozen=True, kw_only=True)

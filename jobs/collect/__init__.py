@@ -1,20 +1,25 @@
-"""Spaces past their grace period -> removed from the online store, with their indexes; and old dates of the lake, by recipe."""
+"""Spaces past their grace period -> removed from the online store, with their indexes; and old dates of the lake, by recipe.
+
+The lake's tables may lie in a folder or on an object store: what is old is told by the times of files or of objects.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from feature_repo import spaces
+from feature_repo import leaving
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
 from jobs.collect import retention
 from jobs.engines import online
 from jobs.lake import store as stores
 from jobs.lake import unnamed
+from jobs.lake.listing import Place
 from jobs.run import InputError, Run
 
 log = logging.getLogger(__name__)
@@ -38,7 +43,7 @@ class Config:
     offline_days: int | None = None
     """The same for Feast's offline rows: vectors and attributes as they were on a date."""
     dry_run: bool = False
-    """Removes nothing: prints what would go of the lake, with its bytes."""
+    """Removes nothing: prints what would go, of the online store, of indexes and of the lake, with its bytes."""
 
     def __post_init__(self) -> None:
         for name in ("snapshot_days", "embedding_days", "offline_days"):
@@ -52,16 +57,20 @@ class Result:
     """What went and what stays."""
 
     removed: dict[str, int]
-    """Vectors removed of each space."""
+    """Vectors removed of each space; with `dry_run` those that would go."""
+    online_bytes_estimate: dict[str, int]
+    """Bytes of each of these spaces, about: its rows, times what keys and vectors of some of them take. Codes, and what the store
+    adds to a row, are not in it."""
     waiting: dict[str, float]
     """Hours that other spaces have left."""
     kept: list[str]
     """The serving space and the one before."""
     indexes_removed: int
+    """Folders of indexes; with `dry_run` those that would go. On an object store they are told in `lake_removed`."""
     lake_bytes: dict[str, int]
-    """Bytes removed of the lake, by table; with `dry_run` those that would go."""
+    """Bytes removed of the lake, by table, and of `indexes`; with `dry_run` those that would go."""
     lake_removed: list[str]
-    """Partitions and files removed, below the lake."""
+    """Partitions and files removed, below the lake; Feast's offline tables as `feast_offline/`, wherever they lie."""
     dry_run: bool
     inputs: dict[str, str]
     outputs: dict[str, str]
@@ -77,45 +86,44 @@ def run(config: Config) -> Result:
     if config.grace_days < 0:
         raise InputError(f"collect.grace_days is {config.grace_days}: write 0 to remove at once")
     lake, grace = config.run.lake, dt.timedelta(days=config.grace_days)
-    refuse_ages(config)
     reader, store = Reader.open(lake), open_writer(settings(lake))
     pointer = online.served(reader)
-    indexes = 0
+    indexes = dict[str, int]()
     with online.refusals(), lease(store, "collect", config.lease_wait_s):
-        if config.dry_run:
-            waiting = dict.fromkeys(store.spaces(), 0.0)
-            done = spaces.Collected(removed={}, waiting=waiting, kept=spaces.live(pointer))
-        else:
-            done = spaces.collect(store, reader, grace)
-            indexes = 0 if stores.of(lake) else remove_indexes(lake, done.kept, set(done.waiting), grace)
+        planned = leaving.due(store, reader, grace)
+        bytes_each = {space_id: leaving.row_bytes(store, reader, space_id) for space_id in planned.removed}
+        done = planned if config.dry_run else leaving.collect(store, planned)
+        if stores.of(lake) is None:
+            indexes = remove_indexes(lake, done.kept, set(done.waiting), grace, config.dry_run)
     gone = sweep(config, done)
-    there = sweep_store(config, done)
-    for space_id, rows in done.removed.items():
-        log.info("space %s: %s vectors removed", space_id, f"{rows:,}")
-    for space_id, hours in done.waiting.items():
-        log.info("space %s: stays %s hours more", space_id, hours)
+    gone |= {key: took for key, took in sweep_store(config, done).items() if not any(key.startswith(f"{name}/") for name in gone)}
+    estimates = {space_id: round(rows * bytes_each[space_id]) for space_id, rows in done.removed.items()}
+    tell(config, done, estimates)
     return Result(
         removed=done.removed,
+        online_bytes_estimate=estimates,
         waiting=done.waiting,
         kept=sorted(done.kept),
-        indexes_removed=indexes,
-        lake_bytes=tally(lake, gone | {lake / key: took for key, took in there.items()}),
-        lake_removed=sorted([*(name_of(lake, path) for path in gone), *there]),
+        indexes_removed=len(indexes),
+        lake_bytes=tally(gone | indexes),
+        lake_removed=sorted(gone),
         dry_run=config.dry_run,
         inputs={"pointer": online.pointer_text(pointer)},
         outputs={},
-        rows={"item_embedding": -sum(done.removed.values())},
+        rows={"item_embedding": 0 if config.dry_run else -sum(done.removed.values())},
     )
 
 
-def refuse_ages(config: Config) -> None:
-    """Raises InputError for an age where the lake is on an object store: there old dates stay."""
-    ages = [name for name in ("snapshot_days", "embedding_days", "offline_days") if getattr(config, name) is not None]
-    if ages and (store := stores.of(config.run.lake)):
-        raise InputError(f"collect.{ages[0]} does not work on a lake on an object store yet ({store.address}): leave it out")
+def tell(config: Config, done: leaving.Collected, estimates: dict[str, int]) -> None:
+    """What goes of the online store, and what stays how long, for a person."""
+    for space_id, rows in done.removed.items():
+        what = "would go" if config.dry_run else "removed"
+        log.info("space %s: %s vectors %s, about %s bytes", space_id, f"{rows:,}", what, f"{estimates[space_id]:,}")
+    for space_id, hours in done.waiting.items():
+        log.info("space %s: stays %s hours more", space_id, hours)
 
 
-def sweep_store(config: Config, done: spaces.Collected) -> dict[str, int]:
+def sweep_store(config: Config, done: leaving.Collected) -> dict[str, int]:
     """Of a lake on an object store what no record names any more, removed after a day, or the grace period if that is longer."""
     store, older_s = stores.of(config.run.lake), max(1.0, config.grace_days) * 86_400
     if store is None:
@@ -130,7 +138,7 @@ def sweep_store(config: Config, done: spaces.Collected) -> dict[str, int]:
     return gone
 
 
-def sweep(config: Config, done: spaces.Collected) -> dict[Path, int]:
+def sweep(config: Config, done: leaving.Collected) -> dict[str, int]:
     """Old dates of the lake that were removed, or with `dry_run` would be, and their bytes."""
     rules = (
         (retention.old_snapshots, config.snapshot_days),
@@ -147,41 +155,34 @@ def sweep(config: Config, done: spaces.Collected) -> dict[Path, int]:
     if config.embedding_days is not None and not needs.encoders_known:
         log.warning("llm_embeddings stay: no registry (run.tracking_uri), or no artifact, tells which encoders are needed")
     gone = {}
-    for path in [path for rule, days in wanted for path in rule(config.run, needs, days)]:
-        took = retention.size(path)
-        if config.dry_run or retention.remove(config.run.lake, path):
-            gone[path] = took
-            log.info(
-                "%s %s: %s bytes", "would remove" if config.dry_run else "removed", name_of(config.run.lake, path), f"{took:,}"
-            )
+    for one in [one for rule, days in wanted for one in rule(config.run, needs, days)]:
+        if config.dry_run or retention.remove(config.run.lake, one):
+            gone[one.called] = one.home.size
+            what = "would remove" if config.dry_run else "removed"
+            log.info("%s %s: %s bytes", what, one.called, f"{one.home.size:,}")
     return gone
 
 
-def tally(lake: Path, gone: dict[Path, int]) -> dict[str, int]:
+def tally(gone: dict[str, int]) -> dict[str, int]:
     """Bytes by table."""
-    found = dict[str, int]()
-    for path, took in gone.items():
-        table = name_of(lake, path).split("/")[0]
-        table = "feast_offline" if path.suffix == ".parquet" and stores.of(lake) is None else table
-        found[table] = found.get(table, 0) + took
-    return found
+    found = Counter[str]()
+    for name, took in gone.items():
+        found[name.split("/")[0]] += took
+    return dict(found)
 
 
-def name_of(lake: Path, path: Path) -> str:
-    """A path below the lake; of an offline store that lies elsewhere its last two parts."""
-    return path.relative_to(lake).as_posix() if path.is_relative_to(lake) else "/".join(path.parts[-2:])
-
-
-def remove_indexes(lake: Path, kept: dict[str, Space], waiting: set[str], grace: dt.timedelta) -> int:
-    """Removes indexes of snapshots that are not live, a grace period after they were built; returns how many."""
+def remove_indexes(lake: Path, kept: dict[str, Space], waiting: set[str], grace: dt.timedelta, dry_run: bool) -> dict[str, int]:
+    """Removes indexes of snapshots that are not live, a grace period after they were built; folders below the lake and bytes."""
     live = {online.index_home(lake, space) for space in kept.values()}
-    removed = 0
+    removed = dict[str, int]()
     for home in sorted((lake / "indexes").glob("space=*/ds=*")):
         space_id = home.parent.name.removeprefix("space=")
         old = time.time() - home.stat().st_mtime >= grace.total_seconds()
         if home not in live and space_id not in waiting and old:
-            online.drop_index(home)
-            removed += 1
-        elif home in live:
+            name = home.relative_to(lake).as_posix()
+            removed[name] = sum(file.size for file in Place(lake).files(name).values())
+            if not dry_run:
+                online.drop_index(home)
+        elif home in live and not dry_run:
             online.prune_index(home, grace.total_seconds())
     return removed

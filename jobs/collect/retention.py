@@ -7,10 +7,9 @@ stays, for reports and `explain`. A date is old by its name and by when it was w
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import re
-import shutil
-import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from pathlib import Path
 from feature_repo.reader import Space, offline_folder
 from jobs.engines import registry
 from jobs.engines.online import recommender_of
-from jobs.lake import arrivals, manifests, partitions
+from jobs.lake import arrivals, manifests
+from jobs.lake.listing import Home, Place
 from jobs.lake.locks import alone
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, space_of
 from jobs.run import InputError, Run, Unavailable
@@ -28,6 +28,18 @@ OFFLINE = ("item_embedding", "item_codes", "item_attributes", "user_history")
 DATED = re.compile(r"(?:(?P<space>[^/]+)-)?(?P<ds>\d{4}-\d{2}-\d{2})")
 ALIASES = ("champion", "previous", "reference")
 DAY = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Old:
+    """What may go."""
+
+    place: Place
+    name: str
+    """The file or folder, as the place calls it."""
+    home: Home
+    called: str
+    """The same for people: below the lake, or `feast_offline/TABLE/FILE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,97 +84,101 @@ def newest(run: Run, job: str) -> Iterator[tuple[str, dict[str, object]]]:
     yield str(manifest["ds"]), manifest["result"]
 
 
-def old_snapshots(run: Run, needs: Needed, days: int) -> Iterator[Path]:
-    """Folders of snapshots that nobody needs."""
-    for name in SNAPSHOTS:
-        dates = sorted(partition.removeprefix("ds=") for partition in partitions.committed(run.lake, name))
+def old_snapshots(run: Run, needs: Needed, days: int) -> Iterator[Old]:
+    """Snapshots that nobody needs."""
+    for table in SNAPSHOTS:
+        homes = lake_homes(run, table, "ds=")
+        dates = sorted(date_of(name) for name, home in homes.items() if home.is_committed)
         stay = {max((date for date in dates if date <= wanted), default="") for wanted in needs.dates} | set(dates[-1:])
-        for home in sorted((run.lake / name).glob("ds=*")):
-            ds = home.name.removeprefix("ds=")
-            if ds not in stay and is_old(run, home, ds, days):
-                yield home
+        for name, home in homes.items():
+            if date_of(name) not in stay and is_old(run, home, date_of(name), days):
+                yield old(run, name, home)
 
 
-def old_vectors(run: Run, needs: Needed, days: int) -> Iterator[Path]:
-    """Folders of `item_embeddings` that nobody needs."""
-    for space in sorted((run.lake / "item_embeddings").glob("space=*")):
-        homes = sorted(space.glob("ds=*"))
-        dates = [home.name.removeprefix("ds=") for home in homes]
-        stay = set[str]()
-        if space.name.removeprefix("space=") in needs.spaces:
-            stay = {*dates[:1], *dates[-1:], *needs.dates}
-        yield from (home for home, ds in zip(homes, dates, strict=True) if ds not in stay and is_old(run, home, ds, days))
+def old_vectors(run: Run, needs: Needed, days: int) -> Iterator[Old]:
+    """Vectors of spaces and dates that nobody needs."""
+    homes, dates = lake_homes(run, "item_embeddings", "ds="), dict[str, list[str]]()
+    for name in homes:
+        dates.setdefault(space_in(name), []).append(date_of(name))
+    stay = {space: {min(every), max(every), *needs.dates} for space, every in dates.items() if space in needs.spaces}
+    for name, home in homes.items():
+        if date_of(name) not in stay.get(space_in(name), ()) and is_old(run, home, date_of(name), days):
+            yield old(run, name, home)
 
 
-def old_embeddings(run: Run, needs: Needed, days: int) -> Iterator[Path]:
-    """Folders of `llm_embeddings` of encoders that nobody needs; none where not all needs are known."""
-    for home in sorted((run.lake / "llm_embeddings").glob("encoder=*")) if needs.encoders_known else ():
-        written = max((path.stat().st_mtime for path in [home, *home.rglob("*")]), default=0)
-        if home.name.removeprefix("encoder=") not in needs.encoders and time.time() - written >= days * DAY:
-            yield home
+def old_embeddings(run: Run, needs: Needed, days: int) -> Iterator[Old]:
+    """`llm_embeddings` of encoders that nobody needs; none where not all needs are known."""
+    for name, home in lake_homes(run, "llm_embeddings", "encoder=").items() if needs.encoders_known else ():
+        if name.partition("encoder=")[2] not in needs.encoders and home.untouched_s >= days * DAY:
+            yield old(run, name, home)
 
 
-def old_arrivals(run: Run, needs: Needed, days: int) -> Iterator[Path]:
-    """Folders of what arrived for a snapshot that nobody needs: items, their embeddings, their vectors."""
-    for name in arrivals.TABLES:
-        for home in sorted((run.lake / name).glob("**/ds=*")):
-            ds, space = home.name.removeprefix("ds="), home.parent.name.removeprefix("space=")
-            stays = ds in needs.dates and (name != arrivals.VECTORS or space in needs.spaces)
-            if not stays and is_old(run, home, ds, days):
-                yield home
+def old_arrivals(run: Run, needs: Needed, days: int) -> Iterator[Old]:
+    """What arrived for a snapshot that nobody needs: items, their embeddings, their vectors."""
+    for table in arrivals.TABLES:
+        for name, home in lake_homes(run, table, "ds=").items():
+            stays = date_of(name) in needs.dates and (table != arrivals.VECTORS or space_in(name) in needs.spaces)
+            if not stays and is_old(run, home, date_of(name), days):
+                yield old(run, name, home)
 
 
-def old_checkpoints(run: Run, needs: Needed, days: int) -> Iterator[Path]:
-    """Checkpoints of trainings that were killed and not resumed for so long.
+def old_checkpoints(run: Run, needs: Needed, days: int) -> Iterator[Old]:
+    """Checkpoints of trainings that were killed and not resumed for so long; they lie on this machine, wherever the lake is.
 
     A checkpoint is found again by its date, settings and inputs alone: where these have changed nobody resumes it, and its own
     training, which removes it at its end, never runs again.
     """
-    for path in sorted((run.lake / "checkpoints").glob("*")):
-        if path.is_file() and time.time() - path.stat().st_mtime >= days * DAY:
-            yield path
+    place = Place(run.lake)
+    for key, file in place.files("checkpoints").items():
+        if key.count("/") == 1 and file.age_s >= days * DAY:
+            yield Old(place=place, name=key, home=Home({key: file}), called=key)
 
 
-def old_rows(run: Run, needs: Needed, days: int) -> Iterator[Path]:
+def old_rows(run: Run, needs: Needed, days: int) -> Iterator[Old]:
     """Files of Feast's offline tables that nobody needs; what served when, and tombstones, stay for good."""
-    home = Path(offline_folder(run.lake))
-    for name in OFFLINE:
-        files = [(found, path) for path in sorted((home / name).glob("*.parquet")) if (found := DATED.fullmatch(path.stem))]
-        newest_of = {found["space"]: found["ds"] for found, _ in files}
-        for found, path in files:
+    place = Place.at(offline_folder(run.lake))
+    for table in OFFLINE:
+        files = {key: file for key, file in place.files(table).items() if key.endswith(".parquet")}
+        dated = [(found, key) for key in files if (found := DATED.fullmatch(Path(key).stem))]
+        newest_of = {found["space"]: found["ds"] for found, _ in dated}
+        for found, key in dated:
             live = found["space"] is None or found["space"] in needs.spaces
             stays = live and found["ds"] in {newest_of[found["space"]], *needs.dates}
-            if not stays and is_old(run, path, found["ds"], days):
-                yield path
+            if not stays and is_old(run, home := Home({key: files[key]}), found["ds"], days):
+                yield Old(place=place, name=key, home=home, called=f"feast_offline/{key}")
 
 
-def is_old(run: Run, path: Path, ds: str, days: int) -> bool:
+def lake_homes(run: Run, table: str, last: str) -> dict[str, Home]:
+    """What lies in a table's folder of the lake, by its folders `last…`."""
+    return Place.of(run.lake).homes(table, last)
+
+
+def old(run: Run, name: str, home: Home) -> Old:
+    """A folder of the lake that may go."""
+    return Old(place=Place.of(run.lake), name=name, home=home, called=name)
+
+
+def date_of(name: str) -> str:
+    """DATE of `…/ds=DATE`."""
+    return name.rpartition("ds=")[2]
+
+
+def space_in(name: str) -> str:
+    """ID of `…/space=ID/…`."""
+    return name.partition("space=")[2].partition("/")[0]
+
+
+def is_old(run: Run, home: Home, ds: str, days: int) -> bool:
     """Whether a date lies so many days before ds, and was written as long ago."""
-    last = dt.date.fromisoformat(run.ds) - dt.timedelta(days=days)
-    commits = [commit.stat().st_mtime for commit in path.rglob(partitions.COMMIT)]
-    written = max(commits, default=path.stat().st_mtime)
-    return ds < f"{last}" and time.time() - written >= days * DAY
+    return ds < f"{dt.date.fromisoformat(run.ds) - dt.timedelta(days=days)}" and home.age_s >= days * DAY
 
 
-def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    return sum(one.stat().st_size for one in ([path] if path.is_file() else path.rglob("*")) if one.is_file())
-
-
-def remove(lake: Path, path: Path) -> bool:
-    """Removes a file, or a folder: first the commits that name its files, so that no reader sees half of it.
-
-    A snapshot that an `extract` of its date is at stays; returns whether it went.
-    """
-    if path.is_file():
-        path.unlink()
-        return True
+def remove(lake: Path, one: Old) -> bool:
+    """Removes it. A snapshot that an `extract` of its date is at stays; returns whether it went."""
+    dated = "ds=" in one.name
     try:
-        with alone(lake, f"extract {path.name.removeprefix('ds=')}", 0):
-            for commit in sorted(path.rglob(partitions.COMMIT)):
-                commit.unlink()
-                partitions.sync(commit.parent)
-            shutil.rmtree(path)
+        with alone(lake, f"extract {date_of(one.name)}", 0) if dated else contextlib.nullcontext():
+            one.place.remove(one.name, list(one.home.files))
     except Unavailable:
         return False
     return True

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from jobs.progress import on_terminal
 from jobs.redaction import hides, redacted
-from jobs.run import InputError
+from jobs.run import InputError, Unavailable
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -38,7 +38,11 @@ SETTING = re.compile(r"\s*(spark\.\S+?)(?:\s*[=:]\s*|\s+)(.*?)\s*")
 """A line of spark-defaults.conf."""
 IN_TICKS = re.compile(r"`([^`]*/[^`]*)`")
 """A path in the place of a table's name."""
-AS_OF = re.compile(r"(?P<name>[^\s;]+)\s+(?P<kind>VERSION|TIMESTAMP)\s+AS\s+OF\s+(?P<when>'[^']*'|\d+)", re.IGNORECASE)
+AS_OF = re.compile(
+    r"(?P<name>(?:`[^`]*`|[^\s;`])+)\s+(?P<kind>VERSION|TIMESTAMP)\s+AS\s+OF\s+(?P<when>'[^']*'|\d+)", re.IGNORECASE
+)
+ABSENT = ("TABLE_OR_VIEW_NOT_FOUND", "PATH_NOT_FOUND", "UNABLE_TO_INFER_SCHEMA")
+"""Spark's conditions for a table or folder that is not there, or holds no file yet."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -191,10 +195,11 @@ def given() -> dict[str, str]:
     return found
 
 
-def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) -> DataFrame:
+def source(spark: SparkSession, table: str, key: str, columns: Sequence[str], *, dated: bool = False) -> DataFrame:
     """A user's table: any name that the session's catalogs resolve, also as of a time, or a Parquet path (it has a `/`).
 
-    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing, or a path may mean two places.
+    Raises InputError that names the recipe's `key` when the table or one of `columns` is missing, or a path may mean two places;
+    Unavailable for a missing table that is `dated`, one of each date: it may come later.
     """
     from pyspark.errors import PySparkException
 
@@ -202,7 +207,13 @@ def source(spark: SparkSession, table: str, key: str, columns: Sequence[str]) ->
         rows = opened(spark, table, key)
         known = rows.columns
     except PySparkException as error:
-        raise InputError(f"{key} = {table!r} cannot be read ({first_line(error)}): name a table or a Parquet path") from error
+        absent = (error.getCondition() or "").split(".")[0] in ABSENT
+        if dated and absent and not AS_OF.fullmatch(table.strip()):  # a table that keeps its past is there on every date
+            raise Unavailable(f"{key} = {table!r} is not there: has the upstream load run? ({first_line(error)})") from error
+        raise InputError(
+            f"{key} = {table!r} cannot be read ({first_line(error)}): name a table or a Parquet path; a part of a name with "
+            "dashes or blanks stands in backticks"
+        ) from error
     for column in columns:
         if column not in known:
             raise InputError(f"{key} = {table!r} has no column {column!r}; it has {', '.join(known)}")

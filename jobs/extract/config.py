@@ -14,8 +14,8 @@ class ItemSource:
 
     table: str
     """Any table name that Spark's catalogs resolve, or a Parquet path. `{ds}` in it is the date, so that a backfill reads the
-    catalogue of its own date: `shop.items_{ds}`, `s3a://shop/items/dt={ds}`, or of a source that keeps its past (Delta, Iceberg)
-    `shop.items TIMESTAMP AS OF '{ds} 23:59:59'`, `shop.items VERSION AS OF 'night-{ds}'`."""
+    catalogue of its own date: ``shop.`items_{ds}` ``, `s3a://shop/items/dt={ds}`, or of a source that keeps its past (Delta,
+    Iceberg) `shop.items TIMESTAMP AS OF '{ds} 23:59:59'`, `shop.items VERSION AS OF 'night-{ds}'`."""
     item_id: str = "item_id"
     """The column with the item's id, as the events write it; numbers are read as texts."""
     attributes: tuple[str, ...]
@@ -41,7 +41,7 @@ class InteractionSource:
     """The table of SRS logs."""
 
     table: str
-    """As for items; `{ds}` is the date here too."""
+    """As for items; `{ds}` is the date here too, and a table of that date that is not there yet is waited for (exit status 4)."""
     user_id: str = "user_id"
     """The column with the user's id."""
     item_id: str = "item_id"

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def check_quarantine(config: Config, judged: Judged) -> None:
-    """Raises InputError when a source is empty or has more refused records, of those of ds, than `max_quarantine_share`.
+    """Raises InputError when a source is empty or has more refused records, of those of ds, than `max_quarantine_share`;
+    Unavailable where the logs' newest partitions are empty.
 
     Records without a time may be of any date: of these only the share counts that the others have up to ds. Else a year's broken
     records would count against each single date of a backfill.
@@ -28,8 +29,10 @@ def check_quarantine(config: Config, judged: Judged) -> None:
         without = judged.of_events.undated * (1 - ours) if name == "interactions" else 0
         count = judged.seen[name] - without
         if not count:
-            where = f"has no record up to {config.run.ds}" + (f" from {since} on" if since and name == "interactions" else "")
-            raise InputError(f"{table} {where}: check the table and --ds")
+            where = f"{table} has no record up to {config.run.ds}"
+            if since and name == "interactions":
+                raise Unavailable(f"{where} from {since} on: has the upstream load run?")
+            raise InputError(f"{where}: check the table and --ds")
         bad = {why: n for why, n in judged.quarantined.items() if why.startswith(f"{name}:") and not why.endswith(LEFT)}
         refused = sum(bad.values()) - without
         if refused / count > config.max_quarantine_share:

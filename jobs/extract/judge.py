@@ -68,7 +68,9 @@ class Judged:
 
 def read_items(spark: SparkSession, config: Config) -> DataFrame:
     """The source's items, as they stand there."""
-    return source(spark, config.tables[0], "extract.items.table", [config.items.item_id, *config.items.attributes])
+    columns = [config.items.item_id, *config.items.attributes]
+    dated = "{ds}" in config.items.table and not config.arriving
+    return source(spark, config.tables[0], "extract.items.table", columns, dated=dated)
 
 
 def judge_items(rows: DataFrame, config: Config) -> DataFrame:
@@ -148,7 +150,7 @@ def read_events(spark: SparkSession, config: Config, reading: Reading) -> DataFr
     """The source's events: user, item, unix seconds, the `record` as it stands in the source, and its partition's day."""
     names = config.interactions
     columns = [names.user_id, names.item_id, names.timestamp, *filter(None, [names.partition])]
-    rows = source(spark, config.tables[1], "extract.interactions.table", columns)
+    rows = source(spark, config.tables[1], "extract.interactions.table", columns, dated="{ds}" in names.table)
     day = window.partition_day(rows, names) if names.partition else F.lit(None).cast("date")
     if reading.since:
         rows = rows.where(window.in_window(day, reading.since))

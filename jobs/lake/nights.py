@@ -50,10 +50,10 @@ SHAPES: Mapping[str, TypeAdapter[Any]] = {
     **dict.fromkeys(("inputs", "outputs"), TypeAdapter(dict[str, str | None])),
     **dict.fromkeys(
         ("items", "embedded", "resumed", "written", "tokens", "tokens_per_second", "new_items", "changed_items", "forgotten",
-         "later", "carried", "steps", "best_step", "best_epoch", "validation_ndcg", "read_ms_p50"),
+         "later", "carried", "steps", "best_step", "best_epoch", "validation_ndcg", "read_ms_p50", "loss_ratio"),
         TypeAdapter(Number | None),
     ),
-    **dict.fromkeys(("space_id", "encoder_id", "serves_ds", "decision", "device"), TypeAdapter(str)),
+    **dict.fromkeys(("space_id", "encoder_id", "serves_ds", "decision", "device", "note"), TypeAdapter(str)),
     "churn": TypeAdapter(dict[str, Number | None]),
     "values": TypeAdapter(dict[str, dict[str, dict[str, Number | None]]]),
     "history": TypeAdapter(list[dict[str, Number | None]]),
@@ -131,6 +131,10 @@ class Night:
         """The Result of a job that ended well, else empty."""
         found = self.done(job)
         return found.result if found else {}
+
+    def named(self, name: str) -> Mapping[str, Any]:
+        """The Result of the run with that manifest's name, if it ended well, else empty: `rat-refit` is a `rat` too."""
+        return next((run.result for run in self.runs if run.name == name and run.status == "done"), {})
 
     def attempts(self, job: str = "") -> tuple[JobRun, ...]:
         """Every run of a job, or of all jobs, with those that a later one for the same date followed: what a night cost."""

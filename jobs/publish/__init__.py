@@ -308,7 +308,8 @@ def put_online(
         written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
         removed = strangers.remove_strangers(store, space.space_id, hash_N)
         clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
-        with undo.on_failure(lake, store, reader, before if delta else None, config.chunk_rows):
+        serves = before if delta else None
+        with undo.on_failure(lake, store, reader, serves, config.chunk_rows, arriving=config.arriving):
             verified = spaces.verify(store, reader, space, rows(), hash_N)
         clock.lap("verify", f"{verified:,} vectors read back, all equal")
         attributes = 0

@@ -28,18 +28,31 @@ def allowed(lake: Path, before: Pointer | None, space: Space, most: int) -> Comp
 
 
 @contextlib.contextmanager
-def on_failure(lake: Path, store: Store, reader: Reader, serves: Pointer | None, chunk_rows: int) -> Iterator[None]:
-    """Restores what serves where a delta into it (`serves` is given) does not verify, and says so in the refusal."""
+def on_failure(
+    lake: Path, store: Store, reader: Reader, serves: Pointer | None, chunk_rows: int, *, arriving: bool
+) -> Iterator[None]:
+    """Restores what serves where a delta into it (`serves` is given) does not verify, and says so in the refusal.
+
+    Of rows that are `arriving` the lake keeps the newest alone: then they come along, and that is what is said.
+    """
     try:
         yield
     except Unverified as error:
         if serves is None:
             raise Unverified(f"{error}. What serves is untouched") from error
-        raise Unverified(f"{error}. {restored(lake, store, reader, serves, chunk_rows)}") from error
+        done, told = restored(lake, store, reader, serves, chunk_rows)
+        if done and arriving:
+            told = (
+                f"The snapshot of {serves.ds} serves with what arrived since, the rows of this publish among them, read back and "
+                f"equal ({told}); the pointer, the index and attributes don't tell of them yet: run again"
+            )
+        elif done:
+            told = f"The snapshot of {serves.ds} serves again as before: {told}"
+        raise Unverified(f"{error}. {told}") from error
 
 
-def restored(lake: Path, store: Store, reader: Reader, serves: Pointer, chunk_rows: int) -> str:
-    """Brings the serving space back to its snapshot, with what arrived since; returns what came of it, as a sentence."""
+def restored(lake: Path, store: Store, reader: Reader, serves: Pointer, chunk_rows: int) -> tuple[bool, str]:
+    """Brings the serving space back to its snapshot, with what arrived since; whether that went well, and what came of it."""
     partition = online.partition_of(serves.space_id, serves.ds)
     by_hand = "--set publish.restore=true with the date of a snapshot, or `rollback`, brings back what is whole"
     forgotten = tombstones(lake)  # of now: a `forget` that comes meanwhile waits for the lease
@@ -54,5 +67,6 @@ def restored(lake: Path, store: Store, reader: Reader, serves: Pointer, chunk_ro
         removed = strangers.remove_strangers(store, space.space_id, hash_N)
         spaces.verify(store, reader, space, rows(), hash_N)
     except (NotPublished, ValueError, *BROKEN) as error:
-        return f"The snapshot of {serves.ds} could not be restored ({error}), so what serves may be mixed of two dates: {by_hand}"
-    return f"The snapshot of {serves.ds} serves again as before: {written:,} rows restored, {removed:,} removed"
+        why = f"The snapshot of {serves.ds} could not be restored ({error}), so what serves may be mixed of two dates: {by_hand}"
+        return False, why
+    return True, f"{written:,} rows restored, {removed:,} removed"

@@ -1,13 +1,17 @@
 """A month of nights replayed by real dates, calm and killed; a night with few new items; an hour between two nights.
 
-    python tests/benchmarks/bench_month.py month --data ../shared/data/ml_latest_small --nights 30 --kills 50
+    python tests/benchmarks/bench_month.py month --data ../shared/data/ml_latest_small --nights 30 --kills 50 --keep month.jsonl
     python tests/benchmarks/bench_month.py hour --data ../shared/data/ml_latest_small --new 100 --base embedded --items 2000
 
 `month`: every night's jobs run as the command line runs them, each in a process of its own, over a catalogue that grows as
 films are first rated. Every seventh night trains a challenger, which the gates judge unattended. With `--kills` a second lake
 goes through the same month, its jobs killed (-9) at random instants and run again: it must end with the same rows online. Then
-one night brings `--share` new items. Models are tiny: the figures are of the machinery. A JSON line each. Java stays warm between
-the nights, and ends with an `extract` that is killed.
+one night brings `--share` new items. Models are tiny: the figures are of the machinery. Java stays warm between the nights, and
+ends with an `extract` that is killed.
+
+Every night is a JSON line at once, also in the file `--keep`: its decision, space, counts, bytes by folder of the lake, seconds
+by job, what differs from the same night of the calm month, and strangers: rows of a live space whose item its snapshot doesn't
+hold. The last line but one says what differs at the end.
 
 `hour`: from a row in the table of items to an answer from the online store, by fresh processes, model start included.
 """
@@ -28,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +45,11 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from feature_repo.reader import Reader  # noqa: E402
+from feature_repo import feature_definitions as views  # noqa: E402
+from feature_repo import spaces  # noqa: E402
+from feature_repo.keys import key_texts  # noqa: E402
+from feature_repo.reader import BATCH, Pointer, Reader, settings  # noqa: E402
+from feature_repo.stores import open_writer  # noqa: E402
 from jobs import night  # noqa: E402
 from jobs.__main__ import main as command_line  # noqa: E402
 from jobs.engines import registry  # noqa: E402
@@ -249,31 +258,90 @@ def replay(month: Month, ds: str, *, train: bool, first: bool, more: int = 0) ->
     except (Failed, Refused) as error:
         outcome = str(error)
     pointer = Reader.open(run.lake).pointer()
-    told = one.results.get("promote", {})
+    extracted, published = one.results.get("extract", {}), one.results.get("publish", {})
+    counts = {"catalogue": items, **extracted.get("rows", {}), "new_items": extracted.get("new_items"), "online": pointer.items}
+    counts |= {"embedded": one.results.get("embed", {}).get("embedded")}
+    counts |= {name: published.get(name) for name in ("written", "removed", "attributes_written")}
     return {
-        "ds": ds, "outcome": outcome, "decision": told.get("decision", "refused" if told.get("refused") else "none"),
-        "space": pointer.space_id, "sequence": pointer.sequence, "serves": pointer.ds, "items": items,
-        "new": one.results.get("extract", {}).get("new_items"), "embedded": one.results.get("embed", {}).get("embedded"),
-        "written": one.results.get("publish", {}).get("written"), "removed": one.results.get("publish", {}).get("removed"),
-        "kind": one.results.get("publish", {}).get("kind"),
-        "lake_bytes": sum(path.stat().st_size for path in run.lake.rglob("*") if path.is_file()), "seconds": one.seconds,
+        "ds": ds, "outcome": outcome, "decision": decided(one.results), "kind": published.get("kind"), "space": pointer.space_id,
+        "sequence": pointer.sequence, "serves": pointer.ds, "counts": counts, "bytes": sizes(run.lake),
+        "seconds": one.seconds | {"night": round(sum(one.seconds.values()), 2)},
     }  # fmt: skip
 
 
+def decided(results: dict[str, dict[str, Any]]) -> str:
+    """What came of the night's challenger: `no challenger`, refused, promoted or undecided; and of a refit that was refused."""
+    if "promote" not in results:
+        return "no challenger"
+    told = results["promote"].get("decision") or ("refused" if results["promote"].get("refused") else "failed")
+    return f"{told}, refit refused" if results.get("refit", {}).get("refused") else str(told)
+
+
+def sizes(lake: Path) -> dict[str, int]:
+    """Bytes by folder of the lake (files beside them by name), and of all."""
+    found: Counter[str] = Counter()
+    for path in lake.rglob("*"):
+        if path.is_file():
+            found[path.relative_to(lake).parts[0]] += path.stat().st_size
+    return {**found, "all": found.total()}
+
+
 def state(month: Month) -> dict[str, str]:
-    """What a month must end with: the pointer, every row and attribute online, and the lake's tables, as digests."""
+    """What a month must end with, as digests: the pointer, every vector and attribute online, and the lake's tables.
+
+    Also `strangers`, a count, which must be 0.
+    """
     lake = month.home / "lake"
     reader = Reader.open(lake)
     pointer = reader.pointer()
-    batches = partitions.scan(lake, ITEMS, f"ds={pointer.ds}", ("item_id",))
-    ids = sorted(item_id for batch in batches for item_id in batch["item_id"].to_pylist())
+    ids = snapshot_ids(lake, pointer.ds)
     rows = b"".join(item.encode() + (raw or b"") for item, (_, raw) in zip(ids, reader.rows(pointer.space, ids), strict=True))
-    served = f"{pointer.space_id}@{pointer.ds} {pointer.items} {pointer.index}"
-    found = {"rows online": hashlib.sha256(rows).hexdigest(), "pointer": served}
+    texts = []
+    for start in range(0, len(ids), BATCH):
+        some = reader.transport.read("item_attributes", {"item_id": ids[start : start + BATCH]}, ["content_hash"])
+        texts += [str(values.get("content_hash")) for _, values in some]
+    found = {
+        "vectors online": hashlib.sha256(rows).hexdigest(),
+        "attributes online": hashlib.sha256("".join(texts).encode()).hexdigest(),
+        "strangers": str(strangers(lake, pointer)),
+        "pointer": f"{pointer.space_id}@{pointer.ds} {pointer.items} {pointer.index}",
+    }
     for name in TABLES:
         digests = [partitions.read_commit(lake, name, one).digest for one in partitions.committed(lake, name)]
         found[name] = hashlib.sha256("".join(digests).encode()).hexdigest()
     return found
+
+
+def snapshot_ids(lake: Path, ds: str) -> list[str]:
+    """Items of a snapshot, in order."""
+    return sorted(
+        item_id for batch in partitions.scan(lake, ITEMS, f"ds={ds}", ("item_id",)) for item_id in batch["item_id"].to_pylist()
+    )
+
+
+def strangers(lake: Path, pointer: Pointer) -> int:
+    """Rows online of the space that serves, and of the one before, whose item is not in the snapshot of that space.
+
+    All keys of the store are read, not its lists of a space: what a kill left may stand in none.
+    """
+    held = {space.space_id: set(snapshot_ids(lake, space.ds)) for space in spaces.live(pointer).values()}
+    store = open_writer(settings(lake))
+    named = (key_texts(views.item_embedding, key) for keys in store.keys(views.item_embedding) for key in set(keys))
+    return sum(space_id in held and item_id not in held[space_id] for item_id, space_id in named)
+
+
+def unlike(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """What differs between two states."""
+    return [name for name in one if one[name] != other[name]]
+
+
+def tell(keep: Path | None, record: dict[str, Any]) -> None:
+    """A JSON line, printed and kept."""
+    line = json.dumps(record, sort_keys=True)
+    print(line, flush=True)
+    if keep is not None:
+        with keep.open("a") as file:
+            file.write(line + "\n")
 
 
 def days(first: str, count: int) -> Iterator[str]:
@@ -297,7 +365,7 @@ def load(data: Path, home: Path, items: int = 0) -> tuple[pd.DataFrame, Path]:
 
 
 def month_of(arguments: argparse.Namespace, home: Path) -> int:
-    """The month, calm and killed. 1 where they end differently."""
+    """The month, calm and killed. 1 where they end differently, or strangers are online after any night."""
     for name in (*WORK, "pretrain", "rat", "evaluate", "promote"):
         importlib.import_module(f"jobs.{name}")
     import mlflow  # noqa: F401 — loaded once, for every copy of this process
@@ -310,6 +378,7 @@ def month_of(arguments: argparse.Namespace, home: Path) -> int:
     night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
     Java.start()
     dates = list(days(arguments.first, arguments.nights))
+    ends: dict[str, list[dict[str, str]]] = {}
     for month in (calm, rough) if arguments.kills else (calm,):
         month.prepare()
         month.left = len(dates) * len(WORK) + 7 * (1 + len(dates) // 7)
@@ -318,20 +387,25 @@ def month_of(arguments: argparse.Namespace, home: Path) -> int:
             if month is calm:
                 for name, seconds in told["seconds"].items():
                     calm.usual[name] = rough.usual[name] = max(calm.usual.get(name, 0.0), seconds)
-            print(json.dumps({"month": month.home.name, **told, "kills": sum(month.killed.values())}, sort_keys=True), flush=True)
-    differ: list[str] = []
-    if arguments.kills:
-        ends = [state(month) for month in (calm, rough)]
-        differ = [name for name in ends[0] if ends[0][name] != ends[1][name]]
-        print(
-            json.dumps({"kills": sum(rough.killed.values()), "by_job": rough.killed, "differ": differ}, sort_keys=True),
-            flush=True,
-        )
+            ends.setdefault(month.home.name, []).append(state(month))
+            now = ends[month.home.name][-1]
+            told |= {"month": month.home.name, "kills": sum(month.killed.values()), "strangers": int(now["strangers"])}
+            tell(arguments.keep, told | {"differ": unlike(ends["calm"][number], now)})
+    differ = unlike(ends["calm"][-1], ends.get("killed", ends["calm"])[-1])
+    strange = sum(int(night["strangers"]) for nights in ends.values() for night in nights)
+    end = {
+        "nights": len(dates),
+        "kills": sum(rough.killed.values()),
+        "by_job": rough.killed,
+        "differ": differ,
+        "strangers": strange,
+    }
+    tell(arguments.keep, {"end": end, "calm": ends["calm"][-1], "killed": ends.get("killed", [{}])[-1]})
     ds = next(iter(days(f"{dt.date.fromisoformat(dates[-1]) + dt.timedelta(days=1)}", 1)))
     new = int(arguments.share * (films["since"] <= ds).sum())
     told = replay(calm, ds, train=False, first=False, more=new)
-    print(json.dumps({"night_with_new_items": new, **told}, sort_keys=True), flush=True)
-    return int(bool(differ))
+    tell(arguments.keep, {"night_with_new_items": new, **told})
+    return int(bool(differ or strange))
 
 
 def hour_of(arguments: argparse.Namespace, home: Path) -> int:
@@ -344,7 +418,7 @@ def hour_of(arguments: argparse.Namespace, home: Path) -> int:
     night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
     ds = arguments.first
     first = replay(month, ds, train=True, first=True)
-    print(json.dumps({"first_night": first["seconds"], "items": first["items"]}, sort_keys=True), flush=True)
+    tell(arguments.keep, {"first_night": first["seconds"], "items": first["counts"]["catalogue"]})
     began = time.monotonic()
     month.tables(ds, arguments.new)
     words = [sys.executable, "-m", "jobs", "night", "--recipe", str(month.recipe), "--ds", ds, "--arriving"]
@@ -354,10 +428,7 @@ def hour_of(arguments: argparse.Namespace, home: Path) -> int:
     answer = Reader.open(month.home / "lake").vectors(ids)
     seconds = time.monotonic() - began
     found = {"base": arguments.base, "new": arguments.new, "answered": len(answer.item_ids), "seconds": round(seconds, 1)}
-    print(
-        json.dumps({**found, "written": told["written"], "items": told["items"], "kind": told["kind"]}, sort_keys=True),
-        flush=True,
-    )
+    tell(arguments.keep, {**found, "written": told["written"], "items": told["items"], "kind": told["kind"]})
     return int(len(answer.item_ids) != arguments.new)
 
 
@@ -371,6 +442,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--share", type=float, default=0.01)
     parser.add_argument("--new", type=int, default=100)
+    parser.add_argument(
+        "--keep", type=Path, help="a file to which every line is added too, so that a run that is ended leaves its nights"
+    )
     parser.add_argument("--base", choices=("tiny", "embedded"), default="tiny")
     parser.add_argument("--items", type=int, default=0, help="films of the catalogue, the most rated; 0 takes all")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,16 +92,42 @@ def snapshot_date(
     return str(date(params, dag_run, {"asset": [SimpleNamespace(extra={"ds": ds} if ds else {}) for ds in told]}))
 
 
-def judge(environment: dict[str, str], job: str, status: int, run_type: str) -> str:
-    """The name of what `job_task.judge` raises."""
+def judge(
+    environment: dict[str, str],
+    job: str,
+    status: int,
+    run_type: str,
+    asked: int = 0,
+    hours: float = 0,
+    assets: Sequence[str] = (),
+) -> str:
+    """What `job_process.judge` raises for a task that was asked so often in so many hours; and when it is asked next."""
     bag(environment)
     from job_process import judge as ruling
 
+    now = dt.datetime.now(dt.UTC)
     try:
-        ruling(job, status, "last line", {"dag_run": SimpleNamespace(run_type=run_type)})
+        context = waiting(run_type, asked, now - dt.timedelta(hours=hours) if asked else None)
+        ruling(job, status, "last line", context | {"triggering_asset_events": events_of(assets)})
     except Exception as error:
-        return type(error).__name__
+        later = getattr(error, "reschedule_date", None)
+        return type(error).__name__ + (f" {(later - now).total_seconds():.0f} s" if later else "")
     return ""
+
+
+def events_of(assets: Sequence[str]) -> Any:
+    """What started a run, as Airflow tells it: these assets were made."""
+    from airflow.sdk import Asset
+    from airflow.sdk.execution_time.context import TriggeringAssetEventsAccessor
+
+    made = [Asset(name=name, uri=f"llmemb://{name}") for name in assets]
+    return TriggeringAssetEventsAccessor.build(SimpleNamespace(asset=one, source_aliases=[], extra={}) for one in made)
+
+
+def waiting(run_type: str, asked: int = 0, began: dt.datetime | None = None) -> dict[str, Any]:
+    """The context of a task that was asked so often since then."""
+    ti = SimpleNamespace(get_first_reschedule_date=lambda context: began, xcom_push=lambda key, value: None)
+    return {"dag_run": SimpleNamespace(run_type=run_type), "ti": ti, "task_reschedule_count": asked}
 
 
 def pod_end(environment: dict[str, str], status: int | None, lines: list[str]) -> list[Any]:
@@ -123,7 +149,8 @@ def pod_end(environment: dict[str, str], status: int | None, lines: list[str]) -
         metadata=SimpleNamespace(name="p", namespace="n"), status=SimpleNamespace(container_statuses=[container])
     )
     pushed: list[Any] = []
-    context = {"ti": SimpleNamespace(xcom_push=lambda key, value: pushed.append(value)), "dag_run": None}
+    context = waiting("manual")
+    context["ti"].xcom_push = lambda key, value: pushed.append(value)
     try:
         pod.cleanup(remote, remote, context=context)
         pod.result(context)
@@ -161,7 +188,8 @@ def pod_run(environment: dict[str, str], how: str, status: int | None, lines: li
     base.execute = base.trigger_reentry = way
     base.cleanup = ended
     pushed: list[Any] = []
-    context = {"ti": SimpleNamespace(xcom_push=lambda key, value: pushed.append([key, value])), "dag_run": None}
+    context = waiting("manual")
+    context["ti"].xcom_push = lambda key, value: pushed.append([key, value])
     try:
         pod = job_pod.JobPod(task_id="scft", arguments=["scft"])
         vars(pod)["client"] = SimpleNamespace(read_namespaced_pod_log=lambda **_: "\n".join(lines))
@@ -221,13 +249,14 @@ def announces(environment: dict[str, str], dag: str, task: str, results: list[An
     return found
 
 
-def rendered(environment: dict[str, str], dag: str, task: str, run_type: str) -> list[str]:
-    """A task's command as Airflow renders it in a run of a kind, 2026-03-02 01:00 UTC."""
+def rendered(environment: dict[str, str], dag: str, task: str, run_type: str, assets: Sequence[str] = ()) -> list[str]:
+    """A task's command as Airflow renders it in a run of a kind, 2026-03-02 01:00 UTC, that these assets started."""
     found = bag(environment)[dag]
     start = dt.datetime(2026, 3, 2, 1, tzinfo=dt.UTC)
     given = {
         "dag_run": SimpleNamespace(logical_date=None, run_after=start, run_type=run_type, data_interval_end=start),
-        "params": {}, "triggering_asset_events": {}, "ti": SimpleNamespace(xcom_pull=lambda _: None), **found.user_defined_macros,
+        "params": {}, "triggering_asset_events": events_of(assets), "ti": SimpleNamespace(xcom_pull=lambda _: None),
+        **found.user_defined_macros,
     }  # fmt: skip
     return [found.get_template_env().from_string(word).render(given) for word in found.get_task(task).command]
 

@@ -114,4 +114,4 @@ def worker(tmp_path_factory: pytest.TempPathFactory, stub: Stub) -> Iterator[Wor
     yield running
     assert running.process.stdin
     running.process.stdin.close()
-    running.process.wait(10)
+    running.process.wait(60)

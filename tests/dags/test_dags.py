@@ -117,10 +117,12 @@ def test_the_hour_goes_by_what_serves_and_touches_no_table_of_the_nights(worker:
 
 
 def test_after_a_promotion_the_newest_snapshot_is_asked_for_and_on_schedule_the_date(worker: Worker) -> None:
-    def asks(run_type: str) -> list[str]:
-        return list(worker.ask("rendered", dag="nightly_embeddings", task="pin", run_type=run_type))[-3:]
+    def asks(run_type: str, *assets: str) -> list[str]:
+        return list(worker.ask("rendered", dag="nightly_embeddings", task="pin", run_type=run_type, assets=assets))[-3:]
 
-    assert asks("asset_triggered") == ["2026-03-01", "--set", "pin.newest=true"]
+    for assets in (["champion"], ["logs", "champion"]):
+        assert asks("asset_triggered", *assets) == ["2026-03-01", "--set", "pin.newest=true"]
+    assert asks("asset_triggered", "logs") == ["2026-03-01", "--set", "pin.newest=false"], "logs say which date they are of"
     assert asks("scheduled") == ["2026-03-01", "--set", "pin.newest=false"]
     assert asks("backfill")[-1] == asks("manual")[-1] == "pin.newest=false"
 
@@ -174,6 +176,28 @@ def test_anything_else_is_tried_again(worker: Worker, stub: Stub) -> None:
     stub.plan(acts={"collect": [1, 1, 0]})
     done = worker.run("maintenance")
     assert done["state"] == "success" and done["tasks"]["collect"] == ["success", 3]
+
+
+def test_a_night_whose_logs_come_late_waits_and_uses_up_no_try(worker: Worker, stub: Stub) -> None:
+    stub.plan(acts={"extract": [4, 4, 4, 4, 4, 1, 4, 0]})
+    done = worker.run("nightly_embeddings", "2026-03-15", RETRIES="1")
+    assert done["state"] == "success" and done["tasks"]["extract"] == ["success", 2], "its one fault is its one retry"
+    assert [call["job"] for call in stub.calls()].count("extract") == 8
+
+
+def test_what_is_busy_or_away_is_asked_ever_later_and_not_for_ever(worker: Worker, stub: Stub) -> None:
+    def asks(asked: int, hours: float = 0.0, run_type: str = "scheduled", **settings: str) -> str:
+        more = {"job": "extract", "status": 4, "run_type": run_type, "asked": asked, "hours": hours}
+        return str(worker.ask("judge", {"RETRY_S": "30", **settings}, **more))
+
+    delays = [asks(asked) for asked in (0, 1, 2, 5, 400)]
+    assert delays == [f"AirflowRescheduleException {seconds} s" for seconds in (30, 60, 120, 600, 600)]
+    assert asks(40, 5.9).startswith("AirflowRescheduleException") and asks(40, 6.1) == "AirflowFailException"
+    assert asks(9, 1.1, WAIT_HOURS="1") == asks(0, WAIT_HOURS="0") == "AirflowFailException"
+    stub.plan(acts={"extract": [4] * 3})
+    done = worker.run("nightly_embeddings", "2026-03-16", WAIT_HOURS="0")
+    assert done["tasks"]["extract"] == ["failed", 1]
+    assert "planned, with a remedy (still, after LLMEMB_WAIT_HOURS = 0)" in worker.log.read_text()
 
 
 def test_a_killed_shard_is_repeated_and_no_other(worker: Worker, stub: Stub) -> None:
@@ -271,10 +295,13 @@ def test_an_encoder_is_announced_only_where_one_was_made(worker: Worker) -> None
 
 
 def test_a_backfill_leaves_what_serves_and_hides_nothing_else(worker: Worker) -> None:
-    def verdict(job: str, status: int, run_type: str) -> str:
-        return str(worker.ask("judge", job=job, status=status, run_type=run_type))
+    def verdict(job: str, status: int, run_type: str, *assets: str) -> str:
+        return str(worker.ask("judge", job=job, status=status, run_type=run_type, assets=assets))
 
     assert verdict("publish", 5, "backfill") == "AirflowSkipException"
+    assert verdict("publish", 5, "asset_triggered", "logs") == "AirflowSkipException", "logs of a day came after the next day's"
+    for assets in (["champion"], ["logs", "champion"], []):
+        assert verdict("publish", 5, "asset_triggered", *assets) == "AirflowFailException"
     assert verdict("publish", 3, "backfill") == "AirflowFailException", "what it read back differs, say: no night may hide that"
     assert (
         verdict("publish", 5, "scheduled")
@@ -283,7 +310,7 @@ def test_a_backfill_leaves_what_serves_and_hides_nothing_else(worker: Worker) ->
         == "AirflowFailException"
     )
     assert verdict("publish", 1, "backfill") == verdict("embed", -9, "manual") == "AirflowException"
-    assert verdict("publish", 4, "backfill") == verdict("promote", 4, "manual") == "AirflowException", "busy or away: again"
+    assert verdict("publish", 4, "backfill") == "AirflowException", "busy or away: again, but nobody waits for logs of long ago"
     assert verdict("publish", 0, "manual") == ""
 
 
@@ -296,6 +323,7 @@ def test_a_pod_ends_as_its_job_did_whatever_libraries_say_last(worker: Worker) -
     for status in (2, 3):
         assert end(status, "scft: refused: it collapsed", chat) == ["AirflowFailException", "scft: refused: it collapsed", None]
     assert end(1, "scft: step 1", chat)[0] == end(137)[0] == "AirflowException"
+    assert end(4, "scft: MLflow is away", chat)[0] == "AirflowRescheduleException"
     assert end(None, "scft: step 1") == ["AirflowException", "Pod returned a failure", None], "evicted: tried again"
 
 
@@ -312,6 +340,7 @@ def test_a_pod_s_result_comes_back_whether_the_worker_waited_or_the_triggerer_di
         refused = ran(status, "scft: refused: it collapsed")
         assert (refused["raised"], refused["pushed"]) == ("AirflowFailException: scft: refused: it collapsed", [])
     assert ran(1, "scft: step 1")["raised"].startswith("AirflowException: scft ended with status 1")
+    assert ran(4, "scft: MLflow is away")["raised"].startswith("AirflowRescheduleException")
     for nothing in (ran(0, "scft: step 1"), ran(None)):  # its log was lost, or the pod with it: the job is run again
         assert nothing["raised"].startswith("AirflowException: scft ended well, but its Result is in no line")
         assert nothing["pushed"] == []

@@ -143,6 +143,7 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]
         "LLMEMB_RECIPE": "recipe.toml",
         "LLMEMB_SCFT_CRON": "",
         "LLMEMB_RAT_CRON": "",
+        "LLMEMB_RETRY_S": "1",
         # a deadline that every run misses
         "LLMEMB_DEADLINE_HOURS": "0.0003",
         "LLMEMB_ALERT_URL": f"http://127.0.0.1:{inbox.server_port}/",
@@ -220,6 +221,7 @@ def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalon
     calls = [call for call in standalone.stub.calls() if call["ds"] == "2026-01-05"]
     chain = ["extract", "scft", "embed", "pretrain", "rat", "embed", "embed", "evaluate", "promote", "promote", "rat"]
     assert [call["job"] for call in calls] == [*chain, "pin", "extract", "embed", "project", "publish", "lookup", "report"]
+    assert [call["set"] for call in calls if call["job"] == "pin"] == [{"pin.newest": "true"}]
     assert [call["set"] for call in calls if call["job"] == "promote"] == [
         {},
         {"promote.approved_by": '"Anonymous"', "promote.overruled_by": '"Anonymous"', "promote.rejected_by": '""'},
@@ -232,6 +234,46 @@ def test_the_night_on_schedule_is_green_and_works_on_the_day_before(standalone: 
     start = dt.datetime.fromisoformat(night["data_interval_start"])
     assert start.date() < dt.datetime.now(dt.UTC).date()
     assert [call["job"] for call in standalone.first_calls if call["ds"] == f"{start:%Y-%m-%d}"][-1] == "report"
+
+
+def test_logs_start_a_night_of_their_own_date_and_it_serves_only_if_none_is_newer(standalone: Standalone) -> None:
+    standalone.stub.plan(acts={"publish@2026-01-12": [5]})
+    found = standalone.call("GET", "/api/v2/assets?name_pattern=logs")["assets"]
+    logs = next(one["id"] for one in found if one["name"] == "logs")
+    before = {run["dag_run_id"] for run in standalone.runs("nightly_embeddings")}
+    standalone.call("POST", "/api/v2/assets/events", {"asset_id": logs, "extra": {"ds": "2026-01-12"}})
+
+    def ended() -> str:
+        runs = [run for run in standalone.runs("nightly_embeddings") if run["dag_run_id"] not in before]
+        return next((run["dag_run_id"] for run in runs if run["state"] in ("success", "failed")), "")
+
+    night = standalone.until("the night that logs start", ended)
+    states = standalone.states("nightly_embeddings", night)
+    assert (states["project"], states["publish"], states["lookup"], states["report"]) == (
+        "success",
+        "skipped",
+        "skipped",
+        "success",
+    )
+    calls = [call for call in standalone.stub.calls() if call["job"] == "pin"]
+    assert [(call["ds"], call["set"]) for call in calls] == [("2026-01-12", {"pin.newest": "false"})]
+
+
+def test_a_night_whose_logs_come_late_waits_under_a_scheduler_too(standalone: Standalone) -> None:
+    ds = "2026-01-11"
+    standalone.stub.plan(acts={f"extract@{ds}": [4, 4]})
+    body = {"logical_date": None, "conf": {"ds": ds}}
+    night = standalone.call("POST", "/api/v2/dags/nightly_embeddings/dagRuns", body)["dag_run_id"]
+
+    def ended() -> str:
+        state = next(run["state"] for run in standalone.runs("nightly_embeddings") if run["dag_run_id"] == night)
+        return state if state in ("success", "failed") else ""
+
+    assert standalone.until("the night", ended) == "success"
+    jobs = [call["job"] for call in standalone.stub.calls() if call["ds"] == ds]
+    assert jobs == ["pin", "extract", "extract", "extract", "embed", "project", "publish", "lookup", "report"]
+    where = f"/api/v2/dags/nightly_embeddings/dagRuns/{urllib.request.quote(night)}/taskInstances/extract"
+    assert standalone.call("GET", where)["try_number"] == 1
 
 
 def test_a_run_that_is_late_is_told(standalone: Standalone) -> None:

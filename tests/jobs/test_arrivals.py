@@ -30,6 +30,7 @@ from tests.jobs.conftest import WIDTH, vectors
 from tests.jobs.embed.test_embed import config as embedding  # noqa: F401 — a fixture
 from tests.jobs.embed.test_embed import own_cache as own_cache
 from tests.jobs.embed.test_embed import rows
+from tests.jobs.publish.test_restore import damaged_after_staging
 from tests.jobs.small_lake import DS, ENCODER, embedding_rows, make, remember
 
 A, B = "a" * 16, "b" * 16
@@ -98,6 +99,27 @@ def test_what_spark_wrote_takes_what_arrived(catalogue: Catalogue) -> None:
     bring(lake)
     arrive(lake, ["m3", "new"], {"m3": 1})
     assert bring(lake, arriving=True).items == 41
+
+
+def test_an_hour_that_does_not_verify_says_that_its_rows_serve(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = catalogue()
+    bring(lake)
+    before = Reader.open(lake).pointer()
+    arrive(lake, ["m3", "new"], {"m3": 1})
+    damaged_after_staging(monkeypatch, 1)
+    with pytest.raises(
+        Refused, match=r"'m7' is different.* serves with what arrived since, the rows of this publish among"
+    ) as told:
+        bring(lake, arriving=True)
+    assert "as before" not in str(told.value)
+    monkeypatch.undo()
+    reader = Reader.open(lake)
+    answer = reader.vectors(["m3", "new", "m7"])
+    wanted = vectors(A, ["m3", "new", "m7"], {"m3": 1}, ["", "", ""])["embedding"].to_pylist()
+    assert np.array_equal(answer.vector_ND, np.asarray(wanted, np.float32)) and answer.pointer == before
+    again = bring(lake, arriving=True)
+    assert (again.kind, again.written, again.items, again.attributes_written) == ("delta", 0, 41, 2)
+    assert look(lake).compared == 41
 
 
 def test_the_hour_run_again_does_nothing_and_takes_back_what_went(catalogue: Catalogue) -> None:

@@ -12,18 +12,24 @@ from jobs.report.plots import Panel
 from jobs.report.words import number
 
 TRAININGS = {"pretrain": "The teacher", "rat": "RAT"}
+REFITS = {"": "The llmemb part", "teacher_": "The teacher"}
+"""How the losses of a refit are called, and whose they are."""
 
 
 def section(facts: Facts) -> dict[str, Any]:
-    """SCFT's curves and its table against the base model, and the curves of the teacher and of RAT."""
+    """SCFT's curves and its table against the base model, the curves of the teacher and of RAT, and a refit's beside them."""
     scft = facts.night.result("scft")
-    results = {job: facts.night.result(job) for job in TRAININGS}
+    results = {job: facts.night.named(job) for job in TRAININGS}
+    refit = facts.night.named("rat-refit")
     return {
         "scft": {key: scft.get(key) for key in ("encoder_id", "due", "trained_ds", "reason")} if scft else None,
         "curves": scft_curves(scft) if scft else None,
         "base": against_base(scft),
         "parts": parts_table(results["rat"]),
         "epochs": [epoch_curves(job, result) for job, result in results.items() if result.get("history")],
+        "refit": refit.get("note", ""),
+        "refitted": refit_curves(refit),
+        "refit_losses": refit_losses(refit),
     }
 
 
@@ -87,6 +93,39 @@ def epoch_curves(job: str, result: Mapping[str, Any]) -> Figure:
     ndcg = number(result.get("validation_ndcg"))
     words = f"{TRAININGS[job]}: loss and validation by epoch; epoch {best} was kept, NDCG@10 {ndcg}."
     return Figure(picture=plots.curves(job, panels), words=words)
+
+
+def refit_curves(refit: Mapping[str, Any]) -> Figure | None:
+    """Losses of the training on all events by epoch, beside those of the training that the gates judged; None without any."""
+    history = refit.get("history", [])
+    epochs = list(range(1, len(history) + 1))
+    panels = []
+    for name, whose in REFITS.items():
+        found = lines(epochs, history, (f"{name}gated", f"{name}all"))
+        named = {{f"{name}gated": "judged", f"{name}all": "all events"}[key]: points for key, points in found.items()}
+        if named:
+            panels.append(Panel(title=f"{whose}: training loss", across="epoch", lines=named))
+    if not panels:
+        return None
+    ratio = number(refit.get("loss_ratio"))
+    words = f"Trained again on all events: loss by epoch beside the judged training's; at the last epoch {ratio} times as high."
+    return Figure(picture=plots.curves("refit", panels), words=words)
+
+
+def refit_losses(refit: Mapping[str, Any]) -> Table | None:
+    """The last losses of both trainings, at the same epoch; None without any."""
+    rows = []
+    for name, whose in REFITS.items():
+        both = [
+            (at, step) for at, step in enumerate(refit.get("history", []), 1) if {f"{name}gated", f"{name}all"} <= step.keys()
+        ]
+        for at, step in both[-1:]:
+            judged, everything = step[f"{name}gated"], step[f"{name}all"]
+            rows.append([whose, str(at), number(judged), number(everything), number(everything / judged if judged else None)])
+    if not rows:
+        return None
+    caption = "The training on all events against the judged one; there are no events left to judge it by"
+    return Table(caption=caption, head=["Training", "Epoch", "Loss, judged", "Loss, all events", "Ratio"], rows=rows)
 
 
 def lines(

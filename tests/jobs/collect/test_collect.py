@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import os
 import shutil
@@ -16,8 +17,12 @@ import pytest
 
 from feature_repo import spaces
 from feature_repo.feature_definitions import item_embedding
+from feature_repo.keys import serialized
+from feature_repo.leases import Store
 from feature_repo.reader import Reader, offline_folder, settings
 from feature_repo.stores import lease, open_writer
+from feature_repo.strangers import remove_items
+from feature_repo.transport import entity_keys
 from jobs import collect, lookup, publish, rollback
 from jobs.collect import retention
 from jobs.engines import registry
@@ -167,6 +172,43 @@ def test_a_dry_run_prints_the_bytes_and_removes_nothing(old: Path, capsys: pytes
     assert (done.lake_removed, done.lake_bytes) == (planned.lake_removed, planned.lake_bytes)
     gone = sum(size for path, size in before.items() if not path.exists())
     assert 0 < gone <= sum(done.lake_bytes.values())
+
+
+def test_a_dry_run_tells_the_bytes_of_spaces_and_indexes_too(lake: Path) -> None:
+    files = {path: path.stat().st_size for path in (lake / "indexes" / f"space={A}").rglob("*") if path.is_file()}
+    reader, store = Reader.open(lake), open_writer(settings(lake))
+    space = reader.pointer().space
+    ids = [item for ids in store.members(A) for item in ids]
+    rows = reader.rows(dataclasses.replace(space, space_id=A), ids)
+    keys = [serialized(key) for key in entity_keys({"item_id": ids, "space_id": [A] * len(ids)})]
+    wanted = sum(len(raw or b"") for _, raw in rows) + sum(map(len, keys))
+    run = Run(ds=RUN_DS, lake=lake)
+    planned = collect.run(collect.Config(run=run, grace_days=0, dry_run=True))
+    assert (planned.removed, planned.indexes_removed, planned.kept) == ({A: 40}, 1, [B, C])
+    assert planned.online_bytes_estimate == {A: wanted} and wanted > 40 * 64
+    assert planned.lake_bytes == {"indexes": sum(files.values())} and planned.rows == {"item_embedding": 0}
+    assert online(lake) == {A: 40, B: 40, C: 40} and all(path.exists() for path in files) and store.notes() == {}
+    done = sweep(lake, 0)
+    assert dataclasses.replace(done, dry_run=True, rows=planned.rows) == planned
+    assert not (lake / "indexes" / f"space={A}" / f"ds={RUN_DS}").exists()
+    assert collect.run(collect.Config(run=run, grace_days=7, dry_run=True)).removed == {}
+
+
+def test_a_space_that_was_half_removed_goes_on_going(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_writer(settings(lake))
+    with lease(store, "test"):
+        store.note(A, (dt.datetime.now(dt.UTC) - dt.timedelta(days=8)).isoformat())
+
+    def dies(store: Store, space_id: str) -> int:
+        remove_items(store, space_id, ["m1", "m2"])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("feature_repo.leaving.remove_space", dies)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(lake, 7)
+    assert online(lake)[A] == 38
+    assert sweep(lake, 7).removed == {A: 38}
 
 
 def arrived(lake: Path, ds: str) -> None:

@@ -298,6 +298,22 @@ def test_logs_that_are_not_there_yet_may_come_later(tmp_path: Path) -> None:
     assert extract.run(config(tmp_path, CATALOGUE, LOGS, max_age_days=0, ds="2026-03-08")).rows["interactions"] == 20
 
 
+@pytest.mark.parametrize("side", ["items", "interactions"])
+def test_a_table_of_a_date_that_is_not_there_yet_may_come_later(tmp_path: Path, side: str) -> None:
+    tables = {"items": item_table(tmp_path / "i.parquet", CATALOGUE), "interactions": event_table(tmp_path / "e.parquet", LOGS)}
+    (tmp_path / f"empty-{DS}").mkdir()
+    for missing in (f"{tmp_path}/ds={{ds}}", f"{tmp_path}/empty-{{ds}}", "shop.`of_{ds}`"):
+        given = tables | {side: missing}
+        with pytest.raises(Unavailable, match=rf"extract.{side}.table = .* is not there: has the upstream load run"):
+            extract.run(config(tmp_path, given["items"], given["interactions"]))
+    with pytest.raises(InputError, match="cannot be read"):  # one that has no date in its name comes no more
+        given = tables | {side: f"{tmp_path}/nowhere"}
+        extract.run(config(tmp_path, given["items"], given["interactions"]))
+    with pytest.raises(InputError, match="dashes or blanks stands in backticks"):
+        given = tables | {side: "shop.of_{ds}"}
+        extract.run(config(tmp_path, given["items"], given["interactions"]))
+
+
 HUNDRED: list[Event] = [(f"u{u}", f"i{u % 5}", NOON + (day - 99) * DAY + u) for day in range(100) for u in range(40)]
 """A hundred days of forty events each, up to 2026-03-01."""
 
@@ -361,6 +377,30 @@ def test_the_catalogue_of_a_backfill_is_that_of_its_date(tmp_path: Path, capsys:
     now = extract.run(config(tmp_path, CATALOGUE, LOGS, ds="2026-03-09"))
     assert now.catalogue == "of the time of reading"
     assert capsys.readouterr().err.count("is of today, whatever --ds says") == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "version", "when"),
+    [
+        ("shop.items TIMESTAMP AS OF '2026-03-10 23:59:59'", None, "2026-03-10 23:59:59"),
+        ("lake.shop.items timestamp as  of '2026-03-10'", None, "2026-03-10"),
+        ("shop.items VERSION AS OF 'night-2026-03-10'", "night-2026-03-10", None),
+        ("delta.`s3a://shop/films` VERSION AS OF 3", "3", None),
+        ("`my shop`.items VERSION AS OF 0", "0", None),
+    ],
+)
+def test_spark_s_own_parser_takes_a_table_as_of_a_time_for_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, table: str, version: str | None, when: str | None
+) -> None:
+    """No Delta or Iceberg is here to read from: what reaches them is the plan of this statement."""
+    spark, parsed = session("test", {}), list[Any]()
+    parser = spark._jsparkSession.sessionState().sqlParser()
+    monkeypatch.setattr(SparkSession, "sql", lambda self, text: parsed.append(parser.parsePlan(text)) or self.range(1))
+    source(spark, table, "extract.items.table", ["id"])
+    relation = parsed[0].children().head()
+    assert (parsed[0].nodeName(), relation.nodeName()) == ("Project", "RelationTimeTravel")
+    assert str(relation.timestamp()) == (f"Some({when})" if when else "None")
+    assert str(relation.version()) == (f"Some({version})" if version else "None")
 
 
 def test_a_table_as_of_a_time_is_asked_for_as_spark_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from jobs.lake import partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import INTERACTIONS, LEFT, QUARANTINE, SEQUENCES, Table
 from jobs.report import drift
-from jobs.run import InputError, as_json
+from jobs.run import InputError, Unavailable, as_json
 from tests.jobs.extract.test_extract import CATALOGUE, item_table
 from tests.jobs.small_lake import remember
 
@@ -313,7 +313,7 @@ def test_bad_settings_and_empty_windows_are_one_error_with_the_remedy(tmp_path: 
         with pytest.raises(InputError, match=r"late_days must be at least 0, whole_days at least 1"):
             config(tmp_path, "2026-03-07", interactions=bad)
     night(tmp_path, "2026-03-10")
-    with pytest.raises(InputError, match="no record up to 2026-03-11 from 2026-03-11 on"):
+    with pytest.raises(Unavailable, match=r"no record up to 2026-03-11 from 2026-03-11 on: has the upstream load run\?"):
         night(tmp_path, "2026-03-11", interactions={"late_days": 0})
 
 

@@ -93,6 +93,30 @@ def test_a_lasting_change_of_texts_makes_an_encoder_due_once_and_not_again_after
     assert due == [20]
 
 
+def lasting(lake: Path, *, trained: bool) -> tuple[str, int]:
+    """Five nights with genres, then two and tonight where most lack theirs; the encoder was trained on the first of the two.
+
+    Why the report says that it is due, and the nights that the fill was judged against.
+    """
+    for back in range(7, 0, -1):
+        date = f"{dt.date.fromisoformat(DS) - dt.timedelta(days=back)}"
+        record(lake, "scft", results()["scft"] | {"due": back == 7 or (trained and back == 2)}, date)
+        record(lake, "report", {"drift": {"fill.genre": 0.4 if back <= 2 else 0.9}}, date)
+    whole_night(lake)
+    record(lake, "scft", results()["scft"] | {"due": False})
+    extract = results()["extract"]
+    extract["fill"]["genre"] = 0.4
+    record(lake, "extract", extract)
+    told, _ = tell(lake, bounds=Bounds(nights=2))
+    return told.refresh_encoder, next(one.nights for one in told.measures if one.name == "fill.genre")
+
+
+def test_the_report_judges_texts_against_the_nights_since_the_training(tmp_path: Path) -> None:
+    assert lasting(tmp_path / "trained", trained=True) == ("", 2)
+    why, nights = lasting(tmp_path / "left", trained=False)
+    assert nights == 7 and why.startswith("fill.genre is 0.4, was 0.9")
+
+
 def test_a_training_that_the_gates_refused_is_not_asked_for_night_after_night(tmp_path: Path) -> None:
     write_json(manifests.path_of(tmp_path, "2026-01-01", "scft"), {"status": "done", "result": {"due": True}})
     write_json(manifests.path_of(tmp_path, "2026-01-08", "scft"), {"status": "refused", "error": "recall fell"})

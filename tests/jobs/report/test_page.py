@@ -235,6 +235,40 @@ def test_the_parts_of_the_recommender_and_what_text_adds_are_told(tmp_path: Path
     assert "0.3500" in html and "128" in html
 
 
+def refit(**more: object) -> dict[str, object]:
+    """The Result of a refit; the teacher was trained for an epoch more."""
+    losses = [(2.5, 2.75, 9.0, 8.0), (1.25, 1.5, 6.0, 5.0)]
+    history = [dict(zip(("gated", "all", "teacher_gated", "teacher_all"), one, strict=True)) for one in losses]
+    history.append({"teacher_gated": 4.0, "teacher_all": 3.0})
+    ids = {"recommender_id": "f" * 16, "gated_id": "c" * 16}
+    return {**ids, "note": "trained on all events for 2 epochs", "history": history, "loss_ratio": 1.2, "device": "cuda", **more}
+
+
+def test_the_losses_of_a_refit_stand_beside_those_of_the_judged_training(tmp_path: Path) -> None:
+    whole_night(tmp_path)
+    before = tell(tmp_path)[1]
+    assert "Trained again on all events" not in before and "After the gates" not in before
+    record(tmp_path, "rat-refit", refit())
+    result, html = tell(tmp_path)
+    text = shown(html)
+    assert result.state == "good"
+    assert "After the gates: trained on all events for 2 epochs." in text
+    assert "loss by epoch beside the judged training's; at the last epoch 1.2000 times as high." in text
+    assert "The llmemb part 2 1.2500 1.5000 1.2000" in text and "The teacher 3 4.0000 3.0000 0.7500" in text
+    assert text.count("RAT: loss and validation by epoch; epoch 2 was kept") == 1, "its own curves stay"
+    for panel in ("refit0", "refit1"):
+        picture = html[html.index(f'id="{panel}-') :].partition("</svg>")[0]
+        assert picture.count('id="' + panel + "-line2d") >= 2
+
+
+@pytest.mark.parametrize("odd", [[{"gated": 0.0, "all": 1.0}], [{"all": 1.0}], [{}], []])
+def test_a_refit_of_another_shape_costs_its_figures_alone(tmp_path: Path, odd: list[dict[str, float]]) -> None:
+    whole_night(tmp_path)
+    record(tmp_path, "rat-refit", refit(history=odd, loss_ratio=None, note="rat.refit is off: what was judged serves"))
+    result, html = tell(tmp_path)
+    assert result.state == "good" and "After the gates: rat.refit is off" in shown(html)
+
+
 def test_the_bake_off_the_codes_and_the_routing_are_told_with_what_pays(tmp_path: Path) -> None:
     whole_night(tmp_path)
     for job, found in family().items():
