@@ -90,6 +90,18 @@ def test_base_images_are_named_by_their_digests() -> None:
     assert len(others) == 4 and all(re.search(digest, image) for image in others), others
 
 
+def test_no_image_is_taken_by_a_name_that_moves() -> None:
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
+    bases = set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) - stages
+    assert bases == {"python:${PYTHON}"}, "another one needs a digest of its own"
+    copied = re.findall(r"--from=(\S+)", DOCKERFILE) + re.findall(r"--mount=\S*from=([^,\s]+)", DOCKERFILE)
+    assert copied and set(copied) <= stages
+    texts = [*INFRA.rglob("*"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile", ROOT / ".ci" / "run"]
+    for path in texts:
+        if path.is_file() and path.suffix != ".pyc":
+            assert not re.search(r"[a-z0-9]:latest\b|[nN]ewTag: *latest|^ARG \w+=\S*latest", path.read_text(), re.MULTILINE), path
+
+
 def wheel(folder: Path, content: str) -> Path:
     """A package of one line."""
     path = folder / "shop_tool-1.0-py3-none-any.whl"
