@@ -80,6 +80,13 @@ class Standbys:
             self.proxy.cut()
         return self.leader
 
+    def kill(self) -> int:
+        """Kills the primary; returns the port of the new one."""
+        old = self.running[self.leader]
+        old.kill()
+        old.wait()
+        return self.master
+
     def promote(self) -> Node:
         """Lets the standby lead, whether or not the primary lives; returns that one. Connections that are open stay."""
         old = self.running.pop(self.leader)

@@ -59,8 +59,7 @@ def test_a_token_that_a_standby_gives_again_lets_only_the_second_writer_write(
     first = slow.acquire("slow")
     stage(slow, NEW, "late")
     assert spaces.flip(slow, Reader.open(tmp_path), NEW).sequence == 2
-    servers.running[servers.leader].kill()
-    assert servers.leads(servers.master)
+    assert servers.leads(servers.kill())
     assert quick.acquire("quick") == first, "at once, as the standby knows of no lease"
     with contextlib.suppress(psycopg.OperationalError):
         slow.renew()
@@ -128,6 +127,5 @@ def test_with_synchronous_standby_names_no_commit_is_told_as_done_that_the_stand
             stage(store, NEW, f"late{number}")
     with pytest.raises(Fenced, match="connection broke"):
         stage(store, NEW, "later")
-    servers.running[servers.leader].kill()
-    assert servers.leads(servers.master)
+    assert servers.leads(servers.kill())
     assert writer(tmp_path).spaces() == {OLD.space_id: 1}
