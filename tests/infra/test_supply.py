@@ -159,6 +159,16 @@ def test_what_only_an_image_installs_has_a_licence_that_somebody_has_read(image:
     assert not unread, f"put them into infra/licences.txt, each with the licence that it has: {sorted(unread)}"
 
 
+def test_of_nvidia_s_terms_it_is_said_which_were_read() -> None:
+    _, read = licences()
+    own = {name: words for name, words in read.items() if name.startswith("nvidia-") and "Apache" not in words}
+    assert {name for image in FILES for name in requirements(image) if name.startswith("nvidia-")} - {"nvidia-nvtx"} == set(own)
+    unread = {name for name, words in own.items() if re.search(r"; not read( in this package|$)", words)}
+    assert unread | {"nvidia-cuda-runtime", "nvidia-cuda-cupti", "nvidia-cufile"} == set(own)
+    assert all("the text in it was read" in own[name] for name in set(own) - unread)
+    assert "the texts of three were read" in (ROOT / "docs" / "security.md").read_text()
+
+
 def test_the_bill_of_materials_is_made_in_every_run_of_the_checks() -> None:
     assert "make sbom" in (ROOT / ".ci" / "run").read_text().splitlines()
     assert "cyclonedx-py environment" in (ROOT / "Makefile").read_text()
