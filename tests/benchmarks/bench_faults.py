@@ -8,8 +8,8 @@
 
 Every operation runs in a calm lake once, and in another where it is killed (-9) and run again; both must end with equal bytes.
 Half of the kills fall at a random time, half just before or after a random step of the writer, so that the one write of the
-pointer is hit too. With `sentinel` (Redis) and `standby` (PostgreSQL) not the writer is killed but the store's master, whose data is
-lost; a replica takes over, and a third of the writers sleep meanwhile and wake when another one has done their work.
+pointer is hit too. With `sentinel` (Redis) and `standby` (PostgreSQL) not the writer is killed but the store's master, whose data
+is lost; a replica takes over, and a third of the writers sleep meanwhile and wake when another one has done their work.
 
 Readers judge what they see over time: the pointer's sequence never falls below what was acknowledged before the read began, nor,
 while one master leads, below what was seen; nor does the version of an item in a space. Writers keep a journal: none succeeds at
@@ -357,8 +357,8 @@ def dump(lake: Path, online: str) -> dict[str, Any]:
     where = json.loads(online)
     os.environ["LLMEMB_ONLINE_STORE"] = online
     if where["type"] == "sqlite":
-        # closed by hand: left to the garbage collector it may go through the next fork, and whoever reads there then reads what is
-        # old (SQLite takes the parent's locks for its own)
+        # closed by hand: left to the garbage collector it may go through the next fork, and whoever reads there then reads what
+        # is old (SQLite takes the parent's locks for its own)
         with contextlib.closing(sqlite3.connect(where["path"])) as connection:
             tables = connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'llmemb%' AND type = 'table'").fetchall()
             for (table,) in tables:
@@ -383,8 +383,8 @@ def dump(lake: Path, online: str) -> dict[str, Any]:
 
 @contextmanager
 def servers(store: str, home: Path, masters: list[Masters] | None = None) -> Iterator[list[str]]:
-    """Settings of two online stores, calm and killed; with Redis, two databases of one server, with PostgreSQL two schemas; where a
-    replica takes over, a server of its own and those that `masters` then has."""
+    """Settings of two online stores, calm and killed; with Redis, two databases of one server, with PostgreSQL two schemas; where
+    a replica takes over, a server of its own and those that `masters` then has."""
     if store == "sentinel":
         with redis_server(home) as port, failover(home) as sentinel:
             assert masters is not None

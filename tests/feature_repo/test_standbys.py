@@ -87,7 +87,7 @@ def test_a_writer_whose_primary_lives_on_writes_where_nobody_reads_and_is_told(
     try:
         assert quick.acquire("quick") == first
         stage(slow, NEW, "late")
-        with pytest.raises(Unreplicated, match="0 standbys .* 1 must"):
+        with pytest.raises(Unreplicated, match=r"0 standbys .* 1 must"):
             slow.settle()
         stage(quick, OLD, "y")
         assert quick.spaces() == {OLD.space_id: 2}, "the other's row is elsewhere"
@@ -97,7 +97,7 @@ def test_a_writer_whose_primary_lives_on_writes_where_nobody_reads_and_is_told(
 
 
 def test_nothing_is_called_published_that_the_standby_lacks(servers: Standbys, tmp_path: Path) -> None:
-    with pytest.raises(Unreplicated, match="0 standbys .* 1 must"):
+    with pytest.raises(Unreplicated, match=r"0 standbys .* 1 must"):
         writer(tmp_path).acquire("test")
     store = writer(tmp_path)
     store.replicas = 0
