@@ -76,7 +76,7 @@ class Store(Protocol):
         """Serialized keys of an item's rows, of all spaces."""
 
     def free_bytes(self) -> int | None:
-        """What the store can still take; None where it does not tell."""
+        """What the store can still take; None where it does not tell. Raises NotPublished where it drops rows once it is full."""
 
     def notes(self) -> dict[str, str]:
         """What writers noted for later ones: since when a space does not serve."""

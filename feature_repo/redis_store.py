@@ -23,7 +23,7 @@ from redis.exceptions import NoPermissionError
 
 from feature_repo import feature_definitions as views  # not its parts: `feast apply` would find them twice
 from feature_repo.keys import key_prefix
-from feature_repo.leases import SCAN, Fenced, Rows, Unreplicated, fenced, held, owned_by
+from feature_repo.leases import SCAN, Fenced, NotPublished, Rows, Unreplicated, fenced, held, owned_by
 from feature_repo.roster import Roster, pairs_in, pairs_of
 
 
@@ -248,11 +248,16 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
             return [key for key, there in zip(keys, pipe.execute(), strict=True) if there]
 
     def free_bytes(self) -> int | None:
-        """See `Store`. Without a limit of its own, Redis has what its machine has."""
+        """See `Store`. Without a limit of its own, Redis has what its machine has, or the host of its container."""
         try:
             told = self.plain.info("memory")
         except NoPermissionError:
             return None
+        if told.get("maxmemory") and str(told.get("maxmemory_policy", "")).startswith("allkeys"):
+            raise NotPublished(
+                f"this Redis drops rows of its own choice once it is full (maxmemory-policy {told['maxmemory_policy']}), also "
+                "those that serve, and the pointer: set it to noeviction, which refuses writes instead"
+            )
         most = told.get("maxmemory") or told.get("total_system_memory")
         return max(0, int(most) - int(told["used_memory"])) if most else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
+import os
 import sqlite3
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ class Sdk:
 
         self.config = config
         self.views = feature_definitions
+        self.process = os.getpid()
         self.no_table: tuple[type[Exception], ...] = (sqlite3.OperationalError,)
         if config.online_store.type == "postgres":
             from psycopg.errors import UndefinedTable
@@ -57,7 +59,13 @@ class Sdk:
             self.store._get_client(config.online_store).set_retry(Retry(NoBackoff(), tries))
 
     def read(self, view: str, keys: Mapping[str, Sequence[str]], fields: Sequence[str]) -> list[Row]:
-        """See `Transport`. Straight from the online store: `get_online_features` builds the same answer three times over."""
+        """See `Transport`. Straight from the online store: `get_online_features` builds the same answer three times over.
+
+        Raises RuntimeError in a process that was forked from the one that made this, unless the store is Redis.
+        """
+        if self.process != os.getpid() and self.config.online_store.type != "redis":
+            # SQLite would believe that it holds locks, and read what is old; of PostgreSQL two processes would share one answer
+            raise RuntimeError("a connection does not go through a fork: open the reader in the process that reads")
         try:
             rows = self.store.online_read(self.config, getattr(self.views, view), entity_keys(keys), list(fields))
         except self.no_table as error:

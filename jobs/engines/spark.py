@@ -221,12 +221,16 @@ def source(spark: SparkSession, table: str, key: str, columns: Sequence[str], *,
 
 
 def opened(spark: SparkSession, table: str, key: str) -> DataFrame:
-    """A table by its name, a table as of a time where its source keeps its past (Delta, Iceberg), or a Parquet path."""
-    if past := AS_OF.fullmatch(table.strip()):
-        if (bare := IN_TICKS.search(past["name"])) and (whole := address(spark, bare[1], key)) != bare[1]:
-            raise InputError(f"{key} = {table!r} names no file system: write {whole} in the backticks")
+    """A table by its name, or files in backticks as Spark's SQL names them, both also as of a time where their source keeps its
+    past (Delta, Iceberg); or a Parquet path."""
+    table = table.strip()
+    past = AS_OF.fullmatch(table)
+    bare = IN_TICKS.search(past["name"] if past else table)
+    if bare and (whole := address(spark, bare[1], key)) != bare[1]:
+        raise InputError(f"{key} = {table!r} names no file system: write {whole} in the backticks")
+    if past:
         return spark.sql(f"SELECT * FROM {past['name']} {past['kind']} AS OF {past['when']}")
-    return spark.read.parquet(address(spark, table, key)) if "/" in table else spark.table(table)
+    return spark.read.parquet(address(spark, table, key)) if "/" in table and not bare else spark.table(table)
 
 
 def on_disk(path: Path) -> str:

@@ -131,11 +131,26 @@ def in_bytes(path: Path, ids: Ids) -> bool:
 
 
 def is_database(path: Path) -> bool:
-    """Whether a file is of SQLite: a database, or the log beside one."""
+    """Whether a file is of SQLite: a database, or the log beside one.
+
+    SQLite looks itself. A process that opens a database's file by other means and closes it lets go of the locks that its own
+    connections hold there (POSIX), and other processes then take the log away under them.
+    """
     if path.name.endswith(("-wal", "-shm", "-journal")):
         return True
-    with path.open("rb") as stream:
-        return stream.read(15) == b"SQLite format 3"
+    try:
+        with closing(reading(path)) as database:
+            database.execute("PRAGMA schema_version")
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
+            raise
+        return False
+    return True
+
+
+def reading(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing."""
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
 def in_rows(path: Path, ids: Ids) -> bool:
@@ -143,7 +158,7 @@ def in_rows(path: Path, ids: Ids) -> bool:
     wanted = [item.encode() for item in ids if len(item) >= LONG]
     if not wanted or path.name.endswith(("-wal", "-shm", "-journal")):
         return False
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+    with closing(reading(path)) as database:
         for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
             if "tombstone" in table:
                 continue
@@ -160,7 +175,7 @@ def scrub(lake: Path) -> None:
     Raises Unavailable where another process keeps one busy.
     """
     for path in sorted(lake.rglob("*.db")):
-        if not is_database(path):
+        if not path.stat().st_size or not is_database(path):
             continue
         try:
             with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as database:

@@ -43,11 +43,14 @@ class Clock:
 
 
 def refuse_full(lake: Path, store: Store, reader: Reader, space: Space) -> None:
-    """Raises Refused where the store has no room for what is to be staged, beside all spaces that are there already.
+    """Raises Refused where the store has no room for what is to be staged, beside all spaces that are there already; NotPublished
+    where it would make room by itself.
 
     Rows that are there (a delta, or a publishing that was killed) take nothing more; how many is told by a sample.
     """
     free, sample = store.free_bytes(), online.sample_ids(lake, space, 1_000)
+    if free is None:
+        log.info("the online store does not tell what room it has: nothing looked whether the space fits")
     if free is None or not sample:
         return
     absent = sum(raw is None for _, raw in reader.rows(space, sample)) / len(sample)

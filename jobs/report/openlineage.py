@@ -154,7 +154,8 @@ def data_set(written: str, namespace: str) -> tuple[str, str]:
     """
     from openlineage.client.naming import dataset as naming
 
-    if past := AS_OF.fullmatch(written.strip()):
+    written = written.strip()
+    if past := AS_OF.fullmatch(written):
         written = past["name"]
     if files := FILES.fullmatch(written):
         written = files[1]

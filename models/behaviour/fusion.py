@@ -265,12 +265,7 @@ def search(
     curve.append({"part": names[order[0]], "to": 1.0, "ndcg": run.value(point)})
     for turn in range(ROUNDS):
         before = point
-        for number in order[1:] if turn == 0 else order:
-            factors = GRID if not point.weight[number] else (0.0, *(factor * point.weight[number] for factor in FACTORS))
-            options = [
-                replaced(point, "weight", number, value) for value in factors if value or sum(point.weight) > point.weight[number]
-            ]
-            point = better(run, point, options, names[number], curve)
+        point = weighed(run, point, order[1:] if turn == 0 else order, curve)
         if gated and GATED in names and point.weight[names.index(GATED)]:
             for band in bands_to_try(sample):
                 options = [replaced(point, "gates", band, value) for value in GATES]
@@ -282,6 +277,17 @@ def search(
         if point == before:
             break
     return found_at(run, reaching(point, names, reach), alone, curve, "")
+
+
+def weighed(run: Search, point: Point, numbers: Sequence[int], curve: list[dict[str, Any]]) -> Point:
+    """The point after one look at the weight of each of some parts."""
+    for number in numbers:
+        factors = GRID if not point.weight[number] else (0.0, *(factor * point.weight[number] for factor in FACTORS))
+        options = [
+            replaced(point, "weight", number, value) for value in factors if value or sum(point.weight) > point.weight[number]
+        ]
+        point = better(run, point, options, run.names[number], curve)
+    return point
 
 
 def reaching(point: Point, names: Sequence[str], reach: Sequence[str]) -> Point:

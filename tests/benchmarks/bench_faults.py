@@ -4,11 +4,12 @@
     python tests/benchmarks/bench_faults.py --store redis --kills 200
     python tests/benchmarks/bench_faults.py --store postgres --kills 200
     python tests/benchmarks/bench_faults.py --store sentinel --kills 100
+    python tests/benchmarks/bench_faults.py --store standby --kills 100
 
 Every operation runs in a calm lake once, and in another where it is killed (-9) and run again; both must end with equal bytes.
 Half of the kills fall at a random time, half just before or after a random step of the writer, so that the one write of the
-pointer is hit too. With `sentinel` not the writer is killed but the store's master, which loses its memory; a replica takes over,
-and a third of the writers sleep meanwhile and wake when another one has done their work.
+pointer is hit too. With `sentinel` (Redis) and `standby` (PostgreSQL) not the writer is killed but the store's master, whose data
+is lost; a replica takes over, and a third of the writers sleep meanwhile and wake when another one has done their work.
 
 Readers judge what they see over time: the pointer's sequence never falls below what was acknowledged before the read began, nor,
 while one master leads, below what was seen; nor does the version of an item in a space. Writers keep a journal: none succeeds at
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psycopg
 import pyarrow as pa
 import redis
 from psycopg import sql
@@ -60,10 +62,14 @@ from jobs.lake.tables import ITEMS, item_embeddings
 from jobs.run import Run
 from tests.feature_repo.postgresql import postgresql
 from tests.feature_repo.sentinels import Failover, failover, until
+from tests.feature_repo.standbys import SCHEMA, Standbys, standbys
 
 WIDTH, STABLE = 8, 200
 FAILURES = ("mixed", "lost", "went_back", "acknowledged_lost", "reader_errors", "double_writers", "unequal", "reruns_failed")
 FORK = multiprocessing.get_context("fork")
+Masters = Failover | Standbys
+AWAY = (redis.ConnectionError, redis.TimeoutError, psycopg.OperationalError)
+"""What a client is told while no master answers."""
 
 
 @cache
@@ -186,6 +192,8 @@ def start(
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
         os.environ["LLMEMB_ONLINE_STORE"] = online
+        if f'"{SCHEMA}"' in online:
+            os.environ["LLMEMB_REPLICAS"] = "1"
         keep_journal(lake.parent / f"{lake.name}.jsonl")
         if step is not None:
             fail_at(*step, victim=victim)
@@ -312,6 +320,7 @@ COUNTS = ("reads", "mixed", "lost", "went_back", "acknowledged_lost", "undone", 
 def read_on(lake: Path, online: str, stop: Any, counts: Any, most: int, told: Any, changes: Callable[[], int]) -> None:
     """A client: reads without pause and judges every answer. `told`: the sequence that was acknowledged."""
     os.environ["LLMEMB_ONLINE_STORE"] = online
+    fails_over = "sentinel" in online or f'"{SCHEMA}"' in online
     reader, chance, watcher = Reader.open(lake), random.Random(os.getpid()), Watcher(most)
     stable = [f"m{number}" for number in range(STABLE)]
     while not stop.is_set():
@@ -323,9 +332,9 @@ def read_on(lake: Path, online: str, stop: Any, counts: Any, most: int, told: An
             found = Counter(watcher.judge(answer, acknowledged, before, changes())) + Counter(reads=1)
         except NothingServed:
             continue
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            found["unavailable" if "sentinel" in online else "reader_errors"] = 1  # nobody answers until a replica leads
-            if "sentinel" not in online:
+        except AWAY as error:
+            found["unavailable" if fails_over else "reader_errors"] = 1  # nobody answers until a replica leads
+            if not fails_over:
                 print(f"reader: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         except Exception as error:
             print(f"reader: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -348,7 +357,9 @@ def dump(lake: Path, online: str) -> dict[str, Any]:
     where = json.loads(online)
     os.environ["LLMEMB_ONLINE_STORE"] = online
     if where["type"] == "sqlite":
-        with sqlite3.connect(where["path"]) as connection:
+        # closed by hand: left to the garbage collector it may go through the next fork, and whoever reads there then reads what
+        # is old (SQLite takes the parent's locks for its own)
+        with contextlib.closing(sqlite3.connect(where["path"])) as connection:
             tables = connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'llmemb%' AND type = 'table'").fetchall()
             for (table,) in tables:
                 seen[table] = sorted(connection.execute(f'SELECT entity_key, feature_name, value, event_ts FROM "{table}"'))
@@ -371,14 +382,20 @@ def dump(lake: Path, online: str) -> dict[str, Any]:
 
 
 @contextmanager
-def servers(store: str, home: Path, masters: list[Failover] | None = None) -> Iterator[list[str]]:
-    """Settings of two online stores, calm and killed; with Redis, two databases of one server, with PostgreSQL two schemas; with
-    Sentinel, a server of its own and one that `masters` then has."""
+def servers(store: str, home: Path, masters: list[Masters] | None = None) -> Iterator[list[str]]:
+    """Settings of two online stores, calm and killed; with Redis, two databases of one server, with PostgreSQL two schemas; where
+    a replica takes over, a server of its own and those that `masters` then has."""
     if store == "sentinel":
         with redis_server(home) as port, failover(home) as sentinel:
             assert masters is not None
             masters.append(sentinel)
             yield [json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{port},socket_timeout=30"}), sentinel.settings]
+        return
+    if store == "standby":
+        with postgresql() as server, standbys() as moving:
+            assert masters is not None
+            masters.append(moving)
+            yield [server.online("calm"), moving.settings]
         return
     if store == "sqlite":
         yield [json.dumps({"type": "sqlite", "path": str(home / name / "feast" / "online.db")}) for name in ("calm", "killed")]
@@ -394,13 +411,13 @@ def servers(store: str, home: Path, masters: list[Failover] | None = None) -> It
 def main() -> int:
     """Runs the night shift until enough processes were killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", choices=("sqlite", "redis", "sentinel", "postgres"), default="sqlite")
+    parser.add_argument("--store", choices=("sqlite", "redis", "sentinel", "postgres", "standby"), default="sqlite")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=0.0, help="ends after so long, with fewer kills; 0 does not")
     parser.add_argument("--readers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    masters: list[Failover] = []
+    masters: list[Masters] = []
     with tempfile.TemporaryDirectory(prefix="faults-") as name, servers(arguments.store, Path(name), masters) as online:
         result = shift(arguments, Path(name), online, masters)
     print(json.dumps(result, sort_keys=True))
@@ -419,7 +436,7 @@ class Tally:
     rounds: int = 0
 
 
-def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters: Sequence[Failover] = ()) -> dict[str, Any]:
+def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters: Sequence[Masters] = ()) -> dict[str, Any]:
     """The figures of one run."""
     os.environ["LLMEMB_LEASE_MS"] = "1500"
     chance, world, tally = random.Random(arguments.seed), World(), Tally()
@@ -476,7 +493,7 @@ def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters:
     }
 
 
-def repeated(work: Callable[[Path], object], lake: Path, online: str, tally: Tally, masters: Sequence[Failover]) -> bool:
+def repeated(work: Callable[[Path], object], lake: Path, online: str, tally: Tally, masters: Sequence[Masters]) -> bool:
     """Whether the work ends well. On a busy machine a master may be taken for lost, or replicas be late: it is tried again."""
     for number in range(10 if masters else 1):
         for servers in masters:
@@ -497,7 +514,7 @@ def acknowledge(lake: Path, online: str, told: Any) -> None:
 def patient(read: Callable[[], Any]) -> Any:
     """What a read finds, once a master answers."""
     for _ in range(20):
-        with contextlib.suppress(redis.RedisError):
+        with contextlib.suppress(redis.RedisError, psycopg.Error):
             return read()
         time.sleep(0.5)
     return read()
@@ -517,7 +534,7 @@ def lead_away(
     kind: str,
     work: Callable[[Path], object],
     lake: Path,
-    masters: Failover,
+    masters: Masters,
     chance: random.Random,
     usual: float,
     tally: Tally,

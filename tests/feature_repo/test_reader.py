@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,3 +181,22 @@ def test_a_strange_store_setting_is_refused_without_repeating_it(
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", text)
     with pytest.raises(ValueError, match='not a JSON object with a "type"'):
         Reader.open(tmp_path)
+
+
+def test_a_reader_does_not_go_through_a_fork(lake: Path) -> None:
+    """Redis's client opens another connection by itself; SQLite's and PostgreSQL's would give wrong answers."""
+    put(lake, space(), 1)
+    reader = Reader.open(lake)
+    assert reader.vectors(["i1"]).item_ids == ["i1"]
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            status = 0 if reader.vectors(["i1"]).item_ids == ["i1"] else 2
+        except RuntimeError as error:
+            status = 3 if "open the reader in the process that reads" in str(error) else 4
+        finally:
+            os._exit(status)
+    told = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert told == (0 if settings(lake).online_store.type == "redis" else 3)
+    assert reader.vectors(["i1"]).item_ids == ["i1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from feature_repo.feature_definitions import item_attributes, item_embedding, it
 from feature_repo.keys import key_prefix, key_texts
 from feature_repo.postgres_reads import TooSlow, connect
 from feature_repo.reader import Reader, Space, settings
-from feature_repo.stores import Fenced, Held, PostgresStore, RedisStore, SqliteStore, Store, lease, open_writer
+from feature_repo.stores import Fenced, Held, NotPublished, PostgresStore, RedisStore, SqliteStore, Store, lease, open_writer
 
 SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
 
@@ -283,3 +284,27 @@ def test_free_memory_is_that_of_the_limit(server: redis.Redis, tmp_path: Path) -
     finally:
         server.config_set("maxmemory", 0)
     assert (store.free_bytes() or 0) > 0
+
+
+@pytest.mark.parametrize(
+    ("most", "policy", "refused"),
+    [
+        ("1gb", "noeviction", False),
+        ("1gb", "volatile-lru", False),  # rows have no end
+        ("1gb", "allkeys-lru", True),
+        ("1gb", "allkeys-random", True),
+        ("0", "allkeys-lru", False),  # without a limit nothing is dropped
+    ],
+)
+def test_a_redis_that_drops_rows_once_it_is_full_is_refused(
+    server: redis.Redis, tmp_path: Path, most: str, policy: str, refused: bool
+) -> None:
+    store = open_writer(settings(tmp_path))
+    server.config_set("maxmemory", most)
+    server.config_set("maxmemory-policy", policy)
+    try:
+        with pytest.raises(NotPublished, match=f"policy {policy}.*noeviction") if refused else contextlib.nullcontext():
+            assert (store.free_bytes() or 0) > 0
+    finally:
+        server.config_set("maxmemory", 0)
+        server.config_set("maxmemory-policy", "noeviction")

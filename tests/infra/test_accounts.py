@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.server import get_app_client
 
 from feature_repo import spaces
-from feature_repo.feature_definitions import item_embedding, user_history
+from feature_repo.feature_definitions import item_embedding, serving_pointer, user_history
 from feature_repo.keys import key_prefix
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
@@ -71,6 +71,7 @@ def test_a_redis_user_does_its_work_and_no_more(port: int, tmp_path: Path, monke
     history = key_prefix(user_history) + b"405llmemb"
     srs.hset(history, "field", "a history")
     row = next(iter(publisher.scan_iter(match="*x*")))
+    pointer = next(iter(publisher.scan_iter(match=b"*" + key_prefix(serving_pointer)[-9:] + b"*")))
     refused = [
         lambda: redis.Redis(port=port).get("llmemb:lease"),
         *(lambda who=who: who.config_set("maxmemory", 1) for who in (publisher, reader, srs)),
@@ -78,6 +79,12 @@ def test_a_redis_user_does_its_work_and_no_more(port: int, tmp_path: Path, monke
         *(lambda who=who: who.hset(row, "field", "forged") for who in (reader, srs)),
         *(lambda who=who: who.set("llmemb:lease", "mine") for who in (reader, srs)),
         *(lambda who=who: who.delete(row) for who in (reader, srs)),
+        *(lambda who=who: who.hset(pointer, "field", "another space") for who in (reader, srs)),
+        *(lambda who=who, key=key: who.expire(key, 1) for who in (reader, srs) for key in (row, pointer)),
+        *(lambda who=who: who.rename(history, row) for who in (reader, srs)),
+        *(lambda who=who: who.eval("return redis.call('DEL', KEYS[1])", 1, row) for who in (publisher, reader, srs)),
+        *(lambda who=who: who.keys("*") for who in (publisher, reader, srs)),
+        lambda: srs.delete(history),
         lambda: reader.hset(history, "field", "forged"),
         lambda: publisher.acl_setuser("reader", enabled=False),
         lambda: reader.execute_command("MONITOR"),

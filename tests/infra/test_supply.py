@@ -90,6 +90,18 @@ def test_base_images_are_named_by_their_digests() -> None:
     assert len(others) == 4 and all(re.search(digest, image) for image in others), others
 
 
+def test_no_image_is_taken_by_a_name_that_moves() -> None:
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
+    bases = set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) - stages
+    assert bases == {"python:${PYTHON}"}, "another one needs a digest of its own"
+    copied = re.findall(r"--from=(\S+)", DOCKERFILE) + re.findall(r"--mount=\S*from=([^,\s]+)", DOCKERFILE)
+    assert copied and set(copied) <= stages
+    texts = [*INFRA.rglob("*"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile", ROOT / ".ci" / "run"]
+    for path in texts:
+        if path.is_file() and path.suffix != ".pyc":
+            assert not re.search(r"[a-z0-9]:latest\b|[nN]ewTag: *latest|^ARG \w+=\S*latest", path.read_text(), re.MULTILINE), path
+
+
 def wheel(folder: Path, content: str) -> Path:
     """A package of one line."""
     path = folder / "shop_tool-1.0-py3-none-any.whl"
@@ -145,6 +157,16 @@ def test_what_only_an_image_installs_has_a_licence_that_somebody_has_read(image:
     assert all(canonicalize_name(name) == name and words for name, words in read.items())
     unread = set(requirements(image)) - installed - set(read)
     assert not unread, f"put them into infra/licences.txt, each with the licence that it has: {sorted(unread)}"
+
+
+def test_of_nvidia_s_terms_it_is_said_which_were_read() -> None:
+    _, read = licences()
+    own = {name: words for name, words in read.items() if name.startswith("nvidia-") and "Apache" not in words}
+    assert {name for image in FILES for name in requirements(image) if name.startswith("nvidia-")} - {"nvidia-nvtx"} == set(own)
+    unread = {name for name, words in own.items() if re.search(r"; not read( in this package|$)", words)}
+    assert unread | {"nvidia-cuda-runtime", "nvidia-cuda-cupti", "nvidia-cufile"} == set(own)
+    assert all("the text in it was read" in own[name] for name in set(own) - unread)
+    assert "the texts of three were read" in (ROOT / "docs" / "security.md").read_text()
 
 
 def test_the_bill_of_materials_is_made_in_every_run_of_the_checks() -> None:

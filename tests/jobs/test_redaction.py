@@ -129,9 +129,9 @@ def test_other_values_stay_and_a_path_that_is_a_key_is_redacted() -> None:
 @pytest.mark.parametrize("text", ["http://x:y", "\\", "a.b-"])
 def test_a_long_text_costs_time_by_its_length(text: str) -> None:
     """Where each place begins a search through all the rest, this takes longer than a test may."""
-    redacted("password=" + text * 200_000)
-    redacted('password: "' + text * 200_000)
-    redacted(text * 200_000)
+    assert redacted("password=" + text * 200_000).startswith("password=***")
+    assert redacted('password: "' + text * 200_000)
+    assert len(redacted(text * 200_000)) >= len(text)
 
 
 def test_a_config_is_kept_without_the_password_of_its_address() -> None:

@@ -25,6 +25,7 @@ from jobs.lake import partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.locks import alone
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES
+from jobs.report import openlineage
 from jobs.run import InputError, Refused, Unavailable
 from tests.jobs.small_lake import remember
 from tests.jobs.waiting import until
@@ -416,6 +417,23 @@ def test_a_table_as_of_a_time_is_asked_for_as_spark_writes_it(monkeypatch: pytes
         source(spark, "delta.`/films` VERSION AS OF 3", "extract.items.table", ["id"])
     source(spark, "delta.`s3a://shop/films` VERSION AS OF 3", "extract.items.table", ["id"])
     assert asked[-1] == "SELECT * FROM delta.`s3a://shop/films` VERSION AS OF 3"
+
+
+def test_files_in_backticks_are_read_in_their_format_and_named_in_lineage(tmp_path: Path) -> None:
+    items, events = item_table(tmp_path / "i.parquet", CATALOGUE), event_table(tmp_path / "e.parquet", LOGS)
+    result = extract.run(config(tmp_path, f"parquet.`file://{items}`", f"  parquet.`file://{events}` "))
+    assert (result.rows["items"], result.rows["interactions"]) == (5, 20)
+    (tmp_path / "shop.csv").write_text("id,name\n7,seven\n")
+    rows = source(session("test", {}), f"csv.`file://{tmp_path}/shop.csv`", "extract.items.table", [])
+    assert rows.count() == 2, "a line each, by the reader of another format"
+    named = {openlineage.data_set(written, "llmemb") for written in result.inputs}
+    assert named == {("file", str(items)), ("file", str(events))}
+
+
+@pytest.mark.parametrize("table", ["parquet.`/films`", " parquet.`/films` ", "delta.`/films` VERSION AS OF 3", "`/films`"])
+def test_files_in_backticks_that_could_mean_two_places_are_refused(table: str) -> None:
+    with pytest.raises(InputError, match="names no file system: write file:///films in the backticks"):
+        source(session("test", {}), table, "extract.items.table", ["id"])
 
 
 def test_a_jump_in_row_counts_is_refused_with_the_numbers(tmp_path: Path, first: extract.Result) -> None:

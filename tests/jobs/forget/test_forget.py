@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -139,6 +140,30 @@ def test_free_pages_of_a_database_keep_no_row_that_was_deleted(tmp_path: Path) -
     assert everywhere(tmp_path, ODD), "as SQLite leaves it"
     forget.proof.scrub(tmp_path)
     assert everywhere(tmp_path, ODD) == []
+
+
+def test_the_proof_takes_no_lock_from_the_store_that_is_open_here(tmp_path: Path) -> None:
+    """Whoever opens a file and closes it lets go of all locks that its process has there; SQLite would not know."""
+    (tmp_path / "notes.txt").write_text(ODD)
+    (tmp_path / "empty.db").touch()
+    path = tmp_path / "online 100%?.db"
+
+    def held() -> int:
+        mine = f" {os.getpid()} "
+        lines = Path("/proc/locks").read_text().splitlines()
+        return sum("POSIX" in line and mine in line and line.split()[5].endswith(f":{path.stat().st_ino}") for line in lines)
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as store:
+        store.execute("PRAGMA journal_mode = WAL")
+        store.execute("CREATE TABLE rows (item TEXT)")
+        store.execute("INSERT INTO rows VALUES (?)", (ODD,))
+        before = held()
+        assert list(forget.proof.mentions(tmp_path, frozenset({ODD}))) == ["notes.txt", path.name]
+        store.execute("DELETE FROM rows")
+        forget.proof.scrub(tmp_path)
+        assert before == held() > 0
+    assert everywhere(tmp_path, ODD) == ["notes.txt"]
+    assert not (tmp_path / "empty.db").stat().st_size
 
 
 def test_a_file_that_nobody_thought_of_is_found_and_said(catalogue: Callable[..., Path]) -> None:

@@ -113,6 +113,7 @@ def test_equal_manifests_give_equal_events_under_the_night_as_their_parent(tmp_p
         ("shop.catalogue VERSION AS OF 7 ", ("llmemb", "shop.catalogue")),
         ("`shop`.`catalogue`", ("llmemb", "shop.catalogue")),
         ("parquet.`s3a://shop/films/`", ("s3://shop", "films")),
+        (" parquet.`s3a://shop/films` ", ("s3://shop", "films")),
         ("delta.`s3a://shop/films` VERSION AS OF 7", ("s3://shop", "films")),
         ("delta.`/data/films`", ("file", "/data/films")),
         ("delta.`s3a://AKIA:sec/ret@shop/films`", ("s3://shop", "films")),
