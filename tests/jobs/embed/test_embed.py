@@ -162,9 +162,9 @@ def test_a_killed_run_goes_on_from_its_finished_parts_and_ends_with_the_same_byt
 
     target, name, at = {
         "model": (parts, "embedded", 3),
-        "write": (parts.pq, "write_table", 3),
-        "commit": (parts.partitions, "commit_files", 1),
-        "after": (parts.shutil, "rmtree", 1),
+        "write": (finished_parts.pq, "write_table", 3),
+        "commit": (finished_parts.partitions, "commit_files", 1),
+        "after": (finished_parts.shutil, "rmtree", 1),
     }[moment]
     with monkeypatch.context() as patch:
         patch.setattr(target, name, dying(getattr(target, name), at))
