@@ -55,11 +55,15 @@ class Block(nn.Module):
         return F.dropout(self.attend_out(mixed_BHLd.transpose(1, 2).flatten(-2)), self.dropout, self.training)
 
     def newest(self, x_BLD: Tensor, seen_BL: Tensor) -> Tensor:
-        """x_BD of the last position, as `forward` in evaluation; it sees the keys that `seen_BL` allows."""
-        normed_BLD = self.attend_norm(x_BLD)
-        x_BD = x_BLD[:, -1] + self.attend_out(self.attend_newest(normed_BLD, seen_BL))
-        fed_BD: Tensor = x_BD + self.feed(self.feed_norm(x_BD))
-        return fed_BD
+        """x_BD of the last position, as `forward` in evaluation; it sees the keys that `seen_BL` allows.
+
+        By functions: for one user each call of a module costs as much as what it computes.
+        """
+        mixed_BD = self.attend_newest(normed(self.attend_norm, x_BLD), seen_BL)
+        x_BD = x_BLD[:, -1] + F.linear(mixed_BD, self.attend_out.weight, self.attend_out.bias)
+        first, last = self.feed[0], self.feed[3]
+        wide_BD = F.gelu(F.linear(normed(self.feed_norm, x_BD), first.weight, first.bias))
+        return x_BD + F.linear(wide_BD, last.weight, last.bias)
 
     def attend_newest(self, x_BLD: Tensor, seen_BL: Tensor) -> Tensor:
         """What the last position's heads see, side by side: mixed_BD.
@@ -67,14 +71,20 @@ class Block(nn.Module):
         There is one query, so the keys' weights are applied to it and the values' to the one mix of positions, not both to each
         position: L x D numbers are touched, not L x D x D. The keys' bias would add the same to all scores: softmax ignores it.
         """
-        query_HdD, key_HdD, value_HdD = self.query_key_value.weight.unflatten(0, (3, self.heads, -1))
-        query_Hd1, _, value_Hd1 = self.query_key_value.bias.unflatten(0, (3, self.heads, -1, 1))
+        width = x_BLD.shape[2]
+        query_HdD, key_HdD, value_HdD = self.query_key_value.weight.view(3, self.heads, -1, width)
+        query_Hd1, _, value_Hd1 = self.query_key_value.bias.view(3, self.heads, -1, 1)
         query_HdB = query_HdD @ x_BLD[:, -1].T + query_Hd1
         asked_BHD = (query_HdB.transpose(1, 2) @ key_HdD).transpose(0, 1)
         score_BHL = asked_BHD @ x_BLD.transpose(1, 2) / math.sqrt(query_HdD.shape[1])
         share_BHL = score_BHL.masked_fill(~seen_BL[:, None], -torch.inf).softmax(-1)
         mixed_HDB = (share_BHL @ x_BLD).permute(1, 2, 0)
         return (value_HdD @ mixed_HDB + value_Hd1).flatten(0, 1).T
+
+
+def normed(norm: nn.LayerNorm, x_BD: Tensor) -> Tensor:
+    """What a layer norm gives."""
+    return F.layer_norm(x_BD, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def initialise(module: nn.Module) -> None:
@@ -108,14 +118,14 @@ class SASRec(nn.Module):
         x_BLD = self.through(self.blocks[:-1], emb_BLD, valid_BL)
         seen_BL = valid_BL.clone()
         seen_BL[:, -1] = True  # itself, also in a row of nothing but padding
-        user_BD: Tensor = self.norm(self.blocks[-1].newest(x_BLD, seen_BL))
-        return user_BD
+        return normed(self.norm, self.blocks[-1].newest(x_BLD, seen_BL))
 
     def through(self, blocks: nn.ModuleList, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """x_BLD of item vectors at their positions, after some blocks."""
         x_BLD = emb_BLD * self.scale + self.position[self.max_len - emb_BLD.shape[1] :]
         x_BLD = F.dropout(x_BLD, self.dropout, self.training)
-        mask_B1LL = attention_mask(valid_BL, causal=True) if len(blocks) else valid_BL
-        for block in blocks:
-            x_BLD = block(x_BLD, mask_B1LL)
+        if len(blocks):
+            mask_B1LL = attention_mask(valid_BL, causal=True)
+            for block in blocks:
+                x_BLD = block(x_BLD, mask_B1LL)
         return x_BLD

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_serving.py                                   100,000 x 128 in Redis
     python tests/benchmarks/bench_serving.py --width 384 --build 80 --links 16
     python tests/benchmarks/bench_serving.py --only start --items 1000000      start to ready, memory, recall by breadth
-    python tests/benchmarks/bench_serving.py --only cpu --seconds 5            CPU time of a request, by path: also on a busy machine
+    python tests/benchmarks/bench_serving.py --only cpu --seconds 5            CPU time of a request, also on a busy machine
     python tests/benchmarks/bench_serving.py --only flips                      100 flips under load
     python tests/benchmarks/bench_serving.py --only faults                     store slow, hanging, flushed, killed under load
     python tests/benchmarks/bench_serving.py --only peers                      /similar beside other stores: see serving_peers.py
