@@ -6,6 +6,7 @@ Shapes: B rows, L positions (newest last, LEFT-padded), D width, H heads.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,10 @@ class Block(nn.Module):
         """
         mixed_BD = self.attend_newest(normed(self.attend_norm, x_BLD), seen_BL)
         x_BD = x_BLD[:, -1] + F.linear(mixed_BD, self.attend_out.weight, self.attend_out.bias)
-        first, last = self.feed[0], self.feed[3]
-        wide_BD = F.gelu(F.linear(normed(self.feed_norm, x_BD), first.weight, first.bias))
-        return x_BD + F.linear(wide_BD, last.weight, last.bias)
+        widen: Any = self.feed[0]
+        narrow: Any = self.feed[3]
+        wide_BD = F.gelu(F.linear(normed(self.feed_norm, x_BD), widen.weight, widen.bias))
+        return x_BD + F.linear(wide_BD, narrow.weight, narrow.bias)
 
     def attend_newest(self, x_BLD: Tensor, seen_BL: Tensor) -> Tensor:
         """What the last position's heads see, side by side: mixed_BD.
@@ -79,7 +81,8 @@ class Block(nn.Module):
         score_BHL = asked_BHD @ x_BLD.transpose(1, 2) / math.sqrt(query_HdD.shape[1])
         share_BHL = score_BHL.masked_fill(~seen_BL[:, None], -torch.inf).softmax(-1)
         mixed_HDB = (share_BHL @ x_BLD).permute(1, 2, 0)
-        return (value_HdD @ mixed_HDB + value_Hd1).flatten(0, 1).T
+        mixed_DB: Tensor = (value_HdD @ mixed_HDB + value_Hd1).flatten(0, 1)
+        return mixed_DB.T
 
 
 def normed(norm: nn.LayerNorm, x_BD: Tensor) -> Tensor:
@@ -118,7 +121,8 @@ class SASRec(nn.Module):
         x_BLD = self.through(self.blocks[:-1], emb_BLD, valid_BL)
         seen_BL = valid_BL.clone()
         seen_BL[:, -1] = True  # itself, also in a row of nothing but padding
-        return normed(self.norm, self.blocks[-1].newest(x_BLD, seen_BL))
+        last: Any = self.blocks[-1]
+        return normed(self.norm, last.newest(x_BLD, seen_BL))
 
     def through(self, blocks: nn.ModuleList, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """x_BLD of item vectors at their positions, after some blocks."""
