@@ -158,7 +158,10 @@ class Index:
         self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
         if self.about.get("format") != FORMAT:
             raise Foreign(f"{folder} has format {self.about.get('format')}, not {FORMAT}: publish the space again")
-        self.vector_ND: Matrix = np.load(folder / VECTORS, mmap_mode="r")
+        mapped = np.load(folder / VECTORS, mmap_mode="r")
+        self.pages: Any = mapped._mmap
+        """The file behind the vectors, which are a plain array: rows of a `memmap` cost several times as much to take."""
+        self.vector_ND: Matrix = mapped.view(np.ndarray)
         self.hash_N = np.load(folder / HASHES, mmap_mode="r")
         self.row_N = np.load(folder / ROWS, mmap_mode="r")
         self.items: pa.Table = pa.ipc.open_file(pa.memory_map(str(folder / ITEMS))).read_all()

@@ -77,6 +77,7 @@ def server_of(settings: Settings) -> dict[str, Any]:
         "port": settings.port,
         "workers": settings.workers if settings.workers > 1 else None,
         "access_log": False,  # it would name what callers ask
+        "proxy_headers": False,  # nothing asks for a caller's address
         "log_level": "warning",
         "log_config": None,  # its lines go where ours go
         "http": "feature_repo.serving.http:Patient",

@@ -191,6 +191,7 @@ def make_app(settings: Settings, lake: Path | None = None) -> Any:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.batcher.open()
         service.watch.start()
         yield
         service.watch.stop()

@@ -151,10 +151,10 @@ def parts_of(recommender: Any, width: int) -> tuple[tuple[str, int, int], ...]:
 
 def warm(made: Generation, settings: Settings) -> None:
     """Maps what requests will touch, and runs a few, so that none waits for the disk. Slowly: what serves goes first."""
-    mapped: Any = getattr(made.index.vector_ND, "_mmap", None)
-    for start in range(0, len(mapped) if mapped is not None else 0, STEP):
+    pages = made.index.pages
+    for start in range(0, len(pages), STEP):
         try:
-            mapped.madvise(POPULATE_READ, start, min(STEP, len(mapped) - start))
+            pages.madvise(POPULATE_READ, start, min(STEP, len(pages) - start))
         except OSError:  # a kernel before 5.14: pages come as they are touched
             break
         time.sleep(0)

@@ -6,6 +6,7 @@ Shapes: B rows, L positions (newest last, LEFT-padded), D width, H heads.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +42,52 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width), nn.Dropout(dropout)
         )
 
-    def forward(self, x_BLD: Tensor, mask_B1LL: Tensor, newest: int = 0) -> Tensor:
-        """x_BLD -> x_BLD; a query sees the keys that its row of the mask allows. `newest` gives as many last positions alone."""
-        x_BLD = x_BLD[:, -newest:] + self.attend(self.attend_norm(x_BLD), mask_B1LL[:, :, -newest:], newest)
+    def forward(self, x_BLD: Tensor, mask_B1LL: Tensor) -> Tensor:
+        """x_BLD -> x_BLD; a query sees the keys that its row of the mask allows."""
+        x_BLD = x_BLD + self.attend(self.attend_norm(x_BLD), mask_B1LL)
         fed: Tensor = x_BLD + self.feed(self.feed_norm(x_BLD))
         return fed
 
-    def attend(self, x_BLD: Tensor, mask_B1LL: Tensor, newest: int = 0) -> Tensor:
-        """Multi-head attention of x_BLD, or of its `newest` last positions, on all of it."""
+    def attend(self, x_BLD: Tensor, mask_B1LL: Tensor) -> Tensor:
+        """Multi-head attention."""
         split = self.query_key_value(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        mixed_BHLd = F.scaled_dot_product_attention(
-            split[0][:, :, -newest:], split[1], split[2], attn_mask=mask_B1LL, dropout_p=dropout
-        )
+        mixed_BHLd = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=mask_B1LL, dropout_p=dropout)
         return F.dropout(self.attend_out(mixed_BHLd.transpose(1, 2).flatten(-2)), self.dropout, self.training)
+
+    def newest(self, x_BLD: Tensor, seen_BL: Tensor) -> Tensor:
+        """x_BD of the last position, as `forward` in evaluation; it sees the keys that `seen_BL` allows.
+
+        By functions: for one user each call of a module costs as much as what it computes.
+        """
+        mixed_BD = self.attend_newest(normed(self.attend_norm, x_BLD), seen_BL)
+        x_BD = x_BLD[:, -1] + F.linear(mixed_BD, self.attend_out.weight, self.attend_out.bias)
+        widen: Any = self.feed[0]
+        narrow: Any = self.feed[3]
+        wide_BD = F.gelu(F.linear(normed(self.feed_norm, x_BD), widen.weight, widen.bias))
+        return x_BD + F.linear(wide_BD, narrow.weight, narrow.bias)
+
+    def attend_newest(self, x_BLD: Tensor, seen_BL: Tensor) -> Tensor:
+        """What the last position's heads see, side by side: mixed_BD.
+
+        There is one query, so the keys' weights are applied to it and the values' to the one mix of positions, not both to each
+        position: L x D numbers are touched, not L x D x D. The keys' bias would add the same to all scores: softmax ignores it.
+        """
+        width = x_BLD.shape[2]
+        query_HdD, key_HdD, value_HdD = self.query_key_value.weight.view(3, self.heads, -1, width)
+        query_Hd1, _, value_Hd1 = self.query_key_value.bias.view(3, self.heads, -1, 1)
+        query_HdB = query_HdD @ x_BLD[:, -1].T + query_Hd1
+        asked_BHD = (query_HdB.transpose(1, 2) @ key_HdD).transpose(0, 1)
+        score_BHL = asked_BHD @ x_BLD.transpose(1, 2) / math.sqrt(query_HdD.shape[1])
+        share_BHL = score_BHL.masked_fill(~seen_BL[:, None], -torch.inf).softmax(-1)
+        mixed_HDB = (share_BHL @ x_BLD).permute(1, 2, 0)
+        mixed_DB: Tensor = (value_HdD @ mixed_HDB + value_Hd1).flatten(0, 1)
+        return mixed_DB.T
+
+
+def normed(norm: nn.LayerNorm, x_BD: Tensor) -> Tensor:
+    """What a layer norm gives."""
+    return F.layer_norm(x_BD, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def initialise(module: nn.Module) -> None:
@@ -80,18 +113,23 @@ class SASRec(nn.Module):
 
     def forward(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """emb_BLD, valid_BL -> hidden_BLD. Positions count back from the newest, so L may be less than max_len."""
-        return self.run(emb_BLD, valid_BL)
+        hidden_BLD: Tensor = self.norm(self.through(self.blocks, emb_BLD, valid_BL))
+        return hidden_BLD
 
     def newest(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """user_BD after the newest event: the last block needs no other position. What serving and validation ask for."""
-        return self.run(emb_BLD, valid_BL, newest=1)[:, -1]
+        x_BLD = self.through(self.blocks[:-1], emb_BLD, valid_BL)
+        seen_BL = valid_BL.clone()
+        seen_BL[:, -1] = True  # itself, also in a row of nothing but padding
+        last: Any = self.blocks[-1]
+        return normed(self.norm, last.newest(x_BLD, seen_BL))
 
-    def run(self, emb_BLD: Tensor, valid_BL: Tensor, newest: int = 0) -> Tensor:
-        """hidden_BLD of all positions, or of the `newest` alone."""
+    def through(self, blocks: nn.ModuleList, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+        """x_BLD of item vectors at their positions, after some blocks."""
         x_BLD = emb_BLD * self.scale + self.position[self.max_len - emb_BLD.shape[1] :]
         x_BLD = F.dropout(x_BLD, self.dropout, self.training)
-        mask_B1LL = attention_mask(valid_BL, causal=True)
-        for number, block in enumerate(self.blocks, start=1):
-            x_BLD = block(x_BLD, mask_B1LL, newest if number == len(self.blocks) else 0)
-        hidden_BLD: Tensor = self.norm(x_BLD)
-        return hidden_BLD
+        if len(blocks):
+            mask_B1LL = attention_mask(valid_BL, causal=True)
+            for block in blocks:
+                x_BLD = block(x_BLD, mask_B1LL)
+        return x_BLD

@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_serving.py                                   100,000 x 128 in Redis
     python tests/benchmarks/bench_serving.py --width 384 --build 80 --links 16
     python tests/benchmarks/bench_serving.py --only start --items 1000000      start to ready, memory, recall by breadth
+    python tests/benchmarks/bench_serving.py --only cpu --seconds 5            CPU time of a request, also on a busy machine
     python tests/benchmarks/bench_serving.py --only flips                      100 flips under load
     python tests/benchmarks/bench_serving.py --only faults                     store slow, hanging, flushed, killed under load
     python tests/benchmarks/bench_serving.py --only peers                      /similar beside other stores: see serving_peers.py
@@ -198,6 +199,35 @@ def loads(url: str, process: subprocess.Popen[bytes], arguments: argparse.Namesp
             tell("open loop", **found, service_cores=round(cores, 2))
 
 
+def cpu(url: str, process: subprocess.Popen[bytes], arguments: argparse.Namespace, ids: list[str], told: list[list[str]]) -> None:
+    """CPU ms of the service a request, of all its threads and of the event loop's: one client, eight, and at the first rate."""
+    port, watched, seconds, rate = int(url.rsplit(":", 1)[1]), psutil.Process(process.pid), arguments.seconds, arguments.rates[0]
+    asked = {
+        "recommend_history": ("/recommend", encoded([{"history": history, "k": 10} for history in told])),
+        "recommend_user": ("/recommend", encoded([{"user_id": f"u{n}", "k": 10} for n in range(USERS)])),
+        "similar": ("/similar", encoded([{"item_ids": [ids[n]], "k": 10} for n in range(USERS)])),
+        "vectors": ("/vectors", encoded([{"item_ids": history} for history in told])),
+    }
+
+    def now() -> Matrix:
+        loop = next(thread for thread in watched.threads() if thread.id == process.pid)
+        return np.array([sum(watched.cpu_times()[:2]), loop.user_time + loop.system_time])
+
+    def spent(work: Callable[[], float]) -> list[float]:
+        before, requests = now(), work()
+        return [round(float(ms), 2) for ms in 1000 * (now() - before) / requests]
+
+    figures = {}
+    for name, (path, bodies) in asked.items():
+        ways: dict[str, Callable[[], float]] = {
+            "one_client": lambda: seconds * asyncio.run(closed_loop(port, [(path, bodies)], 1, seconds)),  # noqa: B023
+            "eight": lambda: seconds * asyncio.run(closed_loop(port, [(path, bodies)], 8, seconds)),  # noqa: B023
+            "at_rate": lambda: asyncio.run(open_loop(port, path, bodies, rate, seconds, []))["requests"],  # noqa: B023
+        }
+        figures[name] = {way: spent(work) for way, work in ways.items()}
+    tell("cpu ms a request: [all threads, event loop]", rate=rate, **figures)
+
+
 def flips(url: str, lake: Path, arguments: argparse.Namespace, tables: dict[str, Matrix], ids: list[str]) -> None:
     """Rollback again and again under load: latencies with and without, errors, and answers whose scores are of no one space."""
     port, row = int(url.rsplit(":", 1)[1]), {item_id: number for number, item_id in enumerate(ids)}
@@ -368,7 +398,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--flips", type=int, default=100)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--only", choices=("start", "load", "flips", "feast", "recall", "faults", "peers"))
+    parser.add_argument("--only", choices=("start", "cpu", "load", "flips", "feast", "recall", "faults", "peers"))
     arguments = parser.parse_args()
 
     def wanted(name: str) -> bool:
@@ -390,6 +420,7 @@ def main() -> None:
             for kind, work in (
                 ("recall", lambda: recalls(lake, space)),
                 ("peers", lambda: peers(url, lake, ids, emb_ND)),
+                ("cpu", lambda: cpu(url, process, arguments, ids, histories)),
                 ("load", lambda: loads(url, process, arguments, ids)),
                 ("feast", lambda: beside_feast(url, lake, space, histories)),
                 ("flips", lambda: flips(url, lake, arguments, {one.space_id: table for one, table in published}, ids)),

@@ -229,6 +229,19 @@ def test_nothing_of_users_is_logged(
     assert SECRET not in caplog.text and SECRET not in shown.out + shown.err
 
 
+def test_a_batch_that_failed_leaves_the_next_alone(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(lake, seed=1)
+    with serving(lake, request_s=5.0) as client:
+
+        def broken(*_: Any) -> Any:
+            raise RuntimeError
+
+        with monkeypatch.context() as during:
+            during.setattr(client.service.batcher, "work", broken)
+            assert client.post("/recommend", history=HISTORY)[0] == 500
+        assert client.post("/recommend", history=HISTORY)[0] == 200
+
+
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
