@@ -24,7 +24,6 @@ MAY = {
     "jobs/engines/registry.py": "takes an artifact from MLflow, which downloads into a folder",
     "jobs/engines/online.py": "stages an index, which faiss writes as files; removes old ones; Feast's offline folder",
     # jobs that work on the lake's bytes and not on its tables
-    "jobs/collect/retention.py": "removes old dates, commits first",
     "jobs/extract/__init__.py": "removes what Spark staged and did not commit",
     "jobs/forget/home.py": "copies a lake from an object store, and puts back what changed",
     "jobs/forget/names.py": "reads Parquet files of any version, for the ids that they name",
