@@ -102,7 +102,11 @@ class Staged:
 
 
 def stage(rows: DataFrame, order: list[str], table: Table, staging: Path, config: Config, files: int) -> Staged:
-    """Writes the rows of a partition: spread by the first column's hash and sorted, so that a rerun's bytes are equal."""
+    """Writes the rows of a partition: spread by the first column's hash and sorted, so that a rerun leaves the same files.
+
+    On an object store to the byte. In a folder, where Java writes, a file's footer lists encodings in an order that each Java
+    process chooses by chance.
+    """
     where, counted, partition = staging / table.name, Observation(), f"ds={config.run.ds}"
     # counted by the tasks that write, after the last shuffle: a task that runs twice counts once
     rows = spread(rows.select(table.schema.names), files, order[0]).sortWithinPartitions(*order)
