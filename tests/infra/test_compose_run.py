@@ -1,0 +1,148 @@
+"""The images and Compose for real: built, brought up, a night run in them, and each container looked at from outside.
+
+It takes half an hour and an engine with Compose, so it runs where LLMEMB_TEST_IMAGES says so: `pull` takes the images of others as
+infra/ names them, `stand-ins` those that tests/infra/stand_ins/build.sh makes of Debian's packages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.models import tiny
+from tests.test_end_to_end import FIRST, ITEMS, RECIPE, film, logs
+
+ROOT = Path(__file__).parents[2]
+WANTED = os.environ.get("LLMEMB_TEST_IMAGES", "")
+STAND_INS = {"postgres": "postgres", "redis": "redis", "object-storage-init": "busybox", "object-storage": "minio/minio"}
+"""Service of Compose -> whose image stands in for its own."""
+ONCE = {"airflow-init", "object-storage-init"}
+PATIENCE_S = 600
+pytestmark = [
+    pytest.mark.timeout(5400),
+    pytest.mark.skipif(WANTED not in ("pull", "stand-ins"), reason="LLMEMB_TEST_IMAGES is neither pull nor stand-ins"),
+]
+
+
+def run(*command: str | Path, **more: Any) -> str:
+    """What a command prints. It fails with what it said."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **more)
+    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def until(what: str, met: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
+    """Waits for a condition; gives what it gave."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if found := met():
+                return found
+        time.sleep(1)
+    raise AssertionError(f"waited {patience_s} s for {what}")
+
+
+class Composed:
+    """A checkout of its own, whose Compose has a name and volumes of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.root, self.shop = home / "checkout", home / "shop"
+        listed = run("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+        for name in (name for name in listed if (ROOT / name).is_file()):
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.root / name)
+        self.services: dict[str, Any] = yaml.safe_load((self.root / "infra" / "compose.yaml").read_text())["services"]
+        self.environment = os.environ | {"COMPOSE_PROJECT_NAME": "llmemb-test", "DOCKER_BUILDKIT": "1"}
+        self.variables = [f"PYTHON={sys.executable}", f"RECIPE={self.shop}/recipe.toml", f"DS={FIRST}", "IN=compose"]
+        if WANTED == "stand-ins":
+            (home / "override.yaml").write_text(yaml.safe_dump(self.override()))
+            self.variables.append(f"OVERRIDE={home}/override.yaml")
+
+    def override(self) -> dict[str, Any]:
+        """Compose with the stand-ins."""
+        built = {"build": {"network": "host", "args": {"PYTHON": "stand-in"}}}
+        images = {name: {"image": f"{image}:stand-in"} for name, image in STAND_INS.items()}
+        return {"services": images | {name: built for name, service in self.services.items() if "build" in service}}
+
+    def make(self, target: str, *variables: str) -> str:
+        """A target of the Makefile."""
+        return run("make", target, *self.variables, *variables, cwd=self.root, env=self.environment)
+
+    def compose(self, *words: str) -> str:
+        """A command of Compose, as the Makefile calls it."""
+        line = run("make", "--eval", "print: ; @echo '$(COMPOSE)'", "print", *self.variables, cwd=self.root)
+        return run("sh", "-c", f'{line.strip()} "$@"', "sh", *words, cwd=self.root, env=self.environment)
+
+    def containers(self) -> dict[str, dict[str, Any]]:
+        """What the engine knows about each service's container."""
+        ids = self.compose("ps", "--all", "--quiet").split()
+        found: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids))
+        return {one["Config"]["Labels"]["com.docker.compose.service"]: one for one in found}
+
+    def inside(self, service: str, code: str) -> str:
+        """What a line of shell prints in a service's container."""
+        return self.compose("exec", "-T", service, "sh", "-c", code)
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
+    """Compose brought up by `make up` with a small shop, every service healthy; its containers and volumes go afterwards."""
+    for words in (["docker", "info"], ["docker", "compose", "version"]):
+        if subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip(f"`{' '.join(words)}` fails: no engine to be had")
+    if WANTED == "stand-ins":
+        run("sh", ROOT / "tests" / "infra" / "stand_ins" / "build.sh")
+    running = Composed(tmp_path_factory.mktemp("compose"))
+    open_shop(running.shop)
+    try:
+        running.make("up")
+        until("health", lambda: all(map(healthy, running.containers().values())))
+        yield running
+    finally:
+        running.compose("down", "--volumes", "--timeout", "20")
+
+
+def open_shop(folder: Path) -> None:
+    """Tables, a small LLM and a recipe, where the containers see them."""
+    tiny.llama(folder / "base")
+    pq.write_table(pa.Table.from_pylist([film(number) for number in range(ITEMS)]), folder / "items.parquet")
+    pq.write_table(pa.Table.from_pylist(logs(FIRST, ITEMS)), folder / "events.parquet")
+    recipe = RECIPE.format(tmp="/recipes").replace('"/recipes/lake"', '"$LLMEMB_LAKE"')
+    (folder / "recipe.toml").write_text(recipe.replace('"sqlite:////recipes/mlflow.db"', '"$MLFLOW_TRACKING_URI"'))
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def healthy(container: dict[str, Any]) -> bool:
+    """Whether a container is as it shall be: healthy, or ended well where it does one thing and ends."""
+    state = container["State"]
+    if container["Config"]["Labels"]["com.docker.compose.service"] in ONCE:
+        return bool(state["Status"] == "exited" and state["ExitCode"] == 0)
+    return bool(state.get("Health", {}).get("Status") == "healthy")
+
+
+def answer(url: str, body: dict[str, Any] | None = None, **headers: str) -> tuple[int, str]:
+    """Status and text of a page, asked from this machine."""
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, data, headers | ({"Content-Type": "application/json"} if body else {}))
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
