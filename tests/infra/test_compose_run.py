@@ -1,7 +1,7 @@
 """The images and Compose for real: built, brought up, a night run in them, and each container looked at from outside.
 
-It takes half an hour and an engine with Compose, so it runs where LLMEMB_TEST_IMAGES says so: `pull` takes the images of others as
-infra/ names them, `stand-ins` those that tests/infra/stand_ins/build.sh makes of Debian's packages.
+It takes half an hour and an engine with Compose, so it runs where LLMEMB_TEST_IMAGES says so: `pull` takes the images of others
+as infra/ names them, `stand-ins` those that tests/infra/stand_ins/build.sh makes of Debian's packages.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def until(what: str, met: Callable[[], Any], patience_s: float = PATIENCE_S) -> 
 
 
 class Composed:
-    """A checkout of its own, whose Compose has a name and volumes of its own."""
+    """A checkout of its own, whose Compose has a name and volumes of its own; images keep their names."""
 
     def __init__(self, home: Path) -> None:
         self.root, self.shop = home / "checkout", home / "shop"
@@ -67,6 +67,10 @@ class Composed:
         for name in (name for name in listed if (ROOT / name).is_file()):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
+        git = ["git", "-C", self.root, "-c", "user.name=a test", "-c", "user.email=test@example.invalid"]
+        for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "a test"]):
+            run(*git, *words)
+        self.revision = run(*git, "describe", "--always", "--dirty", "--abbrev=12").strip()
         self.services: dict[str, Any] = yaml.safe_load((self.root / "infra" / "compose.yaml").read_text())["services"]
         self.environment = os.environ | {"COMPOSE_PROJECT_NAME": "llmemb-test", "DOCKER_BUILDKIT": "1"}
         self.variables = [f"PYTHON={sys.executable}", f"RECIPE={self.shop}/recipe.toml", f"DS={FIRST}", "IN=compose"]
@@ -146,3 +150,91 @@ def answer(url: str, body: dict[str, Any] | None = None, **headers: str) -> tupl
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def night(composed: Composed) -> str:
+    """What the first night prints, run as an operator runs it."""
+    return composed.make("night")
+
+
+def staying(composed: Composed) -> dict[str, dict[str, Any]]:
+    """Containers of services that stay."""
+    return {name: one for name, one in composed.containers().items() if name not in ONCE}
+
+
+def test_a_container_runs_as_nobody_in_a_root_that_is_read_only(composed: Composed) -> None:
+    for name, container in staying(composed).items():
+        process = Path("/proc") / str(container["State"]["Pid"])  # the container's first, as this machine sees it
+        if not process.exists():
+            pytest.skip("the engine's processes are not this machine's")
+        status = dict(re.findall(r"^(\w+):\s+(.*)$", (process / "status").read_text(), re.MULTILINE))
+        told = int(composed.services[name]["user"].split(":")[0])
+        assert set(map(int, status["Uid"].split())) == {told} and told, name
+        assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0 and status["NoNewPrivs"] == "1", name
+        mounts = dict(line.split()[1:4:2] for line in (process / "mounts").read_text().splitlines())
+        assert mounts["/"].split(",")[0] == "ro", name
+        assert ("noexec" in mounts["/tmp"]) != (name.startswith("airflow")), f"{name}: where Spark runs it loads its codecs"
+
+
+def test_no_secret_is_among_the_arguments_of_a_process(composed: Composed, night: str) -> None:
+    lines = (composed.root / "infra" / ".env").read_text().splitlines()
+    secrets = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert len(secrets) > 10
+    for name, container in staying(composed).items():
+        shown = run("docker", "top", container["Id"], "-eo", "pid,args")
+        assert not [secret for secret, value in secrets.items() if value in shown], name
+    assert not [secret for secret, value in secrets.items() if value in night]
+
+
+def test_what_is_published_answers_to_localhost(composed: Composed) -> None:
+    assert answer("http://localhost:5000/health") == (200, "OK")
+    assert answer("http://localhost:5000/api/2.0/mlflow/experiments/get?experiment_id=0")[0] == 401, "nobody without an account"
+    status, text = answer("http://localhost:8080/api/v2/monitor/health")
+    assert status == 200 and {part["status"] for part in json.loads(text).values()} == {"healthy"}
+    assert answer("http://localhost:8100/healthz")[0] == 200
+    path = "/opt/airflow/simple_auth_manager_passwords.json.generated"
+    assert json.loads(composed.inside("airflow-api-server", f"cat {path}"))["admin"], "where docs/cluster.md says"
+
+
+def test_a_night_in_the_containers_serves(composed: Composed, night: str) -> None:
+    told = json.loads(night.splitlines()[-1])
+    assert told["items"] == ITEMS
+    until("the new space", lambda: answer("http://localhost:8100/readyz")[0] == 200)
+    asked = {"history": ["i1", "i5"], "k": 5}
+    assert answer("http://localhost:8100/recommend", asked)[0] == 401
+    token = re.search(r"^SERVING_TOKEN=(.*)$", (composed.root / "infra" / ".env").read_text(), re.MULTILINE)
+    assert token
+    status, text = answer("http://localhost:8100/recommend", asked, Authorization=f"Bearer {token[1]}")
+    found = json.loads(text)
+    assert status == 200 and len(found["items"]) == 5 and not {"i1", "i5"} & {item["item_id"] for item in found["items"]}
+    assert (found["space_id"], found["ds"], found["fallback"]) == (told["space_id"], FIRST, None)
+
+
+def test_a_manifest_names_the_code_though_an_image_has_no_checkout(composed: Composed, night: str) -> None:
+    del night
+    text = composed.inside("airflow-scheduler", f"cat /lake/manifests/ds={FIRST}/publish.*json")
+    assert json.loads(text)["code_revision"] == composed.revision
+
+
+def test_after_a_night_every_service_is_healthy_within_its_memory_and_none_was_started_again(
+    composed: Composed, night: str
+) -> None:
+    del night
+    until("health", lambda: all(map(healthy, composed.containers().values())))
+    for name, container in staying(composed).items():
+        assert not container["State"]["OOMKilled"] and container["RestartCount"] == 0, name
+        assert container["HostConfig"]["Memory"] > 0, name
+
+
+@pytest.mark.parametrize("target", ["scheduler", "spark", "gpu", "serving", "laptop"])
+def test_an_image_is_built_and_runs_what_it_is_for(composed: Composed, target: str) -> None:
+    tag = f"llmemb-{target}:test"
+    words = ["--build-arg", "PYTHON=stand-in", "--network", "host"] if WANTED == "stand-ins" else []
+    build = ["docker", "build", "--file", "infra/Dockerfile", "--target", target, "--tag", tag, *words, "."]
+    run(*build, cwd=composed.root, env=composed.environment)
+    code = "import os; from jobs.__main__ import JOBS; print(os.getuid(), len(JOBS) > 10)"
+    box = ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none", "--cap-drop", "ALL"]
+    assert run(*box, "--entrypoint", "python", tag, "-c", code).split() == ["10001", "True"]
+    if target != "serving":  # its own command waits for callers
+        run(*box, "--tmpfs", "/opt/airflow", tag, *(["airflow", "version"] if target == "laptop" else []))
