@@ -197,6 +197,13 @@ def test_what_is_published_answers_to_localhost(composed: Composed) -> None:
     assert json.loads(composed.inside("airflow-api-server", f"cat {path}"))["admin"], "where docs/cluster.md says"
 
 
+def test_airflow_reads_every_dag(composed: Composed) -> None:
+    listed = composed.inside("airflow-scheduler", "airflow dags list --output json 2>/dev/null")
+    found = json.loads(listed[listed.index("[") :])
+    assert {Path(dag["fileloc"]).stem for dag in found} >= {"nightly_embeddings", "scft_refresh", "rat_training", "maintenance"}
+    assert "No data found" in composed.inside("airflow-scheduler", "airflow dags list-import-errors 2>/dev/null")
+
+
 def test_a_night_in_the_containers_serves(composed: Composed, night: str) -> None:
     told = json.loads(night.splitlines()[-1])
     assert told["items"] == ITEMS

