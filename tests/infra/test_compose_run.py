@@ -1,7 +1,8 @@
 """The images and Compose for real: built, brought up, a night run in them, and each container looked at from outside.
 
 It takes half an hour and an engine with Compose, so it runs where LLMEMB_TEST_IMAGES says so: `pull` takes the images of others
-as infra/ names them, `stand-ins` those that tests/infra/stand_ins/build.sh makes of Debian's packages.
+as infra/ names them, `stand-ins` those that tests/infra/stand_ins/build.sh makes of Debian's packages. With `pytest -s` it prints
+its figures as one JSON line.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Composed:
         self.revision = run(*git, "describe", "--always", "--dirty", "--abbrev=12").strip()
         self.services: dict[str, Any] = yaml.safe_load((self.root / "infra" / "compose.yaml").read_text())["services"]
         self.environment = os.environ | {"COMPOSE_PROJECT_NAME": "llmemb-test", "DOCKER_BUILDKIT": "1"}
+        self.figures: dict[str, float] = {}
         self.variables = [f"PYTHON={sys.executable}", f"RECIPE={self.shop}/recipe.toml", f"DS={FIRST}", "IN=compose"]
         if WANTED == "stand-ins":
             (home / "override.yaml").write_text(yaml.safe_dump(self.override()))
@@ -87,6 +89,13 @@ class Composed:
     def make(self, target: str, *variables: str) -> str:
         """A target of the Makefile."""
         return run("make", target, *self.variables, *variables, cwd=self.root, env=self.environment)
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Seconds, for the figures alone."""
+        started = time.monotonic()
+        yield
+        self.figures[f"{what}_s"] = round(time.monotonic() - started, 1)
 
     def compose(self, *words: str) -> str:
         """A command of Compose, as the Makefile calls it."""
@@ -115,9 +124,13 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
     running = Composed(tmp_path_factory.mktemp("compose"))
     open_shop(running.shop)
     try:
-        running.make("up")
-        until("health", lambda: all(map(healthy, running.containers().values())))
+        with running.timed("build_of_compose"):
+            running.compose("build")
+        with running.timed("up_and_healthy"):
+            running.make("up")
+            until("health", lambda: all(map(healthy, running.containers().values())))
         yield running
+        print(json.dumps(running.figures))
     finally:
         running.compose("down", "--volumes", "--timeout", "20")
 
@@ -155,7 +168,8 @@ def answer(url: str, body: dict[str, Any] | None = None, **headers: str) -> tupl
 @pytest.fixture(scope="module")
 def night(composed: Composed) -> str:
     """What the first night prints, run as an operator runs it."""
-    return composed.make("night")
+    with composed.timed("night"):
+        return composed.make("night")
 
 
 def staying(composed: Composed) -> dict[str, dict[str, Any]]:
@@ -199,7 +213,7 @@ def test_what_is_published_answers_to_localhost(composed: Composed) -> None:
 
 def test_airflow_reads_every_dag(composed: Composed) -> None:
     listed = composed.inside("airflow-scheduler", "airflow dags list --output json 2>/dev/null")
-    found = json.loads(listed[listed.index("[") :])
+    found = json.loads(listed[listed.index("[{") :])
     assert {Path(dag["fileloc"]).stem for dag in found} >= {"nightly_embeddings", "scft_refresh", "rat_training", "maintenance"}
     assert "No data found" in composed.inside("airflow-scheduler", "airflow dags list-import-errors 2>/dev/null")
 
@@ -232,6 +246,15 @@ def test_after_a_night_every_service_is_healthy_within_its_memory_and_none_was_s
     for name, container in staying(composed).items():
         assert not container["State"]["OOMKilled"] and container["RestartCount"] == 0, name
         assert container["HostConfig"]["Memory"] > 0, name
+        used = run("docker", "stats", "--no-stream", "--format", "{{.MemUsage}}", container["Id"])
+        composed.figures[f"{name}_mib"] = mebibytes(used.split("/")[0])
+
+
+def mebibytes(text: str) -> float:
+    """Memory as the engine writes it."""
+    found = re.fullmatch(r"([\d.]+)([KMG])iB", text.strip())
+    assert found, text
+    return round(float(found[1]) * {"K": 1 / 1024, "M": 1, "G": 1024}[found[2]], 1)
 
 
 @pytest.mark.parametrize("target", ["scheduler", "spark", "gpu", "serving", "laptop"])
@@ -239,7 +262,9 @@ def test_an_image_is_built_and_runs_what_it_is_for(composed: Composed, target: s
     tag = f"llmemb-{target}:test"
     words = ["--build-arg", "PYTHON=stand-in", "--network", "host"] if WANTED == "stand-ins" else []
     build = ["docker", "build", "--file", "infra/Dockerfile", "--target", target, "--tag", tag, *words, "."]
-    run(*build, cwd=composed.root, env=composed.environment)
+    with composed.timed(f"build_{target}"):
+        run(*build, cwd=composed.root, env=composed.environment)
+    composed.figures[f"{target}_gb"] = round(int(run("docker", "image", "inspect", "--format", "{{.Size}}", tag)) / 1e9, 2)
     code = "import os; from jobs.__main__ import JOBS; print(os.getuid(), len(JOBS) > 10)"
     box = ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none", "--cap-drop", "ALL"]
     assert run(*box, "--entrypoint", "python", tag, "-c", code).split() == ["10001", "True"]
