@@ -27,7 +27,7 @@ import pytest
 import yaml
 
 from tests.models import tiny
-from tests.test_end_to_end import FIRST, ITEMS, RECIPE, film, logs
+from tests.test_end_to_end import FIRST, ITEMS, RECIPE, SECOND, film, logs
 
 ROOT = Path(__file__).parents[2]
 WANTED = os.environ.get("LLMEMB_TEST_IMAGES", "")
@@ -103,7 +103,7 @@ class Composed:
         return run("sh", "-c", f'{line.strip()} "$@"', "sh", *words, cwd=self.root, env=self.environment)
 
     def containers(self) -> dict[str, dict[str, Any]]:
-        """What the engine knows about each service's container."""
+        """What the engine knows about each service's container, of several the last one."""
         ids = self.compose("ps", "--all", "--quiet").split()
         found: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids))
         return {one["Config"]["Labels"]["com.docker.compose.service"]: one for one in found}
@@ -114,25 +114,31 @@ class Composed:
 
 
 @pytest.fixture(scope="module")
-def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
-    """Compose brought up by `make up` with a small shop, every service healthy; its containers and volumes go afterwards."""
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
+    """The code and a small shop, and an engine that has the images of others."""
     for words in (["docker", "info"], ["docker", "compose", "version"]):
         if subprocess.run(words, capture_output=True, check=False).returncode:
             pytest.skip(f"`{' '.join(words)}` fails: no engine to be had")
     if WANTED == "stand-ins":
         run("sh", ROOT / "tests" / "infra" / "stand_ins" / "build.sh")
-    running = Composed(tmp_path_factory.mktemp("compose"))
-    open_shop(running.shop)
+    made = Composed(tmp_path_factory.mktemp("compose"))
+    open_shop(made.shop)
+    yield made
+    print(json.dumps(made.figures))
+
+
+@pytest.fixture(scope="module")
+def composed(checkout: Composed) -> Iterator[Composed]:
+    """Compose brought up by `make up`, every service healthy; its containers and volumes go afterwards."""
+    with checkout.timed("build_of_compose"):
+        checkout.compose("build")
     try:
-        with running.timed("build_of_compose"):
-            running.compose("build")
-        with running.timed("up_and_healthy"):
-            running.make("up")
-            until("health", lambda: all(map(healthy, running.containers().values())))
-        yield running
-        print(json.dumps(running.figures))
+        with checkout.timed("up_and_healthy"):
+            checkout.make("up")
+            until("health", lambda: all(map(healthy, checkout.containers().values())))
+        yield checkout
     finally:
-        running.compose("down", "--volumes", "--timeout", "20")
+        checkout.compose("down", "--volumes", "--remove-orphans", "--timeout", "20")
 
 
 def open_shop(folder: Path) -> None:
@@ -142,6 +148,8 @@ def open_shop(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(logs(FIRST, ITEMS)), folder / "events.parquet")
     recipe = RECIPE.format(tmp="/recipes").replace('"/recipes/lake"', '"$LLMEMB_LAKE"')
     (folder / "recipe.toml").write_text(recipe.replace('"sqlite:////recipes/mlflow.db"', '"$MLFLOW_TRACKING_URI"'))
+    local = re.compile(r"^spark = .*\n", re.MULTILINE)
+    (folder / "cluster.toml").write_text(local.sub("", (folder / "recipe.toml").read_text()))
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
@@ -257,16 +265,30 @@ def mebibytes(text: str) -> float:
     return round(float(found[1]) * {"K": 1 / 1024, "M": 1, "G": 1024}[found[2]], 1)
 
 
+def test_a_spark_cluster_beside_it_reads_the_same_tables(composed: Composed) -> None:
+    composed.variables.append("SPARK=standalone")
+    with composed.timed("spark_up_and_healthy"):
+        composed.make("up")
+        until("health", lambda: all(map(healthy, composed.containers().values())))
+    job = f"python -m jobs extract --recipe /recipes/cluster.toml --ds {SECOND}"
+    with composed.timed("extract_on_spark"):
+        said = composed.inside("airflow-scheduler", f"sh /opt/llmemb/infra/spark/secret.sh {job}")
+    assert json.loads(said.splitlines()[-1])["rows"]["items"] == ITEMS
+    asks = "import urllib.request as u; print(u.urlopen('http://spark-master:8080/json/').read().decode())"
+    state = json.loads(composed.inside("spark-master", f'python -c "{asks}"'))
+    assert len(state["workers"]) == 2 and [app["state"] for app in state["completedapps"]] == ["FINISHED"]
+
+
 @pytest.mark.parametrize("target", ["scheduler", "spark", "gpu", "serving", "laptop"])
-def test_an_image_is_built_and_runs_what_it_is_for(composed: Composed, target: str) -> None:
+def test_an_image_is_built_and_runs_what_it_is_for(checkout: Composed, target: str) -> None:
     tag = f"llmemb-{target}:test"
     words = ["--build-arg", "PYTHON=stand-in", "--network", "host"] if WANTED == "stand-ins" else []
     build = ["docker", "build", "--file", "infra/Dockerfile", "--target", target, "--tag", tag, *words, "."]
-    with composed.timed(f"build_{target}"):
-        run(*build, cwd=composed.root, env=composed.environment)
-    composed.figures[f"{target}_gb"] = round(int(run("docker", "image", "inspect", "--format", "{{.Size}}", tag)) / 1e9, 2)
+    with checkout.timed(f"build_{target}"):
+        run(*build, cwd=checkout.root, env=checkout.environment)
+    checkout.figures[f"{target}_gb"] = round(int(run("docker", "image", "inspect", "--format", "{{.Size}}", tag)) / 1e9, 2)
     code = "import os; from jobs.__main__ import JOBS; print(os.getuid(), len(JOBS) > 10)"
     box = ["docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--network", "none", "--cap-drop", "ALL"]
     assert run(*box, "--entrypoint", "python", tag, "-c", code).split() == ["10001", "True"]
     if target != "serving":  # its own command waits for callers
-        run(*box, "--tmpfs", "/opt/airflow", tag, *(["airflow", "version"] if target == "laptop" else []))
+        run(*box, "--tmpfs", "/opt/airflow:mode=1777", tag, *(["airflow", "version"] if target == "laptop" else []))
