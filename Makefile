@@ -14,8 +14,10 @@ export AIRFLOW__USAGE_DATA_COLLECTION__ENABLED := False
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 # The recipe's folder is mounted at /recipes. Its name alone is told, for a path of this machine means nothing there.
-COMPOSE := RECIPES="$(abspath $(dir $(or $(RECIPE),jobs/recipes/prod.toml)))" RECIPE="$(notdir $(or $(RECIPE),prod.toml))" SPARK="$(SPARK)" \
-           docker compose -f infra/compose.yaml $(if $(SPARK),--profile spark)
+# OVERRIDE=FILE lays your own settings over those of infra/compose.yaml.
+COMPOSE := REVISION="$$(git describe --always --dirty --abbrev=12 2>/dev/null)" \
+           RECIPES="$(abspath $(dir $(or $(RECIPE),jobs/recipes/prod.toml)))" RECIPE="$(notdir $(or $(RECIPE),prod.toml))" SPARK="$(SPARK)" \
+           docker compose -f infra/compose.yaml $(addprefix -f ,$(OVERRIDE)) $(if $(SPARK),--profile spark)
 
 .PHONY: help install demo serve test test-gpu lint requirements sbom night airflow up clean
 

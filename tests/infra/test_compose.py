@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.infra.documents import COMPOSE, INFRA, KUBERNETES, ONCE, ROOT, SECRET, SERVICES, last, pinned, variables
+from tests.infra.documents import COMPOSE, INFRA, KUBERNETES, ONCE, PODS, ROOT, SECRET, SERVICES, last, pinned, variables
 
 
 def test_compose_is_what_the_compose_specification_says() -> None:
@@ -45,6 +47,45 @@ def test_a_service_that_stays_is_asked_for_its_health(name: str) -> None:
     of_image = last(service["build"]["target"], "HEALTHCHECK") if "build" in service else None
     assert service.get("healthcheck", {}).get("test") or of_image
     assert service["restart"] == "unless-stopped" and service["deploy"]["resources"]["limits"]["memory"]
+
+
+def test_airflow_s_parts_are_asked_for_their_health_without_starting_airflow() -> None:
+    """`airflow jobs check` takes seconds of a core each time, and on a busy machine more than its time limit."""
+    for name in ("scheduler", "dag-processor", "triggerer"):
+        test = SERVICES[f"airflow-{name}"]["healthcheck"]["test"]
+        assert test[4:] == [name.replace("-", "_")]
+        states = {part: {"status": "healthy"} for part in ("scheduler", "dag_processor", "triggerer")}
+        assert asked(test, states) == 0
+        assert asked(test, states | {test[-1]: {"status": "unhealthy"}}) == 1
+        assert asked(test, states | {"metadatabase": {"status": "unhealthy"}}) == 0
+
+
+def asked(test: list[str], states: dict[str, Any]) -> int:
+    """The exit status of a health check of Compose where the API server says so."""
+    server = f"import io, urllib.request as u; u.urlopen = lambda *a, **k: io.StringIO({json.dumps(states)!r}); "
+    assert test[:3] == ["CMD", "python", "-c"] and "http://airflow-api-server:8080/api/v2/monitor/health" in test[3]
+    return subprocess.run([sys.executable, "-c", server + test[3], *test[4:]], check=False).returncode
+
+
+def test_postgresql_is_not_healthy_while_its_first_start_makes_the_databases() -> None:
+    """Until then it listens at its socket alone, and starts once more."""
+    assert SERVICES["postgres"]["healthcheck"]["test"][:3] == ["CMD", "pg_isready", "-h"]
+
+
+def test_serving_lives_before_there_is_anything_to_serve() -> None:
+    """Before the first night no start helps; who sends requests asks whether it is ready."""
+    probes = PODS["serving.yaml:Deployment/serving"]["containers"][0]
+    assert "/healthz" in str(last("serving", "HEALTHCHECK"))
+    paths = {name: probes[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
+    assert paths == {"startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz"}
+
+
+def test_compose_tells_an_image_its_revision_and_takes_settings_of_one_s_own() -> None:
+    for name, service in SERVICES.items():
+        assert "build" not in service or service["build"]["args"] == {"REVISION": "${REVISION:-unknown}"}, name
+    words = ["make", "-n", "up", "RECIPE=shop/mine.toml", "OVERRIDE=shop/more.yaml"]
+    line = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "docker compose -f infra/compose.yaml -f shop/more.yaml" in line and 'REVISION="$(git describe' in line
 
 
 def test_a_service_waits_for_what_it_needs() -> None:
@@ -125,7 +166,8 @@ def test_mlflow_s_page_knows_the_name_under_which_its_port_is_published() -> Non
 
 def test_a_recipe_of_one_s_own_runs_in_compose() -> None:
     assert SERVICES["airflow-scheduler"]["environment"]["LLMEMB_RECIPE"] == "/recipes/${RECIPE:-prod.toml}"
-    assert "${RECIPES:-../jobs/recipes}:/recipes:ro" in SERVICES["airflow-scheduler"]["volumes"]
+    for name in SPARK_RUNS:  # tables beside the recipe are read where Spark's tasks run
+        assert "${RECIPES:-../jobs/recipes}:/recipes:ro" in SERVICES[name]["volumes"], name
     made = {}
     for target in ("up", "night"):
         words = ["make", "-n", target, "RECIPE=shop/mine.toml", "DS=2026-01-31", "IN=compose", "SPARK=standalone"]
