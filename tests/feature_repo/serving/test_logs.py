@@ -17,9 +17,10 @@ from jobs import logs as logs_of_jobs
 
 @pytest.fixture(autouse=True)
 def left_as_found() -> Iterator[None]:
-    """Puts the loggers back."""
+    """Begins without handlers, which other tests leave, and puts the loggers back."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    root.handlers = []
     yield
     root.handlers, root.level = handlers, level
     logging.getLogger(logs.ROOT).setLevel(logging.NOTSET)
