@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime as dt
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ GRACE_S = 30
 """What a job gets to save its checkpoint when it is told to stop."""
 LONGEST_S = 600
 """At most so long until a job that is busy or away is asked again."""
+TOLD_S = 900
+"""People are told once of a task that has been asked again for so long."""
+IN_PERSON = ("rollback", "forget")
+"""Jobs that a person has started and waits for: they are asked again for TOLD_S at most, then they fail."""
 
 log = logging.getLogger("airflow.task.job")
 
@@ -88,10 +94,11 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
 
 
 def judge(job: str, status: int | None, last: str, context: Any) -> None:
-    """What an exit status means (README): 2, 3 and 5 are final, 4 (busy, away, not there yet) waits, all else is worth a retry.
+    """What an exit status means (docs/jobs.md): 2, 3, 5 are final, 4 (busy, away, not there yet) waits, else a retry is worth it.
 
     What fills the lake must not turn serving back, so a `publish` that refuses its date as older than what serves (5) is skipped
-    there. Nor does a backfill wait: logs of an old date that are not there never come; a lease or store has the usual retries.
+    there. Nor does a backfill wait: logs of an old date that are not there never come; a lease or store has the usual retries, as
+    everything has where LLMEMB_WAIT_HOURS is 0.
     """
     if status == 0:
         return
@@ -99,8 +106,9 @@ def judge(job: str, status: int | None, last: str, context: Any) -> None:
         raise AirflowSkipException(f"the lake is filled, what serves stays: {last}")
     if status in (2, 3, 5):
         raise AirflowFailException(last or f"{job} ended with status {status}")
-    if status == 4 and context["dag_run"].run_type != "backfill":
-        wait(f"{job} is busy or away: {last}", context)
+    hours = min(float(setting("WAIT_HOURS", "6")), TOLD_S / 3600 if job in IN_PERSON else math.inf)
+    if status == 4 and hours and context["dag_run"].run_type != "backfill":
+        wait(f"{job} is busy or away: {last}", hours, context)
     what = "is busy or away" if status == 4 else f"ended with status {status}"
     raise AirflowException(f"{job} {what}: {last}")
 
@@ -111,17 +119,52 @@ def fills(context: Any) -> bool:
     return context["dag_run"].run_type == "backfill" or started_by == {"logs"}
 
 
-def wait(what: str, context: Any) -> None:
+def wait(what: str, hours: float, context: Any) -> None:
     """Has the task asked again later, in LLMEMB_RETRY_S seconds, then after twice as long each time, up to ten minutes.
 
     Logs that are not there yet, a lease that is held, a store or MLflow that is down: time heals it. A wait is none of the task's
-    tries and holds no slot. Raises AirflowRescheduleException; AirflowFailException once it has lasted LLMEMB_WAIT_HOURS.
+    tries and holds no slot. Raises AirflowRescheduleException; AirflowFailException once it has lasted so many hours, counted in
+    this try: Airflow forgets the waits of earlier ones.
     """
-    now, hours = dt.datetime.now(dt.UTC), float(setting("WAIT_HOURS", "6"))
+    now, asked = dt.datetime.now(dt.UTC), int(context.get("task_reschedule_count", 0))
     began = context["ti"].get_first_reschedule_date(context) or now
     if now - began >= dt.timedelta(hours=hours):
-        raise AirflowFailException(f"{what} (still, after LLMEMB_WAIT_HOURS = {hours:g})")
-    asked = int(context.get("task_reschedule_count", 0))
-    seconds = min(float(setting("RETRY_S", "30")) * 2 ** min(asked, 20), LONGEST_S)
+        raise AirflowFailException(f"{what} (still, after {hours:g} h: LLMEMB_WAIT_HOURS)")
+    if asked == told_at():
+        tell(f"{context['ti'].dag_id}.{context['ti'].task_id} waits since {began:%H:%M} UTC: {what}", facts_of(context["ti"]))
+    seconds = delay_s(asked)
     log.warning("%s: asked again in %.0f s, for up to %g h", what, seconds, hours)
     raise AirflowRescheduleException(now + dt.timedelta(seconds=seconds))
+
+
+def delay_s(asked: int) -> float:
+    """Seconds until a task that was asked again so often is asked once more."""
+    return min(float(setting("RETRY_S", "30")) * 2.0 ** min(asked, 20), LONGEST_S)
+
+
+def told_at() -> int:
+    """How often a task was asked again when its delays come to TOLD_S: by a number people are told once, and nothing is kept."""
+    asked, passed = 0, 0.0
+    while passed < TOLD_S and asked < 100:
+        asked, passed = asked + 1, passed + delay_s(asked)
+    return asked
+
+
+# ------------------------------------------------------------------------------------------------------------------ alerts
+
+
+def facts_of(ti: Any) -> dict[str, Any]:
+    """Which task instance an alert is about."""
+    return {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}
+
+
+def tell(text: str, facts: Mapping[str, Any]) -> None:
+    """Logs an alert and posts it as JSON, with a `text` as chat systems take it; never fails the caller."""
+    log.error("ALERT %s", text)
+    if url := setting("ALERT_URL"):
+        body = json.dumps({"text": text, **facts}).encode()
+        try:
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=10).close()
+        except (OSError, ValueError) as error:
+            log.error("the alert did not reach LLMEMB_ALERT_URL: %s", error)

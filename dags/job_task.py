@@ -10,8 +10,6 @@ _GPU, _CPU.
 from __future__ import annotations
 
 import datetime as dt
-import json
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +18,7 @@ from airflow.sdk import DAG, Asset, AssetAlias, AssetAny, AssetOrTimeSchedule, C
 from airflow.sdk.bases.notifier import BaseNotifier
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
-from job_process import ROOT, JobProcess, log, setting
+from job_process import ROOT, JobProcess, facts_of, log, setting, tell
 
 GPU_JOBS = ("scft", "embed", "pretrain", "rat", "evaluate")
 HOURS = {"extract": 6, "scft": 24, "embed": 12, "pretrain": 12, "rat": 12, "evaluate": 4, "publish": 6}
@@ -103,7 +101,7 @@ def job_task(
     task_id: str = "",
     shards: int = 0,
     makes: Asset | None = None,
-    when: Callable[[Mapping[str, Any]], bool] | None = None,
+    when: Callable[[Mapping[str, Any], Any], bool] | None = None,
     settings: Mapping[str, str] | None = None,
     ds: str = "",
     pool: str = "",
@@ -114,7 +112,7 @@ def job_task(
     `ds` is the date, the run's own (`snapshot_date`) unless an earlier task says it. `pool` is Airflow's, if not the usual one.
     `shards` of at least 1 maps the task, one shard a task instance. `settings` are the command's `--set job.key=value`;
     what people or jobs fill in goes through the filter `toml`, or item 405 would be a number, and space 12e45678 a large one.
-    `makes` tells other DAGs of a success, and with `when` only of one whose Result passes it.
+    `makes` tells other DAGs of a success, and with `when` only of one whose Result, with the run's context, passes it.
     """
     command = [name, "--recipe", setting("RECIPE", str(ROOT / "jobs" / "recipes" / "prod.toml")), "--ds", ds or DATE]
     for key, value in (settings or {}).items():
@@ -172,7 +170,9 @@ def plain(letter: str) -> bool:
 def snapshot_date(params: Mapping[str, Any], dag_run: Any, asset_events: Any = None) -> str:
     """The date a run works on: its parameter `ds`, the last day of the interval that it covers on schedule or in a backfill, its
     logical date, the newest date of the assets that triggered it, or else the last day that was over when it was to start. The
-    same for every task and every retry of the run."""
+    same for every task and every retry of the run.
+
+    Airflow gives what is told of an asset while a run is active to the one next run: dates that this leaves out are logged."""
     if params.get("ds"):
         return str(params["ds"])
     if dag_run.run_type in ("scheduled", "backfill") and dag_run.data_interval_end:
@@ -180,18 +180,21 @@ def snapshot_date(params: Mapping[str, Any], dag_run: Any, asset_events: Any = N
         return f"{dag_run.data_interval_end - dt.timedelta(days=1):%Y-%m-%d}"
     if dag_run.logical_date:
         return f"{dag_run.logical_date:%Y-%m-%d}"
-    told = [event.extra["ds"] for events in (asset_events or {}).values() for event in events if event.extra.get("ds")]
-    return max(told, default=f"{dag_run.run_after - dt.timedelta(days=1):%Y-%m-%d}")
+    told = [{event.extra["ds"] for event in events if event.extra.get("ds")} for events in (asset_events or {}).values()]
+    newest = [max(dates) for dates in told if dates]
+    if left_out := sorted(date for dates in told for date in dates if date != max(dates)):
+        log.warning("this run works on one date; left out: %s. Run each by its parameter `ds`", ", ".join(left_out))
+    return max(newest, default=f"{dag_run.run_after - dt.timedelta(days=1):%Y-%m-%d}")
 
 
-def announce(context: Any, result: Any, *, makes: Asset, when: Callable[[Mapping[str, Any]], bool] | None) -> None:
+def announce(context: Any, result: Any, *, makes: Asset, when: Callable[[Mapping[str, Any], Any], bool] | None) -> None:
     """Tells the DAGs that wait for an asset, with the date it was made for: the one that the job was called with."""
     task = context["task"]
     words = getattr(task, "command", None) or task.arguments
     extra = {"ds": words[words.index("--ds") + 1]}
     if when is None:
         context["outlet_events"][makes].extra = extra
-    elif when(result):
+    elif when(result, context):
         context["outlet_events"][AssetAlias(makes.name)].add(makes, extra=extra)
 
 
@@ -205,8 +208,7 @@ class Failed(BaseNotifier):  # type: ignore[misc]
         """The task, and why."""
         ti = context["ti"]
         why = " ".join(str(context.get("exception") or "no reason given").split())[:500]
-        facts = {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number}
-        tell(f"{ti.dag_id}.{ti.task_id} failed: {why}", facts)
+        tell(f"{ti.dag_id}.{ti.task_id} failed: {why}", facts_of(ti))
 
 
 class Told(BaseNotifier):  # type: ignore[misc]
@@ -221,24 +223,9 @@ class Told(BaseNotifier):  # type: ignore[misc]
     def notify(self, context: Any) -> None:
         """The text, with where to answer."""
         ti = context["ti"]
-        tell(
-            f"{ti.dag_id}.{ti.task_id}: {self.text}",
-            {"dag": ti.dag_id, "task": ti.task_id, "run": ti.run_id, "try": ti.try_number},
-        )
+        tell(f"{ti.dag_id}.{ti.task_id}: {self.text}", facts_of(ti))
 
 
 def late(dag_id: str, hours: float, **_: Any) -> None:
     """A run did not end in time: what serves grows old."""
     tell(f"{dag_id} has not ended within {hours:g} h: what serves grows old", {"dag": dag_id})
-
-
-def tell(text: str, facts: Mapping[str, Any]) -> None:
-    """Logs an alert and posts it as JSON, with a `text` as chat systems take it; never fails the caller."""
-    log.error("ALERT %s", text)
-    if url := setting("ALERT_URL"):
-        body = json.dumps({"text": text, **facts}).encode()
-        try:
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            urllib.request.urlopen(request, timeout=10).close()
-        except (OSError, ValueError) as error:
-            log.error("the alert did not reach LLMEMB_ALERT_URL: %s", error)

@@ -51,7 +51,7 @@ def unanswered(answer: dict[str, Any]) -> bool:
     return bool(answer["chosen_options"] == [LATER])
 
 
-def promoted(result: Mapping[str, Any]) -> bool:
+def promoted(result: Mapping[str, Any], _: Any) -> bool:
     """Whether the champion is of this run."""
     return bool(result["promoted"])
 

@@ -21,5 +21,5 @@ with job_dag(
         "scft",
         makes=asset("encoder"),
         # where it was not due, the encoder is the one of before: nothing to train a recommender on
-        when=lambda result: bool(result.get("due", True)),
+        when=lambda result, _: bool(result.get("due", True)),
     )

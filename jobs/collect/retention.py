@@ -1,7 +1,7 @@
 """Old snapshots, embeddings, what arrived for them, checkpoints and Feast's offline rows: what may go, and what never may.
 
-Never: the newest partition of a table; what a space that is online, or the champion, the previous and the reference of the
-registry are made of; the snapshots of the newest training, evaluation and encoder; the first and the newest date of a space that
+Never: the newest partition of a table; what a space that is online, or an alias of the registry (champion, previous, challenger,
+reference) is made of; the snapshots of the newest training, evaluation and encoder; the first and the newest date of a space that
 stays, for reports and `explain`. A date is old by its name and by when it was written: what a backfill has just filled stays.
 """
 
@@ -26,7 +26,6 @@ from jobs.run import InputError, Run, Unavailable
 SNAPSHOTS = (ITEMS.name, INTERACTIONS.name, SEQUENCES.name, QUARANTINE.name)
 OFFLINE = ("item_embedding", "item_codes", "item_attributes", "user_history")
 DATED = re.compile(r"(?:(?P<space>[^/]+)-)?(?P<ds>\d{4}-\d{2}-\d{2})")
-ALIASES = ("champion", "previous", "reference")
 DAY = 86_400
 
 
@@ -57,7 +56,7 @@ class Needed:
 def needed(run: Run, kept: Mapping[str, Space], online: Collection[str]) -> Needed:
     """What live and waiting spaces, aliases and the newest runs need. Raises Unavailable where the registry is away."""
     found_spaces, encoders, dates = {*kept, *online}, set[str](), {space.ds for space in kept.values()}
-    for alias in ALIASES:
+    for alias in registry.ALIASES:
         if made := registry.by_alias(run, alias):
             found_spaces.add(space_of(made["encoder_id"], made["recommender_id"]))
             encoders.add(made["encoder_id"])
@@ -98,7 +97,7 @@ def old_snapshots(run: Run, needs: Needed, days: int) -> Iterator[Old]:
 def old_vectors(run: Run, needs: Needed, days: int) -> Iterator[Old]:
     """Vectors of spaces and dates that nobody needs."""
     homes, dates = lake_homes(run, "item_embeddings", "ds="), dict[str, list[str]]()
-    for name in homes:
+    for name in [name for name, home in homes.items() if home.is_committed]:
         dates.setdefault(space_in(name), []).append(date_of(name))
     stay = {space: {min(every), max(every), *needs.dates} for space, every in dates.items() if space in needs.spaces}
     for name, home in homes.items():
@@ -174,10 +173,13 @@ def is_old(run: Run, home: Home, ds: str, days: int) -> bool:
 
 
 def remove(lake: Path, one: Old) -> bool:
-    """Removes it. A snapshot that an `extract` of its date is at stays; returns whether it went."""
+    """Removes it; returns whether it went. A snapshot that an `extract` of its date is at stays, and so does what was written
+    since it was listed: by then a backfill may have filled that date."""
     dated = "ds=" in one.name
     try:
         with alone(lake, f"extract {date_of(one.name)}", 0) if dated else contextlib.nullcontext():
+            if not one.place.home(one.name).is_still(one.home):
+                return False
             one.place.remove(one.name, list(one.home.files))
     except Unavailable:
         return False

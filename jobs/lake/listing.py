@@ -52,6 +52,11 @@ class Home:
         """Seconds since any of its files was written."""
         return min(file.age_s for file in self.files.values())
 
+    def is_still(self, listed: Home) -> bool:
+        """Whether these are the files that were listed before, none written again since."""
+        was = listed.files
+        return self.files.keys() == was.keys() and all(file.age_s >= was[key].age_s for key, file in self.files.items())
+
 
 @dataclass(frozen=True)
 class Place:
@@ -92,6 +97,11 @@ class Place:
             if depth:
                 found["/".join(parts[:depth])][key] = file
         return {home: Home(files) for home, files in found.items()}
+
+    def home(self, name: str) -> Home:
+        """What lies there now: the files of a folder, or the one file of this name; none where it is gone."""
+        found = self.files(name) or self.files(name.rpartition("/")[0])
+        return Home({key: file for key, file in found.items() if key == name or key.startswith(f"{name}/")})
 
     def remove(self, name: str, keys: Sequence[str]) -> None:
         """Removes a file or folder with these keys: first the commits that name its files."""

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,7 +126,11 @@ def events_of(assets: Sequence[str]) -> Any:
 
 def waiting(run_type: str, asked: int = 0, began: dt.datetime | None = None) -> dict[str, Any]:
     """The context of a task that was asked so often since then."""
-    ti = SimpleNamespace(get_first_reschedule_date=lambda context: began, xcom_push=lambda key, value: None)
+    ti = SimpleNamespace(
+        **{"dag_id": "d", "task_id": "t", "run_id": "r", "try_number": 1},
+        get_first_reschedule_date=lambda context: began,
+        xcom_push=lambda key, value: None,
+    )
     return {"dag_run": SimpleNamespace(run_type=run_type), "ti": ti, "task_reschedule_count": asked}
 
 
@@ -214,30 +218,59 @@ def answered(environment: dict[str, str], answer: dict[str, Any]) -> dict[str, s
 
 def questions(environment: dict[str, str]) -> dict[str, Any]:
     """What each question to a person does: its default, its time, what follows, and what its notifiers say."""
-    import logging
-
     dag, found = bag(environment)["rat_training"], {}
     for name in ("ask", "ask_again"):
-        task, told = dag.get_task(name), []
+        task = dag.get_task(name)
         for notifier in task.notifiers:
             ti = SimpleNamespace(
                 dag_id=dag.dag_id, task_id=name, run_id="r", try_number=1, xcom_pull=lambda _: {"recommender_id": "r7"}
             )
-            handler = logging.Handler()
-            handler.emit = lambda record, told=told: told.append(record.getMessage())  # type: ignore
-            logging.getLogger("airflow.task.job").addHandler(handler)
             notifier.text = dag.get_template_env().from_string(notifier.text).render(ti=ti)
-            notifier.notify({"ti": ti})
-            logging.getLogger("airflow.task.job").removeHandler(handler)
+            with heard() as told:
+                notifier.notify({"ti": ti})
         days = task.response_timeout.days
         found[name] = {"default": task.defaults, "days": days, "downstream": sorted(task.downstream_task_ids), "told": told}
     return found
 
 
-def announces(environment: dict[str, str], dag: str, task: str, results: list[Any]) -> list[bool]:
-    """Whether a task tells other DAGs of each of these Results."""
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """What the DAGs' own code logs meanwhile."""
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore
+    logging.getLogger("airflow.task.job").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("airflow.task.job").removeHandler(handler)
+
+
+def logged(environment: dict[str, str], by: str, **request: Any) -> list[str]:
+    """What one of the other answers logs."""
+    bag(environment)  # Airflow sets logging up when it is imported, and takes handlers off
+    with heard() as lines:
+        ANSWERS[by](environment, **request)
+    return lines
+
+
+def announces(
+    environment: dict[str, str],
+    dag: str,
+    task: str,
+    results: list[Any],
+    run_type: str = "scheduled",
+    assets: Sequence[str] = (),
+    published: Any = None,
+) -> list[bool]:
+    """Whether a task tells other DAGs of each of these Results, in a run of a kind whose `publish` had the Result `published`."""
     said: list[Any] = []
     context = {
+        "dag_run": SimpleNamespace(run_type=run_type),
+        "ti": SimpleNamespace(xcom_pull=lambda task_id: published if task_id == "publish" else None),
+        "triggering_asset_events": events_of(assets),
         "task": SimpleNamespace(command=["scft", "--ds", "2026-03-01"]),
         "outlet_events": defaultdict(lambda: SimpleNamespace(add=lambda made, extra: said.append(made), extra=None)),
     }  # fmt: skip
@@ -283,6 +316,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "announces": announces,
     "rendered": rendered,
     "announced": announced,
+    "logged": logged,
 }
 
 

@@ -147,6 +147,15 @@ def test_a_run_without_any_date_works_on_the_last_day_that_was_over(worker: Work
     assert date({"ds": "2026-01-01"}, "2026-02-23T01:00:00+00:00", [], "scheduled") == "2026-01-01"
 
 
+def test_dates_that_a_run_leaves_out_are_named(worker: Worker) -> None:
+    def left_out(*told: str) -> str:
+        more = {"by": "snapshot_date", "params": {}, "logical_date": None, "run_type": "asset_triggered"}
+        return "".join(worker.ask("logged", told=told, **more)).partition("left out: ")[2].partition(".")[0]
+
+    assert left_out("2026-02-26", "2026-02-27", "2026-02-20", "2026-02-26", "") == "2026-02-20, 2026-02-26"
+    assert left_out("2026-02-27", "2026-02-27") == left_out() == ""
+
+
 def test_a_date_that_is_none_never_starts(worker: Worker, stub: Stub) -> None:
     stub.plan()
     with pytest.raises(AssertionError, match="yesterday"):
@@ -193,11 +202,40 @@ def test_what_is_busy_or_away_is_asked_ever_later_and_not_for_ever(worker: Worke
     delays = [asks(asked) for asked in (0, 1, 2, 5, 400)]
     assert delays == [f"AirflowRescheduleException {seconds} s" for seconds in (30, 60, 120, 600, 600)]
     assert asks(40, 5.9).startswith("AirflowRescheduleException") and asks(40, 6.1) == "AirflowFailException"
-    assert asks(9, 1.1, WAIT_HOURS="1") == asks(0, WAIT_HOURS="0") == "AirflowFailException"
-    stub.plan(acts={"extract": [4] * 3})
-    done = worker.run("nightly_embeddings", "2026-03-16", WAIT_HOURS="0")
+    assert asks(9, 1.1, WAIT_HOURS="1") == "AirflowFailException"
+    stub.plan(acts={"extract": [4] * 9})
+    done = worker.run("nightly_embeddings", "2026-03-16", WAIT_HOURS="0.0001")
     assert done["tasks"]["extract"] == ["failed", 1]
-    assert "planned, with a remedy (still, after LLMEMB_WAIT_HOURS = 0)" in worker.log.read_text()
+    assert "planned, with a remedy (still, after 0.0001 h: LLMEMB_WAIT_HOURS)" in worker.log.read_text()
+
+
+def test_without_a_time_to_wait_what_is_busy_has_the_usual_retries(worker: Worker, stub: Stub) -> None:
+    for job in ("extract", "forget"):
+        assert worker.ask("judge", {"WAIT_HOURS": "0"}, job=job, status=4, run_type="scheduled") == "AirflowException"
+    stub.plan(acts={"collect": [4, 4, 0]})
+    done = worker.run("maintenance", "2026-03-16", WAIT_HOURS="0", RETRIES="2")
+    assert done["tasks"]["collect"] == ["success", 3]
+
+
+def test_people_are_told_once_of_a_task_that_waits_for_a_quarter_of_an_hour(worker: Worker) -> None:
+    def told(*asked: int, retry_s: str = "30") -> list[str]:
+        more = {"by": "judge", "job": "lookup", "status": 4, "run_type": "manual", "hours": 0.3}
+        lines = [line for number in asked for line in worker.ask("logged", {"RETRY_S": retry_s}, asked=number, **more)]
+        return [line for line in lines if line.startswith("ALERT ")]
+
+    assert len(told(*range(12))) == 1
+    assert told(5)[0].startswith("ALERT d.t waits since ") and told(5)[0].endswith(" UTC: lookup is busy or away: last line")
+    assert len(told(5)) == len(told(2, retry_s="400")) == 1 and told(2, 3, 4, 6, 40) == []
+
+
+def test_who_waits_in_person_for_a_rollback_is_not_kept_for_hours(worker: Worker) -> None:
+    def asks(job: str, hours: float, **settings: str) -> str:
+        return str(worker.ask("judge", settings, job=job, status=4, run_type="manual", asked=4, hours=hours)).split()[0]
+
+    for job in ("rollback", "forget"):
+        assert [asks(job, hours) for hours in (0.2, 0.3)] == ["AirflowRescheduleException", "AirflowFailException"]
+        assert asks(job, 0.2, WAIT_HOURS="0.1") == "AirflowFailException"
+    assert asks("publish", 0.3) == "AirflowRescheduleException"
 
 
 def test_a_killed_shard_is_repeated_and_no_other(worker: Worker, stub: Stub) -> None:
@@ -292,6 +330,20 @@ def test_a_champion_is_announced_once_it_is_trained_on_all_events(worker: Worker
 
 def test_an_encoder_is_announced_only_where_one_was_made(worker: Worker) -> None:
     assert worker.ask("announces", dag="scft_refresh", task="scft", results=[{"due": True}, {"due": False}]) == [True, False]
+
+
+def test_an_old_date_never_says_that_the_encoder_is_due(worker: Worker) -> None:
+    def says(run_type: str, *assets: str, published: Any = None) -> list[bool]:
+        results = [{"refresh_encoder": "moved"}, {"refresh_encoder": ""}]
+        more = {"run_type": run_type, "assets": assets, "published": published}
+        return list(worker.ask("announces", dag="nightly_embeddings", task="report", results=results, **more))
+
+    serves = {"space_id": "s1", "sequence": 2}
+    for run_type, assets in (("scheduled", []), ("asset_triggered", ["champion"]), ("asset_triggered", ["logs"])):
+        assert says(run_type, *assets, published=serves) == [True, False]
+    assert says("scheduled") == [True, False], "a night that failed to publish still has the newest texts"
+    assert says("asset_triggered", "logs") == [False, False], "its `publish` was skipped"
+    assert says("backfill") == says("backfill", published=serves) == [False, False]
 
 
 def test_a_backfill_leaves_what_serves_and_hides_nothing_else(worker: Worker) -> None:

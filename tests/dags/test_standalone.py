@@ -238,11 +238,10 @@ def test_the_night_on_schedule_is_green_and_works_on_the_day_before(standalone: 
 
 
 def test_logs_start_a_night_of_their_own_date_and_it_serves_only_if_none_is_newer(standalone: Standalone) -> None:
-    standalone.stub.plan(acts={"publish@2026-01-12": [5]})
-    found = standalone.call("GET", "/api/v2/assets?name_pattern=logs")["assets"]
-    logs = next(one["id"] for one in found if one["name"] == "logs")
+    standalone.stub.plan(results={"report": {"refresh_encoder": "moved"}}, acts={"publish@2026-01-12": [5]})
+    assets = {one["name"]: one["id"] for one in standalone.call("GET", "/api/v2/assets")["assets"]}
     before = {run["dag_run_id"] for run in standalone.runs("nightly_embeddings")}
-    standalone.call("POST", "/api/v2/assets/events", {"asset_id": logs, "extra": {"ds": "2026-01-12"}})
+    standalone.call("POST", "/api/v2/assets/events", {"asset_id": assets["logs"], "extra": {"ds": "2026-01-12"}})
 
     def ended() -> str:
         runs = [run for run in standalone.runs("nightly_embeddings") if run["dag_run_id"] not in before]
@@ -258,6 +257,8 @@ def test_logs_start_a_night_of_their_own_date_and_it_serves_only_if_none_is_newe
     )
     calls = [call for call in standalone.stub.calls() if call["job"] == "pin"]
     assert [(call["ds"], call["set"]) for call in calls] == [("2026-01-12", {"pin.newest": "false"})]
+    told = standalone.call("GET", f"/api/v2/assets/events?asset_id={assets['encoder_due']}")["asset_events"]
+    assert [event for event in told if event["source_run_id"] == night] == [], "an old date says nothing of the encoder"
 
 
 def test_a_night_whose_logs_come_late_waits_under_a_scheduler_too(standalone: Standalone) -> None:

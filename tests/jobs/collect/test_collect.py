@@ -7,7 +7,7 @@ import datetime as dt
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,45 @@ def test_what_a_backfill_has_just_written_and_what_the_recipe_does_not_name_stay
     with alone(old, "extract 2026-01-04"):
         tidy(old)
     assert {"2026-01-04", "2026-01-05"} <= set(dates_of(old, "items")) and "2026-01-06" not in dates_of(old, "items")
+
+
+def test_what_is_written_between_the_listing_and_the_removal_stays(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, rows, home = retention.old_rows, partitions.read(old, ITEMS, "ds=2026-01-04"), Path(offline_folder(old))
+
+    def then_written(run: Run, needs: retention.Needed, days: int) -> Iterator[retention.Old]:
+        yield from list(found(run, needs, days))
+        partitions.write(old, ITEMS, "ds=2026-01-04", [rows])
+        (old / "llm_embeddings" / "encoder=e2" / "shard=1").mkdir()
+        os.utime(home / "item_attributes" / "2026-01-04.parquet")
+
+    monkeypatch.setattr(retention, "old_rows", then_written)
+    removed = tidy(old).lake_removed
+    assert partitions.read(old, ITEMS, "ds=2026-01-04").equals(rows) and "2026-01-05" not in dates_of(old, "items")
+    assert "2026-01-04" not in dates_of(old, "sequences"), "of that date only what was written stays"
+    assert "encoder=e2/shard=0" in partitions.committed(old, "llm_embeddings")
+    attributes = {path.stem for path in (home / "item_attributes").iterdir()}
+    assert "2026-01-04" in attributes and "2026-01-05" not in attributes
+    written = {"items/ds=2026-01-04", "llm_embeddings/encoder=e2", "feast_offline/item_attributes/2026-01-04.parquet"}
+    assert not written & {*removed}
+
+
+def test_a_space_s_first_and_newest_dates_are_those_of_whole_partitions(old: Path) -> None:
+    space = old / "item_embeddings" / f"space={A}"
+    for ds in (*DATES[:3], *DATES[6:]):
+        (space / f"ds={ds}" / partitions.COMMIT).unlink()
+        os.utime(space / f"ds={ds}", (LONG_AGO, LONG_AGO))
+    tidy(old)
+    assert dates_of(old, f"item_embeddings/space={A}") == ["2026-01-04", "2026-01-06"]
+
+
+def test_a_challenger_that_waits_for_a_person_keeps_its_snapshot_and_its_encoder(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alias = {"recommender_id": "r", "encoder_id": "e2", "ds": "2026-01-05", "version": "2"}
+    monkeypatch.setattr(registry, "by_alias", lambda run, name: alias if name == "challenger" else None)
+    tidy(old)
+    assert {"2026-01-04", "2026-01-05", "2026-01-06"} & {*dates_of(old, "items")} == {"2026-01-05"}
+    assert "encoder=e2/shard=0" in partitions.committed(old, "llm_embeddings")
 
 
 def test_without_a_registry_no_encoder_goes_and_with_one_that_is_away_nothing(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
