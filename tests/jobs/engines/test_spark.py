@@ -204,7 +204,7 @@ def test_a_java_process_that_was_killed_is_no_service_that_is_away(monkeypatch: 
     monkeypatch.setattr(extract, "session", lambda *_: Gone())
     monkeypatch.setattr(extract, "snapshot", snapshot)
     made = build(extract.Config, SMALL, "extract")
-    with pytest.raises(RuntimeError, match="Java process ended .*: out of memory") as told:
+    with pytest.raises(RuntimeError, match=r"Java process ended .*: out of memory") as told:
         extract.in_session(made)
     assert judged(told.value, {})[0] == 1
 
