@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 30
 """What a job gets to save its checkpoint when it is told to stop."""
 LONGEST_S = 600
-"""At most so long until a job that is busy or away is asked again."""
+"""At most so long until a job that waits is asked again."""
 
 log = logging.getLogger("airflow.task.job")
 
@@ -100,8 +100,8 @@ def judge(job: str, status: int | None, last: str, context: Any) -> None:
     if status in (2, 3, 5):
         raise AirflowFailException(last or f"{job} ended with status {status}")
     if status == 4 and context["dag_run"].run_type != "backfill":
-        wait(f"{job} is busy or away: {last}", context)
-    what = "is busy or away" if status == 4 else f"ended with status {status}"
+        wait(f"{job} waits for what is busy, away or not there yet: {last}", context)
+    what = "met what is busy, away or not there yet" if status == 4 else f"ended with status {status}"
     raise AirflowException(f"{job} {what}: {last}")
 
 
