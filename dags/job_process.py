@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 30
 """What a job gets to save its checkpoint when it is told to stop."""
 LONGEST_S = 600
-"""At most so long until a job that is busy or away is asked again."""
+"""At most so long until a job that waits is asked again."""
 TOLD_S = 900
 """People are told once of a task that has been asked again for so long."""
 IN_PERSON = ("rollback", "forget")
@@ -108,8 +108,8 @@ def judge(job: str, status: int | None, last: str, context: Any) -> None:
         raise AirflowFailException(last or f"{job} ended with status {status}")
     hours = min(float(setting("WAIT_HOURS", "6")), TOLD_S / 3600 if job in IN_PERSON else math.inf)
     if status == 4 and hours and context["dag_run"].run_type != "backfill":
-        wait(f"{job} is busy or away: {last}", hours, context)
-    what = "is busy or away" if status == 4 else f"ended with status {status}"
+        wait(f"{job} waits for what is busy, away or not there yet: {last}", hours, context)
+    what = "met what is busy, away or not there yet" if status == 4 else f"ended with status {status}"
     raise AirflowException(f"{job} {what}: {last}")
 
 

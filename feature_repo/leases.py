@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sqlite3
 import time
@@ -24,6 +25,9 @@ SCAN = 5_000
 """Keys listed at once."""
 BROKEN = (redis.RedisError, sqlite3.Error, psycopg.Error)
 """What a store raises that is down, slow, full or locked."""
+LOCKED_OUT = re.compile(r'authentication failed|no password supplied|no pg_hba\.conf entry|role ".*" does not exist')
+"""How PostgreSQL words SQLSTATE class 28 while a connection opens: its client library then gives the text without the number."""
+UNREAD = "unauthenticated multibulk length"
 
 
 class NotPublished(Exception):
@@ -83,6 +87,14 @@ class Store(Protocol):
 
     def note(self, name: str, text: str | None) -> None:
         """Notes a text, or strikes it out. Raises Fenced."""
+
+
+def locked_out(error: Exception) -> bool:
+    """Whether a store refused the name or password that it was given: no later run will be let in, until somebody mends them."""
+    if isinstance(error, psycopg.OperationalError):
+        return (error.sqlstate or "").startswith("28") or LOCKED_OUT.search(str(error)) is not None
+    # a long command of somebody unknown Redis does not even read
+    return isinstance(error, redis.AuthenticationError) or (isinstance(error, redis.RedisError) and UNREAD in str(error))
 
 
 def owned_by(owner: str) -> str:

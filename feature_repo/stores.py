@@ -18,6 +18,7 @@ from feature_repo.leases import NotPublished as NotPublished
 from feature_repo.leases import Store as Store
 from feature_repo.leases import Unreplicated as Unreplicated
 from feature_repo.leases import lease as lease
+from feature_repo.leases import locked_out as locked_out
 from feature_repo.postgres_store import PostgresStore as PostgresStore
 from feature_repo.redis_store import RedisStore as RedisStore
 from feature_repo.sqlite_store import SqliteStore as SqliteStore

@@ -46,8 +46,8 @@ FIRST_SPEAKS_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one job or command; returns the exit status: 0 done, 2 recipe or input at fault, 3 refused, 4 busy or away,
-    5 older than what serves, 1 else."""
+    """Runs one job or command; returns the exit status: 0 done, 2 recipe or input at fault, 3 refused, 4 busy, away or not
+    there yet, 5 older than what serves, 1 else."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         return command(words)
@@ -143,8 +143,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         + "\n\nCommands for people:\n\n"
         + "\n".join(f"  {name:<10} {purpose}" for name, purpose in COMMANDS.items()),
         epilog="Values of a run stand in the recipe, a table for each job; the keys are documented in the job's Config.\n"
-        "Exit status: 0 done, 2 the recipe or its input is at fault, 3 refused by a gate, 4 busy or away (try again),\n"
-        "5 refused by publish as what serves is newer, 1 anything else.\n\n"
+        "Exit status: 0 done, 2 the recipe or its input is at fault, 3 refused by a gate, 4 busy, away or not there yet\n"
+        "(try again), 5 refused by publish as what serves is newer, 1 anything else.\n\n"
         "  python -m jobs extract --recipe jobs/recipes/smoke.toml --ds 1998-04-22\n"
         "  python -m jobs recommend --recipe jobs/recipes/smoke.toml --ds 1998-04-22 --set recommend.user=405",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -24,7 +24,7 @@ from feature_repo.compatibility import Matrix
 from feature_repo.index import Described, Graph, Index
 from feature_repo.reader import NothingServed, Pointer, Reader, Space, offline_folder
 from feature_repo.spaces import Chunk
-from feature_repo.stores import BROKEN, Fenced, Held, NotPublished, Unreplicated
+from feature_repo.stores import BROKEN, Fenced, Held, NotPublished, Unreplicated, locked_out
 from jobs.lake import arrivals, artifacts, manifests, partitions, tables
 from jobs.lake.arrivals import ARRIVING_ITEMS
 from jobs.lake.items import tombstones, without_forgotten
@@ -48,6 +48,11 @@ def refusals() -> Iterator[None]:
     except NotPublished as error:
         raise Refused(str(error)) from error
     except BROKEN as error:
+        if locked_out(error):
+            raise InputError(
+                f"the online store let nobody in ({type(error).__name__}: {error}): check its user and password in "
+                "LLMEMB_ONLINE_STORE"
+            ) from error
         raise Unavailable(
             f"the online store failed ({type(error).__name__}: {error}): is it down, slow, full or locked? What serves is "
             "untouched; run again once it is well"

@@ -84,6 +84,28 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
     return spark
 
 
+@contextlib.contextmanager
+def ending(spark: SparkSession) -> Iterator[None]:
+    """Stops the session after the block.
+
+    Raises RuntimeError where Java no longer answers: that it can't be connected to would else pass for a service that is away.
+    """
+    from py4j.protocol import Py4JError, Py4JJavaError
+
+    try:
+        yield
+    except (Unavailable, Py4JJavaError):
+        raise
+    except (ConnectionError, Py4JError) as error:
+        raise RuntimeError(
+            f"Spark's Java process ended ({first_line(error)}): out of memory? Give the machine or pod more than "
+            "spark.driver.memory and Python take together"
+        ) from error
+    finally:
+        with contextlib.suppress(ConnectionError, Py4JError):
+            spark.stop()
+
+
 def secrets_of(job: str, settings: Mapping[str, str]) -> dict[str, str]:
     """Those settings that are secret by their name or show one. Raises InputError for one among Java's options."""
     found = {key: value for key, value in settings.items() if hides(key, value) or redacted(value) != value}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pyspark.sql import functions as F
 
 from jobs.engines import spark_parts
-from jobs.engines.spark import session
+from jobs.engines.spark import ending, session
 from jobs.extract import arrivals, counts, judge, shape, volume, window
 from jobs.extract.config import Config as Config
 from jobs.extract.gates import check_change, check_dates, check_days, check_quarantine
@@ -86,10 +86,9 @@ def in_session(config: Config) -> Result | arrivals.Result:
     spark = session("extract", config.spark)
     staging = config.run.lake / ".staging" / f"extract-{uuid.uuid4().hex[:8]}"
     try:
-        with spark_parts.failures():
+        with ending(spark), spark_parts.failures():
             return arrivals.take(spark, config) if config.arriving else snapshot(spark, config, staging)
     finally:
-        spark.stop()
         shutil.rmtree(staging, ignore_errors=True)
 
 

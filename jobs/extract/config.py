@@ -87,7 +87,11 @@ class Config:
     none allows any age."""
     min_day_share: float = 0.5
     """A day since the last snapshot with fewer events than this share of what its weekday had in the eight weeks before is
-    refused, and so is one that lost as many since it was last read; the bound is wider where days differ much. 0 judges none."""
+    refused, and so is one that lost as many since it was last read; the bound is wider where days differ much. Where ds alone
+    lacks events it is waited for (exit status 4). 0 judges none."""
+    settle_minutes: float = 10.0
+    """A Parquet folder with `{ds}` in its path is read once it has a `_SUCCESS`, or its newest file is that old; until then a
+    load may be under way (exit status 4). 0 reads it at once."""
     part_rows: int = 2_000_000
     """Rows of one Parquet file, about."""
     arriving: bool = False
@@ -105,6 +109,8 @@ class Config:
                 f"extract.items.table = {self.items.table!r} is the table as of a date, in which nothing arrives: name the table "
                 "of the present in extract.items.now, or pause hourly_items"
             )
+        if self.settle_minutes < 0:
+            raise InputError(f"extract.settle_minutes is {self.settle_minutes}: it must be at least 0")
         if not 0 <= self.min_day_share < 1 or (self.max_age_days or 0) < 0:
             raise InputError("extract.min_day_share must be at least 0 and below 1, extract.max_age_days at least 0")
 

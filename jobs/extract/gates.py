@@ -63,7 +63,8 @@ def check_dates(config: Config, days: Sequence[tuple[int, int]]) -> None:
 
 
 def check_days(config: Config, days: Sequence[tuple[int, int]]) -> None:
-    """Raises Refused when a day since the last snapshot lacks events, or an earlier one has lost them since."""
+    """Raises Refused when a day since the last snapshot lacks events, or an earlier one has lost them since; Unavailable where ds
+    alone lacks some, which may still be filling."""
     ds, lake, share = config.run.ds, config.run.lake, config.min_day_share
     if not share:
         return
@@ -77,7 +78,8 @@ def check_days(config: Config, days: Sequence[tuple[int, int]]) -> None:
     short = volume.short_days(days, volume.day_number(last), volume.day_number(ds), share)
     short += volume.shrunk_days(days, window.manifest_of(lake, last).get("days") or {}, volume.day_number(last), share)
     if short:
-        raise Refused(
+        filling = all(one.day == volume.day_number(ds) for one in short)
+        raise (Unavailable if filling else Refused)(
             f"{config.tables[1]} lacks events: {'; '.join(map(worded, short[:5]))}{', …' if len(short) > 5 else ''} "
             f"(extract.min_day_share = {share}). Has the upstream load run whole? If that is right, run once with "
             f"--set extract.min_day_share=0"

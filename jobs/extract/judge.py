@@ -15,6 +15,7 @@ from jobs.engines.spark import source, spread
 from jobs.extract import window
 from jobs.extract.config import Config
 from jobs.extract.counts import DAY, OfEvents, OfItems
+from jobs.extract.settled import check_settled
 from jobs.extract.window import Reading
 from jobs.lake import partitions
 from jobs.lake.items import tombstones
@@ -70,6 +71,8 @@ def read_items(spark: SparkSession, config: Config) -> DataFrame:
     """The source's items, as they stand there."""
     columns = [config.items.item_id, *config.items.attributes]
     dated = "{ds}" in config.items.table and not config.arriving
+    if dated:
+        check_settled(spark, config.tables[0], "extract.items.table", config.settle_minutes)
     return source(spark, config.tables[0], "extract.items.table", columns, dated=dated)
 
 
@@ -150,6 +153,8 @@ def read_events(spark: SparkSession, config: Config, reading: Reading) -> DataFr
     """The source's events: user, item, unix seconds, the `record` as it stands in the source, and its partition's day."""
     names = config.interactions
     columns = [names.user_id, names.item_id, names.timestamp, *filter(None, [names.partition])]
+    if "{ds}" in names.table:
+        check_settled(spark, config.tables[1], "extract.interactions.table", config.settle_minutes)
     rows = source(spark, config.tables[1], "extract.interactions.table", columns, dated="{ds}" in names.table)
     day = window.partition_day(rows, names) if names.partition else F.lit(None).cast("date")
     if reading.since:

@@ -45,7 +45,7 @@ HELD = 2**27
 GAIN = 1e-5
 """A change that gains less is not taken."""
 FAINT = 0.01
-"""Weight of a part that is there for new items alone: for all others it breaks ties at most."""
+"""Weight of a part that is there for new items alone: for all others it moves near-ties at most."""
 DEFAULTS: Mapping[str, float] = {"collaborative": 1.0, "llmemb": 1.0, "text": 0.7, "counting": 0.5, "graph": 0.5}
 """Weights where validation can't choose: about what it chose on the data sets of BENCHMARKS.md."""
 
@@ -276,7 +276,7 @@ def search(
                 point = better(run, point, options, f"centre of {name}", curve)
         if point == before:
             break
-    return found_at(run, reaching(point, names, reach), alone, curve, "")
+    return found_at(run, reaching(run, point, reach, curve), alone, curve, "")
 
 
 def weighed(run: Search, point: Point, numbers: Sequence[int], curve: list[dict[str, Any]]) -> Point:
@@ -290,15 +290,17 @@ def weighed(run: Search, point: Point, numbers: Sequence[int], curve: list[dict[
     return point
 
 
-def reaching(point: Point, names: Sequence[str], reach: Sequence[str]) -> Point:
+def reaching(run: Search, point: Point, reach: Sequence[str], curve: list[dict[str, Any]]) -> Point:
     """The point, with a faint weight for the first of the parts `reach` where none of them has one.
 
     An item that nobody has touched yet has a vector in these parts alone, and without one it could not be served at all.
     """
-    numbers = [names.index(name) for name in reach if name in names]
+    numbers = [run.names.index(name) for name in reach if name in run.names]
     if not numbers or any(point.weight[number] for number in numbers):
         return point
-    return replaced(point, "weight", numbers[0], FAINT)
+    point = replaced(point, "weight", numbers[0], FAINT)
+    curve.append({"part": run.names[numbers[0]], "to": FAINT, "ndcg": run.value(point)})
+    return point
 
 
 def bands_to_try(sample: Sample) -> list[int]:

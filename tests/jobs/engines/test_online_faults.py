@@ -92,6 +92,31 @@ def test_a_store_that_is_down_is_told_by_every_job(lake: Path, job: str, monkeyp
     assert seen(lake) == before
 
 
+@pytest.fixture
+def guarded(redis_port: int) -> Iterator[None]:
+    """Redis asks for a password."""
+    server = redis.Redis(port=redis_port)
+    server.config_set("requirepass", PASSWORD)
+    yield
+    server.execute_command("AUTH", PASSWORD)
+    server.config_set("requirepass", "")
+
+
+@pytest.mark.usefixtures("quick", "guarded")
+@pytest.mark.parametrize("given", ["another", ""])
+@pytest.mark.parametrize("kind", ["redis", "postgres"])
+def test_a_wrong_password_is_the_recipe_s_fault_and_is_not_asked_again(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, redis_port: int, postgres: Server, kind: str, given: str
+) -> None:
+    wrong = json.loads(postgres.online("jobs_locked_out")) | {"password": given}
+    there = online(redis_port, **({"password": given} if given else {}))  # type: ignore[arg-type]
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", there if kind == "redis" else json.dumps(wrong))
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    with pytest.raises(InputError, match=r"(?s)the online store let nobody in .*check its user and password") as caught:
+        put(catalogue(), A)
+    assert PASSWORD not in str(caught.value)
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("lake", ["redis"], indirect=True)
 def test_a_store_that_does_not_answer_in_time_is_told(lake: Path, redis_port: int, monkeypatch: pytest.MonkeyPatch) -> None:

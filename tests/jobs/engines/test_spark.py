@@ -12,14 +12,23 @@ from typing import Any
 
 import pyspark.java_gateway
 import pytest
+from py4j.protocol import Py4JError, Py4JNetworkError
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
+from jobs import extract
+from jobs.__main__ import build, judged
 from jobs.engines import spark
-from jobs.run import InputError
+from jobs.run import InputError, Refused, Unavailable
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = {"spark.ui.enabled", "spark.ui.showConsoleProgress", "spark.sql.shuffle.partitions", "spark.driver.extraJavaOptions"}
+
+SMALL = {
+    "run": {"ds": "2026-03-10", "lake": "lake"},
+    "items": {"table": "shop.items", "attributes": ["title"]},
+    "interactions": {"table": "shop.logs"},
+}
 
 Built = Callable[..., dict[str, str]]
 
@@ -176,3 +185,34 @@ def test_a_secret_that_another_file_of_settings_hides_is_told() -> None:
     with pytest.raises(InputError, match="PYSPARK_SUBMIT_ARGS") as told:
         spark.check_known(session, "extract", {"spark.authenticate.secret": SECRET})
     assert session.stopped and SECRET not in str(told.value)
+
+
+class Gone:
+    """A session whose Java process was killed."""
+
+    def stop(self) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionRefusedError(111, "refused"), Py4JNetworkError("Answer from Java side is empty"), Py4JError("o1.collect")]
+)
+def test_a_java_process_that_was_killed_is_no_service_that_is_away(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def snapshot(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(extract, "session", lambda *_: Gone())
+    monkeypatch.setattr(extract, "snapshot", snapshot)
+    made = build(extract.Config, SMALL, "extract")
+    with pytest.raises(RuntimeError, match=r"Java process ended .*: out of memory") as told:
+        extract.in_session(made)
+    assert judged(told.value, {})[0] == 1
+
+
+@pytest.mark.parametrize("error", [Unavailable("late"), InputError("no column"), Refused("too few")])
+def test_what_a_job_says_itself_outlives_the_end_of_java(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)), spark.ending(Gone()):  # type: ignore[arg-type]
+        raise error
+    with spark.ending(Gone()):  # type: ignore[arg-type]
+        done = True
+    assert done

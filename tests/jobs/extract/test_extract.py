@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from jobs import extract
 from jobs.__main__ import build
 from jobs.engines.spark import java_version, launcher, session, source
 from jobs.extract import judge
+from jobs.extract.window import Reading
 from jobs.lake import partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.locks import alone
@@ -315,6 +318,40 @@ def test_a_table_of_a_date_that_is_not_there_yet_may_come_later(tmp_path: Path, 
         extract.run(config(tmp_path, given["items"], given["interactions"]))
 
 
+@pytest.mark.parametrize("side", ["items", "interactions"])
+@pytest.mark.parametrize("path", ["dt={ds}", "dt={ds}/*.parquet"])
+def test_a_table_of_a_date_whose_load_is_under_way_is_waited_for(tmp_path: Path, side: str, path: str) -> None:
+    folder, file, rows = tmp_path / f"dt={DS}", tmp_path / f"dt={DS}" / "part-0.parquet", {"items": 5, "interactions": 20}[side]
+    folder.mkdir()
+    tables = {"items": item_table(tmp_path / "i.parquet", CATALOGUE), "interactions": event_table(tmp_path / "e.parquet", LOGS)}
+    shutil.copy(tables[side], file)
+    waits = rf"extract.{side}.table = .* has no _SUCCESS, and a file of 0 minutes ago .*settle_minutes = 10"
+
+    def read(table: str = str(tmp_path / path), **values: Any) -> int:
+        spark, given = session("test", {}), tables | {side: table}
+        made = config(tmp_path, given["items"], given["interactions"], **values)
+        return (
+            judge.read_items(spark, made) if side == "items" else judge.read_events(spark, made, Reading(whole_ds=DS))
+        ).count()
+
+    with pytest.raises(Unavailable, match=waits):
+        read()
+    assert read(settle_minutes=0) == rows
+    assert read(f"{folder}") == rows, "no date in its name, no waiting"
+    assert read(f"{tmp_path}/dt={{ds}}/part-0.parquet") == rows, "a single file ends with what makes it Parquet"
+    os.utime(file, (time.time() - 660,) * 2)
+    assert read() == rows, "a load that pauses for ten minutes is over"
+    if "*" in path:
+        return
+    (folder / "_temporary" / "0").mkdir(parents=True)
+    shutil.copy2(file, folder / "_temporary" / "0")
+    with pytest.raises(Unavailable, match="has no _SUCCESS, and files in _temporary"):
+        read()
+    os.utime(file)
+    (folder / "_SUCCESS").touch()
+    assert read() == rows
+
+
 HUNDRED: list[Event] = [(f"u{u}", f"i{u % 5}", NOON + (day - 99) * DAY + u) for day in range(100) for u in range(40)]
 """A hundred days of forty events each, up to 2026-03-01."""
 
@@ -325,10 +362,11 @@ def of_day(event: Event) -> int:
 
 def test_a_lost_day_of_a_hundred_is_refused(tmp_path: Path) -> None:
     extract_night(tmp_path, [event for event in HUNDRED if of_day(event) < 98], "2026-02-27")
-    for lost, count in (99, 0), (98, 0), (99, 10):
+    kinds: list[tuple[int, int, type[Exception]]] = [(99, 0, Unavailable), (98, 0, Refused), (99, 10, Unavailable)]
+    for lost, count, kind in kinds:  # the date's own day may still be filling
         some = [event for event in HUNDRED if of_day(event) != lost or int((event[0] or "u0")[1:]) < count]
         day = dt.date(2026, 3, 1) - dt.timedelta(days=99 - lost)
-        with pytest.raises(Refused, match=rf"lacks events: {day} has {count}, usual of its weekday: 40 .*min_day_share=0"):
+        with pytest.raises(kind, match=rf"lacks events: {day} has {count}, usual of its weekday: 40 .*min_day_share=0"):
             extract_night(tmp_path, some, "2026-03-01")
     assert extract.run(config(tmp_path, CATALOGUE, some, ds="2026-03-01", min_day_share=0)).rows["interactions"] > 3900
     assert extract_night(tmp_path, HUNDRED, "2026-03-01").days["2026-03-01"] == 40
@@ -370,6 +408,7 @@ def test_bad_records_after_ds_are_not_judged(tmp_path: Path) -> None:
 def test_the_catalogue_of_a_backfill_is_that_of_its_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "ds=2026-03-09").mkdir()
     item_table(tmp_path / "ds=2026-03-09" / "items.parquet", CATALOGUE)
+    (tmp_path / "ds=2026-03-09" / "_SUCCESS").touch()
     then = config(tmp_path, f"{tmp_path}/ds={{ds}}", LOGS, ds="2026-03-09")
     result = extract.run(then)
     assert (result.catalogue, result.rows["items"]) == ("of 2026-03-09", 5)

@@ -48,6 +48,7 @@ def test_where_no_part_that_reaches_new_items_gains_the_first_of_them_stays_fain
     assert plain.relative == {"counting": 1.0, "text": 0, "llmemb": 0}
     assert found.relative == {"counting": 1.0, "text": 0, "llmemb": fusion.FAINT} and found.weights.scale["llmemb"] > 0
     assert found.ndcg["overall"] == pytest.approx(plain.ndcg["overall"], abs=0.005)
+    assert found.curve[:-1] == plain.curve and found.curve[-1]["part"] == "llmemb" and found.curve[-1]["to"] == fusion.FAINT
 
 
 def test_a_part_that_gains_is_not_joined_by_a_faint_one_and_a_barred_part_is_not_tried() -> None:
