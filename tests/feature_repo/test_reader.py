@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +183,15 @@ def test_a_strange_store_setting_is_refused_without_repeating_it(
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", text)
     with pytest.raises(ValueError, match='not a JSON object with a "type"'):
         Reader.open(tmp_path)
+
+
+def test_a_wrong_key_of_the_store_is_told_without_the_password_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An error that cuts the settings in the middle leaves `hos...rd': 'hunter2'`, which nothing takes for a password."""
+    store = {"type": "postgres", "host": "db", "databse": "shop", "user": "feast", "password": "hunter2"}
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps(store))
+    with pytest.raises(ValueError, match="LLMEMB_ONLINE_STORE.*database: Field required; databse: Extra inputs") as refused:
+        Reader.open(tmp_path)
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_a_reader_does_not_go_through_a_fork(lake: Path) -> None:
