@@ -19,6 +19,7 @@ from typing import Any
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRescheduleException, AirflowSkipException
 from job_environment import environment_of
+from job_redaction import redacted
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 30
@@ -48,7 +49,7 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
     def execute(self, context: Any) -> Any:
         """The job's Result. Raises what `judge` makes of its exit status."""
         line = [setting("PYTHON", sys.executable), "-m", "jobs", *self.command]
-        log.info("$ %s", " ".join(line))
+        log.info("$ %s", redacted(" ".join(line)))
         started, printed, last = time.monotonic(), deque[str](maxlen=1), ""
         # a session of its own: stopping it stops what it started, a Spark driver or the ranks of a training
         self.child = subprocess.Popen(
@@ -66,8 +67,10 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
             reader = threading.Thread(target=printed.extend, args=(self.child.stdout,), daemon=True)
             reader.start()
             for text in self.child.stderr:
-                last = text.rstrip() or last
-                log.info("%s", text.rstrip())
+                # not all of it went through the job's own net: Java's lines, a library's, Python's last words
+                text = redacted(text.rstrip())
+                last = text or last
+                log.info("%s", text)
             status = self.child.wait()
             reader.join()
         finally:

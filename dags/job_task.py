@@ -21,6 +21,7 @@ from airflow.sdk.bases.notifier import BaseNotifier
 from airflow.sdk.definitions.callback import SyncCallback
 from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 from job_process import ROOT, JobProcess, log, setting
+from job_redaction import redacted
 
 GPU_JOBS = ("scft", "embed", "pretrain", "rat", "evaluate")
 HOURS = {"extract": 6, "scft": 24, "embed": 12, "pretrain": 12, "rat": 12, "evaluate": 4, "publish": 6}
@@ -234,11 +235,12 @@ def late(dag_id: str, hours: float, **_: Any) -> None:
 
 def tell(text: str, facts: Mapping[str, Any]) -> None:
     """Logs an alert and posts it as JSON, with a `text` as chat systems take it; never fails the caller."""
+    text = redacted(text)
     log.error("ALERT %s", text)
     if url := setting("ALERT_URL"):
-        body = json.dumps({"text": text, **facts}).encode()
         try:
+            body = json.dumps({"text": text, **facts}).encode()
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             urllib.request.urlopen(request, timeout=10).close()
-        except (OSError, ValueError) as error:
-            log.error("the alert did not reach LLMEMB_ALERT_URL: %s", error)
+        except Exception as error:  # whatever it is: its text may quote the address, and whoever has that may post there
+            log.error("the alert did not reach LLMEMB_ALERT_URL: %s %s", type(error).__name__, getattr(error, "code", ""))

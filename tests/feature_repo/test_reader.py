@@ -163,14 +163,14 @@ def test_an_address_of_a_feature_server_that_can_t_be_is_refused_without_repeati
 @pytest.mark.parametrize("reply", [b"hunter2\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nhunter2"])
 def test_a_feature_server_that_answers_nonsense_is_away_and_is_not_quoted(reply: bytes) -> None:
     def answer() -> None:
-        with server.accept()[0] as client:
+        with listening.accept()[0] as client:
             client.recv(65536)
             client.sendall(reply)
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(ConnectionError, match=r"failed \((BadStatusLine|JSONDecodeError)\)") as away:
-            Reader.over_http(f"http://127.0.0.1:{server.getsockname()[1]}").vectors(["i1"])
+            Reader.over_http(f"http://127.0.0.1:{listening.getsockname()[1]}").vectors(["i1"])
     assert "hunter2" not in "".join(traceback.format_exception(away.value))
 
 
