@@ -12,6 +12,7 @@ from typing import Any
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk.exceptions import AirflowException
 from job_process import ROOT, judge, setting
+from job_redaction import redacted
 
 STORE_JOBS = ("pin", "publish", "lookup", "recommend", "explain", "collect", "rollback", "forget")
 """Jobs that get the secrets of the online store; no other does."""
@@ -79,7 +80,7 @@ class JobPod(KubernetesPodOperator):  # type: ignore[misc]
             if code is not None:
                 job = self.arguments[0]
                 own = [line for line in self.lines if line.startswith(f"{job}: ")]
-                judge(job, code, (own or self.lines or [""])[-1], context)
+                judge(job, code, redacted((own or self.lines or [""])[-1]), context)
             raise
 
     def last_lines(self, pod: Any) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRescheduleException, AirflowSkipException
 from job_environment import environment_of
+from job_redaction import redacted
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 30
@@ -54,7 +55,7 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
     def execute(self, context: Any) -> Any:
         """The job's Result. Raises what `judge` makes of its exit status."""
         line = [setting("PYTHON", sys.executable), "-m", "jobs", *self.command]
-        log.info("$ %s", " ".join(line))
+        log.info("$ %s", redacted(" ".join(line)))
         started, printed, last = time.monotonic(), deque[str](maxlen=1), ""
         # a session of its own: stopping it stops what it started, a Spark driver or the ranks of a training
         self.child = subprocess.Popen(
@@ -72,8 +73,10 @@ class JobProcess(BaseOperator):  # type: ignore[misc]
             reader = threading.Thread(target=printed.extend, args=(self.child.stdout,), daemon=True)
             reader.start()
             for text in self.child.stderr:
-                last = text.rstrip() or last
-                log.info("%s", text.rstrip())
+                # not all of it went through the job's own net: Java's lines, a library's, Python's last words
+                text = redacted(text.rstrip())
+                last = text or last
+                log.info("%s", text)
             status = self.child.wait()
             reader.join()
         finally:
@@ -160,11 +163,12 @@ def facts_of(ti: Any) -> dict[str, Any]:
 
 def tell(text: str, facts: Mapping[str, Any]) -> None:
     """Logs an alert and posts it as JSON, with a `text` as chat systems take it; never fails the caller."""
+    text = redacted(text)
     log.error("ALERT %s", text)
     if url := setting("ALERT_URL"):
-        body = json.dumps({"text": text, **facts}).encode()
         try:
+            body = json.dumps({"text": text, **facts}).encode()
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             urllib.request.urlopen(request, timeout=10).close()
-        except (OSError, ValueError) as error:
-            log.error("the alert did not reach LLMEMB_ALERT_URL: %s", error)
+        except Exception as error:  # whatever it is: its text may quote the address, and whoever has that may post there
+            log.error("the alert did not reach LLMEMB_ALERT_URL: %s %s", type(error).__name__, getattr(error, "code", ""))

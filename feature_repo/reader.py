@@ -42,9 +42,11 @@ def settings(lake: Path | None = None, timeouts: str = TIMEOUTS) -> Any:
     """Feast's `RepoConfig`: LLMEMB_ONLINE_STORE (JSON, Feast's own keys) and LLMEMB_REGISTRY (SQLAlchemy URL) where they are
     set, else SQLite files under `lake/feast`. Connections with their passwords stay out of recipes and manifests so.
 
-    Raises ValueError where neither a variable nor a lake says where the stores are.
+    Raises ValueError where neither a variable nor a lake says where the stores are, and for what Feast refuses: its own error
+    would quote a part of the settings, and so of a password.
     """
     from feast import RepoConfig
+    from pydantic import ValidationError
 
     from feature_repo.feature_definitions import PROJECT
 
@@ -56,16 +58,20 @@ def settings(lake: Path | None = None, timeouts: str = TIMEOUTS) -> Any:
     home = (lake or Path()).absolute() / "feast"
     if not (online and registry):
         home.mkdir(parents=True, exist_ok=True)
-    return RepoConfig(
-        project=PROJECT,
-        provider="local",
-        registry={"registry_type": "sql", "path": registry or f"sqlite:///{home}/registry.db"},
-        online_store=online_settings(online, timeouts) if online else {"type": "sqlite", "path": str(home / "online.db")},
-        offline_store={"type": "file"},
-        entity_key_serialization_version=3,
-        repo_path=Path(__file__).parent,
-        auth=json.loads(os.environ.get("LLMEMB_FEAST_AUTH") or '{"type": "no_auth"}'),
-    )
+    stores = {
+        "registry": {"registry_type": "sql", "path": registry or f"sqlite:///{home}/registry.db"},
+        "online_store": online_settings(online, timeouts) if online else {"type": "sqlite", "path": str(home / "online.db")},
+        "offline_store": {"type": "file"},
+        "auth": json.loads(os.environ.get("LLMEMB_FEAST_AUTH") or '{"type": "no_auth"}'),
+    }
+    try:
+        return RepoConfig(
+            project=PROJECT, provider="local", entity_key_serialization_version=3, repo_path=Path(__file__).parent, **stores
+        )
+    except ValidationError as error:
+        found = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors(include_input=False, include_context=False)]
+    told = "; ".join(f"{where}: {what}" if where else what for where, what in found)
+    raise ValueError(f"Feast refuses LLMEMB_ONLINE_STORE, LLMEMB_REGISTRY or LLMEMB_FEAST_AUTH: {told}")
 
 
 def online_settings(text: str, timeouts: str = TIMEOUTS) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
+import http.client
 import json
 import os
 import sqlite3
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -119,20 +122,25 @@ class Http:
     """Feast's feature server (`feast serve`)."""
 
     def __init__(self, url: str, timeout_s: float = 10.0) -> None:
+        """Raises ValueError, which doesn't repeat it, for an address that can be none; a user in it would reach no server."""
+        if not possible(url):
+            raise ValueError("the feature server's address is not http(s)://HOST[:PORT], without a user and a password")
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
 
     def read(self, view: str, keys: Mapping[str, Sequence[str]], fields: Sequence[str]) -> list[Row]:
         """See `Transport`. Raises ConnectionError where the server is down, slow, or its own store is."""
         body = {"features": [f"{view}:{field}" for field in fields], "entities": {name: list(ids) for name, ids in keys.items()}}
-        request = urllib.request.Request(
-            f"{self.url}/get-online-features", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
         try:
+            request = urllib.request.Request(
+                f"{self.url}/get-online-features", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 reply = json.load(response)
-        except OSError as error:
-            raise ConnectionError(f"the feature server {self.url} failed ({error}): is it up, and its online store?") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # the others quote what they were given
+            what = error if isinstance(error, OSError) else type(error).__name__
+            raise ConnectionError(f"the feature server {self.url} failed ({what}): is it up, and its online store?") from None
         columns = dict(zip(reply["metadata"]["feature_names"], reply["results"], strict=True))
         rows: list[Row] = []
         for number in range(len(next(iter(keys.values())))):
@@ -140,6 +148,14 @@ class Http:
             moment = dt.datetime.fromisoformat(columns[fields[0]]["event_timestamps"][number])
             rows.append((moment, {name: from_json(name, value) for name, value in values.items() if value is not None}))
         return rows
+
+
+def possible(url: str) -> bool:
+    """Whether this may be the address of a server: a scheme, a host, perhaps a port, and nobody's name."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in url
+    return False
 
 
 def from_json(field: str, value: Any) -> Any:

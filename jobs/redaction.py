@@ -22,10 +22,33 @@ DATABASES = re.compile(r"(?:.*[+.])?(?:postgres|postgresql|mysql|mariadb|redis|r
 """Schemes whose paths hold no @: there `a:12/b@c` is no port with a path but a password."""
 AZURE = ("abfs", "abfss", "wasb", "wasbs")
 """Schemes where a container stands in the user's place."""
+BARE = re.compile(
+    r"""(?P<head>(?<![\w:/.-])//)[^\s/:@'"<>]{0,100}:[^\s/@'"<>]{1,300}@(?=[^\s@])                # //user:password@host
+    |(?P<oracle>jdbc:oracle:\w{1,9}:)[^\s/@'"<>]{0,100}/(?:"[^"\s]{0,300}"|[^\s'"<>]{0,300})@    # jdbc:oracle:thin:a/b@
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+"""Users in addresses without a scheme's `://`."""
+SQL = re.compile(
+    r"""(\bIDENTIFIED\s{1,9}(?:WITH\s{1,9}[\w'"]{1,60}\s{1,9})?BY\s{1,9}|\bPASSWORD\s{1,9}(?=\\*+['"]))
+    (?:'(?:''|\\.|[^'\\])*+'?|"(?:""|\\.|[^"\\])*+"?|\\{1,9}["'][^"'\\]*+)
+    |((?-i:\bIDENTIFIED\s{1,9}BY\s{1,9}))[^\s,;'"\\]++""",
+    re.VERBOSE | re.IGNORECASE,
+)
+"""`IDENTIFIED BY 'x'`, `PASSWORD 'x'`; without quotes in capitals alone, for prose says it too."""
+SPARK = re.compile(
+    r"(?<![\w.-])(?P<name>spark\.[\w.-]++)(?P<blank>[ \t]{1,99})(?:\S++(?=[ \t\r]*+$)|(?=[a-z.,:;]{0,300}[^\sa-z.,:;])\S++)",
+    re.MULTILINE,
+)
+"""A line of Spark's own file of settings; amid a text only what looks like no word of prose."""
 PEM = re.compile(r"(BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL)
 """What a private key consists of."""
-NAME = re.compile(r"""(?<![\w.-])(?P<name>[\w.-]++)(?:\\*+["'])?\s*+[=:]\s*+(?P<how>(?:bearer|basic)\s++)?""", re.IGNORECASE)
-"""`name=`, `name: `, `"name": ` of a connection string, a query, a header, a setting or JSON, also of JSON in JSON."""
+NAME = re.compile(
+    r"""(?:(?<![\w.-])(?!(?<=%)[0-9a-f]{2})|(?<=%[0-9a-f]{2}))(?P<name>[\w.-]++)
+    (?:\\*+["'])?(?:\s*+[=:]\s*+|%3[AD])(?P<how>(?:bearer|basic)\s++)?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""`name=`, `name: `, `"name": ` of a connection string, a query, a header, a setting or JSON, also in JSON; and `name%3D`."""
 STOPS = r"""[\s,;&]|\\{0,9}["'}\])>]{1,9}(?:[\s,;&.:]|\Z)"""
 QUOTED = r""""(?:\\.|[^"\\])*+"|'(?:\\.|[^'\\])*+'"""
 VALUE = re.compile(
@@ -54,14 +77,25 @@ VARIABLES = re.compile(r"[A-Z0-9]+(?:_[A-Z0-9]+)*_(?:AUTH|PASS)|PGPASS")
 def redacted(text: str) -> str:
     """A text without the secrets that it shows by their form."""
     text = without_users(PEM.sub(rf"\1{HIDDEN}", text) if "PRIVATE KEY-----" in text else text)
+    text = SPARK.sub(without_setting, SQL.sub(rf"\1\2{HIDDEN}", text))
     kept, at = [], 0
     for found in NAME.finditer(text):
-        if found.start() < at or not secret(found["name"]) or TITLE.match(text, found.start("name")):
+        if found.start() < at or not (secret(found["name"]) or of_query(found)) or TITLE.match(text, found.start("name")):
             continue
         if (value := VALUE.match(text, found.end())) and (shown := without_value(value)) != value[0]:
             kept += [text[at : found.end()], shown]
             at = value.end()
     return "".join([*kept, text[at:]])
+
+
+def of_query(found: re.Match[str]) -> bool:
+    """Whether this is `?key=` or `&key=` of an address, where a `key` alone is a secret."""
+    return found["name"].lower() == "key" and found.string[max(found.start() - 1, 0) : found.start()] in ("?", "&")
+
+
+def without_setting(found: re.Match[str]) -> str:
+    """A setting of Spark without its value, if that is a secret."""
+    return f"{found['name']}{found['blank']}{HIDDEN}" if secret(found["name"]) else found[0]
 
 
 def without_value(found: re.Match[str]) -> str:
@@ -73,7 +107,8 @@ def without_value(found: re.Match[str]) -> str:
 
 def without_users(text: str) -> str:
     """A text whose addresses have neither users nor passwords; a container of Azure stays, and so does an @ of a path."""
-    return USER_INFO.sub(without_user, text) if "://" in text else text
+    text = USER_INFO.sub(without_user, text) if "://" in text else text
+    return BARE.sub(lambda found: f"{found['head'] or found['oracle']}{HIDDEN}@", text)
 
 
 def without_user(found: re.Match[str]) -> str:

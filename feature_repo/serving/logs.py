@@ -10,6 +10,8 @@ import json
 import logging
 import os
 
+from feature_repo.serving.redaction import redacted
+
 ROOT = "llmemb"
 """Loggers of ours begin with it; others are heard from warnings on."""
 
@@ -30,7 +32,7 @@ class Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         line = f"{moment(record):%H:%M:%S} {record.levelname:<7} {record.name}: {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return redacted(f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
 
 
 class Json(logging.Formatter):
@@ -40,10 +42,10 @@ class Json(logging.Formatter):
         """The JSON line of a record."""
         shown = {
             "time": moment(record).isoformat(timespec="milliseconds"), "level": record.levelname, "logger": record.name,
-            "message": record.getMessage(),
+            "message": redacted(record.getMessage()),
         }  # fmt: skip
         if record.exc_info:
-            shown["exception"] = self.formatException(record.exc_info)
+            shown["exception"] = redacted(self.formatException(record.exc_info))
         return json.dumps(shown, sort_keys=True)
 
 

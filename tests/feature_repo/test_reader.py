@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
+import socket
+import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,6 +149,31 @@ def test_a_feature_server_that_is_down_is_told_by_its_address() -> None:
         Reader.over_http("http://127.0.0.1:9/").vectors(["i1"])
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:hunter2@host/", "http://user:hunter2@host:6566", "http://user/hunter2@host", "http://host:hunter2",
+     "http://hunter2@ho\u2100st", "hunter2:6566", "ftp://hunter2", "http://"],
+)  # fmt: skip
+def test_an_address_of_a_feature_server_that_can_t_be_is_refused_without_repeating_it(url: str) -> None:
+    with pytest.raises(ValueError, match=r"not http\(s\)://HOST") as refused:
+        Reader.over_http(url)
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))
+
+
+@pytest.mark.parametrize("reply", [b"hunter2\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nhunter2"])
+def test_a_feature_server_that_answers_nonsense_is_away_and_is_not_quoted(reply: bytes) -> None:
+    def answer() -> None:
+        with listening.accept()[0] as client:
+            client.recv(65536)
+            client.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ConnectionError, match=r"failed \((BadStatusLine|JSONDecodeError)\)") as away:
+            Reader.over_http(f"http://127.0.0.1:{listening.getsockname()[1]}").vectors(["i1"])
+    assert "hunter2" not in "".join(traceback.format_exception(away.value))
+
+
 def test_a_vector_of_another_width_than_the_space_is_not_answered(lake: Path) -> None:
     put(lake, space(), 1)
     store = open_writer(settings(lake))
@@ -181,6 +210,15 @@ def test_a_strange_store_setting_is_refused_without_repeating_it(
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", text)
     with pytest.raises(ValueError, match='not a JSON object with a "type"'):
         Reader.open(tmp_path)
+
+
+def test_a_wrong_key_of_the_store_is_told_without_the_password_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An error that cuts the settings in the middle leaves `hos...rd': 'hunter2'`, which nothing takes for a password."""
+    store = {"type": "postgres", "host": "db", "databse": "shop", "user": "feast", "password": "hunter2"}
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps(store))
+    with pytest.raises(ValueError, match=r"LLMEMB_ONLINE_STORE.*database: Field required; databse: Extra inputs") as refused:
+        Reader.open(tmp_path)
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_a_reader_does_not_go_through_a_fork(lake: Path) -> None:

@@ -107,6 +107,16 @@ def test_compose_takes_every_secret_from_outside_and_names_them_all() -> None:
     assert all(f"${{{name}:?" in COMPOSE for name in wanted), "a secret that is missing is told, not taken for empty"
 
 
+def test_the_jobs_secrets_are_where_jobs_run_and_in_no_other_part_of_airflow() -> None:
+    parts = {name: service["environment"] for name, service in SERVICES.items() if name.startswith("airflow-")}
+    jobs = {"LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "SPARK_SECRET"}
+    usual = set(parts["airflow-api-server"])
+    assert {"AIRFLOW__CORE__FERNET_KEY", "LLMEMB_RECIPE"} <= usual and len(parts) == 5
+    assert {name: set(variables) - usual for name, variables in parts.items() if set(variables) != usual} == {
+        "airflow-scheduler": jobs
+    }
+
+
 def test_spark_in_compose_is_local_or_the_cluster_beside_it() -> None:
     folder = SERVICES["airflow-scheduler"]["environment"]["SPARK_CONF_DIR"]
     assert folder.replace("${SPARK:-local}", "standalone") == SERVICES["spark-worker"]["environment"]["SPARK_CONF_DIR"]

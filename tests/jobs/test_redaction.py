@@ -57,6 +57,20 @@ TEXTS = [
     f'{{"pwd": "{SECRET}"}}',
     f'{{"password": ["a]b", "{SECRET}"], "user": "b"}}',
     f"{{'passwords': {{'a': '}}', 'b': '{SECRET}'}}}}",
+    f"jdbc:oracle:thin:scott/{SECRET}@//db:1521/shop",
+    f'jdbc:oracle:oci:scott/"a/{SECRET}"@db',
+    f"odbc_connect=DRIVER%3Dodbc%3Bpassword%3D{SECRET}%3BServer%3Ddb",
+    f"odbc_connect=UID%3Da%3BPWD%3d{SECRET}",
+    f"https://maps.example/v1?key={SECRET}&q=a",
+    f"https://maps.example/v1?q=a&key={SECRET}",
+    f"host //user:{SECRET}@host/db",
+    f"ALTER USER a IDENTIFIED BY '{SECRET}'",
+    f"create user a identified with 'sha2' by \"a ''{SECRET}\" x",
+    f"GRANT ALL TO a IDENTIFIED BY {SECRET}, b",
+    f"ALTER ROLE a WITH PASSWORD 'a''{SECRET}' VALID",
+    f'"ALTER USER a IDENTIFIED BY \\"{SECRET}\\""',
+    f"spark.hadoop.fs.s3a.secret.key   {SECRET}",
+    f"a spark.authenticate.secret {SECRET} b",
     f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n-----END PRIVATE KEY-----",
     f'{{"private_key": "-----BEGIN RSA PRIVATE KEY-----\\n{SECRET}\\n-----END RSA PRIVATE KEY-----", "user": "b"}}',
 ]
@@ -67,6 +81,11 @@ def test_a_secret_is_hidden_and_the_rest_stays(text: str) -> None:
     told = redacted(text)
     assert SECRET not in told and "***" in told
     assert redacted(told) == told
+
+
+def test_a_secret_of_letters_alone_is_one_at_the_end_of_a_line_of_spark_s_settings() -> None:
+    lines = "spark.authenticate.secret\tpw \nspark.authenticate.secret is wanted\nspark.hadoop.fs.s3a.secret.key pw"
+    assert redacted(lines) == lines.replace("pw", "***")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +117,14 @@ def test_a_secret_is_hidden_and_the_rest_stays(text: str) -> None:
         "first_pass=3",
         "primary_key=id",
         "fs.s3a.aws.credentials.provider=org.x.Y",
+        "jdbc:oracle:thin:@//db:1521/shop",
+        "100%key=3, ?a=1&keys=2",
+        "// a: b@c, //host:80/a@b",
+        "s3a://b//a:b@c",
+        "an item is identified by its id, a password is wanted",
+        "spark.hadoop.fs.s3a.secret.key is missing in it",
+        "spark.executor.memory 4g",
+        "q%3Da%3Bb",
         "fs.azure.sas.token.provider.type=org.x.Y",
     ],
 )
@@ -126,7 +153,9 @@ def test_other_values_stay_and_a_path_that_is_a_key_is_redacted() -> None:
 
 
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize("text", ["http://x:y", "\\", "a.b-"])
+@pytest.mark.parametrize(
+    "text", ["http://x:y", "\\", "a.b-", "//a:", "%3D", "%aa", "spark.a ", "jdbc:oracle:a:", "IDENTIFIED BY ", "PASSWORD '"]
+)
 def test_a_long_text_costs_time_by_its_length(text: str) -> None:
     """Where each place begins a search through all the rest, this takes longer than a test may."""
     assert redacted("password=" + text * 200_000).startswith("password=***")

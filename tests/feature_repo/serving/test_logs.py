@@ -63,3 +63,19 @@ def test_libraries_are_heard_from_warnings_on_and_so_is_the_web_server(
     assert "chat" not in told
     assert json.loads(told)["logger"] == "uvicorn.error"
     assert server_of(Settings())["log_config"] is None, "uvicorn would set up lines of its own"
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_no_log_line_of_the_serving_process_has_a_secret(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMEMB_LOG", kind)
+    logs.start()
+    for text in ("redis:6379,username=reader,password=hunter2", "postgresql://feast:hunter2@db", '{"token": "a hunter2"}'):
+        logging.getLogger("llmemb.serving").info("%s", text)
+        try:
+            raise OSError(text)
+        except OSError:
+            logging.getLogger("uvicorn.error").exception("failed")
+    told = capsys.readouterr().err
+    assert told.count("failed") == 3 and told.count("***") >= 6 and "hunter2" not in told
