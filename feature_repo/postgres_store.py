@@ -234,11 +234,12 @@ class PostgresStore(PostgreSQLOnlineStore):  # type: ignore[misc]
             self.run("DELETE FROM {view} WHERE entity_key = ANY(%s)", [list(keys)], view=self.table(view))
 
     def keys(self, view: FeatureView, start: bytes = b"") -> Iterator[list[bytes]]:
-        """See `Store`."""
+        """See `Store`. A view that has no table yet has no keys."""
         start = start or key_prefix(view)
         stop = start[:-1] + bytes([start[-1] + 1])  # a text's last byte is never 255
         query = "SELECT DISTINCT entity_key FROM {view} WHERE entity_key > %s AND entity_key < %s ORDER BY entity_key LIMIT %s"
-        yield from pages(lambda last: self.run(query, [last, stop, SCAN], view=self.table(view)).fetchall(), start)
+        with contextlib.suppress(psycopg.errors.UndefinedTable):
+            yield from pages(lambda last: self.run(query, [last, stop, SCAN], view=self.table(view)).fetchall(), start)
 
     def spaces(self) -> dict[str, int]:
         """See `Store`. One step a space; to count its rows the server reads their part of the index."""
