@@ -48,10 +48,15 @@ def refusals() -> Iterator[None]:
     except NotPublished as error:
         raise Refused(str(error)) from error
     except BROKEN as error:
-        raise Unavailable(
-            f"the online store failed ({type(error).__name__}: {error}): is it down, slow, full or locked? What serves is "
-            "untouched; run again once it is well"
-        ) from error
+        stays = "A new space serves only once it is whole; what was written into the one that serves stays there"
+        raise Unavailable(f"{broken(error)} {stays}") from error
+
+
+def broken(error: Exception) -> str:
+    """What is said of a store that failed."""
+    return (
+        f"the online store failed ({type(error).__name__}: {error}): is it down, slow, full or locked? Run again once it is well."
+    )
 
 
 def served(reader: Reader) -> Pointer:
