@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from feature_repo.keys import serialized
 from feature_repo.leases import Store
-from feature_repo.reader import CODECS, Reader, Space
-from feature_repo.spaces import current, live, remove_space
+from feature_repo.reader import CODECS, Pointer, Reader, Space
+from feature_repo.spaces import live, remove_space
 from feature_repo.transport import entity_keys
 
 SAMPLE = 100
@@ -28,13 +28,13 @@ class Collected:
     """The serving space and the one before."""
 
 
-def due(store: Store, reader: Reader, grace: dt.timedelta) -> Collected:
+def due(store: Store, pointer: Pointer, grace: dt.timedelta) -> Collected:
     """Every space that neither serves nor is the one before goes, once `grace` has passed since that was first noted.
 
-    Half-staged spaces of a publisher that died go the same way. Writes nothing.
+    The pointer is one read under the lease: without one, nothing tells what must stay. Half-staged spaces of a publisher that
+    died go the same way. Writes nothing.
     """
-    pointer, now = current(reader), dt.datetime.now(dt.UTC)
-    kept = live(pointer) if pointer else {}
+    kept, now = live(pointer), dt.datetime.now(dt.UTC)
     online, notes = store.spaces(), store.notes()
     removed: dict[str, int] = {}
     waiting: dict[str, float] = {}

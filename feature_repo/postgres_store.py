@@ -41,6 +41,17 @@ WHERE held.ends < clock_timestamp() RETURNING token
 """
 RENEW = """
 UPDATE {lease} SET ends = clock_timestamp() + %(ttl)s * interval '1 ms' WHERE nonce = %(nonce)s AND ends >= clock_timestamp()
+  AND (pid, started) = (SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid())
+"""
+LOST = """
+SELECT CASE WHEN nonce = %(nonce)s AND ends >= clock_timestamp() THEN 'held over another connection: is a pooler between?'
+  ELSE token::text END FROM {lease}
+"""
+# who may be promoted; a subscriber or an archive that follows has the writes too, and never takes over
+STANDBYS = """
+SELECT count(*) FROM pg_stat_replication standby WHERE flush_lsn >= %s::pg_lsn
+  AND application_name NOT IN ('pg_receivewal', 'pg_basebackup')
+  AND NOT EXISTS (SELECT FROM pg_replication_slots WHERE active_pid = standby.pid AND slot_type = 'logical')
 """
 EVICT = """
 SELECT pg_terminate_backend(writer.pid) FROM pg_stat_activity writer
@@ -180,7 +191,7 @@ class PostgresStore(PostgreSQLOnlineStore):  # type: ignore[misc]
             connection = self.connection
             connection.execute("BEGIN")
             if not self.run(RENEW, {"ttl": self.ttl_ms, "nonce": self.nonce}).rowcount:
-                raise fenced(self.token, self.run("SELECT token FROM {lease}").fetchone())
+                raise fenced(self.token, self.run(LOST, {"nonce": self.nonce}).fetchone())
             yield
             connection.commit()  # Feast's own may have been before
         except BaseException as error:
@@ -211,8 +222,7 @@ class PostgresStore(PostgreSQLOnlineStore):  # type: ignore[misc]
         if not self.replicas:
             return
         written, deadline = self.run("SELECT pg_current_wal_lsn()").fetchone(), time.monotonic() + self.settle_ms / 1000
-        have = "SELECT count(*) FROM pg_stat_replication WHERE flush_lsn >= %s::pg_lsn"
-        while (count := int(self.run(have, [written]).fetchone() or 0)) < self.replicas:
+        while (count := int(self.run(STANDBYS, [written]).fetchone() or 0)) < self.replicas:
             if time.monotonic() >= deadline:
                 raise Unreplicated(
                     f"{count} standbys of the online store have what was written, {self.replicas} must (LLMEMB_REPLICAS): a "
@@ -234,11 +244,12 @@ class PostgresStore(PostgreSQLOnlineStore):  # type: ignore[misc]
             self.run("DELETE FROM {view} WHERE entity_key = ANY(%s)", [list(keys)], view=self.table(view))
 
     def keys(self, view: FeatureView, start: bytes = b"") -> Iterator[list[bytes]]:
-        """See `Store`."""
+        """See `Store`. A view that has no table yet has no keys."""
         start = start or key_prefix(view)
         stop = start[:-1] + bytes([start[-1] + 1])  # a text's last byte is never 255
         query = "SELECT DISTINCT entity_key FROM {view} WHERE entity_key > %s AND entity_key < %s ORDER BY entity_key LIMIT %s"
-        yield from pages(lambda last: self.run(query, [last, stop, SCAN], view=self.table(view)).fetchall(), start)
+        with contextlib.suppress(psycopg.errors.UndefinedTable):
+            yield from pages(lambda last: self.run(query, [last, stop, SCAN], view=self.table(view)).fetchall(), start)
 
     def spaces(self) -> dict[str, int]:
         """See `Store`. One step a space; to count its rows the server reads their part of the index."""

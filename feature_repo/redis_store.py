@@ -43,10 +43,10 @@ class FencedClient:
             now = pipe.get(self.key)
             if now is None or now != self.lease:  # the whole of it: the number alone may be given twice
                 raise fenced(token_of(self.lease), now and token_of(now))
-            if self.server and (here := run_id(pipe)) != self.server:
+            if self.server and (here := history(pipe)) != self.server:
                 raise Fenced(
-                    f"the store's master changed while this writer held the lease (token {token_of(self.lease)}; run id "
-                    f"{self.server[:8]}, now {here[:8]}): its last writes may be lost; run again"
+                    f"the store's master changed while this writer held the lease (token {token_of(self.lease)}; "
+                    f"{self.server}, now {here}): its last writes may be lost; run again"
                 )
         except redis.WatchError as error:
             pipe.reset()
@@ -66,10 +66,15 @@ def token_of(lease: bytes) -> int:
     return int(lease.split(b" ", 1)[0] or 0)
 
 
-def run_id(client: Any) -> str:
-    """Which process answers: another one after a failover, and after a restart, which may lose the last second too."""
-    found: str = client.info("server")["run_id"]
-    return found
+def history(client: Any) -> str:
+    """Which process answers, and the history of writes that it has; another one where the last writes may be lost.
+
+    The process changes with a failover, and with a restart, which may lose the last second. A master that became a replica and
+    then master again is the same process; its replication id is new. (It is also new once a master has its first replica, or
+    had none for an hour: a writer is then sent back for nothing, once.)
+    """
+    process, past = client.info("server")["run_id"], client.info("replication").get("master_replid", "")
+    return f"run id {process}, replication id {past}"
 
 
 class RedisStore(RedisOnlineStore):  # type: ignore[misc]
@@ -126,9 +131,9 @@ class RedisStore(RedisOnlineStore):  # type: ignore[misc]
         return token
 
     def server(self) -> str:
-        """The run id of the master; empty where a single node does not let this user ask."""
+        """The master and its history; empty where a single node does not let this user ask."""
         try:
-            return run_id(self.plain)
+            return history(self.plain)
         except NoPermissionError:
             if self.sentinel or self.replicas:
                 raise

@@ -103,7 +103,10 @@ class SqliteStore(SqliteOnlineStore):  # type: ignore[misc]
             connection.executemany(f"DELETE FROM {self.table(view)} WHERE entity_key = ?", [(key,) for key in keys])
 
     def keys(self, view: FeatureView, start: bytes = b"") -> Iterator[list[bytes]]:
-        """See `Store`."""
+        """See `Store`. A view that has no table yet has no keys."""
+        name = compute_table_id(self.config.project, view)
+        if not self.connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone():
+            return
         query = f"SELECT DISTINCT entity_key FROM {self.table(view)} WHERE entity_key > ? ORDER BY entity_key LIMIT {SCAN}"
         yield from pages(lambda last: [key for (key,) in self.connection.execute(query, (last,))], start or key_prefix(view))
 

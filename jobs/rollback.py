@@ -100,12 +100,13 @@ def back(config: Config, store: Store, reader: Reader, before: Pointer) -> Point
         raise Refused(f"rollback.space {config.space} is not the one before, {last.space_id}: publish it instead")
     sample = online.sample_ids(config.run.lake, last, config.sample) if last else []
     if last and not sample:
-        refuse_fewer(store, last, len(tombstones(config.run.lake)))
+        refuse_fewer(store, last, len(tombstones(config.run.lake, last.ds)))
     return spaces.rollback(store, reader, sample)
 
 
 def refuse_fewer(store: Store, space: Space, forgotten: int) -> None:
-    """Raises Refused where the store holds fewer items of a space than were published: the lake no longer names them."""
+    """Raises Refused where the store holds fewer items of a space than were published, and than were forgotten since: the lake no
+    longer names them."""
     held = store.spaces().get(space.space_id, 0)
     if held + forgotten < space.items:
         raise Refused(

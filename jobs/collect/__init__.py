@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from feature_repo import leaving
+from feature_repo import leaving, spaces
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
 from jobs.collect import retention
@@ -20,7 +20,7 @@ from jobs.engines import online
 from jobs.lake import store as stores
 from jobs.lake import unnamed
 from jobs.lake.listing import Place
-from jobs.run import InputError, Run
+from jobs.run import InputError, Run, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,9 @@ def run(config: Config) -> Result:
     pointer = online.served(reader)
     indexes = dict[str, int]()
     with online.refusals(), lease(store, "collect", config.lease_wait_s):
-        planned = leaving.due(store, reader, grace)
+        if spaces.current(reader) != pointer:
+            raise Unavailable("the pointer moved, or was lost, while collect waited for its lease: nothing is removed; run again")
+        planned = leaving.due(store, pointer, grace)
         bytes_each = {space_id: leaving.row_bytes(store, reader, space_id) for space_id in planned.removed}
         done = planned if config.dry_run else leaving.collect(store, planned)
         if stores.of(lake) is None:

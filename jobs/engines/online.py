@@ -53,10 +53,15 @@ def refusals() -> Iterator[None]:
                 f"the online store let nobody in ({type(error).__name__}: {error}): check its user and password in "
                 "LLMEMB_ONLINE_STORE"
             ) from error
-        raise Unavailable(
-            f"the online store failed ({type(error).__name__}: {error}): is it down, slow, full or locked? What serves is "
-            "untouched; run again once it is well"
-        ) from error
+        stays = "A new space serves only once it is whole; what was written into the one that serves stays there"
+        raise Unavailable(f"{broken(error)} {stays}") from error
+
+
+def broken(error: Exception) -> str:
+    """What is said of a store that failed."""
+    return (
+        f"the online store failed ({type(error).__name__}: {error}): is it down, slow, full or locked? Run again once it is well."
+    )
 
 
 def served(reader: Reader) -> Pointer:

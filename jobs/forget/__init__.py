@@ -143,26 +143,25 @@ def history(lake: Path, home: Home) -> Path:
 
 
 def forget_online(config: Config, ids: Ids) -> int:
-    """Removes the items' rows from every space; returns how many vectors went, 0 where nothing was ever published."""
+    """Removes the items' rows from every space, also those of a first publish that was killed; returns how many vectors went."""
     lake = config.run.lake
-    if spaces.current(Reader.open(lake)) is None:
-        return 0
     store = open_writer(settings(lake))
+    if spaces.current(Reader.open(lake)) is None and not any(store.rows_of(item) for item in ids):
+        return 0  # perhaps nothing was ever published: there may be no tables
     with lease(store, "forget", config.lease_wait_s):
         # first the processes that serve from memory: they leave it out within a second
-        for item in sorted(ids):
-            spaces.withhold(store, Reader.open(lake), item)
+        if spaces.current(reader := Reader.open(lake)) is not None:
+            for item in sorted(ids):
+                spaces.withhold(store, reader, item)
         emptied = sum(spaces.forget(store, item, config.run.ds) for item in sorted(ids))
         store.settle()
         return emptied
 
 
 def still_online(config: Config, ids: Ids) -> int:
-    """Vectors of the items in any space."""
-    lake = config.run.lake
-    if spaces.current(Reader.open(lake)) is None:
-        return 0
-    return sum(spaces.vectors_of(open_writer(settings(lake)), item) for item in ids)
+    """Vectors of the items in any space, whether one serves or not."""
+    store = open_writer(settings(config.run.lake))
+    return sum(spaces.vectors_of(store, item) for item in ids)
 
 
 def forget_indexes(config: Config) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from feature_repo import spaces
-from feature_repo.reader import Reader, settings
+from feature_repo.reader import settings
 from feature_repo.stores import open_writer
 from jobs.engines import online
 from jobs.forget.names import Ids, batches, named
@@ -50,8 +50,6 @@ def ids_in_file(path: Path, ids: Ids) -> set[str]:
 
 
 def is_online(lake: Path, item: str) -> bool:
-    """Whether a vector of an item is in any space."""
+    """Whether a vector of an item is in any space, whether one serves or not."""
     with online.refusals():
-        if spaces.current(Reader.open(lake)) is None:
-            return False
         return bool(spaces.vectors_of(open_writer(settings(lake)), item))

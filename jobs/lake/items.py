@@ -27,11 +27,12 @@ def content_hash(attributes: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256(written.encode()).hexdigest()[:32]
 
 
-def tombstones(lake: Path) -> frozenset[str]:
-    """Ids of the items that were forgotten: no job may bring them back."""
+def tombstones(lake: Path, since: str = "") -> frozenset[str]:
+    """Ids of the items that were forgotten, on that date or later: no job may bring them back."""
     if store := stores.of(lake):
         remote.mirror(store, lake, "tombstones", ".json")
-    return frozenset(json.loads(path.read_text())["item_id"] for path in (lake / "tombstones").glob("*.json"))
+    found = [json.loads(path.read_text()) for path in (lake / "tombstones").glob("*.json")]
+    return frozenset(one["item_id"] for one in found if one["forgotten_ds"] >= since)
 
 
 def bury(lake: Path, item_id: str, ds: str) -> None:

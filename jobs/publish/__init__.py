@@ -305,11 +305,11 @@ def put_online(
         delta = before is not None and before.space_id == space.space_id
         beside.refuse_full(lake, store, reader, space)
         spaces.bury(store, sorted(forgotten), space.ds)
-        written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
-        removed = strangers.remove_strangers(store, space.space_id, hash_N)
-        clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
         serves = before if delta else None
         with undo.on_failure(lake, store, reader, serves, config.chunk_rows, arriving=config.arriving):
+            written, kept = spaces.stage(store, reader, space, rows(), only_changes=delta)
+            removed = strangers.remove_strangers(store, space.space_id, hash_N)
+            clock.lap("stage", f"{written:,} vectors written, {kept:,} online already, {removed:,} removed")
             verified = spaces.verify(store, reader, space, rows(), hash_N)
         clock.lap("verify", f"{verified:,} vectors read back, all equal")
         attributes = 0

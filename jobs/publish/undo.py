@@ -14,7 +14,7 @@ from feature_repo.spaces import Unverified
 from feature_repo.stores import BROKEN, NotPublished, Store
 from jobs.engines import online
 from jobs.lake.items import tombstones
-from jobs.run import Refused
+from jobs.run import Refused, Unavailable
 
 
 def allowed(lake: Path, before: Pointer | None, space: Space, most: int) -> Compatibility:
@@ -31,15 +31,17 @@ def allowed(lake: Path, before: Pointer | None, space: Space, most: int) -> Comp
 def on_failure(
     lake: Path, store: Store, reader: Reader, serves: Pointer | None, chunk_rows: int, *, arriving: bool
 ) -> Iterator[None]:
-    """Restores what serves where a delta into it (`serves` is given) does not verify, and says so in the refusal.
+    """Restores what serves where a delta into it (`serves` is given) does not verify, or the store fails; the refusal says so.
 
     Of rows that are `arriving` the lake keeps the newest alone: then they come along, and that is what is said.
+    Raises Unverified; Unavailable where the store failed.
     """
     try:
         yield
-    except Unverified as error:
+    except (Unverified, *BROKEN) as error:
+        refusal, why = (Unverified, f"{error}.") if isinstance(error, Unverified) else (Unavailable, online.broken(error))
         if serves is None:
-            raise Unverified(f"{error}. What serves is untouched") from error
+            raise refusal(f"{why} What serves is untouched") from error
         done, told = restored(lake, store, reader, serves, chunk_rows)
         if done and arriving:
             told = (
@@ -48,7 +50,7 @@ def on_failure(
             )
         elif done:
             told = f"The snapshot of {serves.ds} serves again as before: {told}"
-        raise Unverified(f"{error}. {told}") from error
+        raise refusal(f"{why} {told}") from error
 
 
 def restored(lake: Path, store: Store, reader: Reader, serves: Pointer, chunk_rows: int) -> tuple[bool, str]:

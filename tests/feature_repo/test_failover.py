@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from feature_repo.feature_definitions import item_embedding
 from feature_repo.keys import key_texts
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import BROKEN, Fenced, Held, Unreplicated, lease, open_writer
-from tests.feature_repo.sentinels import Failover, failover
+from tests.feature_repo.sentinels import Failover, failover, free_port, until
 
 SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
 
@@ -64,6 +65,42 @@ def test_a_token_that_is_given_twice_lets_only_the_second_writer_write(alone: re
     quick.write(item_embedding, rows("x"))
     assert listed(tmp_path) == {"x"}
     quick.release()
+
+
+def test_a_master_that_was_a_replica_meanwhile_is_not_the_one_that_gave_the_lease(
+    alone: redis.Redis, redis_port: int, tmp_path: Path
+) -> None:
+    """A, then B, then A again: the same process, and the lease is there; a row that B never had is lost."""
+    alone.config_set("repl-diskless-sync-delay", 0)
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--repl-diskless-sync-delay", "0"]
+    with subprocess.Popen([*command, "--dir", str(tmp_path)], stdout=subprocess.DEVNULL) as process:
+        other = redis.Redis(port=port)
+        try:
+            until(other.ping, "the second server answers")
+            follow(other, redis_port)
+            slow = open_writer(settings(tmp_path))
+            slow.acquire("slow")
+            slow.write(item_embedding, rows("kept"))
+            assert alone.wait(1, 10_000) == 1
+            other.replicaof("NO", "ONE")
+            slow.write(item_embedding, rows("lost"))
+            follow(alone, port)
+            alone.replicaof("NO", "ONE")
+            assert alone.get("llmemb:lease") == other.get("llmemb:lease") is not None
+            for attempt in (lambda: slow.write(item_embedding, rows("late")), slow.renew, slow.release):
+                with pytest.raises(Fenced, match="master changed while this writer held the lease"):
+                    attempt()  # type: ignore[no-untyped-call]
+            assert listed(tmp_path) == {"kept"}
+        finally:
+            alone.replicaof("NO", "ONE")
+            process.terminate()
+
+
+def follow(replica: redis.Redis, master: int) -> None:
+    """Makes a server a replica that has all that its master has."""
+    replica.replicaof("127.0.0.1", master)
+    until(lambda: replica.info("replication")["master_link_status"] == "up", "the replica follows")
 
 
 def test_a_lease_of_an_older_version_is_respected(alone: redis.Redis, tmp_path: Path) -> None:

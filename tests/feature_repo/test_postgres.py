@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import os
 import random
 import signal
+import subprocess
 import tempfile
 import threading
 import uuid
@@ -23,7 +25,7 @@ from feature_repo.postgres_reads import PostgresReads, TooSlow, connect
 from feature_repo.reader import Reader, Space, open_store, settings
 from feature_repo.stores import Fenced, Held, PostgresStore, Unreplicated, lease, open_writer
 from feature_repo.transport import Sdk
-from tests.feature_repo.postgresql import PASSWORD, Server, postgresql
+from tests.feature_repo.postgresql import ACCOUNT, PASSWORD, Server, postgresql
 from tests.feature_repo.sentinels import until
 
 SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
@@ -125,6 +127,19 @@ def test_a_lease_ends_with_its_connection_though_the_server_is_up(postgres: Serv
     with pytest.raises(Fenced, match="connection broke"):
         store.write(item_embedding, rows("x"))
     assert writer(lake).spaces() == {}
+
+
+def test_a_lease_does_not_hold_over_another_connection(lake: Path) -> None:
+    """A pooler gives each transaction a connection of its own choice, after a failover to another server too."""
+    store = writer(lake)
+    store.acquire("test")
+    store.write(item_embedding, rows("x"))
+    mine, store.kept = store.kept, connect(store.config.online_store, 5.0)
+    with pytest.raises(Fenced, match="held over another connection: is a pooler between"):
+        store.write(item_embedding, rows("y"))
+    assert writer(lake).spaces() == {SPACE.space_id: 1}
+    assert mine is not None
+    mine.close()
 
 
 @pytest.mark.parametrize("told", ["off", "remote_apply"])
@@ -364,6 +379,32 @@ def test_a_standby_has_what_was_settled_serves_readers_and_takes_over(
 
 
 # ---------------------------------------------------------------------------------------------------------------- accounts
+
+
+def test_a_subscriber_or_an_archive_that_follows_is_no_standby(own: Server, tmp_path: Path) -> None:
+    with own.administrator() as connection:
+        connection.execute("ALTER SYSTEM SET wal_level = logical")
+    own.stop("fast")
+    own.start()
+    where = ["--dbname", f"host={own.folder} port={own.port} user={ACCOUNT} dbname={ACCOUNT}", "--status-interval=1"]
+    followers = (
+        ["pg_receivewal", *where, "--directory", str(tmp_path), "--synchronous"],
+        ["pg_recvlogical", *where, "--slot=other", "--file=/dev/null", "--fsync-interval=1", "--start"],
+    )
+    with own.administrator() as connection, contextlib.ExitStack() as running:
+        connection.execute("SELECT pg_create_logical_replication_slot('other', 'test_decoding')")
+        for program, *arguments in followers:
+            follower = running.enter_context(subprocess.Popen([str(own.bin / program), *arguments]))
+            running.callback(follower.kill)
+        store = writer(tmp_path)
+        store.acquire("test")
+        store.write(item_embedding, rows("x"))
+        have = "SELECT count(*) FROM pg_stat_replication WHERE flush_lsn >= pg_current_wal_lsn()"
+        until(lambda: connection.execute(have).fetchone() == (2,), "both have what was written")
+        store.replicas, store.settle_ms = 1, 0
+        with pytest.raises(Unreplicated, match="0 standbys of the online store"):
+            store.settle()
+        store.release()
 
 
 def test_an_account_of_postgresql_does_its_work_and_no_more(own: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from feature_repo import spaces
 from feature_repo.feature_definitions import item_attributes, item_embedding, item_tombstone
 from feature_repo.keys import key_prefix, key_texts
 from feature_repo.postgres_reads import TooSlow, connect
-from feature_repo.reader import Reader, Space, settings
+from feature_repo.reader import Reader, Space, open_store, settings
 from feature_repo.stores import Fenced, Held, NotPublished, PostgresStore, RedisStore, SqliteStore, Store, lease, open_writer
 
 SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
@@ -170,6 +170,11 @@ def test_a_delete_leaves_other_views_of_the_same_item(lake: Path) -> None:
     reader = Reader.open(lake)
     assert reader.forgotten(["x"]) == {"x"}
     assert reader.transport.read("item_attributes", {"item_id": ["x"]}, ["content_hash"])[0][1] == {}
+
+
+def test_before_the_first_publish_no_item_has_a_row(lake: Path) -> None:
+    open_store(lake).teardown()
+    assert open_writer(settings(lake)).rows_of("m1") == []
 
 
 def test_more_keys_than_one_page_are_all_listed(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:

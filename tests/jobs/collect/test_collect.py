@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import os
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from feature_repo import spaces
-from feature_repo.feature_definitions import item_embedding
+from feature_repo.feature_definitions import item_embedding, serving_pointer
 from feature_repo.keys import serialized
 from feature_repo.leases import Store
 from feature_repo.reader import Reader, offline_folder, settings
@@ -87,6 +88,28 @@ def test_a_space_left_half_staged_is_removed(catalogue: Callable[..., Path], lak
             key.entity_values[1].string_val = "d" * 16
         store.write(item_embedding, half)
     assert sweep(lake, 0).removed == {A: 40, "d" * 16: 2}
+
+
+@pytest.mark.parametrize("what", ["lost", "moved"])
+def test_a_pointer_that_was_lost_or_moved_before_the_lease_was_held_costs_no_space(
+    catalogue: Callable[..., Path], lake: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    catalogue(space="d" * 16)
+    held = collect.lease
+
+    @contextlib.contextmanager
+    def late(store: Any, *given: Any) -> Iterator[int]:
+        if what == "moved":
+            publish.run(publish.Config(run=Run(ds=RUN_DS, lake=lake), space="d" * 16))
+        with held(store, *given) as token:
+            if what == "lost":
+                store.delete(serving_pointer, [key for keys in store.keys(serving_pointer) for key in keys])
+            yield token
+
+    monkeypatch.setattr(collect, "lease", late)
+    with pytest.raises(Unavailable, match="the pointer moved, or was lost, while collect waited for its lease"):
+        sweep(lake, 0)
+    assert online(lake).items() >= {A: 40, B: 40, C: 40}.items()
 
 
 def test_a_clock_that_was_ahead_only_lengthens_the_grace(lake: Path) -> None:

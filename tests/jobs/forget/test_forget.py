@@ -68,6 +68,26 @@ def test_nothing_of_the_item_is_left(lake: Path) -> None:
     assert not manifests.path_of(lake, DS, "lookup").exists()
 
 
+def test_rows_that_a_killed_first_publish_left_are_removed_though_nothing_serves(
+    catalogue: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = catalogue()
+
+    def killed(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(publish.spaces, "flip", killed)
+        publish.run(publish.Config(run=Run(ds=DS, lake=lake), space=A))
+    store, reader = open_writer(settings(lake)), Reader.open(lake)
+    assert spaces.current(reader) is None and known.is_online(lake, "m4")
+    assert forget.still_online(forget.Config(run=Run(ds=DS, lake=lake), item="m4"), frozenset({"m4"})) == 1
+    result = gone(lake)
+    assert (result.online_removed, result.left_online, result.left_in_lake) == (1, 0, [])
+    assert (store.rows_of("m4"), len(store.rows_of("m5"))) == ([], 1)
+    assert reader.forgotten(["m4", "m5"]) == {"m4"}
+
+
 ODD = "sku-4f9c81-λ"
 """An id whose bytes stand nowhere by chance."""
 

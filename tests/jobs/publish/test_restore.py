@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from feature_repo.feature_definitions import item_embedding
 from feature_repo.reader import Reader, settings
 from feature_repo.spaces import embedding_rows, stage
-from feature_repo.stores import lease, open_writer
+from feature_repo.stores import SqliteStore, lease, open_writer
 from jobs import lookup, publish
 from jobs.lake import partitions
 from jobs.lake.tables import item_embeddings
@@ -31,11 +32,16 @@ def put(lake: Path, ds: str, space: str = A, **more: Any) -> publish.Result:
 
 def serves(lake: Path, ds: str) -> bool:
     """Whether every vector online is that of a date, and no other item is there."""
-    rows = partitions.read(lake, item_embeddings(16), f"space={A}/ds={ds}")
     looked = lookup.run(lookup.Config(run=Run(ds=ds, lake=lake)))
+    rows = partitions.read_commit(lake, "item_embeddings", f"space={A}/ds={ds}").rows
+    return same_vectors(lake, ds) and (looked.serves_ds, looked.compared) == (ds, rows)
+
+
+def same_vectors(lake: Path, ds: str) -> bool:
+    """Whether the vectors online of a date's items are that date's."""
+    rows = partitions.read(lake, item_embeddings(16), f"space={A}/ds={ds}")
     answer = Reader.open(lake).vectors(rows["item_id"].to_pylist())
-    same = np.array_equal(answer.vector_ND, np.asarray(rows["embedding"].to_pylist(), np.float32))
-    return same and (looked.serves_ds, looked.compared) == (ds, rows.num_rows)
+    return np.array_equal(answer.vector_ND, np.asarray(rows["embedding"].to_pylist(), np.float32))
 
 
 @pytest.fixture
@@ -91,6 +97,38 @@ def test_a_delta_that_does_not_verify_restores_what_served_by_itself(lake: Path,
     assert serves(lake, FIRST)
     monkeypatch.undo()
     assert put(lake, SECOND).kind == "delta"
+
+
+@pytest.mark.parametrize(
+    "room, told",
+    [
+        (
+            True,
+            r"\(OperationalError: database or disk is full\).* The snapshot of 2026-01-01 serves again .*: 1 rows restored, 0 ",
+        ),
+        (False, r"disk is full.* could not be restored .*disk is full.* may be mixed of two dates: .*publish\.restore=true"),
+    ],
+)
+def test_a_delta_that_the_store_cuts_off_at_its_second_chunk_is_undone_or_told(
+    lake: Path, monkeypatch: pytest.MonkeyPatch, room: bool, told: str
+) -> None:
+    """Of chunks of five the first changes m5, the second m6; `room` is made before what served is brought back."""
+    before, write, calls = Reader.open(lake).pointer(), SqliteStore.write, iter(range(9))
+
+    def full(store: SqliteStore, view: Any, rows: Any) -> None:
+        call = next(calls) if view is item_embedding else 0
+        if call == 1 or (call > 1 and not room):
+            raise sqlite3.OperationalError("database or disk is full")
+        write(store, view, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteStore, "write", full)
+        with pytest.raises(Unavailable, match=told):
+            put(lake, SECOND, chunk_rows=5)
+    assert Reader.open(lake).pointer() == before
+    assert serves(lake, FIRST) if room else not same_vectors(lake, FIRST)
+    assert put(lake, SECOND).kind == "delta"
+    assert serves(lake, SECOND)
 
 
 def test_an_item_forgotten_while_a_delta_is_undone_does_not_end_that(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
