@@ -21,14 +21,13 @@ from pyspark.sql import DataFrameWriter, SparkSession
 
 from jobs import extract
 from jobs.__main__ import build
-from jobs.engines.spark import java_version, launcher, session, source
+from jobs.engines.spark import java_version, launcher, session
 from jobs.extract import judge
 from jobs.extract.window import Reading
 from jobs.lake import partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.locks import alone
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES
-from jobs.report import openlineage
 from jobs.run import InputError, Refused, Unavailable
 from tests.jobs.small_lake import remember
 from tests.jobs.waiting import until
@@ -417,62 +416,6 @@ def test_the_catalogue_of_a_backfill_is_that_of_its_date(tmp_path: Path, capsys:
     now = extract.run(config(tmp_path, CATALOGUE, LOGS, ds="2026-03-09"))
     assert now.catalogue == "of the time of reading"
     assert capsys.readouterr().err.count("is of today, whatever --ds says") == 1
-
-
-@pytest.mark.parametrize(
-    ("table", "version", "when"),
-    [
-        ("shop.items TIMESTAMP AS OF '2026-03-10 23:59:59'", None, "2026-03-10 23:59:59"),
-        ("lake.shop.items timestamp as  of '2026-03-10'", None, "2026-03-10"),
-        ("shop.items VERSION AS OF 'night-2026-03-10'", "night-2026-03-10", None),
-        ("delta.`s3a://shop/films` VERSION AS OF 3", "3", None),
-        ("`my shop`.items VERSION AS OF 0", "0", None),
-    ],
-)
-def test_spark_s_own_parser_takes_a_table_as_of_a_time_for_what_it_is(
-    monkeypatch: pytest.MonkeyPatch, table: str, version: str | None, when: str | None
-) -> None:
-    """No Delta or Iceberg is here to read from: what reaches them is the plan of this statement."""
-    spark, parsed = session("test", {}), list[Any]()
-    parser = spark._jsparkSession.sessionState().sqlParser()
-    monkeypatch.setattr(SparkSession, "sql", lambda self, text: parsed.append(parser.parsePlan(text)) or self.range(1))
-    source(spark, table, "extract.items.table", ["id"])
-    relation = parsed[0].children().head()
-    assert (parsed[0].nodeName(), relation.nodeName()) == ("Project", "RelationTimeTravel")
-    assert str(relation.timestamp()) == (f"Some({when})" if when else "None")
-    assert str(relation.version()) == (f"Some({version})" if version else "None")
-
-
-def test_a_table_as_of_a_time_is_asked_for_as_spark_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    spark, asked = session("test", {}), list[str]()
-    monkeypatch.setattr(SparkSession, "sql", lambda self, text: asked.append(text) or self.range(1))
-    source(spark, "shop.items TIMESTAMP AS OF '2026-03-10 23:59:59'", "extract.items.table", ["id"])
-    source(spark, "shop.items version as of 'night-2026-03-10'", "extract.items.table", ["id"])
-    assert asked == [
-        "SELECT * FROM shop.items TIMESTAMP AS OF '2026-03-10 23:59:59'",
-        "SELECT * FROM shop.items version AS OF 'night-2026-03-10'",
-    ]
-    with pytest.raises(InputError, match="names no file system: write file:///films in the backticks"):
-        source(spark, "delta.`/films` VERSION AS OF 3", "extract.items.table", ["id"])
-    source(spark, "delta.`s3a://shop/films` VERSION AS OF 3", "extract.items.table", ["id"])
-    assert asked[-1] == "SELECT * FROM delta.`s3a://shop/films` VERSION AS OF 3"
-
-
-def test_files_in_backticks_are_read_in_their_format_and_named_in_lineage(tmp_path: Path) -> None:
-    items, events = item_table(tmp_path / "i.parquet", CATALOGUE), event_table(tmp_path / "e.parquet", LOGS)
-    result = extract.run(config(tmp_path, f"parquet.`file://{items}`", f"  parquet.`file://{events}` "))
-    assert (result.rows["items"], result.rows["interactions"]) == (5, 20)
-    (tmp_path / "shop.csv").write_text("id,name\n7,seven\n")
-    rows = source(session("test", {}), f"csv.`file://{tmp_path}/shop.csv`", "extract.items.table", [])
-    assert rows.count() == 2, "a line each, by the reader of another format"
-    named = {openlineage.data_set(written, "llmemb") for written in result.inputs}
-    assert named == {("file", str(items)), ("file", str(events))}
-
-
-@pytest.mark.parametrize("table", ["parquet.`/films`", " parquet.`/films` ", "delta.`/films` VERSION AS OF 3", "`/films`"])
-def test_files_in_backticks_that_could_mean_two_places_are_refused(table: str) -> None:
-    with pytest.raises(InputError, match="names no file system: write file:///films in the backticks"):
-        source(session("test", {}), table, "extract.items.table", ["id"])
 
 
 def test_a_jump_in_row_counts_is_refused_with_the_numbers(tmp_path: Path, first: extract.Result) -> None:
