@@ -35,8 +35,9 @@ value:
 
     python -m jobs publish --recipe jobs/recipes/smoke.toml --ds 1998-04-22 --set publish.codec=float16
 
-Keys without a default must be given; where the default is "left out", only a recipe without the key has it. A level says who needs
-a key: **first** is for everybody, `usual` for most who run it every night, `expert` for those who measure what a change does.
+Keys without a default must be given; where the default is "left out", only a recipe without the key has it. A level says who
+needs a key: **first** is for everybody, `usual` for most who run it every night, `expert` for those who measure what a change
+does.
 
 ## Set these first
 """
