@@ -118,6 +118,9 @@ def mlflow(run: Run) -> Iterator[Finding]:
     else:
         from jobs.engines import registry
 
+        # a person waits: a server that is down is told of in seconds, not after the minute that a night gives it
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         champion = registry.champion(run)
         served = (
             f"its champion was trained on {champion['ds']}" if champion else "it has no champion yet: see docs/first-champion.md"

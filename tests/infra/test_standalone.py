@@ -126,6 +126,8 @@ def stubbed(home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, list[in
         ("[run\n", "is not TOML"),
         ("[nonsense]\n", r"unknown table \[nonsense\]"),
         ("[run]\n", r"has no lake: name the folder"),
+        ("run = 5\n", r"run is 5, no table: write \[run\]"),
+        ("[run]\nlake = 5\n", r"run\.lake is 5, no text"),
         ('[run]\nlake = "s3://bucket/lake"\n', "needs a folder"),
     ],
 )

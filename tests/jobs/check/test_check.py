@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,27 @@ def test_one_bad_table_hides_nothing_of_the_other(shop: Path) -> None:
 def test_settings_of_the_demo_are_shown(shop: Path) -> None:
     demo = load_recipe(shop, ["collect.grace_days=0", "promote.approved_by=me"])
     assert [one.level for one in all_findings(demo) if one.what == "safety"] == ["look", "look"]
+
+
+def test_mlflow_that_is_down_is_asked_again_once(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Down(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # so that it's undone afterwards
+        monkeypatch.delenv(name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Down) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        level, text = levels(shop, f"run.tracking_uri=http://127.0.0.1:{server.server_port}")["MLflow"]
+        server.shutdown()
+    assert (level, len(asked), "is it running" in text) == ("wrong", 2, True), (text, asked)
 
 
 def test_something_wrong_ends_with_2(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
