@@ -14,10 +14,10 @@ from job_task import Told, asset, job_dag, job_task, schedule
 DOC = """
 `embed` runs the catalogue through the newest encoder, `pretrain` trains the collaborative teacher, `rat` the recommender,
 `embed_opponent` and `embed_reference` bring in what the encoders of the champion and of the fixed reference have not seen yet,
-`evaluate` compares them all on the same held-out data, `promote` lets the new one out, refuses it, or, if the data can't tell or
-a floor isn't beaten, leaves it to a person, whose answer it records. People are told at LLMEMB_ALERT_URL when they are asked, and
-reminded two days later; after a third day without an answer it is no. `refit` then trains a new champion again on all events, the
-newest too, by which it was judged: that is what serves.
+`evaluate` compares them all on the same held-out data, `promote` lets the new one out, refuses it, or leaves it to a person,
+whose answer it records: where the data can't tell, a floor isn't beaten or a field leaks, and with `promote.always_ask` always.
+People are told at LLMEMB_ALERT_URL when they are asked, and reminded two days later; after a third day without an answer it is
+no. `refit` then trains a new champion again on all events, the newest too, by which it was judged: that is what serves.
 """
 SHARDS = int(setting("SHARDS", "1"))
 GATES = """
@@ -41,7 +41,7 @@ ANSWERED = """
 
 @task.short_circuit(ignore_downstream_trigger_rules=False)  # type: ignore[untyped-decorator]
 def undecided(result: dict[str, Any]) -> bool:
-    """Goes on to a person only where the gates could not tell."""
+    """Goes on to a person only where `promote` left it to one."""
     return bool(result["decision"] == "undecided")
 
 

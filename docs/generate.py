@@ -35,8 +35,9 @@ value:
 
     python -m jobs publish --recipe jobs/recipes/smoke.toml --ds 1998-04-22 --set publish.codec=float16
 
-Keys without a default must be given. A level says who needs a key: **first** is for everybody, `usual` for most who run it every
-night, `expert` for those who measure what a change does.
+Keys without a default must be given; where the default is "left out", only a recipe without the key has it. A level says who
+needs a key: **first** is for everybody, `usual` for most who run it every night, `expert` for those who measure what a change
+does.
 
 ## Set these first
 """
@@ -51,6 +52,7 @@ USUAL = ("scft.training.steps", "pretrain.training.epochs", "rat.training.epochs
 PLAIN = ("items", "interactions", "policy", "spark", "floors")
 """Nested tables whose keys are no matter for experts."""
 WORDS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
+LEFT_OUT = "left out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class Key:
     """Dotted, without the job."""
     kind: str
     default: str
+    """As a recipe would write it; empty where it must be given."""
     text: str
 
 
@@ -92,24 +95,46 @@ def config_of(table: str) -> Any:
 
 def keys(table: str) -> list[Key]:
     """Every key of a table of the recipe, nested ones with dotted names. Raises ValueError for one without a text."""
-    schema = schema_of(config_of(table))
-    found = list(walk(schema, schema.get("$defs", {})))
+    config = config_of(table)
+    schema = schema_of(config)
+    found = list(walk(schema, schema.get("$defs", {}), dict(defaults(config))))
     if silent := [f"{table}.{key.name}" for key in found if not key.text]:
         raise ValueError(f"no text says what these keys mean: {', '.join(silent)}; write one under their fields")
     return found
 
 
-def walk(schema: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[Key]:
+def defaults(config: Any, given: Any = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(Dotted name, default) of every key that has one; `given` is the nested config that its owner has as a default.
+
+    The schema lacks what a factory makes, and doesn't know that an owner's default may differ from the nested type's own.
+    """
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if given is not None:
+            value = getattr(given, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            value = field.default
+        if dataclasses.is_dataclass(hints[field.name]):
+            owned = None if value is dataclasses.MISSING else value
+            yield from defaults(hints[field.name], owned, f"{prefix}{field.name}.")
+        elif value is not dataclasses.MISSING:
+            yield f"{prefix}{field.name}", value
+
+
+def walk(schema: Mapping[str, Any], known: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[Key]:
     """Keys of one object of a schema."""
     for field, value in schema["properties"].items():
         if field in ("run", "ds") and not prefix:
             continue
         nested = known.get(str(value.get("$ref", "")).rpartition("/")[2])
         if nested is not None and "properties" in nested:
-            yield from walk(nested, known, f"{prefix}{field}.")
+            yield from walk(nested, known, defaults, f"{prefix}{field}.")
         else:
-            text = " ".join(str(value.get("description", "")).split())
-            yield Key(name=f"{prefix}{field}", kind=kind(value, known), default=default(schema, field, value), text=text)
+            name, text = f"{prefix}{field}", " ".join(str(value.get("description", "")).split())
+            default = toml(defaults[name]) if name in defaults else ""
+            yield Key(name=name, kind=kind(value, known), default=default, text=text)
 
 
 def kind(value: Mapping[str, Any], known: Mapping[str, Any]) -> str:
@@ -130,20 +155,17 @@ def kind(value: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     return "Path" if value.get("format") == "path" else WORDS.get(str(value.get("type")), "Any")
 
 
-def default(schema: Mapping[str, Any], field: str, value: Mapping[str, Any]) -> str:
-    """A field's default as a recipe would write it; empty where it must be given."""
-    if field in schema.get("required", ()):
-        return ""
-    empty: Any = {} if value.get("type") == "object" else []
-    return toml(value.get("default", empty))
-
-
 def toml(value: object) -> str:
-    """A default in TOML's words."""
+    """A default in TOML's words; None, which TOML has no word for, is a key that is left out."""
+    if value is None:
+        return LEFT_OUT
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str):
+    if isinstance(value, str | Path):
         return f'"{value}"'
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{name} = {toml(part)}" for name, part in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, tuple | list):
         return f"[{', '.join(toml(part) for part in value)}]"
     return str(value)
@@ -168,6 +190,8 @@ def shown(text: str) -> str:
     """A default in its cell, cut if it is long."""
     if not text:
         return "must be given"
+    if text == LEFT_OUT:
+        return text
     return f"`{cell(text if len(text) <= 90 else f'{text[:87]}…')}`"
 
 

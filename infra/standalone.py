@@ -207,7 +207,8 @@ def told(ports: Mapping[str, int], passwords: Path, run: Mapping[str, Any]) -> s
         f"         (kept in {passwords})\n"
         f"MLflow   {mlflow}\n"
         f"Feast    http://localhost:{ports['feast']}\n"
-        "DAGs start paused: switch on scft_refresh, rat_training, nightly_embeddings. Ctrl-C ends all.\n"
+        "DAGs start paused: switch on scft_refresh, rat_training, nightly_embeddings, and maintenance, which removes\n"
+        "old spaces (job collect). Ctrl-C ends all.\n"
     )
 
 

@@ -60,8 +60,8 @@ def command(words: Sequence[str]) -> int:
     try:
         with logs.SignsOfLife(words[0]) if words[0] in SLOW else contextlib.nullcontext():
             status: int = importlib.import_module(f"jobs.{words[0]}").main(words[1:])
-    except (ValueError, Refused) as error:
-        status = 3 if isinstance(error, Refused) else 2
+    except (ValueError, Refused, ConnectionError) as error:
+        status = judged(error, {})[0]
         complain(words[0], redacted(str(error)), status)
     return status
 

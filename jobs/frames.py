@@ -27,7 +27,7 @@ from jobs import logs
 from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.items import titles
 from jobs.lake.tables import SEQUENCES, item_embeddings
-from jobs.recipe import build, values_of
+from jobs.recipe import SHARED, build, config_of
 from jobs.run import InputError, Refused, Run, as_json
 from models.behaviour.artifact import Loaded, load_recommender
 
@@ -38,6 +38,8 @@ SPARK = {
     # starts quickly and compiles little: frames that fit into this process are few rows to Spark
     "spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
 }
+RUN_KEYS = ("device", "seed", "exclude_seen")
+"""What `settings` may say of the run; its date and lake follow from the frames, and nothing is registered."""
 TIMES = ("timestamp", "datetime")
 """Names of the time's column, the first that there is; RecTools calls it `datetime`."""
 UNITS = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
@@ -73,8 +75,8 @@ def recommend_from_frames(
     `items` has item_id and attribute columns, the most telling first; `events` has user_id, item_id and timestamp or datetime (a
     date, or unix seconds). `settings` are keys of a recipe, such as {"rat.training.epochs": 20}. A Spark session of this process
     is ended. Logs go to standard error, as of the command line.
-    Raises InputError for a column or an id that is missing, a time that is none or data that can't be split; ValueError as the
-    jobs do.
+    Raises InputError for a column or an id that is missing, a time that is none, a setting that no job here has, or data that
+    can't be split; ValueError as the jobs do.
     """
     check(items, events, k)
     items = items.assign(item_id=as_ids(items, "items", "item_id"))
@@ -82,12 +84,15 @@ def recommend_from_frames(
     events = pd.DataFrame({name: as_ids(events, "events", name) for name in ("user_id", "item_id")}).assign(timestamp=seconds)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        run = Run(ds=f"{pd.Timestamp(int(seconds.max()), unit='s'):%Y-%m-%d}", lake=home / "lake")
         recipe = recipe_of(home, items, events, base)
         for key, value in (settings or {}).items():
             place(recipe, key, value)
+        ds = f"{pd.Timestamp(int(seconds.max()), unit='s'):%Y-%m-%d}"
+        run = build(Run, {"ds": ds, "lake": home / "lake", **recipe.get("run", {})}, "run")
+        # all before the first job: a key that the last one refuses would be told after minutes
+        configs = {job: config_of(recipe, job, run) for job in JOBS}
         try:
-            results = {job: work(job, run, values_of(recipe, job)) for job in JOBS}
+            results = {job: work(job, config) for job, config in configs.items()}
         except (InputError, Refused) as error:
             error.args = (without_folder(str(error), home),)
             raise
@@ -99,14 +104,18 @@ def check(items: pd.DataFrame, events: pd.DataFrame, k: int) -> None:
     for name, frame in (("items", items), ("events", events)):
         if not isinstance(frame, pd.DataFrame):
             raise InputError(f"{name} is a {type(frame).__name__}, no DataFrame: give a pandas.DataFrame of it")
+        if twice := sorted({str(column) for column in frame.columns[frame.columns.duplicated()]}):
+            raise InputError(f"{name} has several columns named {', '.join(twice)}: rename all but one")
     for name, frame, columns in (("items", items, ["item_id"]), ("events", events, ["user_id", "item_id", time_of(events)])):
         for column in columns:
             if column not in frame.columns:
                 raise InputError(f"{name} has no column {column!r}; it has {', '.join(map(str, frame.columns))}: rename one")
     if len(items.columns) < 2:
         raise InputError("items has no attribute beside item_id: give at least a title")
-    if not len(events) or k < 1:
-        raise InputError(f"there are {len(events)} events and k is {k}: give events, and a k of at least 1")
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise InputError(f"k is {k!r}: give a whole number of at least 1")
+    if not len(events):
+        raise InputError("there are 0 events: give events")
 
 
 def as_ids(frame: pd.DataFrame, name: str, column: str) -> pd.Series[Any]:
@@ -169,7 +178,7 @@ def without_folder(text: str, home: Path) -> str:
 def recipe_of(home: Path, items: pd.DataFrame, events: pd.DataFrame, base: str) -> dict[str, Any]:
     """Writes the two tables and names them in a recipe of defaults that suit a small machine."""
     for name, frame in (("items", items), ("events", events)):
-        pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), home / f"{name}.parquet")
+        pq.write_table(as_table(frame, name), home / f"{name}.parquet")
     days = (events["timestamp"] // 86_400).nunique()
     training = {"epochs": 40, "patience": 5, "batch": 64, "loss": "full"}
     return {
@@ -182,26 +191,48 @@ def recipe_of(home: Path, items: pd.DataFrame, events: pd.DataFrame, base: str) 
         "scft": {"base": base, "max_tokens": 128, "training": {"steps": 0}},
         "embed": {"encoder": "latest"},
         "backbone": {"dropout": 0.3, "max_len": 50},
-        "pretrain": {"training": training},
-        "rat": {"training": training},
+        # each its own: a setting of one is none of the other
+        "pretrain": {"training": dict(training)},
+        "rat": {"training": dict(training)},
         "project": {"recommender": "latest"},
     }
 
 
+def as_table(frame: pd.DataFrame, name: str) -> pa.Table:
+    """The frame as Arrow has it. Raises InputError with the column that holds values of several types."""
+    columns = {}
+    for column in frame.columns:
+        try:
+            columns[str(column)] = pa.array(frame[column], from_pandas=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            raise InputError(
+                f"{name}: the values of {column} are of several types ({error}): make them one, by "
+                f"{name}[{column!r}] = {name}[{column!r}].astype(str)"
+            ) from error
+    return pa.table(columns)
+
+
 def place(recipe: dict[str, Any], key: str, value: Any) -> None:
-    """Puts a value where its dotted key says."""
-    *path, last = key.split(".")
-    for name in path:
-        recipe = recipe.setdefault(name, {})
-    recipe[last] = value
+    """Puts a value where its dotted key says. Raises InputError for a key of no job that runs here."""
+    job, *path = str(key).split(".")
+    if not path or job not in ("run", *SHARED, *JOBS):
+        raise InputError(f"settings has {key!r}: write JOB.KEY, of one of run, {', '.join([*SHARED, *JOBS])}")
+    if job == "run" and path[0] not in RUN_KEYS:
+        raise InputError(f"settings has {key!r}: of run only {', '.join(RUN_KEYS)} can be set here")
+    table = recipe.setdefault(job, {})
+    for name in path[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise InputError(f"settings has {key!r}: {name} is a value, not a table")
+    table[path[-1]] = value
 
 
-def work(job: str, run: Run, values: Mapping[str, Any]) -> Any:
+def work(job: str, config: Any) -> Any:
     """Runs a job as the command line would, its manifest kept for the next one."""
+    run = config.run
     logs.start(job, run.ds)
     with logs.SignsOfLife(job):
-        module = importlib.import_module(f"jobs.{job}")
-        result = module.run(build(module.Config, {"run": run, **values}, job))
+        result = importlib.import_module(f"jobs.{job}").run(config)
     manifest = {"job": job, "ds": run.ds, "status": "done", "result": as_json(result)}
     manifests.append(run.lake, run.ds, job, manifest)
     return result

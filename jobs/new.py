@@ -42,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="JOB.KEY=VALUE", help="an answer; asked no more")
     arguments = parser.parse_args(argv)
     target = arguments.folder / "recipe.toml"
-    if target.exists():
-        raise InputError(f"{target} is there already: change it, or name another folder")
+    refuse_taken(target)
     home = arguments.folder.absolute()
     known = flat(tomllib.loads(STARTER.read_text())) | {"run.lake": str(home / "lake")}
     given = {
@@ -58,11 +57,23 @@ def main(argv: Sequence[str]) -> int:
         answers["run.tracking_uri"] = f"sqlite:///{place}/mlflow.db"
     text = filled(STARTER.read_text(), answers)
     refuse_unreadable(text, answers)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
+    try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    except OSError as error:
+        raise InputError(f"{target} can't be written ({error.strerror}): name a folder where you may write") from error
     log.info("next:  python -m jobs check --recipe %s\n       make night RECIPE=%s DS=YYYY-MM-DD", target, target)
     print(json.dumps({"recipe": str(target)}))
     return 0
+
+
+def refuse_taken(target: Path) -> None:
+    """Raises InputError where there is a recipe already, or a file in the place of its folder: before anything is asked."""
+    if target.exists():
+        raise InputError(f"{target} is there already: change it, or name another folder")
+    taken = next(path for path in target.absolute().parents if path.exists())
+    if not taken.is_dir():
+        raise InputError(f"{taken} is a file: name a folder, such as shop; it is made where it is not there")
 
 
 def overrides(settings: Sequence[str]) -> dict[str, Any]:

@@ -51,8 +51,8 @@ SHARED = {"backbone": ("pretrain", "rat")}
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The recipe's tables, `$NAME` in its texts replaced from the environment, overrides applied.
 
-    Raises InputError for a file that is missing or not TOML, a table that is no job, an override that is off, or a
-    variable that is not set.
+    Raises InputError for a file that is missing or not TOML, a table that is no job or a value in its place, a lake that is no
+    text, an override that is off, or a variable that is not set.
     """
     try:
         recipe: dict[str, Any] = tomllib.loads(path.read_text())
@@ -65,18 +65,29 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise InputError(f"--recipe {path} is not TOML: {error}") from error
     for override in overrides:
         apply(recipe, override)
-    for table in recipe:
+    for table, values in recipe.items():
         if table not in ("run", *SHARED, *JOBS):
             raise InputError(f"recipe {path}: unknown table [{table}]; there are: run, {', '.join([*SHARED, *JOBS])}")
+        refuse_value(values, table)
+    lake = recipe.get("run", {}).get("lake", "")
+    if not isinstance(lake, str):
+        raise InputError(f'recipe {path}: run.lake is {lake!r}, no text: write a folder in quotes, lake = "/data/lake"')
     expanded: dict[str, Any] = expand(recipe, str(path))
     return expanded
 
 
+def refuse_value(values: object, table: str) -> None:
+    """Raises InputError where a recipe has a value in the place of a table."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"recipe: {table} is {values!r}, no table: write [{table}] on a line of its own, and its keys below")
+
+
 def values_of(recipe: Mapping[str, Any], job: str) -> dict[str, Any]:
-    """A job's table of the recipe, with what it shares with others."""
+    """A job's table of the recipe, with what it shares with others. Raises InputError for a value in place of a shared table."""
     values = dict(recipe.get(job, {}))
     for table, users in SHARED.items():
         if job in users and table in recipe:
+            refuse_value(values.get(table, {}), f"{job}.{table}")
             values[table] = {**recipe[table], **values.get(table, {})}
     return values
 

@@ -40,7 +40,7 @@ class Config:
     breadth: int = 200
     """Candidates while searching the approximate index: more is slower and finds more."""
     exclude_seen: bool | None = None
-    """Leaves out items of the user's history. None is what validation and gates do: `run.exclude_seen`."""
+    """Leaves out items of the user's history. Left out, it is as in validation and gates: `run.exclude_seen`."""
     url: str = ""
     """Reads through Feast's feature server; empty reads the store itself."""
     shown: int = 5

@@ -52,7 +52,7 @@ class Config:
     encoders: dict[str, str] = field(default_factory=dict)
     """Further encoders, NAME = ID: each gives `llmemb_NAME` and `fused_NAME` (zero-shot, other poolings, other objectives)."""
     systems: tuple[str, ...] = tuple(FAMILY)
-    """Names of what meets; floors always do."""
+    """Names of the systems that are compared; floors always are."""
     champion: str = CHAMPION
     """The model that all others are held against."""
     route_to: tuple[str, ...] = ("text", "graph", "repeat_markov_popularity")

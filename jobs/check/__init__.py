@@ -17,7 +17,7 @@ from jobs.check import tables
 from jobs.check.finding import Finding, failure
 from jobs.lake.store import of as store_of
 from jobs.lake.store import refuse_unready
-from jobs.recipe import JOBS, build, config_of, load_recipe
+from jobs.recipe import JOBS, SHARED, build, config_of, load_recipe
 from jobs.run import Run
 
 Recipe = Mapping[str, Any]
@@ -65,9 +65,10 @@ def all_findings(recipe: Recipe) -> list[Finding]:
 
 
 def keys(recipe: Recipe, run: Run) -> Iterator[Finding]:
-    """Whether every job that the recipe names would read its table."""
+    """Whether every job that the recipe names, or shares a table with, would read its own."""
     valid = []
-    for job in [job for job in JOBS if job in recipe]:
+    shared = {job for table, users in SHARED.items() if table in recipe for job in users}
+    for job in [job for job in JOBS if job in recipe or job in shared]:
         try:
             config_of(recipe, job, run)
             valid.append(job)
@@ -84,8 +85,9 @@ def device(run: Run, recipe: Recipe) -> Iterator[Finding]:
 
     chosen = pick_device(run)
     dtype = str(default_dtype(chosen)).removeprefix("torch.")
-    steps = recipe.get("scft", {}).get("training", {}).get("steps", 4000)
-    if chosen.type == "cpu" and steps > 200:
+    training = recipe.get("scft", {}).get("training", {})
+    steps = training.get("steps", 4000) if isinstance(training, Mapping) else 0
+    if chosen.type == "cpu" and isinstance(steps, int) and steps > 200:
         yield Finding("look", "device", f"on a CPU in {dtype}, scft would train for many hours: set scft.training.steps = 0 "
                       "(which uses the base model as it is), or use a GPU")  # fmt: skip
     else:
@@ -116,6 +118,9 @@ def mlflow(run: Run) -> Iterator[Finding]:
     else:
         from jobs.engines import registry
 
+        # a person waits: a server that is down is told of in seconds, not after the minute that a night gives it
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         champion = registry.champion(run)
         served = (
             f"its champion was trained on {champion['ds']}" if champion else "it has no champion yet: see docs/first-champion.md"

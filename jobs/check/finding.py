@@ -19,4 +19,4 @@ def failure(what: str, error: Exception) -> Finding:
     """A check that failed is a finding too."""
     if isinstance(error, KeyError):
         return Finding("wrong", what, f"the recipe has no key {error}: add it")
-    return Finding("wrong", what, " ".join(str(error).split())[:400])
+    return Finding("wrong", what, " ".join(str(error).split())[:800])

@@ -37,7 +37,7 @@ class Config:
     snapshot_days: int | None = None
     """Snapshots (`items`, `interactions`, `sequences`, `quarantine`), vectors of spaces and what arrived between nights, of dates
     further back than this, are removed, but for those that a live or previous space, an alias, the newest training or a report
-    needs; so are checkpoints of trainings that nobody resumed for as long. None keeps all."""
+    needs; so are checkpoints of trainings that nobody resumed for as long. Left out, all stay."""
     embedding_days: int | None = None
     """The same for `llm_embeddings` of encoders that no space, alias or newest run needs, counted from their last write."""
     offline_days: int | None = None

@@ -25,7 +25,7 @@ class Config:
     events_per_user: int = 0
     """Newest held-out events of a user that the gates of `promote` judge; 0 takes all. They are ranked beside the table's one."""
     exclude_seen: bool | None = None
-    """Ranks among items that the user has not touched yet; a repeat can still be the target. None is as serving:
+    """Ranks among items that the user has not touched yet; a repeat can still be the target. Left out, it is as serving:
     `run.exclude_seen`. The other ranking stands in the table too."""
     unseen: bool | None = None
     """The old name of `exclude_seen`."""

@@ -40,7 +40,7 @@ class Config:
     distil: float = 0.1
     """Weight of LLM-ESR's self-distillation."""
     like_users: int = 10
-    """Like users that a user learns from in it."""
+    """How many users of the most similar histories a user learns from in self-distillation."""
     text_width: int = 32
     """Columns that `null_space` leaves to text alone; the ID part is added in the others. Half of the width, as published."""
     alpha: float = 0.01

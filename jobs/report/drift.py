@@ -37,7 +37,7 @@ class Bounds:
     """How far from its own history a measure may go."""
 
     nights: int = 5
-    """Earlier nights that must have measured it before it can alarm."""
+    """A measure can raise an alarm once so many earlier nights have measured it."""
     spread: float = 4.0
     """Allowed distance from the history's median, in robust standard deviations (1.4826 times the median deviation)."""
     least: float = 0.01

@@ -52,7 +52,7 @@ class Fusion:
     graph_width: int = 128
     """Columns of the graph part."""
     graph_layers: int = LAYERS
-    """Steps in the graph that it looks, at most."""
+    """Steps over which vectors spread in the graph of users and items, at most; the table is the mean over even numbers."""
     shrink: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Train events that weigh as much as text in `collaborative`; the best on validation is taken."""
     fades: tuple[float, ...] = (0.5, 0.7, 0.85)

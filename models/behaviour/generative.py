@@ -37,7 +37,7 @@ class Generative:
     history: int = 10
     """Newest items that are read."""
     steps: int = 4000
-    """Steps of the training."""
+    """Training steps, a batch each."""
     batch: int = 128
     """Users of a step."""
     learning_rate: float = 1e-3

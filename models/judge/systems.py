@@ -58,7 +58,7 @@ class Settings:
     distil: float = 0.01
     """Weight of LLM-ESR's distillation."""
     like_users: int = 10
-    """Like users that a user learns from in it."""
+    """How many users of the most similar histories a user learns from in self-distillation."""
     fusion: Fusion = field(default_factory=Fusion)
     """The champion's parts."""
     codes: Codes = field(default_factory=Codes)

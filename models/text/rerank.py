@@ -29,7 +29,7 @@ class Distilling:
     tokens: int = 100
     """Soft tokens before the prompt; 0 leaves the plain prompt."""
     steps: int = 200
-    """Steps of the training."""
+    """Training steps of the soft tokens, a batch each."""
     batch: int = 4
     """Users of a step."""
     learning_rate: float = 3e-3

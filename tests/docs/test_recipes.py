@@ -6,7 +6,7 @@ import importlib
 import tomllib
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,3 +96,30 @@ def test_every_key_of_the_recipes_that_are_shipped_is_on_the_page(generate: Modu
             known = {key.name: key.kind for key in generate.keys(table)}
             for key in values:
                 assert any(name == key or name.startswith(f"{key}.") for name in known), f"{recipe.name}: {table}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "default"),
+    [
+        ("promote", "margins", "{ overall = 0.02, tail = 0.05, cold = 0.1, short = 0.03 }"),  # made by a factory
+        ("evaluate", "baselines", "{}"),  # empty in truth
+        ("rat", "training.cosine", "0.07"),  # the owner's, not the nested type's
+        ("pretrain", "training.cosine", "0.0"),
+        ("scft", "base", '"embedded"'),
+        ("extract", "interactions.table", ""),
+    ],
+)
+def test_a_default_is_what_a_job_gets_where_the_key_is_left_out(generate: ModuleType, table: str, key: str, default: str) -> None:
+    assert {found.name: found.default for found in generate.keys(table)}[key] == default
+
+
+def test_the_defaults_of_every_job_are_those_of_its_config(generate: ModuleType) -> None:
+    for job in JOBS:
+        config = importlib.import_module(f"jobs.{job}").Config
+        for name, value in typing.get_type_hints(config).items():
+            if name in ("run", "ds") or is_dataclass(value):
+                continue
+            known = next(known for known in fields(config) if known.name == name)
+            made = known.default if known.default_factory is MISSING else known.default_factory()
+            told = {found.name: found.default for found in generate.keys(job)}[name]
+            assert told == ("" if made is MISSING else generate.toml(made)), f"{job}.{name}"

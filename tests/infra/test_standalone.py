@@ -126,6 +126,8 @@ def stubbed(home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, list[in
         ("[run\n", "is not TOML"),
         ("[nonsense]\n", r"unknown table \[nonsense\]"),
         ("[run]\n", r"has no lake: name the folder"),
+        ("run = 5\n", r"run is 5, no table: write \[run\]"),
+        ("[run]\nlake = 5\n", r"run\.lake is 5, no text"),
         ('[run]\nlake = "s3://bucket/lake"\n', "needs a folder"),
     ],
 )
@@ -188,6 +190,16 @@ def test_what_is_set_already_stays(standalone: ModuleType, tmp_path: Path, monke
     environment = standalone.environment_of(tmp_path / "recipe.toml", tmp_path / "lake", dict(standalone.PORTS))
     assert environment["LLMEMB_ONLINE_STORE"] == '{"type": "redis"}'
     assert environment[standalone.DATABASE] == "postgresql+psycopg2://airflow@db/airflow"
+
+
+def test_every_dag_that_a_shop_needs_is_named_where_it_is_told_to_switch_them_on(standalone: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "passwords").write_text('{"admin": "x"}')
+    said = standalone.told(dict(standalone.PORTS), tmp_path / "passwords", {"tracking_uri": "sqlite:///x"})
+    # without maintenance no collect runs, and collect.grace_days of the starter's recipe says nothing
+    for text in (said, (ROOT / "docs" / "first-champion.md").read_text()):
+        for dag in ("scft_refresh", "rat_training", "nightly_embeddings", "maintenance"):
+            assert dag in text
+    assert "`maintenance`" in (ROOT / "docs" / "own-tables.md").read_text()
 
 
 # -------------------------------------------------------------------------------------------------------------- how it ends

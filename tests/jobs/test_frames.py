@@ -64,6 +64,7 @@ def test_the_notebook_is_shipped_without_outputs(notebook: nbformat.NotebookNode
         (ITEMS, EVENTS.drop(columns="timestamp"), "events has no column 'timestamp'"),
         (ITEMS[["item_id"]], EVENTS, "at least a title"),
         (ITEMS, EVENTS[:0], "there are 0 events"),
+        (pd.concat([ITEMS, ITEMS[["title"]]], axis=1), EVENTS, "items has several columns named title: rename"),
         (None, EVENTS, "items is a NoneType, no DataFrame"),
         (ITEMS, [("u", "a", 1)], "events is a list, no DataFrame"),
         (ITEMS, EVENTS.assign(timestamp=1_767_312_000_000), "looks like milliseconds: divide by 1000,"),
@@ -91,6 +92,59 @@ def test_the_notebook_is_shipped_without_outputs(notebook: nbformat.NotebookNode
 def test_what_is_missing_is_named(items: pd.DataFrame, events: pd.DataFrame, says: str) -> None:
     with pytest.raises(InputError, match=says):
         frames.recommend_from_frames(items, events)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"foo.bar": 5}, "settings has 'foo.bar': write JOB.KEY, of one of run, backbone, extract"),
+        ({"epochs": 5}, "settings has 'epochs': write JOB.KEY"),
+        ({"promote.min_users": 5}, "settings has 'promote.min_users'"),  # a job, but none that runs here
+        ({"run.lake": "lake"}, "of run only device, seed, exclude_seen can be set"),
+        ({"run.seed": "x"}, r"run\.seed"),
+        ({"rat.training.epoks": 5}, r"unknown key rat\.training\.epoks"),
+        ({"backbone.widht": 5}, r"unknown key pretrain\.backbone\.widht"),
+        ({"project.recommendr": "x"}, r"unknown key project\.recommendr"),  # of the last job
+        ({"rat.hidden.width": 5}, r"rat\.hidden"),
+        ({"scft.base.name": "x"}, "base is a value, not a table"),
+    ],
+)
+def test_a_setting_that_no_job_has_is_refused_before_the_first_job(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], says: str
+) -> None:
+    monkeypatch.setattr(frames, "work", lambda *_: pytest.fail("a job was run"))
+    with pytest.raises(InputError, match=says):
+        frames.recommend_from_frames(ITEMS, EVENTS, settings=settings)
+
+
+def test_a_setting_of_the_run_reaches_every_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, tuple[int, bool]] = {}
+    monkeypatch.setattr(frames, "work", lambda job, config: seen.update({job: (config.run.seed, config.run.exclude_seen)}))
+    monkeypatch.setattr(frames, "answered", lambda *_: None)
+    frames.recommend_from_frames(ITEMS, EVENTS, settings={"run.seed": 7, "run.exclude_seen": False})
+    assert seen == dict.fromkeys(frames.JOBS, (7, False))
+
+
+def test_a_setting_of_one_training_is_none_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, int] = {}
+    monkeypatch.setattr(
+        frames, "work", lambda job, config: seen.update({job: config.training.epochs} if job in ("pretrain", "rat") else {})
+    )
+    monkeypatch.setattr(frames, "answered", lambda *_: None)
+    frames.recommend_from_frames(ITEMS, EVENTS, settings={"pretrain.training.epochs": 3})
+    assert seen == {"pretrain": 3, "rat": 40}
+
+
+@pytest.mark.parametrize("k", [0, 2.5, "5", True, None])
+def test_a_k_that_is_no_number_of_items_is_refused(k: object) -> None:
+    with pytest.raises(InputError, match="give a whole number of at least 1"):
+        frames.recommend_from_frames(ITEMS, EVENTS, k=k)  # type: ignore[arg-type]
+
+
+def test_a_column_of_several_types_is_named_with_the_remedy() -> None:
+    mixed = pd.DataFrame({"item_id": ["a", "b"], "title": ["A", "B"], "size": [7, "large"]})
+    with pytest.raises(InputError, match=r"items: the values of size are of several types .*items\['size'\]\.astype\(str\)"):
+        frames.recommend_from_frames(mixed, EVENTS)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +183,7 @@ def test_each_job_logs_and_gives_signs_of_life(
         return {"ds": config.run.ds}
 
     monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(Config=Config, run=run))
-    assert frames.work("extract", Run(ds="2026-01-01", lake=tmp_path), {}) == {"ds": "2026-01-01"}
+    assert frames.work("extract", Config(run=Run(ds="2026-01-01", lake=tmp_path))) == {"ds": "2026-01-01"}
     assert logs.SignsOfLife in handlers
     assert "extract: three of four" in capsys.readouterr().err
 

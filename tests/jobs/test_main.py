@@ -264,3 +264,22 @@ def test_what_is_busy_or_away_ends_with_a_status_of_its_own(
     monkeypatch.setattr(importlib.import_module("jobs.recommend"), "run", busy)
     assert cli.main(["recommend", "--recipe", str(recipe), "--ds", "2026-01-01", "--set", "recommend.user=x"]) == 4
     assert "recommend: error: promotion is under way already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (Unavailable("MLflow is away"), 4, "error: MLflow is away"),
+        (Refused("nothing serves"), 3, "refused: nothing serves"),
+        (InputError("no such key"), 2, "error: no such key"),
+    ],
+)
+def test_a_command_ends_as_a_job_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, status: int, said: str
+) -> None:
+    def main(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(main=main))
+    assert cli.main(["night"]) == status
+    assert capsys.readouterr().err.splitlines() == [f"night: {said}"]

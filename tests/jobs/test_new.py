@@ -53,6 +53,30 @@ def test_a_recipe_that_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "recipe.toml").read_text() == "mine"
 
 
+@pytest.mark.parametrize("folder", ["notes", "notes/shop"])
+def test_a_file_in_the_place_of_the_folder_is_named_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["new", str(tmp_path / folder)]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/notes is a file: name a folder" in told and "Table of your items" not in told
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_folder_that_can_t_be_made_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["new", str(tmp_path / "shop")]) == 2
+    assert "recipe.toml can't be written (Permission denied): name a folder" in capsys.readouterr().err
+
+
 def test_a_key_that_the_starter_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["new", str(tmp_path / "shop"), "--set", "rat.hidden=5", *answered()]) == 2
     assert "rat.hidden" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.forget import Config
-from jobs.recipe import build, load_recipe
+from jobs.recipe import build, load_recipe, values_of
 from jobs.run import InputError
 
 IDS = ["$HOME", "${HOME} $$", "\U0001f600", "it's", 'a"b\\', "1e3", "1_000", "0x10", "true", "405 #2", "l1\nl2", "007", "405"]
@@ -51,3 +51,24 @@ def test_a_variable_in_the_recipe_s_own_text_is_still_replaced(tmp_path: Path, m
     path = tmp_path / "recipe.toml"
     path.write_text('[run]\nlake = "$SOME_LAKE"\ntracking_uri = "$NOT_SET"\n')
     assert load_recipe(path, ["run.tracking_uri=x"])["run"] == {"lake": "/elsewhere", "tracking_uri": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("run = 5", "run is 5, no table: write .run. on a line of its own"),
+        ('scft = "a"\n[run]\nlake = "lake"', "scft is 'a', no table"),
+        ('backbone = [1]\n[run]\nlake = "lake"', "backbone is .1., no table"),
+        ("[run]\nlake = 5", "run.lake is 5, no text"),
+    ],
+)
+def test_a_value_in_the_place_of_a_table_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        load_recipe(path)
+
+
+def test_a_value_in_the_place_of_a_shared_table_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"rat\.backbone is 5, no table"):
+        values_of({"backbone": {"width": 32}, "rat": {"backbone": 5}}, "rat")

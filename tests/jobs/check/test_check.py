@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,93 @@ def test_another_unit_of_time_is_named(shop: Path, factor: int, name: str) -> No
     assert levels(shop, f"extract.interactions.unit={name}")["unit of time"][0] == "ok"
 
 
-def test_a_date_column_needs_no_unit() -> None:
-    assert tables.unit(pa.chunked_array([pa.array([0], pa.timestamp("us"))]), "s").level == "ok"
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.timestamp("ns", "UTC"), pa.date32(), pa.date64()], ids=str)
+def test_a_date_column_needs_no_unit(kind: pa.DataType) -> None:
+    found = tables.unit(pa.chunked_array([pa.array([0], kind)]), "s")
+    assert (found.level, "needs no unit" in found.text) == ("ok", True)
+
+
+SECOND = 1_700_000_000
+
+
+@pytest.mark.parametrize(
+    ("column", "level", "says"),
+    [
+        (pa.array([SECOND], pa.decimal128(12, 0)), "ok", "2023-11-14"),
+        (pa.array([SECOND * 1_000], pa.decimal128(15, 0)), "wrong", 'unit = "ms"'),
+        (pa.array([f" {SECOND}"], pa.large_string()), "ok", "2023-11-14"),
+        (pa.array([f"{SECOND}"]).dictionary_encode(), "ok", "2023-11-14"),
+        (pa.array(["2026-01-31", "2026-02-01"]), "wrong", "texts such as '2026-01-31'"),
+        (pa.array([f"{SECOND}"] * 20 + ["?"]), "ok", "2023-11-14"),  # fewer than extract takes
+        (pa.array([True]), "wrong", "type bool, which is no time"),
+        (pa.array([1], pa.time32("s")), "wrong", "type time32[s], which is no time"),
+        (pa.array([None], pa.int64()), "wrong", "every time in the sample is missing"),
+    ],
+    ids=str,
+)
+def test_a_time_of_another_type_is_read_as_extract_reads_it(column: pa.Array, level: str, says: str) -> None:
+    found = tables.unit(pa.chunked_array([column]), "s")
+    assert (found.level, says in found.text) == (level, True), found.text
+
+
+def test_a_table_without_rows_is_told(shop: Path) -> None:
+    events(shop.parent, [])
+    assert levels(shop)["events"] == ("wrong", f"{shop.parent}/events.parquet has no rows: extract needs events")
+    pq.write_table(
+        pa.table({"sku": pa.array([], pa.string()), "title": pa.array([], pa.string())}), shop.parent / "items.parquet"
+    )
+    assert "has no row with an sku" in levels(shop)["items"][1]
+
+
+def test_a_folder_without_files_is_told(shop: Path) -> None:
+    (shop.parent / "empty").mkdir()
+    found = levels(shop, f"extract.interactions.table={shop.parent}/empty")["events"]
+    assert (found[0], "is a folder without a Parquet file" in found[1]) == ("wrong", True)
+
+
+def test_one_column_for_two_things_is_told(shop: Path) -> None:
+    found = levels(shop, "extract.interactions.user_id=sku")["events"]
+    assert found == (
+        "wrong",
+        "extract.interactions.user_id, item_id and timestamp are the columns sku, sku, at: name three of them",
+    )
+
+
+def test_two_columns_of_one_name_are_told(shop: Path) -> None:
+    table = pq.read_table(shop.parent / "events.parquet")
+    pq.write_table(table.append_column("sku", table["sku"]), shop.parent / "events.parquet")
+    assert "events.parquet' cannot be read (Can't unify schema with duplicate" in levels(shop)["events"][1]
+
+
+@pytest.mark.parametrize(
+    ("strange", "settings", "level"),
+    [
+        (1, [], "ok"),  # 5 %, which extract takes
+        (2, [], "wrong"),
+        (2, ["extract.max_quarantine_share=0.2"], "look"),
+        (12, ["extract.max_quarantine_share=0.7"], "look"),
+        (1, ["extract.max_quarantine_share=0.01"], "wrong"),
+    ],
+)
+def test_ids_that_extract_would_refuse_too_many_of_are_wrong(shop: Path, strange: int, settings: list[str], level: str) -> None:
+    events(shop.parent, [f"sku{number}" for number in range(20 - strange)] + ["?"] * strange)
+    found = levels(shop, *settings)["overlap of ids"]
+    assert (found[0], "extract fails where more" in found[1]) == (level, level == "wrong")
+
+
+def test_a_typo_in_a_shared_table_is_found_though_no_job_is_named(shop: Path) -> None:
+    found = [one.text for one in all_findings(load_recipe(shop, ["backbone.widht=5"])) if one.level == "wrong"]
+    assert [text.split(";")[0] for text in found] == [f"recipe: unknown key {job}.backbone.widht" for job in ("pretrain", "rat")]
+    assert levels(shop, "backbone.width=32")["recipe"] == (
+        "ok",
+        "the tables of these jobs are valid: extract, scft, pretrain, rat",
+    )
+
+
+@pytest.mark.parametrize("setting", ["extract.items=5", "extract.interactions=5", "scft.training=5"])
+def test_a_value_in_the_place_of_a_table_is_told_in_words(shop: Path, setting: str) -> None:
+    found = [one for one in all_findings(load_recipe(shop, [setting])) if one.level == "wrong"]
+    assert found and not [one for one in found if "object" in one.text], found
 
 
 @pytest.mark.parametrize(
@@ -119,6 +206,27 @@ def test_one_bad_table_hides_nothing_of_the_other(shop: Path) -> None:
 def test_settings_of_the_demo_are_shown(shop: Path) -> None:
     demo = load_recipe(shop, ["collect.grace_days=0", "promote.approved_by=me"])
     assert [one.level for one in all_findings(demo) if one.what == "safety"] == ["look", "look"]
+
+
+def test_mlflow_that_is_down_is_asked_again_once(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Down(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # so that it's undone afterwards
+        monkeypatch.delenv(name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Down) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        level, text = levels(shop, f"run.tracking_uri=http://127.0.0.1:{server.server_port}")["MLflow"]
+        server.shutdown()
+    assert (level, len(asked), "is it running" in text) == ("wrong", 2, True), (text, asked)
 
 
 def test_something_wrong_ends_with_2(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
