@@ -17,7 +17,7 @@ from jobs.engines import spark_parts
 from jobs.engines.spark import ending, session
 from jobs.extract import arrivals, counts, judge, shape, volume, window
 from jobs.extract.config import Config as Config
-from jobs.extract.gates import check_change, check_dates, check_days, check_quarantine
+from jobs.extract.gates import check_arrived, check_change, check_dates, check_days, check_quarantine
 from jobs.extract.judge import BROADCAST_ITEMS, BY_TIME, DISK, Judged
 from jobs.extract.window import Reading
 from jobs.lake import partitions
@@ -126,14 +126,15 @@ def snapshot(spark: SparkSession, config: Config, staging: Path) -> Result:
 def judge_sources(spark: SparkSession, config: Config) -> Judged:
     """Reads both sources once, judges each record, and counts."""
     lake, reading = config.run.lake, window.decide(config.run.lake, config.run.ds, config.interactions)
-    table = judge.read_items(spark, config)
+    table, logs = judge.read_items(spark, config), judge.read_events(spark, config, reading)
+    check_arrived(config, reading, logs)
     items = judge.without_forgotten(spark, lake, judge.judge_items(table, config))
     items = shape.with_first_seen(spark, config, items).persist(DISK)
     of_items = counts.of_items(items, config.items.attributes)
     known = items.where("reason is null").select("item_id", F.lit(True).alias("known"))
     known = F.broadcast(known) if of_items.seen <= BROADCAST_ITEMS else known
     # judged once: the source is scanned a single time, so that all counts are of the same rows while it is written to
-    source = judge.without_forgotten(spark, lake, judge.read_events(spark, config, reading))
+    source = judge.without_forgotten(spark, lake, logs)
     events = judge.judge_events(config, source, known).persist(DISK)
     of_events = counts.of_events(events)
     inputs = {config.tables[0]: f"{of_items.seen}:{of_items.digest}"}

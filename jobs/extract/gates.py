@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F
 
 from jobs.extract import volume, window
 from jobs.extract.config import Config
 from jobs.extract.counts import DAY
 from jobs.extract.judge import Judged, snapshot_end
 from jobs.extract.volume import Short
+from jobs.extract.window import Reading
 from jobs.lake import partitions
 from jobs.lake.tables import INTERACTIONS, LEFT
 from jobs.run import InputError, Refused, Unavailable
 
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
 log = logging.getLogger(__name__)
+
+
+def check_arrived(config: Config, reading: Reading, logs: DataFrame) -> None:
+    """Raises Unavailable where no partition of the logs is new enough for `max_age_days`.
+
+    Asked before anything is judged or written: a night that waits asks again and again. Logs read whole have no such sign.
+    """
+    if not reading.since or config.max_age_days is None:
+        return
+    oldest = volume.date(volume.day_number(config.run.ds) - config.max_age_days)
+    if logs.where(window.in_window(F.col("day"), oldest)).isEmpty():
+        raise Unavailable(
+            f"{config.tables[1]} has no partition from {oldest} on (extract.max_age_days = {config.max_age_days}): has the "
+            "upstream load run?"
+        )
 
 
 def check_quarantine(config: Config, judged: Judged) -> None:

@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 from jobs import extract
 from jobs.__main__ import build
 from jobs.engines.spark import session
-from jobs.extract import judge, window
+from jobs.extract import counts, judge, window
 from jobs.lake import partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import INTERACTIONS, LEFT, QUARANTINE, SEQUENCES, Table
@@ -315,6 +315,21 @@ def test_bad_settings_and_empty_windows_are_one_error_with_the_remedy(tmp_path: 
     night(tmp_path, "2026-03-10")
     with pytest.raises(Unavailable, match=r"no record up to 2026-03-11 from 2026-03-11 on: has the upstream load run\?"):
         night(tmp_path, "2026-03-11", interactions={"late_days": 0})
+
+
+def test_a_night_that_waits_for_its_partition_asks_for_that_alone(
+    tmp_path: Path, seventh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("nothing is judged before the logs are there")
+
+    for ds, most, oldest in (("2026-03-11", 0, "2026-03-11"), ("2026-03-13", 2, "2026-03-11")):
+        with monkeypatch.context() as patch:
+            patch.setattr(counts, "of_items", never)
+            with pytest.raises(Unavailable, match=rf"logs has no partition from {oldest} on .*max_age_days = {most}"):
+                night(tmp_path, ds, max_age_days=most)
+        assert not partitions.is_committed(tmp_path / "lake", QUARANTINE.name, f"ds={ds}")
+    assert night(tmp_path, "2026-03-12", max_age_days=2).rows["interactions"] == 40
 
 
 def test_the_reading_is_told(tmp_path: Path, logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
