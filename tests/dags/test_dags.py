@@ -374,6 +374,7 @@ def test_a_pod_ends_as_its_job_did_whatever_libraries_say_last(worker: Worker) -
     assert end(0, "scft: step 1", '{"encoder_id": "e1"}', chat) == ["", "", {"encoder_id": "e1"}]
     for status in (2, 3):
         assert end(status, "scft: refused: it collapsed", chat) == ["AirflowFailException", "scft: refused: it collapsed", None]
+    assert end(3, "scft: no answer from http://u:hunter2@h", chat)[1] == "scft: no answer from http://***@h"
     assert end(1, "scft: step 1", chat)[0] == end(137)[0] == "AirflowException"
     assert end(4, "scft: MLflow is away", chat)[0] == "AirflowRescheduleException"
     assert end(None, "scft: step 1") == ["AirflowException", "Pod returned a failure", None], "evicted: tried again"
