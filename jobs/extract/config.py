@@ -84,9 +84,7 @@ class Config:
     """A change in items or interactions against the last snapshot above this share is refused; 0 allows any."""
     max_age_days: int | None = None
     """Logs whose newest event is older than this many days before ds are not there yet (exit status 4); 0 demands an event on ds;
-    left out, any age will do."""
-    """Logs whose newest event is older than this many days before ds are not there yet (exit status 4); 0 demands an event on ds,
-    none allows any age. Where partitions are read, one must be as new."""
+    left out, any age will do. Where partitions are read, one must be as new."""
     min_day_share: float = 0.5
     """A day since the last snapshot with fewer events than this share of what its weekday had in the eight weeks before is
     refused, and so is one that lost as many since it was last read; the bound is wider where days differ much. Where ds alone
