@@ -183,7 +183,7 @@ def watch(
                 )
                 return 1
         if not told_ready and passwords.exists() and all(answers(ports[name]) for name in running):
-            sys.stdout.write(told(ports, passwords, run))
+            sys.stdout.write(addresses(ports, passwords, run))
             sys.stdout.flush()
             told_ready = True
         time.sleep(0.5)
@@ -196,7 +196,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def told(ports: Mapping[str, int], passwords: Path, run: Mapping[str, Any]) -> str:
+def addresses(ports: Mapping[str, int], passwords: Path, run: Mapping[str, Any]) -> str:
     """Where the pages are, and who may log in to Airflow."""
     known = json.loads(passwords.read_text() or "{}")
     who = ", ".join(f"user {user}, password {password}" for user, password in known.items())

@@ -72,7 +72,7 @@ def run(config: Config) -> Result:
     counts_V = train_counts(events)
     inputs = {"items": catalogue.digest, "sequences": digest}
     checkpoint = checkpoint_path("pretrain", config, inputs, config.run.lake)
-    teacher, trained = spread(config, events) if config.view == "graph" else made(config, events, counts_V, checkpoint)
+    teacher, trained = spread(config, events) if config.view == "graph" else trained_teacher(config, events, counts_V, checkpoint)
     teacher_id = keep(config, teacher, catalogue.item_ids) if rank == 0 else "0" * 16
     teacher_id = same_everywhere(teacher_id, device)
     if rank == 0:
@@ -95,7 +95,7 @@ def run(config: Config) -> Result:
     return result
 
 
-def made(config: Config, events: Histories, counts_V: torch.Tensor, checkpoint: Path) -> tuple[Recommender, Trained]:
+def trained_teacher(config: Config, events: Histories, counts_V: torch.Tensor, checkpoint: Path) -> tuple[Recommender, Trained]:
     """The ID-only SRS, trained."""
     torch.manual_seed(config.run.seed)
     teacher = Recommender(IdItems(events.catalogue + 1, config.backbone.width), build_sequence(config.backbone))

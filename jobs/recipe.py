@@ -114,7 +114,7 @@ def apply(recipe: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         raise InputError(f"--set {override!r}: write it as job.key=value, for example --set recommend.user=405")
-    value = said(override, text)
+    value = parsed_value(override, text)
     table = recipe
     for key in keys[:-1]:
         table = table.setdefault(key, {})
@@ -123,7 +123,7 @@ def apply(recipe: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def said(override: str, text: str) -> Any:
+def parsed_value(override: str, text: str) -> Any:
     """The value of an override. Raises InputError for half a quoted text, and for a number that is written oddly."""
     try:
         parsed = tomllib.loads(f"value = {text}")

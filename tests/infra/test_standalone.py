@@ -194,7 +194,7 @@ def test_what_is_set_already_stays(standalone: ModuleType, tmp_path: Path, monke
 
 def test_every_dag_that_a_shop_needs_is_named_where_it_is_told_to_switch_them_on(standalone: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "passwords").write_text('{"admin": "x"}')
-    said = standalone.told(dict(standalone.PORTS), tmp_path / "passwords", {"tracking_uri": "sqlite:///x"})
+    said = standalone.addresses(dict(standalone.PORTS), tmp_path / "passwords", {"tracking_uri": "sqlite:///x"})
     # without maintenance no collect runs, and collect.grace_days of the starter's recipe says nothing
     for text in (said, (ROOT / "docs" / "first-champion.md").read_text()):
         for dag in ("scft_refresh", "rat_training", "nightly_embeddings", "maintenance"):
