@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
-import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,6 @@ from jobs import extract
 from jobs.__main__ import build
 from jobs.engines.spark import java_version, launcher, session
 from jobs.extract import judge
-from jobs.extract.window import Reading
 from jobs.lake import partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.locks import alone
@@ -315,40 +312,6 @@ def test_a_table_of_a_date_that_is_not_there_yet_may_come_later(tmp_path: Path, 
     with pytest.raises(InputError, match="dashes or blanks stands in backticks"):
         given = tables | {side: "shop.of_{ds}"}
         extract.run(config(tmp_path, given["items"], given["interactions"]))
-
-
-@pytest.mark.parametrize("side", ["items", "interactions"])
-@pytest.mark.parametrize("path", ["dt={ds}", "dt={ds}/*.parquet"])
-def test_a_table_of_a_date_whose_load_is_under_way_is_waited_for(tmp_path: Path, side: str, path: str) -> None:
-    folder, file, rows = tmp_path / f"dt={DS}", tmp_path / f"dt={DS}" / "part-0.parquet", {"items": 5, "interactions": 20}[side]
-    folder.mkdir()
-    tables = {"items": item_table(tmp_path / "i.parquet", CATALOGUE), "interactions": event_table(tmp_path / "e.parquet", LOGS)}
-    shutil.copy(tables[side], file)
-    waits = rf"extract.{side}.table = .* has no _SUCCESS, and a file of 0 minutes ago .*settle_minutes = 10"
-
-    def read(table: str = str(tmp_path / path), **values: Any) -> int:
-        spark, given = session("test", {}), tables | {side: table}
-        made = config(tmp_path, given["items"], given["interactions"], **values)
-        return (
-            judge.read_items(spark, made) if side == "items" else judge.read_events(spark, made, Reading(whole_ds=DS))
-        ).count()
-
-    with pytest.raises(Unavailable, match=waits):
-        read()
-    assert read(settle_minutes=0) == rows
-    assert read(f"{folder}") == rows, "no date in its name, no waiting"
-    assert read(f"{tmp_path}/dt={{ds}}/part-0.parquet") == rows, "a single file ends with what makes it Parquet"
-    os.utime(file, (time.time() - 660,) * 2)
-    assert read() == rows, "a load that pauses for ten minutes is over"
-    if "*" in path:
-        return
-    (folder / "_temporary" / "0").mkdir(parents=True)
-    shutil.copy2(file, folder / "_temporary" / "0")
-    with pytest.raises(Unavailable, match="has no _SUCCESS, and files in _temporary"):
-        read()
-    os.utime(file)
-    (folder / "_SUCCESS").touch()
-    assert read() == rows
 
 
 HUNDRED: list[Event] = [(f"u{u}", f"i{u % 5}", NOON + (day - 99) * DAY + u) for day in range(100) for u in range(40)]
