@@ -224,7 +224,9 @@ def test_people_are_told_once_of_a_task_that_waits_for_a_quarter_of_an_hour(work
         return [line for line in lines if line.startswith("ALERT ")]
 
     assert len(told(*range(12))) == 1
-    assert told(5)[0].startswith("ALERT d.t waits since ") and told(5)[0].endswith(" UTC: lookup is busy or away: last line")
+    assert told(5)[0].startswith("ALERT d.t waits since ") and told(5)[0].endswith(
+        " UTC: lookup waits for what is busy, away or not there yet: last line"
+    )
     assert len(told(5)) == len(told(2, retry_s="400")) == 1 and told(2, 3, 4, 6, 40) == []
 
 

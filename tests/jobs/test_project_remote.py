@@ -38,7 +38,8 @@ def copied(folder: Run, object_store: ObjectStore, prefix: str) -> Path:
     lake = stores.place(Path(object_store.address(prefix)))
     store = stores.of(lake)
     assert store is not None
-    files = [path for path in sorted(folder.lake.rglob("*")) if path.is_file() and "locks" not in path.parts]
+    every = [path for path in sorted(folder.lake.rglob("*")) if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
+    files = [path for path in every if "locks" not in path.parts]
     store.put_files([(path.relative_to(folder.lake).as_posix(), path) for path in files])
     return lake
 

@@ -21,8 +21,15 @@ def left_as_found() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     root.handlers = []
+    # a server that another test started has set up its own
+    web = [logging.getLogger(name) for name in ("uvicorn", "uvicorn.error")]
+    own = [(list(one.handlers), one.propagate, one.level, one.disabled) for one in web]
+    for one in web:
+        one.handlers, one.propagate, one.level, one.disabled = [], True, logging.NOTSET, False
     yield
     root.handlers, root.level = handlers, level
+    for one, (of_one, up, from_level, off) in zip(web, own, strict=True):
+        one.handlers, one.propagate, one.level, one.disabled = of_one, up, from_level, off
     logging.getLogger(logs.ROOT).setLevel(logging.NOTSET)
 
 

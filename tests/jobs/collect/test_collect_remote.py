@@ -34,7 +34,9 @@ def bucket(old: Path, object_store: ObjectStore) -> Path:
     lake = stores.place(Path(object_store.address()))
     store = stores.of(lake)
     assert store is not None
-    files = [path for path in sorted(old.rglob("*")) if path.is_file() and "locks" not in path.parts]
+    # SQLite's own two files beside a database go when a connection that nobody closed does
+    every = [path for path in sorted(old.rglob("*")) if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
+    files = [path for path in every if "locks" not in path.parts]
     store.put_files([(path.relative_to(old).as_posix(), path) for path in files])
     for path in old.rglob("*.db"):
         (lake / path.relative_to(old)).parent.mkdir(parents=True, exist_ok=True)
