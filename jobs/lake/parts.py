@@ -29,8 +29,7 @@ def write_part(path: Path, rows: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     pq.write_table(rows, unfinished, compression="zstd")
-    with unfinished.open("rb") as stream:
-        os.fsync(stream.fileno())
+    partitions.sync(unfinished)
     unfinished.replace(path)
 
 
