@@ -243,11 +243,7 @@ def test_logs_start_a_night_of_their_own_date_and_it_serves_only_if_none_is_newe
     before = {run["dag_run_id"] for run in standalone.runs("nightly_embeddings")}
     standalone.call("POST", "/api/v2/assets/events", {"asset_id": assets["logs"], "extra": {"ds": "2026-01-12"}})
 
-    def ended() -> str:
-        runs = [run for run in standalone.runs("nightly_embeddings") if run["dag_run_id"] not in before]
-        return next((run["dag_run_id"] for run in runs if run["state"] in ("success", "failed")), "")
-
-    night = standalone.until("the night that logs start", ended)
+    night = standalone.ended("nightly_embeddings", "asset_triggered", before)[0]["dag_run_id"]
     states = standalone.states("nightly_embeddings", night)
     assert (states["project"], states["publish"], states["lookup"], states["report"]) == (
         "success",
