@@ -58,7 +58,8 @@ from models.text.scft_batches import shuffle_texts
 from models.text.view_retrieval import hold_out_views, validate_views
 from tests.benchmarks.bench_rat import load
 
-FIELDS = ("title", "brand", "categories", "price")
+FIELDS = ("title", "brand", "categories", "price", "year", "genres", "tags")
+"""What the LLM may read, where a catalogue has it."""
 COLD_SHARE, COLD_SEED = 0.1, 42
 """Items held out of training in the setting `cold`; the same ones for every seed, so that users can be paired."""
 PRIOR, ALPHA, TEMPERATURE, HIDDEN, WHITENED, LIKE_USERS, DISTIL, DROP = 5.0, 0.01, 0.1, 256, 1536, 10, 0.1, 0.3
@@ -123,9 +124,10 @@ PAIRS = (
 
 def read_items(data: Path) -> list[Attributes]:
     """What the LLM may read of every item, in the file's order; its sales rank tells of test days and stays out."""
-    rows = pq.read_table(data / "items.parquet", columns=list(FIELDS)).to_pylist()
+    fields = [name for name in FIELDS if name in pq.read_schema(data / "items.parquet").names]
+    rows = pq.read_table(data / "items.parquet", columns=fields).to_pylist()
     text = [{name: ", ".join(value) if isinstance(value, list) else value or "" for name, value in row.items()} for row in rows]
-    return [[(name, row[name]) for name in FIELDS if row[name]] for row in text]
+    return [[(name, row[name]) for name in fields if row[name]] for row in text]
 
 
 def fresh(base: str, policy: FieldPolicy, pooling: Any, layers: int, seed: int, device: torch.device) -> Encoder:
