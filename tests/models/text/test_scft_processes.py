@@ -55,7 +55,7 @@ def in_two_processes(work: Callable[..., None], *paths: Path, port: int) -> None
 def keep_weights(base: Path, file: Path) -> None:
     result, _ = tuned(base, dropout=0.0)
     if dist.get_rank() == 0:
-        save_file(result.lora, file)
+        save_file(result.learned, file)
 
 
 def test_two_processes_give_the_weights_of_one_at_the_same_global_batch(base: Path, tmp_path: Path, free_port: int) -> None:
@@ -63,8 +63,8 @@ def test_two_processes_give_the_weights_of_one_at_the_same_global_batch(base: Pa
     in_two_processes(keep_weights, base, tmp_path / "two.safetensors", port=free_port)
     # a sum in another order turns the step of an entry whose gradient is next to nothing, so weights are compared whole
     shared = load_file(tmp_path / "two.safetensors")
-    other = tuned(base, dataclasses.replace(SMALL, batch=4), dropout=0.0)[0].lora
-    for name, value in whole.lora.items():
+    other = tuned(base, dataclasses.replace(SMALL, batch=4), dropout=0.0)[0].learned
+    for name, value in whole.learned.items():
         assert float((shared[name] - value).norm() / value.norm()) < 0.02
         assert "lora_B" not in name or float((other[name] - value).norm() / value.norm()) > 0.2
 
