@@ -183,7 +183,9 @@ class Trainer:
 
         def loss_of(all_RE: Tensor) -> Tensor:
             view_RE = self.moments.whiten(all_RE) if self.moments else all_RE
-            loss = self.config.contrast_weight * info_nce(view_RE[0::2], view_RE[1::2], self.scale.exp(), same_BB, often_B)
+            weight, loss = self.config.contrast_weight, all_RE.new_zeros(())
+            if weight:
+                loss = weight * info_nce(view_RE[0::2], view_RE[1::2], self.scale.exp(), same_BB, often_B)
             both_R = np.stack([drawn.items, drawn.partners], axis=1).ravel()
             return loss + self.heads.item_loss(all_RE, both_R, self.scale.exp().detach()) if self.heads.told_of_items else loss
 

@@ -109,14 +109,13 @@ def test_pairs_bring_together_what_users_took_together_and_resume(base: Path, tm
     marks = [[("mark", ("red", "dull", "blue", "loud")[number % 4])] for number in range(40)]
     items = [[*own, *item[:1]] for own, item in zip(marks, tiny.items(40), strict=True)]
     pairs = Pairs(pair_P2=np.stack([np.arange(0, 40, 2), np.arange(1, 40, 2)], axis=1), user_P=np.arange(20))
-    paired, _ = tuned(base, config, items=items, signals=Signals(pairs=pairs), dropout=0.0)
+    told = Signals(pairs=pairs)
+    paired, _ = tuned(base, config, items=items, signals=told, dropout=0.0)
     assert np.mean(paired.losses[-20:]) < 0.8 * math.log(8)
     file, steps = tmp_path / "state.safetensors", iter(range(99))
     with pytest.raises(Interrupted):
-        tuned(
-            base, config, items=items, signals=Signals(pairs=pairs), dropout=0.0, checkpoint=file, stop=lambda: next(steps) >= 3
-        )
-    assert tuned(base, config, items=items, signals=Signals(pairs=pairs), dropout=0.0, checkpoint=file)[0].losses == paired.losses
+        tuned(base, config, items=items, signals=told, dropout=0.0, checkpoint=file, stop=lambda: next(steps) >= 3)
+    assert tuned(base, config, items=items, signals=told, dropout=0.0, checkpoint=file)[0].losses == paired.losses
     with pytest.raises(ValueError, match="none were given"):
         tuned(base, config, items=items)
 

@@ -70,9 +70,7 @@ def test_a_steps_loss_leaves_out_negatives_that_read_the_same(base: Path, kind: 
     # every odd item was taken right after item 0
     pairs = Pairs(pair_P2=np.asarray([[0, odd] for odd in (1, 3, 5, 7)]), user_P=np.arange(4)) if kind == "partners" else None
     encoder = moved(base, dropout=0.0)
-    trainer = Trainer(
-        encoder, encoder.tokenize(items), np.arange(8), config, 1, Signals() if pairs is None else Signals(pairs=pairs)
-    )
+    trainer = Trainer(encoder, encoder.tokenize(items), np.arange(8), config, 1, Signals(pairs=pairs))
     drawn = trainer.batches.draw(0)
     with torch.no_grad():
         all_RE = trainer.forward(drawn.rows, 0)
