@@ -235,7 +235,7 @@ class Trainer:
             with autocast_like_base(self.encoder):
                 step = self.encoder.step(part.rows, self.user_head)
                 hidden_TE = self.encoder.states(step)
-                clusters, titles = self.heads.user_loss(hidden_TE, step, part, self.scale.exp().detach())
+            clusters, titles = self.heads.user_loss(hidden_TE, step, part, self.scale.exp().detach())
             loss = self.config.user_weight * clusters / known + self.config.title_weight * titles / tokens
             torch.autograd.backward(loss)
             total += loss.detach()

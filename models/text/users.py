@@ -54,7 +54,8 @@ def users_of(encoder: Encoder, item_N: Ints, user_N: Ints, titles: Sequence[str]
     cap = max(1, min(policy.caps.get("title", policy.cap), prompt_of(encoder)[1] // 2))
     # a separator between two titles must not be part of one
     texts = [" ".join(title[: cap * LONGEST_TOKEN].replace(";", ".").split()) for title in titles]
-    encoded = encode_phrases([f"{text};" for text in texts if text], [cap] * len(texts), encoder.tokenizer)
+    titled = [f"{text};" for text in texts if text]
+    encoded = encode_phrases(titled, [cap] * len(titled), encoder.tokenizer)
     length_I = np.zeros(len(texts), dtype=np.int64)
     length_I[[bool(text) for text in texts]] = [len(ids) for ids in encoded]
     token_T = np.asarray([token for ids in encoded for token in ids], dtype=np.int32)

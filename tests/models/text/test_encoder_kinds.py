@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from models.text import base_model, fp8
+from models.text import fp8
 from models.text.embedding import check_packing, embed, embed_items
 from models.text.encoder import SPEC, SUFFIX, Encoder, load_encoder, of_base, read_spec, save_encoder
 from models.text.lora import Lora
@@ -72,9 +72,9 @@ def test_keys_that_came_later_are_written_only_where_they_say_something_and_an_o
 # ----------------------------------------------------------------------------------------------------------- suffix tokens
 
 
-def learned(base: Path, config: Scft = STRONG, *, count: int = 3, **more: Any) -> tuple[Tuned, Encoder]:
+def learned(base: Path, config: Scft = STRONG, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[Tuned, Encoder]:
     """Suffix tokens trained on 40 small items."""
-    encoder = tiny.encoder(base, suffix_tokens=count)
+    encoder = tiny.encoder(base, suffix_tokens=3, dtype=dtype)
     return fine_tune(encoder, encoder.tokenize(tiny.items(40)), config, seed=1, log=lambda *_: None, **more), encoder
 
 
@@ -141,9 +141,8 @@ def test_suffix_tokens_resume(base: Path, tmp_path: Path) -> None:
 def test_suffix_tokens_learn_through_a_base_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = tiny.llama(tmp_path / "wide", hidden_size=64, intermediate_size=128)
     monkeypatch.setattr(fp8, "check_device", lambda device: None)
-    exact = learned(wide)[0]
-    monkeypatch.setattr(base_model, "default_dtype", lambda device: torch.bfloat16)
-    near = learned(wide, dataclasses.replace(STRONG, fp8=True))[0]
+    exact = learned(wide, dtype=torch.bfloat16)[0]
+    near = learned(wide, dataclasses.replace(STRONG, fp8=True), torch.bfloat16)[0]
     assert near.losses == pytest.approx(exact.losses, rel=0.3)
     assert not torch.equal(near.learned["suffix_SE"], exact.learned["suffix_SE"])
 
