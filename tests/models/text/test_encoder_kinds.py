@@ -141,10 +141,10 @@ def test_suffix_tokens_resume(base: Path, tmp_path: Path) -> None:
 def test_suffix_tokens_learn_through_a_base_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = tiny.llama(tmp_path / "wide", hidden_size=64, intermediate_size=128)
     monkeypatch.setattr(fp8, "check_device", lambda device: None)
-    exact = learned(wide, dtype=torch.bfloat16)[0]
-    near = learned(wide, dataclasses.replace(STRONG, fp8=True), torch.bfloat16)[0]
-    assert near.losses == pytest.approx(exact.losses, rel=0.3)
-    assert not torch.equal(near.learned["suffix_SE"], exact.learned["suffix_SE"])
+    exact = learned(wide, SMALL, torch.bfloat16)[0]
+    near = learned(wide, dataclasses.replace(SMALL, fp8=True), torch.bfloat16)[0]
+    assert near.losses == pytest.approx(exact.losses, rel=0.2)
+    assert near.losses != exact.losses
 
 
 def test_suffix_tokens_learn_in_bf16_and_with_special_tokens_at_the_end(base: Path, tmp_path: Path) -> None:

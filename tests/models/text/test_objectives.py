@@ -108,7 +108,7 @@ def test_items_without_a_vector_teach_nothing(base: Path) -> None:
     # items 0 and 5 have none: what their rows are is the same to the loss
     padded = heads.item_loss(torch.cat([all_RE, 9 * all_RE]), np.array([1, 1, 2, 2, 0, 0, 5, 5]), torch.tensor(20.0))
     torch.testing.assert_close(both, padded)
-    assert float(heads.item_loss(all_RE, np.array([0, 0, 5, 5]), torch.tensor(20.0))) == 0.0
+    assert float(heads.item_loss(all_RE, np.array([0, 0, 5, 5]), torch.tensor(20.0)).detach()) == 0.0
 
 
 def test_directions_leave_out_what_all_have_in_common() -> None:
