@@ -19,6 +19,8 @@ from models.text.prompts import LONGEST_TOKEN, Ints, Prompts, encode_phrases, ta
 
 SENTENCE = "A user had these items, one after the other:"
 """Stands before every user's titles."""
+LEAST = 16
+"""Tokens of a user's titles that a prompt must have room for."""
 
 
 def prompt_of(encoder: Encoder) -> tuple[tuple[int, ...], int]:
@@ -50,8 +52,12 @@ def users_of(encoder: Encoder, item_N: Ints, user_N: Ints, titles: Sequence[str]
     Events of items without a title, and users with fewer than two others, are left out. Raises ValueError where none is left.
     """
     policy = encoder.spec.policy
-    # two of them fit into a prompt
-    cap = max(1, min(policy.caps.get("title", policy.cap), prompt_of(encoder)[1] // 2))
+    room = prompt_of(encoder)[1]
+    if room < LEAST:
+        raise ValueError(
+            f"max_tokens = {encoder.spec.max_tokens} leaves {room} tokens for a user's titles: give {LEAST - room} more"
+        )
+    cap = min(policy.caps.get("title", policy.cap), room // 2)  # two of them fit into a prompt
     # a separator between two titles must not be part of one
     texts = [" ".join(title[: cap * LONGEST_TOKEN].replace(";", ".").split()) for title in titles]
     titled = [f"{text};" for text in texts if text]

@@ -181,6 +181,8 @@ def test_a_prompt_is_cut_at_its_oldest_titles_and_items_without_titles_and_short
     assert drawn.rows.length_B.max() <= room and drawn.context_B.min() > 0 and (drawn.rows.length_B > drawn.context_B).all()
     few = users_of(encoder, np.array([0, 1, 2, 3, 4]), np.array([7, 7, 7, 8, 8]), ["a", "", "c", "", "e"])
     assert few.item_N.tolist() == [0, 2] and few.start_U1.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="for a user's titles: give"):
+        some_users(tiny.encoder(base, max_tokens=50))
     with pytest.raises(ValueError, match="no user had two items"):
         users_of(encoder, np.array([0, 1]), np.array([0, 1]), ["a", "b"])
 
