@@ -80,7 +80,8 @@ def candidates(
     lake = config.run.lake
 
     def of_base(count: int) -> Encoder:
-        zero = dataclasses.replace(config, layers=count, training=dataclasses.replace(config.training, steps=0))
+        untrained = dataclasses.replace(config.training, steps=0)
+        zero = dataclasses.replace(config, layers=count, training=untrained, attention="base", suffix_tokens=0)
         return build_encoder(zero, device).eval()
 
     def of_artifact(folder: Path) -> Encoder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,7 @@ def gather_to_first(rows: torch.Tensor, counts: list[int]) -> torch.Tensor | Non
     return None if parts is None else torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+def sum_gradients(parameters: Sequence[torch.Tensor]) -> None:
     """Sums the parameters' gradients over processes, in one message."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -38,6 +38,8 @@ def encoder_link(lake: Path, identity: str) -> Link:
     known, text = encoder_card(lake, identity), ""
     if known:
         lora = f"LoRA r {known['lora']['r']}" if known.get("lora") else "no LoRA (zero-shot)"
+        if known.get("suffix_tokens"):
+            lora = f"{known['suffix_tokens']} learned suffix tokens"
         text = f"{known['base']} ({known['base_sha256'][:12]}), {lora}, pooling {known['pooling']}, width {known['width']}"
     return artifact_link(lake, "encoder", identity, ("scft",), text, 3)
 

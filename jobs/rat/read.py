@@ -59,7 +59,7 @@ def read_all(config: Config, device: torch.device) -> Read:
     encoder_id, teacher_id = chosen(config)
     if config.cold_share and learned_from_users(config, encoder_id):
         raise InputError(f"encoder {encoder_id} learned from users' histories, also of items that rat.cold_share "
-                         f"{config.cold_share} holds out: train one with training.pair_share and cluster_weight 0")  # fmt: skip
+                         f"{config.cold_share} holds out: train one that learns from texts alone")  # fmt: skip
     catalogue = read_catalogue(config.run)
     goal = rotation.find(config.run, config.rotate_to, catalogue, config.backbone.width)
     events, digest = read_histories(config.run, catalogue.item_ids)

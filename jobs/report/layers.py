@@ -6,7 +6,7 @@ Shapes: N items sampled, B rows of a batch, E LLM width, D width of the space.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,7 @@ def base_encoder(lake: Path, encoder_id: str) -> str:
         name
         for name, known in sorted(described.items())
         if known.get("lora") is None
+        and not known.keys() & {"attention", "suffix_tokens"}
         and known.get("base_sha256") == own.get("base_sha256")
         and partitions.committed(lake, "llm_embeddings", f"encoder={name}")
     ]
@@ -88,9 +89,9 @@ def embed_base(run: Run, encoder_id: str, sample: Sample, most: int) -> dict[str
     from jobs.lake.tensors import pick_device
     from models.text.base_model import load_base
     from models.text.embedding import embed_items
-    from models.text.encoder import Encoder, read_spec
+    from models.text.encoder import Encoder, of_base, read_spec
 
-    spec = replace(read_spec(artifacts.find(run.lake, "encoder", encoder_id)), lora=None)
+    spec = of_base(read_spec(artifacts.find(run.lake, "encoder", encoder_id)))
     model, tokenizer, _ = load_base(spec.base, device=pick_device(run), layers=spec.layers)
     emb_NE = embed_items(Encoder(model, tokenizer, spec).eval(), sample.attributes[:most])
     return dict(zip(sample.item_ids[:most], emb_NE, strict=True))

@@ -12,7 +12,8 @@ from jobs.lake.tensors import checkpoint_path, pick_device
 from jobs.scft.config import Config as Config
 from jobs.scft.judge import keep
 from jobs.scft.refresh import due, recipe_digest
-from jobs.scft.texts import read_texts, teacher_clusters, user_pairs
+from jobs.scft.signals import read_signals
+from jobs.scft.texts import read_texts
 from jobs.scft.tuning import build, sized, tune
 from jobs.scft.worth import Sample, sample_of
 from models.processes import join, same_everywhere
@@ -96,15 +97,14 @@ def trained(config: Config, snapshot: str) -> dict[str, Any]:
     encoder = build(config, device)
     texts = encoder.tokenize(shuffle_texts(items, config.run.seed) if config.shuffle_texts else items)
     inputs = {"items": partitions.read_commit(config.run.lake, ITEMS.name, snapshot).digest, "base": encoder.spec.base_sha256}
-    pairs, sequences = user_pairs(config, hashes)
-    inputs |= sequences
+    signals, learned_from = read_signals(config, encoder, item_ids, hashes, items)
+    inputs |= learned_from
     training, tuned = sized(config, device), None
     sample: Sample | str = "nothing was trained"
     checkpoint = checkpoint_path("scft", config, inputs, config.run.lake)
     if training.steps:
         sample = sample_of(config, snapshot, device)
-        clusters_I = teacher_clusters(config, item_ids)
-        tuned = tune(encoder, texts, training, config.run.seed, clusters_I, pairs, checkpoint, sample)
+        tuned = tune(encoder, texts, training, config.run.seed, signals, checkpoint, sample)
     if rank == 0:
         facts = keep(config, encoder, texts, training, tuned, inputs, sample)
         checkpoint.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ def course(config: Config, tuned: Tuned | None, facts: dict[str, Any]) -> dict[s
         return {"update_norm": 0.0, "temperature": config.training.temperature, "steps": 0, "best_step": 0, "losses": (),
                 "history": (facts["base_figures"],), "tokens_per_second": 0.0}  # fmt: skip
     return {
-        "update_norm": update_norm(tuned.lora),
+        "update_norm": update_norm(tuned.learned),
         "temperature": tuned.temperature,
         "steps": tuned.steps,
         "best_step": tuned.best_step,

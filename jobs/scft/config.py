@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs.run import InputError, Run
-from models.text.encoder import Pooling
+from models.text.encoder import Attention, Pooling
 from models.text.lora import Lora
 from models.text.prompts import FieldPolicy
 from models.text.scft import Scft
@@ -27,6 +27,10 @@ class Config:
     """`mean` over attribute tokens, the `last` token, or `mean_all` with the domain sentence."""
     layers: int = 0
     """Layers of the base model in use, from the bottom; 0 is all of them."""
+    attention: Attention = "base"
+    """`base` as the base was trained; `both`: the tokens of an item attend to each other both ways (after DARec, 2408.07427)."""
+    suffix_tokens: int = 0
+    """Learned tokens behind an item's text, over which it is pooled; the base stays frozen, without LoRA (Laser, 2409.01605)."""
     max_tokens: int = 512
     """Tokens of a prompt, at most; longer ones are cut at an attribute's border."""
     training: Scft = field(default_factory=Scft)
@@ -44,7 +48,8 @@ class Config:
     four_bit: bool = False
     """Holds the base in 4 bits while training (needs bitsandbytes)."""
     teacher: str = "latest"
-    """Whose clusters training.cluster_weight is about: a teacher's id, or `latest`, that of the newest `pretrain`."""
+    """Whose clusters and vectors are learned from, where training weighs any: a teacher's id, or `latest`, that of the newest
+    `pretrain`."""
     clusters: int = 100
     """Clusters of the teacher's items, at most."""
     max_items: int = 1_000_000
@@ -63,6 +68,14 @@ class Config:
             )
         if not 0 <= self.cold_share < 1 or self.worth_items < 0:
             raise InputError(f"scft: cold_share = {self.cold_share} must be a share in [0, 1), worth_items at least 0")
+        if self.suffix_tokens < 0 or (self.suffix_tokens and not self.training.steps):
+            raise InputError(f"scft: suffix_tokens = {self.suffix_tokens} must be at least 0, and are of no use untrained: set "
+                             "training.steps above 0, or suffix_tokens to 0")  # fmt: skip
+        if self.suffix_tokens and self.training.reads_users:
+            raise InputError("scft: suffix_tokens learn from items: set training.user_weight and title_weight to 0")
+        if self.attention == "both" and self.training.steps and self.training.title_weight:
+            raise InputError('scft: with attention = "both" the LLM would see the title that training.title_weight asks for: set '
+                             'one of them back')  # fmt: skip
         if self.four_bit and self.training.fp8:
             raise InputError(
                 "scft: the frozen weights are held in 4 bits or multiplied in 8: set four_bit or training.fp8 to false"

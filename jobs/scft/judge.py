@@ -19,7 +19,7 @@ from jobs.scft.tuning import validation_size, watched
 from jobs.scft.worth import BASE, BEFORE, NEW, Sample, measure_encoders
 from models.text.base_model import load_base
 from models.text.embedding import embed
-from models.text.encoder import Encoder, load_encoder, save_encoder
+from models.text.encoder import Encoder, load_encoder, of_base, save_encoder
 from models.text.prompts import Texts
 from models.text.scft import Scft, Tuned
 from models.text.view_retrieval import Validation, autocast_like_base, hold_out_views, refusals, relative_distance, validate_views
@@ -40,7 +40,7 @@ def keep(
     """
     validation, _ = hold_out_views(texts, training, encoder.limit, config.run.seed)
     staged = artifacts.stage(config.run.lake, "encoder")
-    save_encoder(staged, encoder.spec, tuned.lora if tuned else None)
+    save_encoder(staged, encoder.spec, tuned.learned if tuned else None)
     device = encoder.device
     base_CE = None if tuned is None else base_embeddings(config, encoder, validation)
     encoder.model = torch.nn.Identity()  # makes room for the copy that is judged
@@ -69,7 +69,7 @@ def measure_against_base(config: Config, loaded: Encoder, sample: Sample | str) 
 
     def base() -> Encoder:
         model, tokenizer, _ = load_base(config.base, device=device, layers=config.layers)
-        return Encoder(model, tokenizer, dataclasses.replace(loaded.spec, lora=None)).eval()
+        return Encoder(model, tokenizer, of_base(loaded.spec)).eval()
 
     encoders: dict[str, Callable[[], Encoder]] = {NEW: lambda: loaded, BASE: base}
     if (before := next(trainings(config.run.lake, config.run.ds), None)) is not None:
@@ -81,10 +81,12 @@ def measure_against_base(config: Config, loaded: Encoder, sample: Sample | str) 
 def base_embeddings(config: Config, encoder: Encoder, validation: Validation) -> NDArray[np.float32]:
     """base_CE: the candidates as the base model embeds them, before anything was learned."""
     with watched(encoder, len(validation.candidates.length_B)):
-        if config.training.fp8 or config.four_bit:  # the base is what `embed` will have: neither in 8 bits nor in 4
+        spec = encoder.spec
+        if config.training.fp8 or config.four_bit or of_base(spec) != dataclasses.replace(spec, lora=None):
+            # the base is what `embed` will have: neither in 8 bits nor in 4, without suffix tokens, with attention of its own
             device, encoder.model = encoder.device, torch.nn.Identity()
-            encoder.model = load_base(config.base, device=device, layers=config.layers)[0]
-            return embed(encoder.eval(), validation.candidates)
+            model, tokenizer, _ = load_base(config.base, device=device, layers=config.layers)
+            return embed(Encoder(model, tokenizer, of_base(spec)).eval(), validation.candidates)
         with encoder.model.disable_adapter(), autocast_like_base(encoder), torch.no_grad():  # type: ignore[operator]
             return embed(encoder.eval(), validation.candidates)
 

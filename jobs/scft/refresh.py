@@ -18,11 +18,18 @@ from jobs.run import InputError, Run, as_json
 from jobs.scft.config import Config
 from models.text.base_model import EMBEDDED, base_folder, base_sha256
 
-PROMPTS = ("policy.", "pooling", "layers", "max_tokens")
+PROMPTS = ("policy.", "pooling", "layers", "attention", "max_tokens")
 """Settings that shape the embeddings of a base model as it is."""
 APART = ("base", "gates.", "validation", "accept", "worth_items", "refresh_share", "max_age_days", "training.tokens",
          "training.compile")  # fmt: skip
 """Settings that shape no weights, and the base's place."""
+TAUGHT, READ = ("cluster_weight", "teacher_weight", "user_weight"), ("user_weight", "title_weight")
+BESIDE = {
+    "teacher": TAUGHT, "clusters": ("cluster_weight", "user_weight"), "cold_share": ("pair_share", *TAUGHT, *READ),
+    "training.pair_support": ("pair_share",), "training.popularity": ("pair_share",),
+    "training.user_share": READ, "training.user_titles": READ,
+}  # fmt: skip
+"""Settings that shape weights only where one of these is weighed."""
 
 
 def due(config: Config, snapshot: str) -> tuple[str, dict[str, Any] | None]:
@@ -125,9 +132,9 @@ def shape_digest(settings: Mapping[str, Any]) -> str:
     """
     usual = dict(flat(as_json(Config(run=Run(ds="1970-01-01", lake=Path())))))
     given = {**usual, **dict(flat(settings))}
-    apart = APART if given["training.cluster_weight"] else (*APART, "teacher", "clusters")
-    if not given["training.pair_share"]:
-        apart = (*apart, "cold_share", "training.pair_support", "training.popularity")
+    apart = (*APART, *(name for name, weights in BESIDE.items() if not any(given[f"training.{weight}"] for weight in weights)))
+    if given["suffix_tokens"]:
+        apart = (*apart, "lora.")
     shaping = {
         name: value
         for name, value in given.items()

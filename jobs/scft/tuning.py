@@ -19,9 +19,9 @@ from jobs.scft.worth import Sample
 from models.text.base_model import base_sha256, load_base, tokenizer_sha256
 from models.text.encoder import Encoder, Spec
 from models.text.lora import add_lora
-from models.text.prompts import Ints, Texts
+from models.text.objectives import Signals
+from models.text.prompts import Texts
 from models.text.scft import Interrupted, Scft, Tuned, fine_tune
-from models.text.scft_batches import Pairs
 from models.text.view_retrieval import HELD_OUT
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ CPU_HELD_OUT, CPU_CANDIDATES = 200, 1_000
 
 
 def build(config: Config, device: torch.device) -> Encoder:
-    """The base model with untrained LoRA weights: its embeddings are still the base model's."""
+    """The base model with untrained LoRA weights, its embeddings still the base model's; or with untrained suffix tokens."""
     model, tokenizer, folder = load_base(config.base, device=device, layers=config.layers, four_bit=config.four_bit)
     torch.manual_seed(config.run.seed)
     spec = Spec(
@@ -38,12 +38,14 @@ def build(config: Config, device: torch.device) -> Encoder:
         base_sha256=base_sha256(folder),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         policy=config.policy,
-        lora=config.lora if config.training.steps else None,
+        lora=config.lora if config.training.steps and not config.suffix_tokens else None,
         pooling=config.pooling,
         layers=config.layers,
         max_tokens=config.max_tokens,
         width=model.config.hidden_size,
-        from_users=bool(config.training.steps and (config.training.pair_share or config.training.cluster_weight)),
+        from_users=config.training.from_users,
+        attention=config.attention,
+        suffix_tokens=config.suffix_tokens,
     )
     return Encoder(add_lora(model, spec.lora) if spec.lora else model, tokenizer, spec)
 
@@ -65,17 +67,16 @@ def tune(
     texts: Texts,
     training: Scft,
     seed: int,
-    cluster_I: Ints | None,
-    pairs: Pairs | None,
+    signals: Signals,
     checkpoint: Path,
     sample: Sample | str,
 ) -> Tuned:
     """Trains; SIGTERM saves and leaves with status 143. What users teach is validated by what it foretells."""
-    worth = sample.ndcg if not isinstance(sample, str) and (pairs is not None or training.whiten) else None
+    worth = sample.ndcg if not isinstance(sample, str) and (training.from_users or training.whiten) else None
     with terminated() as stop, watched(encoder, validation_size(texts, training)):
         try:
-            return fine_tune(encoder, texts, training, seed=seed, log=progress(training.steps), cluster_I=cluster_I,
-                         pairs=pairs, checkpoint=checkpoint, stop=stop, worth=worth)  # fmt: skip
+            return fine_tune(encoder, texts, training, seed=seed, log=progress(training.steps), signals=signals,
+                         checkpoint=checkpoint, stop=stop, worth=worth)  # fmt: skip
         except Interrupted as error:
             log.info("%s", error)
             raise SystemExit(143) from error

@@ -120,6 +120,6 @@ def difference_text(worth: Worth, pair: str, config: Config) -> str:
         f"{key} {value:+.4f} " + ("(too few users to tell)" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]")
         for key, (value, low, high) in worth.less[pair].items()
     ]
-    unasked = config.training.steps and config.training.cluster_weight and "cold" in worth.less[pair]
-    note = " (cold items were not held out of the teacher whose clusters it learned)" if unasked else ""
+    unasked = config.training.reads_teacher and "cold" in worth.less[pair]
+    note = " (cold items are held out of the teacher only where pretrain.cold_share is scft.cold_share)" if unasked else ""
     return f"NDCG@10 {', '.join(parts)} over {worth.users} users{note}"

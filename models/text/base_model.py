@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from models.text.attention import ATTENTION, register_attention
 
@@ -184,6 +185,25 @@ def is_causal(model: nn.Module) -> bool:
     if len(flags) != 1:
         raise ValueError(f"{type(model).__name__} mixes kinds of attention, or has none: take a transformer of one kind")
     return flags.pop()
+
+
+def output_embeddings(model: nn.Module, name: str) -> Tensor:
+    """A base and its name -> words_WE, by which its last states tell the next token: its input embeddings where they are tied.
+
+    Raises ValueError for a base that reads both ways, or whose folder holds no language head.
+    """
+    if not is_causal(model):
+        raise ValueError(f"base model {name!r} reads both ways, so it can't tell what comes next: take a decoder")
+    words_WE: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    if getattr(model.config, "tie_word_embeddings", False):
+        return words_WE.detach()
+    for file in sorted(base_folder(name).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in ("lm_head.weight", "embed_out.weight"):
+                if key in tensors.keys():  # noqa: SIM118
+                    head_WE: Tensor = tensors.get_tensor(key).to(words_WE.device, words_WE.dtype)
+                    return head_WE
+    raise ValueError(f"base model {name!r} holds no language head and its input embeddings are none: take one that has")
 
 
 def first_position(model: nn.Module) -> int:

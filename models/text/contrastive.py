@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -97,11 +95,3 @@ def read_later(value: Tensor) -> Callable[[], float]:
         return float(host)
 
     return read
-
-
-def cluster_head(cluster_I: NDArray[np.int64] | None, width: int, device: torch.device) -> list[Tensor]:
-    """Weight and bias of a linear map from embeddings to clusters, both 0. Only training needs them; no artifact holds them."""
-    if cluster_I is None:
-        return []
-    count = int(cluster_I.max(initial=0)) + 1
-    return [torch.zeros(shape, device=device, requires_grad=True) for shape in ((count, width), (count,))]

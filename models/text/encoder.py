@@ -1,6 +1,6 @@
-"""An item encoder: a transformers model with LoRA weights. Packed prompts -> pooled embeddings.
+"""An item encoder: a transformers model with LoRA weights, or with learned suffix tokens. Packed prompts -> embeddings.
 
-Shapes: B items, T tokens of a step, E model width.
+Shapes: B items, T tokens of a step, S suffix tokens of each item, E model width.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from torch import Tensor, nn
 
 from models.text.attention import has_variable_attention
 from models.text.base_model import base_sha256, first_position, is_causal, load_base, tokenizer_sha256
-from models.text.lora import Lora, add_lora, load_lora, merge_lora, update_norm
+from models.text.lora import Lora, add_lora, load_lora, lora_state, merge_lora, update_norm
 from models.text.packing import Step, pack
 from models.text.prompts import Attributes, FieldPolicy, Prompts, Texts, as_policy, tokenize
 
 Pooling = Literal["mean", "last", "mean_all"]
-WEIGHTS, SPEC = "adapter_model.safetensors", "encoder.json"
+Attention = Literal["base", "both"]
+WEIGHTS, SUFFIX, SPEC = "adapter_model.safetensors", "suffix_tokens.safetensors", "encoder.json"
+LATER: Mapping[str, Any] = {"attention": "base", "suffix_tokens": 0}
+"""Keys that a Spec got later, with what older artifacts mean. They are written where they say something else alone, so that the
+artifact of an older recipe keeps its bytes, and with them its id."""
 NO_EFFECT = 1e-5
 """LoRA weights whose update ΔW has a norm below this change nothing."""
+UNMOVED = 5e-3
+"""Suffix tokens that moved by less, relative to where they start, learned nothing: a base in 16 bits rounds by .002."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,15 @@ class Spec:
     width: int
     from_users: bool = False
     """Whether it learned from users' histories too, not only from texts."""
+    attention: Attention = "base"
+    """As the base was trained; or both ways inside an item's text (DARec, arXiv 2408.07427)."""
+    suffix_tokens: int = 0
+    """Learned tokens behind an item's text, over which it is pooled (Laser, arXiv 2409.01605)."""
+
+
+def of_base(spec: Spec) -> Spec:
+    """A Spec -> that of the base model as it is, which reads the same prompts."""
+    return dataclasses.replace(spec, lora=None, attention="base", suffix_tokens=0)
 
 
 class Encoder(nn.Module):
@@ -56,8 +71,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.spec = model, tokenizer, spec
         config = self.config
-        self.causal = is_causal(model)
+        self.causal, self.shared = is_causal(model) and spec.attention == "base", is_causal(model)
+        if spec.attention == "both" and not self.shared:
+            raise ValueError(f'base model {spec.base!r} attends both ways by itself: set attention to "base"')
         self.head, self.tail = head_and_tail(tokenizer, spec.policy.domain)
+        self.suffix_SE = start_suffix(model, spec.suffix_tokens) if spec.suffix_tokens else None
+        # only places: their embeddings are not the vocabulary's
+        self.tail += (0,) * spec.suffix_tokens
         self.first_position = first_position(model)
         window = min(getattr(config, "max_position_embeddings", spec.max_tokens) - self.first_position, spec.max_tokens)
         self.limit = window - len(self.head) - len(self.tail)
@@ -78,20 +98,34 @@ class Encoder(nn.Module):
 
     def forward(self, step: Step) -> Tensor:
         """A step -> emb_BE float32 of its items."""
-        hidden_TE = self.model(
-            input_ids=step.token_T[None], position_ids=step.position_T[None], packing=step.packing, use_cache=False
-        ).last_hidden_state[0]
+        hidden_TE = self.states(step)
+        if self.suffix_SE is not None and self.spec.pooling == "mean":
+            return hidden_TE[suffix_places(step, len(self.suffix_SE))].float().mean(1)
         return pool(hidden_TE, step, self.spec.pooling)
 
-    def step(self, source: Prompts) -> Step:
-        """Prompts -> a step for `forward`, on the encoder's device."""
+    def states(self, step: Step) -> Tensor:
+        """A step -> hidden_TE, the last states of its tokens."""
+        read: dict[str, Tensor] = {"input_ids": step.token_T[None]}
+        if self.suffix_SE is not None:
+            words_TE = self.model.get_input_embeddings()(step.token_T)  # type: ignore[operator]
+            place_BS = suffix_places(step, len(self.suffix_SE))
+            learned_BSE = self.suffix_SE.to(words_TE.dtype).expand(len(place_BS), -1, -1)
+            read = {"inputs_embeds": words_TE.index_put((place_BS,), learned_BSE)[None]}
+        hidden_TE: Tensor = self.model(
+            **read, position_ids=step.position_T[None], packing=step.packing, use_cache=False
+        ).last_hidden_state[0]
+        return hidden_TE
+
+    def step(self, source: Prompts, head: tuple[int, ...] | None = None) -> Step:
+        """Prompts -> a step for `forward`, on the encoder's device. `head` is read instead of the domain sentence."""
         return pack(
             source,
-            self.head,
+            self.head if head is None else head,
             self.tail,
             causal=self.causal,
             device=self.device,
             variable=self.variable,
+            shared=self.shared,
             first_position=self.first_position,
             fill=self.fill,
         )
@@ -119,7 +153,7 @@ class Encoder(nn.Module):
     @property
     def overhead(self) -> int:
         """Tokens that each item costs beside those of its attributes."""
-        return len(self.tail) + (0 if self.causal else len(self.head))
+        return len(self.tail) + (0 if self.shared else len(self.head))
 
     def tokenize(self, items: Iterable[Attributes]) -> Texts:
         """Items' attributes -> token pieces, under the encoder's field policy."""
@@ -147,14 +181,51 @@ def pool(hidden_TE: Tensor, step: Step, pooling: Pooling) -> Tensor:
     return sum_BE / (step.whole_B[:, None] + step.prefix)
 
 
+def suffix_places(step: Step, count: int) -> Tensor:
+    """place_BS: where a step's suffix tokens are, the last ones of each item."""
+    end_B = step.prefix + step.whole_B.cumsum(0)
+    return end_B[:, None] + torch.arange(-count, 0, device=end_B.device)
+
+
+def start_suffix(model: nn.Module, count: int) -> nn.Parameter:
+    """What suffix tokens are before they learn: words of the base's vocabulary, always the same ones. The base is frozen."""
+    words_WE: Tensor = model.requires_grad_(False).get_input_embeddings().weight  # type: ignore[operator]
+    drawn_S = torch.randint(len(words_WE), (count,), generator=torch.Generator().manual_seed(0))
+    return nn.Parameter(words_WE[drawn_S.to(words_WE.device)].float().clone())
+
+
+# ---------------------------------------------------------------------------------------------------------------- learned
+
+
+def learned_state(encoder: Encoder) -> dict[str, Tensor]:
+    """A copy of what training changes, on the CPU: LoRA weights by PEFT's names, or the suffix tokens."""
+    if encoder.suffix_SE is None:
+        return lora_state(encoder.model)
+    return {"suffix_SE": encoder.suffix_SE.detach().cpu().clone()}
+
+
+def load_learned(encoder: Encoder, state: Mapping[str, Tensor]) -> None:
+    """Puts it into an encoder. Raises ValueError for names or shapes that are not the encoder's, or values that aren't finite."""
+    if encoder.suffix_SE is None:
+        load_lora(encoder.model, state)
+        return
+    found = state.get("suffix_SE", torch.empty(0))
+    if found.shape != encoder.suffix_SE.shape or not bool(found.isfinite().all()):
+        raise ValueError(f"suffix tokens are {tuple(found.shape)}, or not finite: the encoder needs "
+                         f"{tuple(encoder.suffix_SE.shape)}; train them on this base")  # fmt: skip
+    with torch.no_grad():
+        encoder.suffix_SE.copy_(found)
+
+
 # -------------------------------------------------------------------------------------------------------------- artifact
 
 
-def save_encoder(path: Path, spec: Spec, lora: Mapping[str, Tensor] | None) -> None:
-    """Writes an encoder's artifact into a folder: LoRA weights (none for a zero-shot encoder), and its Spec as JSON."""
-    if lora is not None:
-        save_file(dict(lora), path / WEIGHTS)
-    (path / SPEC).write_text(json.dumps(dataclasses.asdict(spec), indent=1, sort_keys=True))
+def save_encoder(path: Path, spec: Spec, learned: Mapping[str, Tensor] | None) -> None:
+    """Writes an encoder's artifact into a folder: what it learned (nothing for a zero-shot encoder), and its Spec as JSON."""
+    if learned is not None:
+        save_file(dict(learned), path / (SUFFIX if spec.suffix_tokens else WEIGHTS))
+    told = {name: value for name, value in dataclasses.asdict(spec).items() if name not in LATER or value != LATER[name]}
+    (path / SPEC).write_text(json.dumps(told, indent=1, sort_keys=True))
 
 
 def read_spec(path: Path) -> Spec:
@@ -170,7 +241,7 @@ def read_spec(path: Path) -> Spec:
 def load_encoder(path: Path, *, device: torch.device, dtype: torch.dtype | None = None, merge: bool = True) -> Encoder:
     """An artifact's folder -> the encoder. LoRA weights are merged into the base, or beside it where `merge` is false.
 
-    Raises ValueError where the base model or the tokenizer has another hash, or LoRA weights do not fit or have no effect.
+    Raises ValueError where the base model or the tokenizer has another hash, or what was learned does not fit or has no effect.
     """
     spec = read_spec(path)
     model, tokenizer, folder = load_base(spec.base, device=device, dtype=dtype, layers=spec.layers)
@@ -189,4 +260,17 @@ def load_encoder(path: Path, *, device: torch.device, dtype: torch.dtype | None 
             load_lora(model, state)
         if update_norm(state) < NO_EFFECT:
             raise ValueError("LoRA weights have no effect: the norm of ΔW is zero; train them, or keep a zero-shot encoder")
-    return Encoder(model, tokenizer, spec).eval()
+    encoder = Encoder(model, tokenizer, spec).eval()
+    if encoder.suffix_SE is not None:
+        read_suffix(path, encoder, encoder.suffix_SE)
+    return encoder
+
+
+def read_suffix(path: Path, encoder: Encoder, suffix_SE: Tensor) -> None:
+    """Puts an artifact's suffix tokens into its encoder. Raises ValueError where they are missing or learned nothing."""
+    if not (path / SUFFIX).exists():
+        raise ValueError(f"{path} holds no {SUFFIX}: the encoder is not whole")
+    start_SE = suffix_SE.detach().clone()
+    load_learned(encoder, load_file(path / SUFFIX))
+    if float((suffix_SE.detach() - start_SE).norm()) < UNMOVED * float(start_SE.norm()):
+        raise ValueError("suffix tokens have no effect: they did not move; train them, or set suffix_tokens to 0")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from models.text.base_model import layers_of
 from models.text.encoder import Encoder
 from models.text.low_rank import COMPILER
-from models.text.prompts import Prompts, take
+from models.text.prompts import Ints, Prompts
 
 T = TypeVar("T")
 RUNGS = 16
@@ -62,19 +62,19 @@ class Memory:
         free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
         return 0.85 * (free - torch.cuda.memory_allocated(self.device))
 
-    def split(self, rows: Prompts) -> list[Prompts]:
-        """A step's rows -> micro-batches of whole items (two rows each). Sets how many layers to recompute, too."""
+    def split(self, rows: Prompts, each: int = 2) -> list[Ints]:
+        """A step's rows -> those of each micro-batch, `each` together. Sets how many layers to recompute, too."""
         room, total = self.free_bytes(), int(rows.length_B.sum())
         most = self.fixed or (total if math.isinf(room) else int(room / (self.layers * self.kept + self.whole)))
         most = max(1, most // 2**self.halvings)
-        pairs = len(rows.length_B) // 2
-        parts = min(pairs, -(-total // most))
+        groups = len(rows.length_B) // each
+        parts = min(groups, -(-total // most))
         largest = -(-total // parts)
         if not math.isinf(room):
             spare = room - largest * self.layers * self.whole
             self.recomputed = max(self.recomputed, min(self.layers, math.ceil(-spare / (largest * (self.whole - self.kept)))))
-        ends = np.linspace(0, pairs, parts + 1).astype(int)
-        return [take(rows, np.arange(2 * start, 2 * end)) for start, end in pairwise(ends)]
+        ends = np.linspace(0, groups, parts + 1).astype(int)
+        return [np.arange(each * start, each * end) for start, end in pairwise(ends)]
 
     def run_fitting(self, attempt: Callable[[], T]) -> T:
         """Runs a step's gradient. After each time that memory was too small, tries again with less."""

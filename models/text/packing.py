@@ -2,7 +2,7 @@
 
 A step's tokens are `[prefix, item, item, …]`. In causal attention the prefix's states are the same before every item, so they
 are computed once, and each item's queries attend to the prefix's keys and to their own. With bidirectional attention each
-item has its own copy of the prefix.
+item has its own copy of the prefix, unless the prefix is not to see the items.
 
 Shapes: T tokens of a step, S sequences (the shared prefix is one), K keys that all sequences read together, Q longest
 sequence, L longest sequence with its prefix, B items, N tokens of the items' attributes.
@@ -83,18 +83,20 @@ def pack(
     causal: bool,
     device: torch.device,
     variable: bool,
+    shared: bool | None = None,
     first_position: int = 0,
     fill: int = 0,
 ) -> Step:
     """Prompts -> a step. `head` (special tokens and domain sentence) comes before each prompt and `tail` after it.
 
-    `variable`: whether the device has variable-length attention. `fill`, if not 0, rounds shapes up with filler tokens, so
-    that compiled code sees few shapes: `fill` different sizes between each power of two and the next.
+    `variable`: whether the device has variable-length attention. `shared`: whether the head stands there once for all and sees
+    no item; None says: in causal attention. `fill`, if not 0, rounds shapes up with filler tokens, so that compiled code sees few
+    shapes: `fill` different sizes between each power of two and the next.
     Raises ValueError for a prompt without tokens.
     """
     if not len(source.length_B) or int(source.length_B.min()) < 1:
         raise ValueError("a prompt has no tokens: give every item at least one attribute, or leave it out")
-    layout = lay_out(source.length_B, len(head), len(tail), shared=causal and len(head) > 0)
+    layout = lay_out(source.length_B, len(head), len(tail), shared=(causal if shared is None else shared) and len(head) > 0)
     length_S, reach_S = layout.length_S, layout.reach_S
     token_T = write_tokens(source, head, tail, layout)
     position_T = np.arange(len(token_T)) - np.repeat(layout.start_S, length_S) + first_position

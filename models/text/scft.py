@@ -19,34 +19,37 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpoint import adam_from, adam_state, read_checkpoint, write_checkpoint
 from models.processes import any_process, from_first, sum_gradients
 from models.text import fp8
 from models.text.base_model import layers_of
-from models.text.contrastive import backward, cluster_head, info_nce, same_text_mask
-from models.text.encoder import Encoder
-from models.text.lora import load_lora, lora_state
+from models.text.contrastive import backward, info_nce, read_later, same_text_mask
+from models.text.encoder import Encoder, learned_state, load_learned
 from models.text.lora_dropout import Seeds
 from models.text.memory import Memory
 from models.text.moments import Moments
+from models.text.objectives import Heads, Signals
 from models.text.packing import to_device
 from models.text.prompts import Ints, Prompts, Texts, take
-from models.text.scft_batches import Batches, Drawn, Pairs, Partners, often
+from models.text.scft_batches import Drawn, batches_of, often
 from models.text.scft_settings import Scft as Scft
+from models.text.users import DrawnUsers, prompt_of, user_prompts
 from models.text.view_retrieval import Validation, autocast_like_base, evaluating, hold_out_views, validate_together
 
 Log = Callable[[dict[str, float], int], None]
+NONE = Signals()
+USERS = 1 << 20
+"""Number of the users' first micro-batch, behind those of all items."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
     """The result of a training."""
 
-    lora: dict[str, Tensor] = field(repr=False)
-    """The best LoRA weights by PEFT's names."""
+    learned: dict[str, Tensor] = field(repr=False)
+    """The best LoRA weights by PEFT's names, or suffix tokens."""
     steps: int
     best_step: int
     losses: tuple[float, ...]
@@ -70,27 +73,26 @@ def fine_tune(
     *,
     seed: int,
     log: Log,
-    cluster_I: Ints | None = None,
-    pairs: Pairs | None = None,
+    signals: Signals = NONE,
     checkpoint: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     worth: Callable[[Encoder], float] | None = None,
 ) -> Tuned:
-    """An encoder with untrained LoRA weights, and a catalogue -> the best weights, which are also left in the encoder.
+    """An encoder with untrained LoRA weights or suffix tokens, and a catalogue -> the best ones, also left in the encoder.
 
-    `cluster_I` is the number of each item's cluster, -1 where it has none; needed where config.cluster_weight is not 0.
-    `pairs` are items that users took one after the other; needed where config.pair_share is not 0.
+    `signals` are what else there is to learn from; each is needed where the settings weigh it.
     `worth` says what an encoder is good for; the best weights are those of its highest value, without it those of the best mrr.
     `checkpoint` is a file. It is written at each validation and when `stop` returns true; then Interrupted is raised. Where it
     exists, training goes on from it. Under torch.distributed every process calls this with the same arguments.
     Raises ValueError for a loss that is not finite, a batch that the processes cannot share, or too few texts.
     """
     validation, items = hold_out_views(texts, config, encoder.limit, seed)
-    trainer = Trainer(encoder, texts, items, config, seed, cluster_I, pairs, worth)
+    trainer = Trainer(encoder, texts, items, config, seed, signals, worth)
     # the first process decides for all: another one may not see its file
     if state := from_first(lambda: checkpoint.read_bytes() if checkpoint and checkpoint.exists() else b""):
         trainer.load(state)
     else:
+        trainer.heads.fit(encoder, texts, items, seed)
         trainer.validate(validation, log)
     from peft.helpers import disable_input_dtype_casting  # takes seconds: only where something is trained
 
@@ -124,59 +126,35 @@ class Trainer:
         items: Ints,
         config: Scft,
         seed: int,
-        cluster_I: Ints | None = None,
-        pairs: Pairs | None = None,
+        signals: Signals = NONE,
         worth: Callable[[Encoder], float] | None = None,
     ) -> None:
-        if config.cluster_weight and cluster_I is None:
-            raise ValueError("cluster_weight needs the teacher's clusters: none were given")
-        if config.pair_share and pairs is None:
-            raise ValueError("pair_share needs the items that users took one after the other: none were given")
         self.encoder, self.texts, self.config, self.seed, self.worth = encoder, texts, config, seed, worth
         if config.fp8:
             fp8.convert(encoder.model, trained_through=True)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.batches = self.batches_of(items, pairs if config.pair_share else None)
+        self.heads = Heads(encoder, config, signals)
+        self.batches = batches_of(texts, items, signals.pairs, config, encoder.limit, seed, self.world)
+        self.user_head, room = prompt_of(encoder)
+        self.user_prompts = None
+        if config.reads_users and signals.users is not None:
+            cluster_I = signals.cluster_I if config.user_weight else None
+            self.user_prompts = user_prompts(signals.users, config, self.batches.size, room, seed, self.world, cluster_I)
         self.often_I = often(self.batches, len(texts), config)
         self.moments = Moments(encoder, texts, seed) if config.whiten else None
-        self.weights = [p for p in encoder.model.parameters() if p.requires_grad]
+        self.weights = [p for p in encoder.parameters() if p.requires_grad]
         self.scale = torch.tensor(math.log(1 / config.temperature), device=encoder.device, requires_grad=config.learn_temperature)
-        self.cluster_I = cluster_I if config.cluster_weight else None
-        self.head = cluster_head(self.cluster_I, encoder.spec.width, encoder.device)
-        groups: list[dict[str, Any]] = [{"params": self.weights}, {"params": [self.scale, *self.head], "weight_decay": 0.0}]
+        heads = list(self.heads.learned.values())
+        groups: list[dict[str, Any]] = [{"params": self.weights}, {"params": [self.scale, *heads], "weight_decay": 0.0}]
         fused = encoder.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
         self.seeds = Seeds(layers_of(encoder.model), encoder.device)
-        self.ready: Drawn | None = None
+        self.ready: tuple[Drawn, DrawnUsers | None] | None = None
         """The next step's batch."""
         self.memory = Memory(encoder, tokens=config.tokens, compiled=config.compile)
         self.losses: list[float] = []
         self.history: list[dict[str, float]] = []
-        self.best, self.best_step, self.tokens_done = lora_state(encoder.model), 0, 0
-
-    def batches_of(self, items: Ints, pairs: Pairs | None) -> Batches:
-        """Items to train on, and pairs -> what draws the batches.
-
-        Raises ValueError for a batch that processes cannot share, or where no pair is left.
-        """
-        config, world = self.config, self.world
-        size = min(config.batch, len(items)) // world * world
-        if size < 2 or (config.batch % world and config.batch <= len(items)):
-            raise ValueError(f"batch = {config.batch} cannot be shared by {world} processes: give a multiple of {world}")
-        partners = Partners(pairs.pair_P2, items, self.texts.text_I, pairs.user_P, config.pair_support) if pairs else None
-        if partners is not None and not len(partners):
-            raise ValueError(f"no pair of items to train on was taken by {config.pair_support} users: lower pair_support, or set "
-                             "pair_share to 0")  # fmt: skip
-        return Batches(
-            texts=self.texts,
-            items=items,
-            size=size,
-            ratio=config.ratio,
-            limit=self.encoder.limit,
-            seed=self.seed,
-            partners=partners,
-            pair_share=config.pair_share,
-        )
+        self.best, self.best_step, self.tokens_done = learned_state(encoder), 0, 0
 
     @property
     def step(self) -> int:
@@ -193,7 +171,7 @@ class Trainer:
 
     def train_step(self) -> float:
         """One optimizer step; returns the loss. Raises ValueError where it is not finite."""
-        drawn = self.ready if self.ready and self.ready.step == self.step else self.batches.draw(self.step)
+        drawn, users = self.ready if self.ready and self.ready[0].step == self.step else self.draw(self.step)
         texts = self.texts.text_I[drawn.items], self.texts.text_I[drawn.partners]
         same_BB = same_text_mask(*(to_device(x, self.encoder.device) for x in (*texts, drawn.keys[::2], drawn.keys[1::2])))
         share = len(drawn.items) // self.world * 2
@@ -205,50 +183,83 @@ class Trainer:
 
         def loss_of(all_RE: Tensor) -> Tensor:
             view_RE = self.moments.whiten(all_RE) if self.moments else all_RE
-            return info_nce(view_RE[0::2], view_RE[1::2], self.scale.exp(), same_BB, often_B) + self.cluster_loss(all_RE, drawn)
+            weight, loss = self.config.contrast_weight, all_RE.new_zeros(())
+            if weight:
+                loss = weight * info_nce(view_RE[0::2], view_RE[1::2], self.scale.exp(), same_BB, often_B)
+            both_R = np.stack([drawn.items, drawn.partners], axis=1).ravel()
+            return loss + self.heads.item_loss(all_RE, both_R, self.scale.exp().detach()) if self.heads.told_of_items else loss
 
         if not self.encoder.training:
             self.encoder.train()
-        read_loss = self.memory.run_fitting(partial(self.gradient, own, loss_of))
+        read_loss = self.memory.run_fitting(partial(self.gradient, own, loss_of, users))
         self.update()
         # the GPU still works on the gradient: the next batch is drawn meanwhile
-        self.ready = self.batches.draw(self.step + 1)
+        self.ready = self.draw(self.step + 1)
         loss = read_loss()
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.step + 1}: lower learning_rate or raise temperature")
         self.losses.append(loss)
-        self.tokens_done += int(drawn.rows.length_B.sum())
+        self.tokens_done += int(drawn.rows.length_B.sum()) + (int(users.rows.length_B.sum()) if users else 0)
         return loss
 
-    def cluster_loss(self, all_RE: Tensor, drawn: Drawn) -> Tensor | float:
-        """The second loss of all processes' views, times its weight. Each process computes it for the whole batch."""
-        if self.cluster_I is None:
-            return 0.0
-        both = np.stack([drawn.items, drawn.partners], axis=1).ravel()
-        label_R = to_device(self.cluster_I[both], all_RE.device)
-        logits_RK = self.scale.exp().detach() * F.linear(F.normalize(all_RE, dim=1), *self.head)
-        loss = F.cross_entropy(logits_RK, label_R, ignore_index=-1, reduction="sum")
-        return self.config.cluster_weight * loss / (label_R >= 0).sum().clamp_min(1)
+    def draw(self, step: int) -> tuple[Drawn, DrawnUsers | None]:
+        """A step's items and users."""
+        return self.batches.draw(step), self.user_prompts.draw(step) if self.user_prompts else None
 
-    def gradient(self, own: Prompts, loss_of: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+    def gradient(self, own: Prompts, loss_of: Callable[[Tensor], Tensor], users: DrawnUsers | None = None) -> Callable[[], float]:
         """Computes the gradient of this process's rows, in micro-batches that fit -> a function that reads the loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        forwards = [partial(self.forward, part, number) for number, part in enumerate(self.memory.split(own))]
-        return backward(forwards, loss_of)
+        if users is None:
+            return self.item_gradient(own, loss_of)
+        of_users = self.user_gradient(users)
+        if not (self.config.contrast_weight or self.heads.told_of_items):
+            return of_users
+        of_items = self.item_gradient(own, loss_of)
+        return lambda: of_items() + of_users()
+
+    def item_gradient(self, own: Prompts, loss_of: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+        """The part of the items."""
+        parts = enumerate(self.memory.split(own))
+        return backward([partial(self.forward, take(own, rows), number) for number, rows in parts], loss_of)
+
+    def user_gradient(self, users: DrawnUsers) -> Callable[[], float]:
+        """The part of the users: their losses are sums over users, so each micro-batch goes by itself."""
+        count = len(users.context_B) // self.world
+        own = users.some(np.arange(self.rank * count, (self.rank + 1) * count))
+        known = max(1, int((users.share_BK.sum(1) > 0).sum()))
+        tokens = max(1, int(users.rows.length_B.sum() - users.context_B.sum()))
+        total = torch.zeros((), device=self.encoder.device)
+        for number, rows in enumerate(self.memory.split(own.rows, each=1)):
+            part = own.some(rows)
+            self.seed_dropout(USERS + number)
+            with autocast_like_base(self.encoder):
+                step = self.encoder.step(part.rows, self.user_head)
+                hidden_TE = self.encoder.states(step)
+            clusters, titles = self.heads.user_loss(hidden_TE, step, part, self.scale.exp().detach())
+            loss = self.config.user_weight * clusters / known + self.config.title_weight * titles / tokens
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return read_later(total)
 
     def forward(self, rows: Prompts, number: int) -> Tensor:
         """A micro-batch -> its emb_RE. Within a step its dropout is always the same."""
-        seed = int(np.random.SeedSequence([self.seed, 3, self.step, self.rank, number]).generate_state(1)[0])
-        torch.manual_seed(seed)
-        self.seeds.set(seed)
+        self.seed_dropout(number)
         with autocast_like_base(self.encoder):
             emb_RE: Tensor = self.encoder(self.encoder.step(rows))
         return emb_RE
 
+    def seed_dropout(self, number: int) -> None:
+        """Sets the masks of a micro-batch by its number."""
+        seed = int(np.random.SeedSequence([self.seed, 3, self.step, self.rank, number]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        self.seeds.set(seed)
+
     def update(self) -> None:
         """Sums the gradients over processes, clips them, and takes an optimizer step."""
         if self.world > 1:
-            sum_gradients(self.weights)
+            sum_gradients([*self.weights, *self.heads.shared_out])
         nn.utils.clip_grad_norm_(self.weights, self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
@@ -267,7 +278,7 @@ class Trainer:
         best = max((entry[by] for entry in self.history[1:]), default=-math.inf)
         self.history.append({"step": float(self.step), **quality})
         if self.step and quality[by] > best:
-            self.best, self.best_step = lora_state(self.encoder.model), self.step
+            self.best, self.best_step = learned_state(self.encoder), self.step
         log({f"validation_{name}": value for name, value in quality.items()}, self.step)
 
     def stale(self) -> bool:
@@ -277,10 +288,10 @@ class Trainer:
 
     def finish(self, tokens_per_second: float) -> Tuned:
         """Puts the best weights into the encoder -> the result."""
-        load_lora(self.encoder.model, self.best)
+        load_learned(self.encoder, self.best)
         self.encoder.eval()
         return Tuned(
-            lora=self.best,
+            learned=self.best,
             steps=self.step,
             best_step=self.best_step,
             losses=tuple(self.losses),
@@ -293,8 +304,8 @@ class Trainer:
         """Replaces the checkpoint at once. Only the first process does."""
         if self.rank:
             return
-        groups: dict[str, dict[Any, Tensor]] = {"lora": {**lora_state(self.encoder.model)}, "best": {**self.best}}
-        groups |= {"scale": {"": self.scale.detach()}, "head": {n: value.detach() for n, value in enumerate(self.head)}}
+        groups: dict[str, dict[Any, Tensor]] = {"learned": {**learned_state(self.encoder)}, "best": {**self.best}}
+        groups |= {"scale": {"": self.scale.detach()}, "heads": {**self.heads.state()}}
         groups["adam"] = adam_state(self.optimizer.state_dict()["state"])
         if self.moments:
             groups["moments"] = self.moments.state()
@@ -308,11 +319,10 @@ class Trainer:
         self.losses, self.history = known["losses"], known["history"]
         self.best_step, self.tokens_done = known["best_step"], known["tokens"]
         self.best = groups["best"]
-        load_lora(self.encoder.model, groups["lora"])
+        load_learned(self.encoder, groups["learned"])
+        self.heads.load(groups.get("heads", {}))
         with torch.no_grad():
             self.scale.copy_(groups["scale"][""])
-            for number, value in enumerate(self.head):
-                value.copy_(groups["head"][str(number)])
         if self.moments:
             self.moments.load(groups["moments"])
         state = adam_from(groups.get("adam", {}))

@@ -16,11 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.text.prompts import Ints, Prompts, Texts, prompts
+from models.text.users import in_passes
 from models.text.views import views
 
 
 class PairSettings(Protocol):
-    """What pairs need of a training's settings (models.text.scft.Scft has them)."""
+    """What batches need of a training's settings (models.text.scft.Scft has them)."""
+
+    @property
+    def batch(self) -> int:
+        """Items of a step over all processes."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of an item's attributes that a view drops."""
+
+    @property
+    def pair_support(self) -> int:
+        """Users who must have taken a pair, at least."""
 
     @property
     def pair_share(self) -> float:
@@ -75,10 +88,7 @@ class Batches:
 
         The last ones of a batch are pairs that users took, where there are any: `pair_share` of it.
         """
-        places = np.arange(step * self.size, (step + 1) * self.size)
-        passes = places // len(self.items)
-        order = {number: np.random.default_rng([self.seed, 1, number]).permutation(self.items) for number in np.unique(passes)}
-        items = np.asarray([order[number][place % len(self.items)] for number, place in zip(passes, places, strict=True)])
+        items = in_passes(self.items, step, self.size, [self.seed, 1])
         pairs = round(self.pair_share * self.size) if self.partners else 0
         alone = items[: self.size - pairs]
         both = np.repeat(alone, 2)
@@ -134,6 +144,34 @@ class Partners:
         """How often each item is what came next, as a share of all draws."""
         share_I: NDArray[np.float64] = np.bincount(self.pair_P2[:, 1], self.weight_P, catalogue) / self.weight_P.sum()
         return share_I
+
+
+def batches_of(
+    texts: Texts, items: Ints, pairs: Pairs | None, config: PairSettings, limit: int, seed: int, world: int
+) -> Batches:
+    """Items to train on, and pairs -> what draws the batches that `world` processes share.
+
+    Raises ValueError for a batch that they cannot share, or where no pair is left.
+    """
+    size = min(config.batch, len(items)) // world * world
+    if size < 2 or (config.batch % world and config.batch <= len(items)):
+        raise ValueError(f"batch = {config.batch} cannot be shared by {world} processes: give a multiple of {world}")
+    partners = None
+    if pairs is not None and config.pair_share:
+        partners = Partners(pairs.pair_P2, items, texts.text_I, pairs.user_P, config.pair_support)
+        if not len(partners):
+            raise ValueError(f"no pair of items to train on was taken by {config.pair_support} users: lower pair_support, or set "
+                             "pair_share to 0")  # fmt: skip
+    return Batches(
+        texts=texts,
+        items=items,
+        size=size,
+        ratio=config.ratio,
+        limit=limit,
+        seed=seed,
+        partners=partners,
+        pair_share=config.pair_share,
+    )
 
 
 def often(batches: Batches, catalogue: int, settings: PairSettings) -> NDArray[np.float32] | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WEIGHTS = ("contrast_weight", "cluster_weight", "teacher_weight", "user_weight", "title_weight")
+"""Settings that weigh losses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scft:
@@ -43,6 +46,19 @@ class Scft:
     """Items of the catalogue that validation searches through, at most."""
     cluster_weight: float = 0.0
     """Weight of a second loss: predict from an item's text its cluster among the teacher's vectors (P2Rec, 2406.00333)."""
+    contrast_weight: float = 1.0
+    """Weight of the loss over views and pairs; 0 leaves it out."""
+    teacher_weight: float = 0.0
+    """Weight of telling an item's vector of the teacher from its text: a ridge first, then the LLM by 1 - cosine (as DARec,
+    2408.07427)."""
+    user_weight: float = 0.0
+    """Weight of telling from a user's titles how what they had is spread over the teacher's clusters (P2Rec)."""
+    title_weight: float = 0.0
+    """Weight of telling the tokens of a user's next title from the titles before; for bases that write."""
+    user_share: float = 0.25
+    """Users of a step beside its items, as a share of `batch`, where users' titles are learned from."""
+    user_titles: int = 10
+    """Newest titles of a user that are read, at most."""
     pair_share: float = 0.0
     """Share of a step that is pairs of items that users took one after the other, instead of two views of one item (as NoteLLM
     pairs notes, 2403.01744), whole. Each user weighs as much as any other."""
@@ -62,9 +78,28 @@ class Scft:
             raise ValueError(f"ratio = {self.ratio} must lie in [0, 1): a view never drops all attributes")
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature} must be positive; usual are 0.05 to 0.1")
-        if self.cluster_weight < 0:
-            raise ValueError(f"cluster_weight = {self.cluster_weight} must be at least 0, which leaves the clusters out")
+        weights = {name: getattr(self, name) for name in WEIGHTS}
+        if min(weights.values()) < 0 or (self.steps and not any(weights.values())):
+            raise ValueError(f"{', '.join(f'{name} = {value}' for name, value in weights.items())}: none may be below 0, which "
+                             "leaves a loss out, and not all 0")  # fmt: skip
+        if not 0 < self.user_share <= 1 or self.user_titles < 1:
+            raise ValueError(f"user_share = {self.user_share} must lie in (0, 1], user_titles be at least 1")
         if not 0 <= self.pair_share <= 1:
             raise ValueError(f"pair_share = {self.pair_share} must lie in [0, 1]; 0 leaves the users out")
         if self.pair_support < 1 or self.whiten_every < 1 or not 0 <= self.popularity <= 1:
             raise ValueError("pair_support and whiten_every must be at least 1, popularity a share in [0, 1]")
+
+    @property
+    def reads_users(self) -> bool:
+        """Whether users' titles are learned from."""
+        return bool(self.steps and (self.user_weight or self.title_weight))
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether a teacher's clusters or vectors are learned from."""
+        return bool(self.steps and (self.cluster_weight or self.teacher_weight or self.user_weight))
+
+    @property
+    def from_users(self) -> bool:
+        """Whether anything is learned from users, by themselves or by a teacher."""
+        return bool(self.steps and self.pair_share and self.contrast_weight) or self.reads_users or self.reads_teacher

@@ -9,7 +9,8 @@ python tests/benchmarks/bench_encoder.py compare --data ../shared/data/amazon_be
 python tests/benchmarks/bench_encoder.py fused --ranks fused-zero fused-pairs
     two folders of `bench_fusion.py rank`, over two encoders: what the second has more under each model
 
-Needs torch, transformers, peft, numpy, pyarrow and scikit-learn only.
+Needs torch, transformers, peft, numpy, pyarrow, safetensors and scikit-learn only. Rows that learn from a teacher train it first:
+an ID-only SASRec by the production code, on train rows without the items held out as cold.
 """
 
 from __future__ import annotations
@@ -18,32 +19,44 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.behaviour.data import Histories, followers, held_out, without_items
+from models.behaviour.data import Histories, followers, held_out, train_counts, without_items
+from models.behaviour.items import IdItems
+from models.behaviour.recommender import Backbone, Recommender, build_sequence
+from models.behaviour.training import Training, train
 from models.judge.evaluation import SLICES, make_cases
 from models.judge.metrics import by_rank
 from models.judge.text_floor import text_ranks, tfidf_table
 from models.judge.untrained import Trial, untrained_ndcg
 from models.text.embedding import embed_items
 from models.text.encoder import Encoder
+from models.text.objectives import Signals
 from models.text.prompts import Attributes, FieldPolicy
 from models.text.scft import Scft, fine_tune
 from models.text.scft_batches import Pairs, shuffle_texts
+from models.text.users import users_of
 from tests.benchmarks.bench_fusion import interval, resampled
 from tests.benchmarks.bench_quality import COLD_SEED, COLD_SHARE, fresh, quietly, read_items
 from tests.benchmarks.bench_rat import load
 
 PAIRS: dict[str, Any] = {"pair_share": 1.0, "ratio": 0.0, "temperature": 0.1, "learning_rate": 4e-4}
+ALONE: dict[str, Any] = {"contrast_weight": 0.0, "ratio": 0.0}
+TEACHER: dict[str, Any] = {**ALONE, "teacher_weight": 1.0}
 ROWS: dict[str, dict[str, Any]] = {
     "zero": {"steps": 0},
     "views": {},
@@ -54,9 +67,29 @@ ROWS: dict[str, dict[str, Any]] = {
     "pairs_white": {**PAIRS, "whiten": True},
     "pairs_white_slow": {**PAIRS, "whiten": True, "learning_rate": 2e-4},
     "pairs_white_popular": {**PAIRS, "whiten": True, "popularity": 0.0},
+    "zero_both": {"steps": 0, "attention": "both"},
+    "pairs_white_both": {**PAIRS, "whiten": True, "attention": "both"},
+    "darec": {**TEACHER, "attention": "both"},
+    "pairs_white_r32": {**PAIRS, "whiten": True, "r": 32},
+    "suffix_pairs": {**PAIRS, "suffix_tokens": 8, "learning_rate": 1e-2},
+    "suffix_pairs_slow": {**PAIRS, "suffix_tokens": 8, "learning_rate": 2e-3},
+    "suffix_views": {"suffix_tokens": 8, "learning_rate": 1e-2},
+    "teacher": TEACHER,
+    "teacher_slow": {**TEACHER, "learning_rate": 5e-5},
+    "p2rec": {**ALONE, "cluster_weight": 1.0, "user_weight": 1.0},
+    "p2rec_views": {"cluster_weight": 0.3, "user_weight": 0.3},
+    "titles": {**ALONE, "title_weight": 1.0},
+    "titles_slow": {**ALONE, "title_weight": 1.0, "learning_rate": 5e-5},
     "shuffled": {**PAIRS, "whiten": True},
 }
-"""What each row changes of SCFT; `shuffled` learns from shuffled texts and reads true ones."""
+"""What each row changes of SCFT and of the encoder; `shuffled` learns from shuffled texts and reads true ones.
+
+DARec: `_both` and `darec`; Laser: `suffix_`; P2Rec: `p2rec`. Rows with `_both` and `titles` need a base that writes,
+and `titles` all of its layers: a state of the eighth tells no word before it is trained to.
+"""
+SHAPE = ("attention", "suffix_tokens", "r")
+"""Keys of a row that are the encoder's."""
+CLUSTERS = 100
 SHOWN = ("overall", "tail", "cold", "head")
 
 
@@ -78,15 +111,13 @@ def trial_of(events: Histories, part: Any, device: str) -> Trial:
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tunes each row with one seed."""
     items, events = read_items(arguments.data), events_of(arguments)
-    index_P = followers(events)
-    pair_P2 = torch.stack([events.items_N[index_P - 1], events.items_N[index_P]], dim=1).numpy() - 1
-    pairs = Pairs(pair_P2=pair_P2, user_P=events.user_N[index_P].numpy())
+    given = Given(events, items, arguments)
     valid = trial_of(events, "valid", arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     for row in arguments.rows:
         try:
-            found[row] = tuned(arguments, row, items, pairs, valid)
+            found[row] = tuned(arguments, row, items, given, valid)
         except Exception as error:  # the other rows are not lost
             found[row] = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(f"{row}-{arguments.seed}: {json.dumps(found[row])}", file=sys.stderr, flush=True)
@@ -94,12 +125,60 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"seed": arguments.seed, "base": arguments.base, "layers": arguments.layers, **found}
 
 
-def tuned(arguments: argparse.Namespace, row: str, items: list[Attributes], pairs: Pairs, valid: Trial) -> dict[str, Any]:
+class Given:
+    """What rows learn from beside texts. A teacher is trained where a row asks for it: an ID-only SASRec by the production code,
+    on train rows without the items held out as cold."""
+
+    def __init__(self, events: Histories, items: list[Attributes], arguments: argparse.Namespace) -> None:
+        self.events, self.items, self.arguments = events, items, arguments
+
+    def signals(self, encoder: Encoder, config: Scft) -> Signals:
+        """Those that a row's settings weigh."""
+        in_train_N = self.events.in_train_N
+        item_N, user_N = self.events.items_N[in_train_N].numpy() - 1, self.events.user_N[in_train_N].numpy()
+        titles = [dict(item).get("title", "") for item in self.items]
+        return Signals(
+            pairs=self.pairs() if config.pair_share else None,
+            teacher_ID=self.teacher[0] if config.teacher_weight else None,
+            cluster_I=self.teacher[1] if config.cluster_weight or config.user_weight else None,
+            users=users_of(encoder, item_N, user_N, titles) if config.reads_users else None,
+        )
+
+    def pairs(self) -> Pairs:
+        """What users took one after the other."""
+        index_P = followers(self.events)
+        pair_P2 = torch.stack([self.events.items_N[index_P - 1], self.events.items_N[index_P]], dim=1).numpy() - 1
+        return Pairs(pair_P2=pair_P2, user_P=self.events.user_N[index_P].numpy())
+
+    @cached_property
+    def teacher(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The teacher's vectors, not a number where an item has no train event, and the clusters of their directions."""
+        arguments, counts_V = self.arguments, train_counts(self.events)
+        backbone = Backbone(width=arguments.teacher_width, layers=2, dropout=0.5)
+        torch.manual_seed(arguments.seed)
+        recommender = Recommender(IdItems(self.events.catalogue + 1, backbone.width), build_sequence(backbone))
+        config = Training(epochs=arguments.teacher_epochs, patience=5, loss="full")
+        among_M = counts_V.nonzero().flatten().to(arguments.device)
+        done = train(recommender, self.events.to(arguments.device), config, max_len=backbone.max_len, seed=arguments.seed,
+                     log=lambda *_: None, candidates_M=among_M, unseen=True)  # fmt: skip
+        print(f"teacher: {done.epochs} epochs, ndcg {done.ndcg:.4f}", file=sys.stderr, flush=True)
+        vector_ID = recommender.item_table().detach().float().cpu().numpy()[1:]
+        known_I = counts_V[1:].numpy() > 0
+        vector_ID[~known_I] = np.nan
+        unit_MD = F.normalize(torch.from_numpy(vector_ID[known_I]), dim=1).numpy()
+        cluster_I = np.full(len(vector_ID), -1, dtype=np.int64)
+        count = min(CLUSTERS, len(unit_MD) // 4)
+        cluster_I[known_I] = KMeans(count, n_init=2, random_state=arguments.seed).fit_predict(unit_MD)
+        return vector_ID, cluster_I
+
+
+def tuned(arguments: argparse.Namespace, row: str, items: list[Attributes], given: Given, valid: Trial) -> dict[str, Any]:
     """One row's encoder: its embeddings are kept; the course of its worth on validation events."""
     began, settings = time.perf_counter(), {"steps": arguments.steps, "batch": arguments.batch, **ROWS[row]}
+    shape = {name: settings.pop(name) for name in SHAPE if name in settings}
     config = Scft(validate_every=max(1, arguments.steps // 4), patience=99, compile=arguments.compile, **settings)
     policy = FieldPolicy(domain=arguments.domain)
-    encoder = fresh(arguments.base, policy, "mean", arguments.layers, arguments.seed, torch.device(arguments.device))
+    encoder = fresh(arguments.base, policy, "mean", arguments.layers, arguments.seed, torch.device(arguments.device), **shape)
     texts = encoder.tokenize(shuffle_texts(items, arguments.seed) if row == "shuffled" else items)
 
     def worth(encoder: Encoder) -> float:
@@ -107,8 +186,8 @@ def tuned(arguments: argparse.Namespace, row: str, items: list[Attributes], pair
 
     told: dict[str, Any] = {}
     if config.steps:
-        own = pairs if config.pair_share else None
-        done = fine_tune(encoder, texts, config, seed=arguments.seed, log=quietly, pairs=own, worth=worth)
+        signals = given.signals(encoder, config)
+        done = fine_tune(encoder, texts, config, seed=arguments.seed, log=quietly, signals=signals, worth=worth)
         told = {"best_step": done.best_step, "tokens_per_s": round(done.tokens_per_second),
                 "worth": {int(entry["step"]): round(entry["worth"], 5) for entry in done.history}}  # fmt: skip
     llm_NE = torch.from_numpy(embed_items(encoder.eval(), items))
@@ -132,8 +211,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         rows.setdefault(f"{name} plain", {})[seed] = by_rank(text_ranks(test.cases, table_VE)[0])["ndcg"].cpu()
     texts = ["; ".join(value for _, value in item) for item in read_items(arguments.data)]
     tfidf_VD = tfidf_table(texts)
-    assert tfidf_VD is not None
-    rows["tfidf"] = {"": by_rank(text_ranks(test.cases, tfidf_VD.to(arguments.device))[0])["ndcg"].cpu()}
+    if tfidf_VD is not None:  # a handful of texts has none
+        rows["tfidf"] = {"": by_rank(text_ranks(test.cases, tfidf_VD.to(arguments.device))[0])["ndcg"].cpu()}
     most = max(len(seeds) for seeds in rows.values())
     # what has no seeds of its own stands beside each seed of the others
     ndcg = {name: torch.stack((list(seeds.values()) * most)[:most]).float() for name, seeds in rows.items()}
@@ -182,7 +261,7 @@ def fused(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -198,10 +277,12 @@ def parse() -> argparse.Namespace:
     first.add_argument("--domain", default="The beauty product has the following attributes:")
     first.add_argument("--steps", type=int, default=240)
     first.add_argument("--batch", type=int, default=384)
+    first.add_argument("--teacher-epochs", type=int, default=40, help="of the ID-only SASRec that some rows learn from, at most")
+    first.add_argument("--teacher-width", type=int, default=128)
     first.add_argument("--compile", action="store_true", help="compiles the layers; pays in trainings of some minutes")
     second.add_argument("--encoded", type=Path, required=True)
     third.add_argument("--ranks", type=Path, nargs=2, required=True, help="two folders of bench_fusion.py rank")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.behaviour.data import Histories, held_out, inputs_before, neighbours, train_counts, without_items
+from models.behaviour.data import Histories, followers, held_out, inputs_before, neighbours, train_counts, without_items
 from models.behaviour.item_sources import build_items
 from models.behaviour.items import IdItems
 from models.behaviour.llm_esr import Distiller, like_users
@@ -52,9 +52,10 @@ from models.text.base_model import base_sha256, load_base, tokenizer_sha256
 from models.text.embedding import embed_items
 from models.text.encoder import Encoder, Spec
 from models.text.lora import Lora, add_lora
+from models.text.objectives import Signals
 from models.text.prompts import Attributes, FieldPolicy
 from models.text.scft import Scft, fine_tune
-from models.text.scft_batches import shuffle_texts
+from models.text.scft_batches import Pairs, shuffle_texts
 from models.text.view_retrieval import hold_out_views, validate_views
 from tests.benchmarks.bench_rat import load
 
@@ -130,13 +131,16 @@ def read_items(data: Path) -> list[Attributes]:
     return [[(name, row[name]) for name in fields if row[name]] for row in text]
 
 
-def fresh(base: str, policy: FieldPolicy, pooling: Any, layers: int, seed: int, device: torch.device) -> Encoder:
-    """The base model with LoRA weights that change nothing yet."""
+def fresh(
+    base: str, policy: FieldPolicy, pooling: Any, layers: int, seed: int, device: torch.device, *, r: int = Lora.r, **shape: Any
+) -> Encoder:
+    """The base model with LoRA weights that change nothing yet, or with suffix tokens as they start; `shape` are keys of Spec."""
     model, tokenizer, folder = load_base(base, device=device, layers=layers)
     torch.manual_seed(seed)
+    lora = None if shape.get("suffix_tokens") else Lora(r=r)
     spec = Spec(base=base, base_sha256=base_sha256(folder), tokenizer_sha256=tokenizer_sha256(tokenizer), policy=policy,
-                lora=Lora(), pooling=pooling, layers=layers, max_tokens=512, width=model.config.hidden_size)  # fmt: skip
-    return Encoder(add_lora(model, Lora()), tokenizer, spec)
+                lora=lora, pooling=pooling, layers=layers, max_tokens=512, width=model.config.hidden_size, **shape)  # fmt: skip
+    return Encoder(add_lora(model, lora) if lora else model, tokenizer, spec)
 
 
 def encode(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -150,7 +154,8 @@ def encode(arguments: argparse.Namespace) -> dict[str, Any]:
     config = Scft(steps=arguments.steps, batch=arguments.batch, ratio=arguments.ratio, temperature=arguments.temperature,
                   learning_rate=arguments.learning_rate, validate_every=max(1, arguments.steps // 4),
                   fp8=arguments.fp8)  # fmt: skip
-    pair_P2 = next(neighbours(parts.events) for _, parts in settings(arguments)).cpu().numpy() - 1
+    events = next(parts.events for _, parts in settings(arguments)).to("cpu")
+    pairs = Pairs(pair_P2=neighbours(events).numpy() - 1, user_P=events.user_N[followers(events)].numpy())
     figures: dict[str, Any] = {}
     for name in arguments.encoders or ("zero", *(f"scft-{seed}" for seed in arguments.seeds), "shuffled"):
         seed = int(name.partition("-")[2] or arguments.seeds[0])
@@ -161,7 +166,7 @@ def encode(arguments: argparse.Namespace) -> dict[str, Any]:
             figures[name] = validate_views(encoder.eval(), hold_out_views(texts, config, encoder.limit, seed)[0])[0]
         else:
             own = dataclasses.replace(config, pair_share=PAIR_SHARE if name.startswith("pairs") else 0.0)
-            tuned = fine_tune(encoder, texts, own, seed=seed, log=quietly, pair_P2=pair_P2)
+            tuned = fine_tune(encoder, texts, own, seed=seed, log=quietly, signals=Signals(pairs=pairs))
             best = next(entry for entry in tuned.history if entry["step"] == tuned.best_step)
             figures[name] = {"base": tuned.history[0], "tuned": best, "tokens_per_s": round(tuned.tokens_per_second)}
         # the control reads true texts with weights that learned from false ones

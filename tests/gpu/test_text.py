@@ -93,6 +93,22 @@ def test_variable_length_attention_gives_the_embeddings_of_padded_attention_and_
     assert 1 - cosine(found, exact) < 0.2 * (1 - cosine(exact, np.roll(exact, 1, axis=0)))
 
 
+@pytest.mark.parametrize("fill", [0, 16])
+@pytest.mark.parametrize("shape", [{"attention": "both"}, {"suffix_tokens": 3}])
+def test_attention_both_ways_and_suffix_tokens_give_the_embeddings_of_padded_attention_and_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any], fill: int
+) -> None:
+    encoder = made(tmp_path, **shape)
+    source = some_prompts(encoder)
+    encoder.fill = fill
+    found = embed(encoder, source)
+    monkeypatch.setattr(Encoder, "variable", property(lambda self: False))
+    encoder.fill = 0
+    assert cosine(found, embed(encoder, source)) > 0.999
+    exact = embed(made(tmp_path, device=tiny.CPU, dtype=torch.float32, **shape), source)
+    assert 1 - cosine(found, exact) < 0.2 * (1 - cosine(exact, np.roll(exact, 1, axis=0)))
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_gradients_through_variable_length_attention_are_those_of_padded_attention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -42,6 +42,18 @@ def test_all_that_is_asked_for_stands_in_one_table(
     assert {path for path in config.run.lake.rglob("*") if path.is_file()} == before
 
 
+def test_a_recipe_of_suffix_tokens_or_attention_both_ways_is_weighed_beside_the_plain_base(
+    config: scft.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(config, tmp_path)
+    told = []
+    for more in ("", "suffix_tokens = 4\n", 'attention = "both"\n'):
+        path.write_text(recipe(config, tmp_path).read_text() + more)
+        assert command.main(["--recipe", str(path), "--ds", DS]) == 0
+        told.append(json.loads(capsys.readouterr().out)["ndcg"]["base"])
+    assert told[0] == told[1] == told[2]
+
+
 def test_tfidf_stands_beside_where_the_texts_are_enough(
     config: scft.Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,23 +16,19 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs import pretrain, scft
+from jobs import scft
 from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.partitions import write_json
-from jobs.lake.tables import ATTRIBUTES, ITEMS, SEQUENCES
-from jobs.lake.tensors import read_catalogue
+from jobs.lake.tables import ATTRIBUTES, ITEMS
 from jobs.run import InputError, Refused, Run, as_json
 from jobs.scft import judge, tuning
-from models.behaviour.data import held_out
-from models.behaviour.training import Training
 from models.text import base_model, fp8
-from models.text.encoder import load_encoder, read_spec
+from models.text.encoder import load_encoder
 from models.text.lora import Lora
 from models.text.prompts import FieldPolicy
 from models.text.scft import Scft
 from models.text.view_retrieval import Gates
-from tests.jobs import small_lake
 from tests.jobs.small_lake import remember
 from tests.models import tiny
 
@@ -345,61 +341,6 @@ def test_a_registered_encoder_embeds_raw_records(config: scft.Config, tmp_path: 
     encoder = load_encoder(artifacts.find(config.run.lake, "encoder", result.encoder_id), device=tiny.CPU)
     wanted = embed_items(encoder, [[("title", "film 7"), ("kind", "a, b")], [("title", "film 8"), ("year", "1990")]])
     np.testing.assert_allclose(model.predict(records), wanted, atol=1e-5)
-
-
-def test_the_teachers_clusters_join_what_users_join_and_leave_items_without_a_past_out(tmp_path: Path) -> None:
-    run = small_lake.make(tmp_path)
-    training = Training(epochs=1, patience=1, graph=False)
-    remember(run, "pretrain", pretrain.run(pretrain.Config(run=run, training=training)))
-    config = scft.Config(run=run, clusters=4, training=Scft(steps=2, batch=4, cluster_weight=0.5))
-    found = scft.teacher_clusters(config, ["i03", "i19", "nobody", "i04"])
-    assert found is not None
-    assert found[1:3].tolist() == [-1, -1] and set(found[[0, 3]]) <= set(range(4))
-    assert scft.teacher_clusters(dataclasses.replace(config, training=Scft()), ["i03"]) is None
-
-
-def test_pairs_are_the_texts_of_items_that_users_took_one_after_the_other_in_train_rows(tmp_path: Path) -> None:
-    run = small_lake.make(tmp_path)
-    config = scft.Config(run=run, training=Scft(steps=2, batch=4, pair_share=0.5))
-    item_ids, hashes, _ = scft.read_texts(config, f"ds={DS}")
-    pairs, inputs = scft.user_pairs(dataclasses.replace(config, cold_share=0.0), hashes)
-    assert pairs is not None and set(inputs) == {"sequences"}
-    number = {text: int(item[0][1].split()[1]) for text, item in zip(hashes, scft.read_texts(config, f"ds={DS}")[2], strict=True)}
-    met = {tuple(number[hashes[row]] for row in pair) for pair in pairs.pair_P2.tolist()}
-    # users walk in a circle of 19; i18 has the text of i17, and nobody touches i19
-    assert met == {(one, one + 1) for one in range(17)} | {(17, 0)}
-    assert len(set(pairs.user_P.tolist())) > 1
-    # items that are held out as cold teach nothing
-    half, _ = scft.user_pairs(dataclasses.replace(config, cold_share=0.5), hashes)
-    cold_V = held_out(read_catalogue(run).item_ids, 0.5, run.seed)
-    cold = {item for item, held in zip(read_catalogue(run).item_ids, cold_V[1:].tolist(), strict=True) if held}
-    assert half is not None and {item_ids[row] for row in half.pair_P2.ravel()}.isdisjoint(cold - {"i17", "i18"})
-    assert 0 < len(half.pair_P2) < len(pairs.pair_P2)
-    assert scft.user_pairs(dataclasses.replace(config, training=Scft()), hashes) == (None, {})
-    with pytest.raises(InputError, match="pair_share"):
-        scft.user_pairs(config, hashes[:1])
-    assert len(item_ids) == len(hashes)
-
-
-def test_pairs_without_sequences_name_the_remedy_and_an_encoder_says_that_it_learned_from_users(config: scft.Config) -> None:
-    paired = dataclasses.replace(config.training, pair_share=0.5)
-    with pytest.raises(InputError, match="sequences"):
-        scft.run(changed(config, training=paired))
-    ids = [f"i{number:04d}" for number in range(50)]
-    rows = {"user_id": ["u"], "item_ids": [ids], "timestamps": [[7] * 50], "train_end": pa.array([48], pa.int32()),
-            "valid_end": pa.array([49], pa.int32())}  # fmt: skip
-    partitions.write(config.run.lake, SEQUENCES, f"ds={DS}", [pa.table(rows)])
-    result = scft.run(changed(config, training=paired))
-    assert "sequences" in result.inputs
-    assert read_spec(artifacts.find(config.run.lake, "encoder", result.encoder_id)).from_users
-    plain = scft.run(config)
-    assert plain.losses != result.losses and "sequences" not in plain.inputs
-
-
-def test_clusters_without_a_teacher_name_the_remedy(config: scft.Config) -> None:
-    weighed = dataclasses.replace(config.training, cluster_weight=0.5)
-    with pytest.raises(InputError, match="pretrain"):
-        scft.run(changed(config, training=weighed))
 
 
 # ------------------------------------------------------------------------------------------------------------ validation

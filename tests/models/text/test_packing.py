@@ -22,11 +22,19 @@ from models.text.prompts import Prompts, prompts, take
 from tests.models import tiny
 from tests.models.tiny import CPU
 
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (tiny.llama, {}),
+    "bert": (tiny.bert, {}),
+    "roberta": (tiny.roberta, {}),
+    "both ways": (tiny.llama, {"attention": "both"}),
+    "suffix": (tiny.llama, {"suffix_tokens": 3}),
+}
 
-@pytest.fixture(params=["llama", "bert", "roberta"])
+
+@pytest.fixture(params=KINDS)
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Encoder:
-    base = getattr(tiny, request.param)(tmp_path / "base")
-    return tiny.encoder(base)
+    base, shape = KINDS[request.param]
+    return tiny.encoder(base(tmp_path / "base"), **shape)
 
 
 def some_prompts(encoder: Encoder, count: int = 9) -> Prompts:
@@ -140,7 +148,7 @@ def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: 
         return reference(query, key, value, q_S1, k_S1, *rest, **options)
 
     source = some_prompts(made)
-    weights = list(made.model.parameters())
+    weights = [weight for weight in made.parameters() if weight.requires_grad]
     plain = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
     monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=kernel))
     monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))

@@ -13,6 +13,7 @@ import torch
 
 from models.text.lora import Lora, lora_state
 from models.text.moments import whitening
+from models.text.objectives import Signals
 from models.text.prompts import Attributes, prompts
 from models.text.scft import Interrupted, Scft, Trainer, Tuned, fine_tune
 from models.text.scft_batches import Batches, Pairs, Partners, shuffle_texts
@@ -58,7 +59,7 @@ def test_training_lowers_the_loss_and_reports_the_base_model_first(base: Path) -
 def test_the_same_seed_gives_the_same_weights_to_the_bit(base: Path) -> None:
     one, two = tuned(base)[0], tuned(base)[0]
     assert one.losses == two.losses
-    assert all(torch.equal(value, two.lora[name]) for name, value in one.lora.items())
+    assert all(torch.equal(value, two.learned[name]) for name, value in one.learned.items())
 
 
 def test_a_killed_and_resumed_training_has_the_losses_of_an_uninterrupted_one(base: Path, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_a_killed_and_resumed_training_has_the_losses_of_an_uninterrupted_one(ba
     resumed, _ = tuned(base, checkpoint=file)
     assert resumed.losses == whole.losses
     assert resumed.history == whole.history
-    assert all(torch.equal(value, whole.lora[name]) for name, value in resumed.lora.items())
+    assert all(torch.equal(value, whole.learned[name]) for name, value in resumed.learned.items())
 
 
 def test_a_learned_temperature_is_saved_with_the_state(base: Path, tmp_path: Path) -> None:
@@ -89,15 +90,15 @@ def test_the_second_signal_tells_clusters_from_texts_and_resumes(base: Path, tmp
     decades = [[("decade", "1950" if number % 2 else "2000")] for number in range(40)]
     items = [[*own, *item[:1]] for own, item in zip(decades, tiny.items(40), strict=True)]
     cluster_I = np.where(np.arange(40) % 5, np.arange(40) % 2, -1)
-    told, _ = tuned(base, config, items=items, cluster_I=cluster_I)
-    plain, _ = tuned(base, dataclasses.replace(config, cluster_weight=0.0), items=items, cluster_I=cluster_I)
+    told, _ = tuned(base, config, items=items, signals=Signals(cluster_I=cluster_I))
+    plain, _ = tuned(base, dataclasses.replace(config, cluster_weight=0.0), items=items, signals=Signals(cluster_I=cluster_I))
     before, after = (np.subtract(told.losses[part], plain.losses[part]).mean() for part in (slice(1), slice(-5, None)))
     assert before == pytest.approx(math.log(2), rel=1e-5)
     assert after < 0.8 * before
     file, steps = tmp_path / "state.safetensors", iter(range(99))
     with pytest.raises(Interrupted):
-        tuned(base, config, items=items, cluster_I=cluster_I, checkpoint=file, stop=lambda: next(steps) >= 3)
-    assert tuned(base, config, items=items, cluster_I=cluster_I, checkpoint=file)[0].losses == told.losses
+        tuned(base, config, items=items, signals=Signals(cluster_I=cluster_I), checkpoint=file, stop=lambda: next(steps) >= 3)
+    assert tuned(base, config, items=items, signals=Signals(cluster_I=cluster_I), checkpoint=file)[0].losses == told.losses
     with pytest.raises(ValueError, match="none were given"):
         tuned(base, config)
 
@@ -108,12 +109,13 @@ def test_pairs_bring_together_what_users_took_together_and_resume(base: Path, tm
     marks = [[("mark", ("red", "dull", "blue", "loud")[number % 4])] for number in range(40)]
     items = [[*own, *item[:1]] for own, item in zip(marks, tiny.items(40), strict=True)]
     pairs = Pairs(pair_P2=np.stack([np.arange(0, 40, 2), np.arange(1, 40, 2)], axis=1), user_P=np.arange(20))
-    paired, _ = tuned(base, config, items=items, pairs=pairs, dropout=0.0)
+    told = Signals(pairs=pairs)
+    paired, _ = tuned(base, config, items=items, signals=told, dropout=0.0)
     assert np.mean(paired.losses[-20:]) < 0.8 * math.log(8)
     file, steps = tmp_path / "state.safetensors", iter(range(99))
     with pytest.raises(Interrupted):
-        tuned(base, config, items=items, pairs=pairs, dropout=0.0, checkpoint=file, stop=lambda: next(steps) >= 3)
-    assert tuned(base, config, items=items, pairs=pairs, dropout=0.0, checkpoint=file)[0].losses == paired.losses
+        tuned(base, config, items=items, signals=told, dropout=0.0, checkpoint=file, stop=lambda: next(steps) >= 3)
+    assert tuned(base, config, items=items, signals=told, dropout=0.0, checkpoint=file)[0].losses == paired.losses
     with pytest.raises(ValueError, match="none were given"):
         tuned(base, config, items=items)
 
@@ -191,7 +193,7 @@ def test_the_weights_kept_are_those_that_are_worth_most(base: Path) -> None:
 def test_pairs_none_of_which_is_left_are_refused_by_name(base: Path) -> None:
     pairs = Pairs(pair_P2=np.array([[0, 1], [2, 3]]), user_P=np.array([0, 1]))
     with pytest.raises(ValueError, match="taken by 2 users"):
-        tuned(base, dataclasses.replace(SMALL, pair_share=0.5, pair_support=2), pairs=pairs)
+        tuned(base, dataclasses.replace(SMALL, pair_share=0.5, pair_support=2), signals=Signals(pairs=pairs))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])

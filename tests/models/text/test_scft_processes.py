@@ -20,9 +20,12 @@ from models.processes import any_process, from_first
 from models.text import view_retrieval
 from models.text.embedding import embed, embed_together
 from models.text.encoder import Encoder
+from models.text.lora import Lora
+from models.text.objectives import Signals
 from models.text.packing import Step
 from models.text.prompts import prompts
-from models.text.scft import Interrupted
+from models.text.scft import Interrupted, Tuned, fine_tune
+from models.text.users import users_of
 from tests.models import tiny
 from tests.models.text.test_scft import SMALL, tuned
 from tests.models.text.test_scft import base as base  # for pytest, which looks fixtures up here
@@ -39,7 +42,7 @@ dist.destroy_process_group()
 """
 
 
-def in_two_processes(work: Callable[..., None], *paths: Path, port: int) -> None:
+def in_two_processes(work: Callable[..., object], *paths: Path, port: int) -> None:
     """Runs a function of this file in two processes that know each other; fails where one fails or they hang."""
     known = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
              "PYTHONPATH": str(Path(__file__).parents[3])}  # fmt: skip
@@ -55,7 +58,7 @@ def in_two_processes(work: Callable[..., None], *paths: Path, port: int) -> None
 def keep_weights(base: Path, file: Path) -> None:
     result, _ = tuned(base, dropout=0.0)
     if dist.get_rank() == 0:
-        save_file(result.lora, file)
+        save_file(result.learned, file)
 
 
 def test_two_processes_give_the_weights_of_one_at_the_same_global_batch(base: Path, tmp_path: Path, free_port: int) -> None:
@@ -63,10 +66,37 @@ def test_two_processes_give_the_weights_of_one_at_the_same_global_batch(base: Pa
     in_two_processes(keep_weights, base, tmp_path / "two.safetensors", port=free_port)
     # a sum in another order turns the step of an entry whose gradient is next to nothing, so weights are compared whole
     shared = load_file(tmp_path / "two.safetensors")
-    other = tuned(base, dataclasses.replace(SMALL, batch=4), dropout=0.0)[0].lora
-    for name, value in whole.lora.items():
+    other = tuned(base, dataclasses.replace(SMALL, batch=4), dropout=0.0)[0].learned
+    for name, value in whole.learned.items():
         assert float((shared[name] - value).norm() / value.norm()) < 0.02
         assert "lora_B" not in name or float((other[name] - value).norm() / value.norm()) > 0.2
+
+
+def learn_all(base: Path, file: Path | None = None) -> Tuned:
+    """A training on views, clusters and vectors of a teacher, and users' titles; the first process keeps what it learned."""
+    config = dataclasses.replace(SMALL, cluster_weight=0.5, teacher_weight=0.5, user_weight=0.5, title_weight=0.5, user_share=0.5)
+    encoder = tiny.encoder(base, lora=Lora(dropout=0.0))
+    users = users_of(encoder, np.arange(36), np.repeat(np.arange(9), 4), [f"film {number}" for number in range(40)])
+    vector_ID = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    signals = Signals(users=users, cluster_I=np.arange(40) % 3, teacher_ID=vector_ID)
+    result = fine_tune(encoder, encoder.tokenize(tiny.items(40)), config, seed=1, log=lambda *_: None, signals=signals)
+    if file is not None:
+        told = torch.tensor(result.losses, dtype=torch.float64)
+        others = [torch.empty_like(told) for _ in range(2)]
+        dist.all_gather(others, told)
+        assert torch.equal(others[0], others[1])
+        if dist.get_rank() == 0:
+            save_file(result.learned, file)
+    return result
+
+
+def test_two_processes_learn_from_teachers_and_users_what_one_learns(tmp_path: Path, free_port: int) -> None:
+    base = tiny.llama(tmp_path / "tied", tie_word_embeddings=True)
+    whole = learn_all(base)
+    in_two_processes(learn_all, base, tmp_path / "two.safetensors", port=free_port)
+    shared = load_file(tmp_path / "two.safetensors")
+    for name, value in whole.learned.items():
+        assert float((shared[name] - value).norm() / value.norm()) < 0.02
 
 
 def stop_in_one_and_resume(base: Path, file: Path) -> None:

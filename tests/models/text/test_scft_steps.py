@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.text import scft
 from models.text.encoder import Encoder
 from models.text.lora import Lora, lora_state
+from models.text.objectives import Signals
 from models.text.prompts import Attributes
 from models.text.scft import Interrupted, Scft, Trainer, Tuned, fine_tune
 from models.text.scft_batches import Pairs
@@ -69,7 +70,7 @@ def test_a_steps_loss_leaves_out_negatives_that_read_the_same(base: Path, kind: 
     # every odd item was taken right after item 0
     pairs = Pairs(pair_P2=np.asarray([[0, odd] for odd in (1, 3, 5, 7)]), user_P=np.arange(4)) if kind == "partners" else None
     encoder = moved(base, dropout=0.0)
-    trainer = Trainer(encoder, encoder.tokenize(items), np.arange(8), config, 1, pairs=pairs)
+    trainer = Trainer(encoder, encoder.tokenize(items), np.arange(8), config, 1, Signals(pairs=pairs))
     drawn = trainer.batches.draw(0)
     with torch.no_grad():
         all_RE = trainer.forward(drawn.rows, 0)
@@ -174,13 +175,13 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def test_a_training_killed_after_its_best_step_ends_with_the_best_weights(base: Path, tmp_path: Path, seed: int) -> None:
     whole, encoder = run(base, 6, seed=seed)
     assert (whole.best_step, whole.steps) == (2, 6)
-    assert same(whole.lora, lora_state(encoder.model)), "the encoder is left with other weights than those it reports"
+    assert same(whole.learned, lora_state(encoder.model)), "the encoder is left with other weights than those it reports"
     file = tmp_path / "state.safetensors"
     with pytest.raises(Interrupted):
         run(base, 4, seed=seed, checkpoint=file)
     resumed, left = run(base, 6, seed=seed, checkpoint=file)
     assert resumed.best_step == 2
-    assert same(whole.lora, resumed.lora) and same(whole.lora, lora_state(left.model))
+    assert same(whole.learned, resumed.learned) and same(whole.learned, lora_state(left.model))
 
 
 @pytest.mark.usefixtures("scripted")
@@ -194,8 +195,8 @@ def test_the_weights_left_are_those_of_the_best_step_and_not_the_last(base: Path
         trainer = Trainer(*fresh(base), STEADY, 1)
         trainer.load(file.read_bytes())
         kept[steps] = lora_state(trainer.encoder.model)
-    assert same(whole.lora, kept[2])
-    assert not same(whole.lora, kept[5])
+    assert same(whole.learned, kept[2])
+    assert not same(whole.learned, kept[5])
 
 
 def fresh(base: Path) -> tuple[Encoder, Any, Any]:
