@@ -12,8 +12,8 @@ WEIGHTS = ("contrast_weight", "cluster_weight", "teacher_weight", "user_weight",
 class Scft:
     """How an encoder is fine-tuned (METHOD §1)."""
 
-    steps: int = 4000
-    """Steps at most; 0 keeps the base model as it is (zero-shot)."""
+    steps: int = 0
+    """Steps at most; 0 keeps the base model as it is (zero-shot): no tuning measured here gave a recommender more."""
     batch: int = 512
     """Items of a step over all GPUs: each one must be told from all others."""
     ratio: float = 0.4
