@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
 
 from jobs import extract
 from jobs.__main__ import build
@@ -24,20 +23,17 @@ from jobs.lake.items import bury
 from jobs.lake.tables import INTERACTIONS, LEFT, QUARANTINE, SEQUENCES, Table
 from jobs.report import drift
 from jobs.run import InputError, Unavailable, as_json
+from tests.jobs.extract.small_spark import SPARK, shared
 from tests.jobs.extract.test_extract import CATALOGUE, item_table
 from tests.jobs.small_lake import remember
 
 DAY = 86_400
-SPARK = {"spark.master": "local[1]", "spark.sql.shuffle.partitions": "2"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_session() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        spark = session("test", {**SPARK, "spark.sql.codegen.wholeStage": "false"})
-        patch.setattr(SparkSession, "stop", lambda self: self.catalog.clearCache())
+    with shared():
         yield
-    spark.stop()
 
 
 def second(day: str, hour: int = 12) -> int:
