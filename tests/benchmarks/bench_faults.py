@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -441,6 +442,9 @@ def shift(arguments: argparse.Namespace, home: Path, online: list[str], masters:
     os.environ["LLMEMB_LEASE_MS"] = "1500"
     chance, world, tally = random.Random(arguments.seed), World(), Tally()
     lakes = [home / "calm", home / "killed"]
+    # loads Feast before the forks: it takes longer than most of their work, and kills would fall into it
+    settings(lakes[0])
+    importlib.import_module("feast.infra.passthrough_provider")
     stop, counts, told = FORK.Event(), FORK.Array("q", len(COUNTS)), FORK.Array("q", 1)
     changes: Callable[[], int] = masters[0].changes if masters else int
     readers: list[Any] = []

@@ -134,10 +134,12 @@ def test_a_pointer_that_no_replica_has_is_told(catalogue: Failover, tmp_path: Pa
         lost = next(port for port in catalogue.ports if port != catalogue.master)
         catalogue.running[lost].kill()
         catalogue.running[lost].wait()
+        store.settle_ms = 100  # nobody comes
         for _ in range(2):  # the second finds that it serves already, and is told all the same
             with pytest.raises(Unreplicated, match=r"1 replicas .* 2 must"):
                 spaces.flip(store, reader, SPACE)
     catalogue.mend()
+    store.settle_ms = 2000
     with lease(store, "test"):
         assert spaces.flip(store, reader, SPACE).sequence == 1
 

@@ -102,7 +102,7 @@ def test_nobody_moves_an_alias_without_an_account_that_may(tmp_path: Path, monke
     def as_user(name: str, password: str) -> MlflowClient:
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", name)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-        return MlflowClient(uri)
+        return MlflowClient(uri, uri)  # a test before may have left another registry
 
     with mlflow_server(tmp_path, ini, {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{tmp_path}/mlflow.db"}) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from jobs.run import Run
 from models.behaviour.assembly import Fusion
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
+from tests.forked import job, start
 from tests.jobs.small_lake import DS, make, remember
 from tests.object_store import ObjectStore
 from tests.object_store import object_server as object_server
@@ -62,27 +62,36 @@ def test_killed_at_random_instants_and_run_again_it_ends_with_the_same_objects(
     )
     copied(folder, object_store, "lake")
     before = object_store.objects()
-    command = [sys.executable, "-m", "jobs", "project", "--recipe", str(recipe), "--ds", DS]
-    subprocess.run(command, check=True)
+    words = ["project", "--recipe", str(recipe), "--ds", DS]
+    earlier = len(object_store.seen)
+    whole(words)
     wanted = tables(object_store)
-    requests = len(object_store.seen)
+    requests = len(object_store.seen) - earlier
     for draw in random.Random(7).sample(range(requests), 4):
         for key in object_store.objects().keys() - before.keys():
             object_store.client.delete_object(Bucket=object_store.bucket, Key=f"lake/{key}")
-        process = subprocess.Popen(command)
-        left = [draw]
+        killed: list[BaseProcess] = []
+        left = [draw + 1]
 
-        def fault(method: str, path: str, process: subprocess.Popen[bytes] = process, left: list[int] = left) -> str:
+        def fault(method: str, path: str, killed: list[BaseProcess] = killed, left: list[int] = left) -> str:
             left[0] -= 1
             if left[0] == 0:
-                process.kill()
+                killed[0].kill()
             return "hang up" if left[0] == 0 else ""
 
+        killed.append(start(job, words))
         object_store.fault = fault
-        process.wait()
+        killed[0].join()
         object_store.fault = lambda method, path: ""
-        subprocess.run(command, check=True)
+        whole(words)
         assert tables(object_store) == wanted, draw
+
+
+def whole(words: list[str]) -> None:
+    """A run to its end."""
+    process = start(job, words)
+    process.join()
+    assert process.exitcode == 0
 
 
 def tables(object_store: ObjectStore) -> dict[str, bytes]:

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from jobs import __main__ as command_line
+from jobs import torchrun
 from jobs.engines import registry
 from jobs.lake import artifacts, manifests, partitions
 from jobs.lake.partitions import write_json
@@ -173,9 +176,23 @@ def test_the_champion_is_trained_on_all_events_by_two_processes_as_by_one(tmp_pa
     ],
     ids=["refused by the first", "bad input found by the second", "an error", "killed", "done"],
 )
-def test_an_end_that_is_final_stays_so_and_any_other_is_worth_a_retry(tmp_path: Path, ends: dict[str, str], status: int) -> None:
+def test_an_end_that_is_final_stays_so_and_any_other_is_worth_a_retry(
+    tmp_path: Path, ends: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"import os, sys, time\nexec({ends!r}[os.environ['RANK']])\n")
-    done = launched(str(script))
-    assert done.returncode == status
-    assert ("process 0 ended" in done.stderr) == (status == 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun sets it where it is not
+    with own_signals():
+        assert torchrun.main(["--standalone", "--nproc-per-node", "2", str(script)]) == status
+    assert ("process 0 ended" in capsys.readouterr().err) == (status == 1)
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Gives pytest's process its handlers of signals back, which torchrun replaces."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

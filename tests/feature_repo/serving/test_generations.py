@@ -14,7 +14,7 @@ import pytest
 from feature_repo import spaces
 from feature_repo.index import Foreign, Index, digest_of
 from feature_repo.reader import Reader, settings
-from feature_repo.serving import artifacts
+from feature_repo.serving import artifacts, watch
 from feature_repo.serving.settings import Settings
 from feature_repo.stores import lease, open_writer
 from tests.feature_repo.serving.world import Client, item_ids, publish, serving, vectors
@@ -106,7 +106,8 @@ def test_a_forgotten_item_is_gone_before_the_index_is_built_anew(lake: Path) -> 
         assert reader.pointer().withheld == (), "the pointer keeps no name of it"
 
 
-def test_a_generation_that_can_t_be_loaded_leaves_the_old_one(lake: Path) -> None:
+def test_a_generation_that_can_t_be_loaded_leaves_the_old_one(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "AGAIN_S", 0.5)
     publish(lake, seed=1)
     with serving(lake) as client:
         _, first = top(client)
@@ -173,8 +174,6 @@ def test_the_digest_is_the_lake_s(tmp_path: Path) -> None:
 
 
 def test_a_forgotten_item_is_gone_also_while_another_index_is_being_read(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from feature_repo.serving import watch
-
     publish(lake, seed=1)
     read_on, real = threading.Event(), watch.load
 

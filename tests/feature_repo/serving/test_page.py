@@ -6,7 +6,6 @@ import importlib.util
 import json
 import shutil
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,27 +133,21 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_command_starts_answers_and_ends_well(lake: Path) -> None:
+def test_the_command_starts_answers_counts_apart_from_others_and_ends_well(lake: Path) -> None:
     serve = script()
     with serve.serving(lake, WORKERS="1") as (url, process):
         answer = serve.ask(url, "/recommend", user_id="u1", k=3, attributes=["title"])
         assert len(answer["items"]) == 3 and answer["fallback"] is None
+        for _ in range(19):
+            serve.ask(url, "/recommend", history=["i1"], k=3)
+        counted_whole(metrics(url), 20)
+        assert "llmemb_pointer_sequence 1.0" in metrics(url)
     assert process.wait() == 0
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_workers_count_together_and_apart_from_others(lake: Path, workers: str) -> None:
-    serve = script()
-    with serve.serving(lake, WORKERS=workers) as (url, _):
-        # the slowest worker counts: until it has loaded, the pointer that serves is 0
-        end = time.monotonic() + 60
-        while "llmemb_pointer_sequence 1.0" not in (text := metrics(url)):
-            assert time.monotonic() < end, text
-            time.sleep(0.1)
-        for _ in range(20):
-            serve.ask(url, "/recommend", history=["i1"], k=3)
-        text = metrics(url)
-    assert 'llmemb_requests_total{endpoint="/recommend",outcome="200"} 20.0' in text
+def counted_whole(text: str, requests: int) -> None:
+    """Whether the metrics count all requests and no other process's."""
+    assert f'llmemb_requests_total{{endpoint="/recommend",outcome="200"}} {requests}.0' in text.splitlines()
     assert "llmemb_store_up 1.0" in text
 
 

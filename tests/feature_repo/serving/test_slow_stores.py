@@ -18,7 +18,7 @@ import redis
 
 from tests.feature_repo.serving.proxy import Proxy, between
 from tests.feature_repo.serving.test_faults import own_postgres, own_redis
-from tests.feature_repo.serving.world import Client, publish, push_history, serving
+from tests.feature_repo.serving.world import Client, publish, push_histories, serving
 
 USERS = {f"u{number}": [f"i{number}", f"i{3 * number + 1}", f"i{5 * number + 2}"] for number in range(24)}
 MOST = 160
@@ -91,8 +91,7 @@ def sentinel(folder: Path, port: int) -> Iterator[int]:
 def fill(folder: Path) -> None:
     """A space that serves, and what users did."""
     publish(folder, seed=1)
-    for user, history in USERS.items():
-        push_history(folder, user, history)
+    push_histories(folder, USERS)
 
 
 @pytest.fixture(params=["single", "sentinel", "postgres"])
@@ -166,6 +165,5 @@ def test_a_store_that_was_flushed_knows_nobody_and_says_so_until_histories_are_p
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps(
         {"type": "redis", "connection_string": f"127.0.0.1:{world.store.connection_pool.connection_kwargs['port']}"}
     ))  # fmt: skip
-    for user, history in USERS.items():
-        push_history(tmp_path, user, history)
+    push_histories(tmp_path, USERS)
     world.well()

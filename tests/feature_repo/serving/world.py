@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,16 @@ def publish(lake: Path, seed: int, count: int = 200, ds: str = "2026-01-01", ids
 
 def push_history(lake: Path, user_id: str, history: Sequence[str]) -> None:
     """As an SRS does, through Feast."""
+    push_histories(lake, {user_id: history})
+
+
+def push_histories(lake: Path, histories: Mapping[str, Sequence[str]]) -> None:
+    """The same of many users at once."""
     import pandas as pd
 
-    row = {"user_id": [user_id], "item_ids": [list(history)], "timestamps": [list(range(len(history)))]}
-    frame = pd.DataFrame(row | {"event_timestamp": [pd.Timestamp.now("UTC")]})
+    lists = [list(history) for history in histories.values()]
+    rows = {"user_id": list(histories), "item_ids": lists, "timestamps": [list(range(len(history))) for history in lists]}
+    frame = pd.DataFrame(rows | {"event_timestamp": [pd.Timestamp.now("UTC")] * len(lists)})
     open_store(lake).push("user_history_push", frame)
 
 

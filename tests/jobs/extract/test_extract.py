@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import DataFrameWriter, SparkSession
+from pyspark.sql import DataFrameWriter
 
 from jobs import extract
 from jobs.__main__ import build
@@ -26,6 +26,7 @@ from jobs.lake.items import bury, content_hash
 from jobs.lake.locks import alone
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES
 from jobs.run import InputError, Refused, Unavailable
+from tests.jobs.extract.small_spark import SPARK, shared
 from tests.jobs.small_lake import remember
 from tests.jobs.waiting import until
 
@@ -39,14 +40,8 @@ Event = tuple[str | None, str | None, int | None]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_session() -> Iterator[None]:
-    """Most of a small run's time is Spark's start: all tests share a session, which `run` may not stop."""
-    settings = {"spark.master": "local[1]", "spark.sql.shuffle.partitions": "2"}
-    with pytest.MonkeyPatch.context() as patch:
-        # tiny data: generated Java costs more to compile than it saves
-        spark = session("test", {**settings, "spark.sql.codegen.wholeStage": "false"})
-        patch.setattr(SparkSession, "stop", lambda self: self.catalog.clearCache())
+    with shared():
         yield
-    spark.stop()
 
 
 def item_table(path: Path, rows: list[Item]) -> str:
@@ -67,7 +62,7 @@ def config(tmp: Path, items: list[Item] | str, events: list[Event] | str, **valu
     items = items if isinstance(items, str) else item_table(tmp / "items.parquet", items)
     events = events if isinstance(events, str) else event_table(tmp / "events.parquet", events)
     run = {"ds": values.pop("ds", DS), "lake": str(tmp / "lake")}
-    more = {"spark": {"spark.master": "local[1]", "spark.sql.shuffle.partitions": "2"}, "max_quarantine_share": 1.0, **values}
+    more = {"spark": SPARK, "max_quarantine_share": 1.0, **values}
     table = {"run": run, "items": {"table": items, "attributes": ["title", "genres"]}, "interactions": {"table": events}}
     table["interactions"] |= more.pop("interactions", {})  # type: ignore[operator]
     return build(extract.Config, {**table, **more}, "extract")

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyspark.sql import SparkSession
 
 from jobs import extract
-from jobs.engines.spark import session
 from jobs.lake import partitions
 from jobs.lake.items import bury
 from jobs.lake.tables import INTERACTIONS, ITEMS, QUARANTINE, SEQUENCES, Table
 from jobs.run import InputError, Unavailable
+from tests.jobs.extract.small_spark import QUICK, shared
 from tests.jobs.extract.test_arrivals import LATE
-from tests.jobs.extract.test_window import SPARK, config, days, logs, spoil, week
+from tests.jobs.extract.test_window import config, days, logs, spoil, week
 from tests.jobs.small_lake import remember
 from tests.object_store import ObjectStore, object_server, object_store
 
@@ -28,11 +27,8 @@ __all__ = ["logs", "object_server", "object_store", "week"]  # for pytest, which
 def one_session() -> Iterator[None]:
     """One session for all tests, whose executors may get at the store, as a cluster's settings say."""
     leave = {f"spark.executorEnv.AWS_{name}": "test" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
-    with pytest.MonkeyPatch.context() as patch:
-        spark = session("test", {**SPARK, **leave, "spark.sql.codegen.wholeStage": "false"})
-        patch.setattr(SparkSession, "stop", lambda self: self.catalog.clearCache())
+    with shared({**QUICK, **leave}):
         yield
-    spark.stop()
 
 
 TABLES = (ITEMS, INTERACTIONS, SEQUENCES, QUARANTINE)

@@ -13,17 +13,14 @@ from jobs import extract
 from jobs.engines.spark import session, source
 from jobs.report import openlineage
 from jobs.run import InputError
+from tests.jobs.extract.small_spark import shared
 from tests.jobs.extract.test_extract import CATALOGUE, LOGS, config, event_table, item_table
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_session() -> Iterator[None]:
-    """Most of a small run's time is Spark's start: all tests share a session, which `run` may not stop."""
-    with pytest.MonkeyPatch.context() as patch:
-        spark = session("test", {"spark.master": "local[1]", "spark.sql.shuffle.partitions": "2"})
-        patch.setattr(SparkSession, "stop", lambda self: self.catalog.clearCache())
+    with shared({}):
         yield
-    spark.stop()
 
 
 @pytest.mark.parametrize(

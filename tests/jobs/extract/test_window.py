@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
 
 from jobs import extract
 from jobs.__main__ import build
@@ -24,20 +23,17 @@ from jobs.lake.items import bury
 from jobs.lake.tables import INTERACTIONS, LEFT, QUARANTINE, SEQUENCES, Table
 from jobs.report import drift
 from jobs.run import InputError, Unavailable, as_json
+from tests.jobs.extract.small_spark import SPARK, shared
 from tests.jobs.extract.test_extract import CATALOGUE, item_table
 from tests.jobs.small_lake import remember
 
 DAY = 86_400
-SPARK = {"spark.master": "local[1]", "spark.sql.shuffle.partitions": "2"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_session() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        spark = session("test", {**SPARK, "spark.sql.codegen.wholeStage": "false"})
-        patch.setattr(SparkSession, "stop", lambda self: self.catalog.clearCache())
+    with shared():
         yield
-    spark.stop()
 
 
 def second(day: str, hour: int = 12) -> int:
@@ -121,12 +117,17 @@ def spoil(folder: Path) -> None:
         file.write_bytes(kept[:4] + b"\xff" * 60 + kept[64:])
 
 
-def test_a_night_reads_its_own_days_and_leaves_what_a_whole_read_leaves(tmp_path: Path, logs: Path, seventh: Path) -> None:
+def test_a_night_reads_its_own_days_tells_so_and_leaves_what_a_whole_read_leaves_and_so_does_a_rerun(
+    tmp_path: Path, logs: Path, seventh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = night(tmp_path, "2026-03-09", lake="whole")
     assert expected.reading.why == "no earlier snapshot"
+    assert "the whole table, as no earlier snapshot" in capsys.readouterr().err
     for day in days("2026-03-01", 5):
         spoil(logs / f"day={day}")
     result = night(tmp_path, "2026-03-09")
+    assert "partitions from 2026-03-06 on, 28 events from the snapshot of 2026-03-07" in capsys.readouterr().err
+    assert dataclasses.asdict(result)["source"]["partition"] == "day"
     assert (result.reading.since, result.reading.carried_from, result.reading.whole_ds) == (
         "2026-03-06",
         "2026-03-07",
@@ -140,6 +141,8 @@ def test_a_night_reads_its_own_days_and_leaves_what_a_whole_read_leaves(tmp_path
         result.inputs["interactions/ds=2026-03-07"]
         == partitions.read_commit(tmp_path / "lake", "interactions", "ds=2026-03-07").digest
     )
+    assert night(tmp_path, "2026-03-09").reading.carried_from == "2026-03-07"
+    assert rows(tmp_path, INTERACTIONS, "2026-03-09") == rows(tmp_path, INTERACTIONS, "2026-03-09", "whole")
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +160,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, week: Path) -> Path:
     return home
 
 
-@pytest.mark.parametrize(
-    "values", [{}, {"split": "leave_one_out"}, {"max_history": 3}, {"items": CATALOGUE[1:], "max_history": 3}]
-)
+@pytest.mark.parametrize("values", [{}, {"split": "leave_one_out", "max_history": 3}, {"items": CATALOGUE[1:], "max_history": 3}])
 def test_users_without_a_new_event_keep_their_history_night_after_night(
     tmp_path: Path, quiet: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
 ) -> None:
@@ -173,13 +174,6 @@ def test_users_without_a_new_event_keep_their_history_night_after_night(
         assert rows(home, table, "2026-03-09") == rows(home, table, "2026-03-09", "whole")
     users = {row["user_id"] for row in rows(home, SEQUENCES, "2026-03-09")}
     assert {"quiet", "left"} < users and ("gone" in users) == ("items" not in values)
-
-
-def test_a_rerun_of_the_night_leaves_the_same_rows(tmp_path: Path, logs: Path, seventh: Path) -> None:
-    night(tmp_path, "2026-03-09")
-    before = rows(tmp_path, INTERACTIONS, "2026-03-09")
-    assert night(tmp_path, "2026-03-09").reading.carried_from == "2026-03-07"
-    assert rows(tmp_path, INTERACTIONS, "2026-03-09") == before
 
 
 def test_late_events_within_the_window_come_in_and_are_no_duplicates(tmp_path: Path, logs: Path, seventh: Path) -> None:
@@ -261,9 +255,9 @@ def test_a_snapshot_without_a_manifest_is_no_base(tmp_path: Path, logs: Path, se
     assert "other settings" in night(tmp_path, "2026-03-08").reading.why
 
 
-def test_a_backfilled_date_goes_on_from_the_snapshot_before_it(tmp_path: Path, logs: Path, week: Path) -> None:
+def test_a_backfilled_date_goes_on_from_the_snapshot_before_it(tmp_path: Path, logs: Path, week: Path, eighth: Path) -> None:
+    shutil.copytree(eighth, tmp_path / "lake", ignore=shutil.ignore_patterns("ds=2026-03-07"))
     night(tmp_path, "2026-03-05")
-    night(tmp_path, "2026-03-09")
     assert night(tmp_path, "2026-03-07").reading.carried_from == "2026-03-05"
     assert rows(tmp_path, INTERACTIONS, "2026-03-07") == rows(week, INTERACTIONS, "2026-03-07"), "which was read whole"
 
@@ -330,11 +324,3 @@ def test_a_night_that_waits_for_its_partition_asks_for_that_alone(
                 night(tmp_path, ds, max_age_days=most)
         assert not partitions.is_committed(tmp_path / "lake", QUARANTINE.name, f"ds={ds}")
     assert night(tmp_path, "2026-03-12", max_age_days=2).rows["interactions"] == 40
-
-
-def test_the_reading_is_told(tmp_path: Path, logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    night(tmp_path, "2026-03-07")
-    assert "the whole table, as no earlier snapshot" in capsys.readouterr().err
-    result = night(tmp_path, "2026-03-08")
-    assert "partitions from 2026-03-06 on, 28 events from the snapshot of 2026-03-07" in capsys.readouterr().err
-    assert dataclasses.asdict(result)["source"]["partition"] == "day"

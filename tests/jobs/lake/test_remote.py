@@ -19,17 +19,12 @@ from jobs.lake import store as stores
 from jobs.lake.locks import alone, at_work, others_ended
 from jobs.lake.tables import ITEMS
 from jobs.run import InputError, Run, Unavailable
+from tests.jobs.lake.item_rows import rows
 from tests.object_store import ObjectStore, after, once, slow
 from tests.object_store import object_server as object_server
 from tests.object_store import object_store as object_store
 
 DS = "ds=2026-01-01"
-
-
-def rows(*ids: str) -> pa.Table:
-    attributes = [[{"name": "title", "value": item}] for item in ids]
-    columns = {"item_id": ids, "attributes": attributes, "content_hash": ids, "first_seen_ds": ["2026-01-01"] * len(ids)}
-    return pa.table(columns, ITEMS.schema)
 
 
 @pytest.fixture
@@ -232,7 +227,7 @@ import sys
 from pathlib import Path
 from jobs.lake import partitions
 from jobs.lake.tables import ITEMS
-from tests.jobs.lake.test_remote import rows
+from tests.jobs.lake.item_rows import rows
 partitions.write(Path(sys.argv[1]), ITEMS, "ds=2026-01-01", [rows(f"i{part}", f"j{part}") for part in range(6)])
 """
 

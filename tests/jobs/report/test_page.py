@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,11 +215,13 @@ def test_the_age_of_the_space_is_told_beside_that_of_the_snapshot(tmp_path: Path
     assert f"It is in space {SPACE}, which is 30 days old: first filled with 2026-02-08." in shown(tell(tmp_path)[1])
 
 
-def test_a_report_written_again_has_the_same_bytes(tmp_path: Path) -> None:
+def test_a_report_written_again_has_the_same_bytes(tmp_path: Path, drawn: dict[str, Any]) -> None:
     whole_night(tmp_path)
+    drawn.clear()
     first, _ = tell(tmp_path)
     record(tmp_path, "report", as_json(first))
     record(tmp_path, "explain", {})
+    drawn.clear()
     assert tell(tmp_path)[0].outputs == first.outputs
 
 

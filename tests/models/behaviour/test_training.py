@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as spawn
 from torch import Tensor
 
 from models.behaviour import losses, rat_step, training
@@ -24,6 +22,7 @@ from models.behaviour.rat_step import step_loss
 from models.behaviour.recommender import Backbone, Recommender, build_sequence, score
 from models.behaviour.training import Aligner, Training, batches, train
 from models.processes import same_everywhere
+from tests.forked import in_two_processes
 
 ITEMS = 12
 QUICK = Training(epochs=3, patience=99, batch=8, loss="full")
@@ -274,22 +273,18 @@ def test_a_loss_that_is_not_finite_stops_training() -> None:
         trained(recommender)
 
 
-def process(rank: int, processes: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def process(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
     recommender = fresh(seed=rank)
     done = trained(recommender)
     text = same_everywhere(f"from {rank}", torch.device("cpu"))
     torch.distributed.destroy_process_group()
     lines = [str(figures["loss"]) for figures in done.history] + [text, str(float(recommender.item_table().detach().sum()))]
-    (Path(folder) / str(rank)).write_text("\n".join(lines))
+    (folder / str(rank)).write_text("\n".join(lines))
 
 
 def test_two_processes_train_the_model_that_one_trains(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn.spawn(process, args=(2, port, str(tmp_path)), nprocs=2)
+    in_two_processes(process, tmp_path)
     first, second = ((tmp_path / str(rank)).read_text().split("\n") for rank in range(2))
     # what one process sums in another order than the other may round differently; another model is far away
     assert list(map(float, first[:3])) == pytest.approx(list(map(float, second[:3])), rel=1e-5)
@@ -306,20 +301,16 @@ def aligner() -> Aligner:
     return Aligner(teacher_VD=teacher_VD, weight_V=weight_V, alpha=1.0, temperature=0.2)
 
 
-def aligned_process(rank: int, processes: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def aligned_process(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
     done = trained(fresh(seed=rank), aligner=aligner())
     torch.distributed.destroy_process_group()
-    (Path(folder) / str(rank)).write_text("\n".join(str(figures["loss"]) for figures in done.history))
+    (folder / str(rank)).write_text("\n".join(str(figures["loss"]) for figures in done.history))
 
 
 def test_two_processes_align_the_items_that_one_aligns(tmp_path: Path) -> None:
     """Each process's own items alone would be other, easier softmaxes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn.spawn(aligned_process, args=(2, port, str(tmp_path)), nprocs=2)
+    in_two_processes(aligned_process, tmp_path)
     losses = [float(line) for line in (tmp_path / "0").read_text().split("\n")]
     alone = trained(fresh(seed=0), aligner=aligner())
     assert losses == pytest.approx([figures["loss"] for figures in alone.history], rel=1e-3)

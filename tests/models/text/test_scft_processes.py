@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,33 +23,18 @@ from models.text.packing import Step
 from models.text.prompts import prompts
 from models.text.scft import Interrupted, fine_tune
 from models.text.users import users_of
+from tests.forked import in_two_processes
 from tests.models import tiny
 from tests.models.text.test_scft import SMALL, tuned
 from tests.models.text.test_scft import base as base  # for pytest, which looks fixtures up here
 from tests.models.text.test_scft import own_cache as own_cache
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch.distributed as dist
-from tests.models.text import test_scft_processes
-dist.init_process_group("gloo")
-getattr(test_scft_processes, sys.argv[1])(*map(Path, sys.argv[2:]))
-dist.destroy_process_group()
-"""
 
-
-def in_two_processes(work: Callable[..., object], *paths: Path, port: int) -> None:
-    """Runs a function of this file in two processes that know each other; fails where one fails or they hang."""
-    known = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": str(Path(__file__).parents[3])}  # fmt: skip
-    command = [sys.executable, "-c", WORKER, work.__name__, *map(str, paths)]
-    workers = [subprocess.Popen(command, env={**os.environ, **known, "RANK": str(rank)}) for rank in range(2)]
-    try:
-        assert [worker.wait(timeout=250) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+def connected(work: Callable[..., None], *paths: Path) -> None:
+    """Runs a function of this file in a process that knows the other one."""
+    dist.init_process_group("gloo")
+    work(*paths)
+    dist.destroy_process_group()
 
 
 def keep_weights(base: Path, file: Path) -> None:
@@ -61,9 +43,9 @@ def keep_weights(base: Path, file: Path) -> None:
         save_file(result.learned, file)
 
 
-def test_two_processes_give_the_weights_of_one_at_the_same_global_batch(base: Path, tmp_path: Path, free_port: int) -> None:
+def test_two_processes_give_the_weights_of_one_at_the_same_global_batch(base: Path, tmp_path: Path) -> None:
     whole, _ = tuned(base, dropout=0.0)
-    in_two_processes(keep_weights, base, tmp_path / "two.safetensors", port=free_port)
+    in_two_processes(connected, keep_weights, base, tmp_path / "two.safetensors")
     # a sum in another order turns the step of an entry whose gradient is next to nothing, so weights are compared whole
     shared = load_file(tmp_path / "two.safetensors")
     other = tuned(base, dataclasses.replace(SMALL, batch=4), dropout=0.0)[0].learned
@@ -88,10 +70,10 @@ def learn_all(base: Path, file: Path) -> None:
         assert torch.equal(others[0], others[1])
 
 
-def test_two_processes_learn_from_teachers_and_users_what_one_learns(tmp_path: Path, free_port: int) -> None:
+def test_two_processes_learn_from_teachers_and_users_what_one_learns(tmp_path: Path) -> None:
     base = tiny.llama(tmp_path / "tied", tie_word_embeddings=True)
     learn_all(base, tmp_path / "one.safetensors")
-    in_two_processes(learn_all, base, tmp_path / "two.safetensors", port=free_port)
+    in_two_processes(connected, learn_all, base, tmp_path / "two.safetensors")
     whole, shared = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     names = [name for name in whole if name.startswith(("learned.", "heads."))]
     assert {"heads.user", "heads.cluster", "heads.teacher"} <= set(names)
@@ -110,9 +92,9 @@ def stop_in_one_and_resume(base: Path, file: Path) -> None:
 
 
 def test_a_stop_that_reaches_one_process_stops_all_and_all_go_on_from_the_first_ones_checkpoint(
-    base: Path, tmp_path: Path, free_port: int
+    base: Path, tmp_path: Path
 ) -> None:
-    in_two_processes(stop_in_one_and_resume, base, tmp_path / "state.safetensors", port=free_port)
+    in_two_processes(connected, stop_in_one_and_resume, base, tmp_path / "state.safetensors")
     assert (tmp_path / "state.safetensors").exists()
 
 
@@ -139,8 +121,8 @@ def judge_differently(base: Path, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(facts))
 
 
-def test_processes_take_the_first_ones_validation_and_each_embeds_its_share(base: Path, tmp_path: Path, free_port: int) -> None:
-    in_two_processes(judge_differently, base, tmp_path, port=free_port)
+def test_processes_take_the_first_ones_validation_and_each_embeds_its_share(base: Path, tmp_path: Path) -> None:
+    in_two_processes(connected, judge_differently, base, tmp_path)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert (one["steps"], one["best"], one["mrr"]) == (other["steps"], other["best"], other["mrr"]) == (8, 8, one["mrr"])
     # 9 validations of 8 + 8 + 20 prompts
@@ -155,8 +137,8 @@ def embed_some(base: Path, folder: Path) -> None:
         assert found is None if dist.get_rank() else np.allclose(found, alone, atol=1e-5)
 
 
-def test_processes_embed_prompts_together_in_their_order_however_few(base: Path, tmp_path: Path, free_port: int) -> None:
-    in_two_processes(embed_some, base, tmp_path, port=free_port)
+def test_processes_embed_prompts_together_in_their_order_however_few(base: Path, tmp_path: Path) -> None:
+    in_two_processes(connected, embed_some, base, tmp_path)
 
 
 def fail_in_the_first(base: Path, folder: Path) -> None:
@@ -169,14 +151,5 @@ def fail_in_the_first(base: Path, folder: Path) -> None:
     assert any_process(dist.get_rank() == 1) and not any_process(False)
 
 
-def test_a_failure_of_the_first_process_fails_in_all_instead_of_hanging(base: Path, tmp_path: Path, free_port: int) -> None:
-    in_two_processes(fail_in_the_first, base, tmp_path, port=free_port)
-
-
-@pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def test_a_failure_of_the_first_process_fails_in_all_instead_of_hanging(base: Path, tmp_path: Path) -> None:
+    in_two_processes(connected, fail_in_the_first, base, tmp_path)
