@@ -284,19 +284,25 @@ class Index:
 
         Raises ValueError where no graph was built.
         """
-        count, query_QD = min(count, len(self)), np.ascontiguousarray(query_QD, np.float32)
-        candidates = min(len(self), 2 * count + 10)
-        search = faiss.SearchParametersHNSW(efSearch=max(breadth, candidates))
-        if mask_N is not None:
-            search.sel = selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
-            assert selector is not None  # it has to live as long as the search
-        faiss.omp_set_num_threads(1)
-        _, row_QC = self.tree.search(query_QD, candidates, params=search)
+        count = min(count, len(self))
+        row_QC = self.candidates(query_QD, 2 * count + 10, breadth, mask_N)
         score_QC = np.einsum("qd,qcd->qc", query_QD, np.asarray(self.vector_ND[row_QC]))
         score_QC[row_QC < 0] = -np.inf
         score_QK, row_QK = best(score_QC, row_QC, count)
         found = int(np.isfinite(score_QK).sum(axis=1).min(initial=count))
         return row_QK[:, :found], score_QK[:, :found]
+
+    def candidates(self, query_QD: Matrix, count: int, breadth: int, mask_N: npt.NDArray[np.bool_] | None = None) -> Rows:
+        """row_QC of what the graph finds, best first by its own shorter vectors, -1 after the last."""
+        count = min(len(self), count)
+        search = faiss.SearchParametersHNSW(efSearch=max(breadth, count))
+        if mask_N is not None:
+            search.sel = selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
+            assert selector is not None  # it has to live as long as the search
+        faiss.omp_set_num_threads(1)
+        _, row_QC = self.tree.search(np.ascontiguousarray(query_QD, np.float32), count, params=search)
+        found: Rows = row_QC
+        return found
 
 
 def bound(known: dict[Any, Any]) -> None:
