@@ -72,7 +72,7 @@ class Settings:
     """Largest k, and most ids of one request."""
     exact_numbers: int = 4_000_000
     """Up to so many numbers (items x width) a search is exact, by matrix product; above, by the graph."""
-    breadth: int = 200
+    breadth: int = 250
     """Candidates of a search by the graph."""
 
     def __post_init__(self) -> None:

@@ -80,11 +80,12 @@ class Guard:
         future = asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
         self.in_work += 1
         future.add_done_callback(self.done)
-        try:
-            found = await asyncio.wait_for(asyncio.shield(future), self.settings.store_ms / 1000 * 1.2)
-        except TimeoutError as error:
+        # waits without cancelling: the thread reads to its end anyway
+        if not (await asyncio.wait([future], timeout=self.settings.store_ms / 1000 * 1.2))[0]:
             self.failed("slow")
-            raise Unavailable("the online store is slow") from error
+            raise Unavailable("the online store is slow")
+        try:
+            found = future.result()
         except NothingServed:
             raise
         except Exception as error:
