@@ -56,8 +56,8 @@ class Settings:
     """Users whose last history stays in memory, for when the store is down; fewer with over 100 items each, 0 keeps none."""
     remembered_s: float = 3600.0
     """Seconds that a history stays there."""
-    window_ms: float = 1.0
-    """Requests that come within this time are encoded together."""
+    window_ms: float = 0.0
+    """Time for which a first request waits for others, to be encoded with them; what comes while a batch is in work makes the next."""
     batch: int = 32
     """Histories encoded at once, at most."""
     waiting: int = 128
