@@ -57,7 +57,7 @@ class Settings:
     remembered_s: float = 3600.0
     """Seconds that a history stays there."""
     window_ms: float = 0.0
-    """Time for which a first request waits for others, to be encoded with them; what comes while a batch is in work makes the next."""
+    """Time for which a request waits for others, to be encoded with them; what comes while a batch is in work makes the next."""
     batch: int = 32
     """Histories encoded at once, at most."""
     waiting: int = 128
