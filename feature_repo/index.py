@@ -28,6 +28,8 @@ ITEMS, HASHES, ROWS, VECTORS, GRAPH, ABOUT = (
 FORMAT = 2
 BLOCK = 262_144
 """Items scored at once by the exact index: bounds its memory."""
+CLUSTERS = 256
+"""Groups of neighbours by which the graph is laid out in memory, at most."""
 REMEMBERED = 65_536
 """Ids and rows that a reader keeps in memory, each."""
 PAIRS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
@@ -48,7 +50,7 @@ class Graph:
     """Links that an item has in the graph (HNSW's M)."""
     breadth_build: int = 200
     """Candidates while building (ef_construction)."""
-    breadth_search: int = 200
+    breadth_search: int = 250
     """Candidates while searching (ef): more is slower and finds more."""
     precision: Literal["float16", "int8"] = "float16"
     """Type of the vectors inside the graph, by which candidates are found; they are scored in full. int8 is half as large, and
@@ -126,15 +128,30 @@ def hashed(ids: Sequence[str]) -> npt.NDArray[np.uint64]:
 
 
 def grown(vector_ND: Matrix, graph: Graph) -> Any:
-    """The graph over all vectors."""
+    """The graph over all vectors, which lie in it side by side with their neighbours: a search then walks through near memory."""
     kind = faiss.ScalarQuantizer.QT_fp16 if graph.precision == "float16" else faiss.ScalarQuantizer.QT_8bit
     tree = faiss.IndexHNSWSQ(vector_ND.shape[1], kind, graph.neighbours, faiss.METRIC_INNER_PRODUCT)
     tree.hnsw.efConstruction = graph.breadth_build
     faiss.omp_set_num_threads(graph.threads)
     tree.train(np.asarray(vector_ND[:BLOCK]))
+    named = faiss.IndexIDMap(tree)
+    order_N = side_by_side(vector_ND)
     for start in range(0, len(vector_ND), BLOCK):
-        tree.add(np.asarray(vector_ND[start : start + BLOCK]))
-    return tree
+        row_N = order_N[start : start + BLOCK]
+        named.add_with_ids(np.asarray(vector_ND[row_N]), row_N)
+    return named
+
+
+def side_by_side(vector_ND: Matrix) -> Rows:
+    """All rows, those of one cluster (k-means) after each other."""
+    clusters = min(CLUSTERS, len(vector_ND) // 100)
+    if clusters < 2:
+        return np.arange(len(vector_ND))
+    means = faiss.Kmeans(vector_ND.shape[1], clusters, niter=8, max_points_per_centroid=100, seed=1)
+    means.train(np.asarray(vector_ND))
+    blocks = range(0, len(vector_ND), BLOCK)
+    cluster_N = np.concatenate([means.assign(np.asarray(vector_ND[start : start + BLOCK]))[1] for start in blocks])
+    return np.argsort(cluster_N, kind="stable")
 
 
 def digest_of(folder: Path) -> str:
@@ -197,11 +214,19 @@ class Index:
             raise Foreign(f"the index in {self.folder} has parts of {sorted(sizes)} items: publish the space again")
         sample = np.unique(np.linspace(0, len(self) - 1, min(64, len(self))).astype(np.int64))
         if self.about["approximate"]:
-            kept_SD = np.stack([self.tree.storage.reconstruct(int(row)) for row in sample])
-            if kept_SD.shape[1] != self.vector_ND.shape[1] or apart(kept_SD, self.vector_ND[sample]) > 0.05:
+            row_S, kept_SD = self.kept(sample)
+            if kept_SD.shape[1] != self.vector_ND.shape[1] or apart(kept_SD, self.vector_ND[row_S]) > 0.05:
                 raise Foreign(f"the graph in {self.folder} was not built of these vectors: publish the space again")
         if not np.array_equal(self.rows_of([self.id_of(int(row)) for row in sample]), sample):
             raise Foreign(f"ids in {self.folder} do not lead back to their rows: publish the space again")
+
+    def kept(self, place_S: Rows) -> tuple[Rows, Matrix]:
+        """(row_S, emb_SD) of some places of the graph, the vectors as short as it keeps them."""
+        named, row_S = isinstance(self.tree, faiss.IndexIDMap), place_S
+        if named:  # one of version 0.1.0 has its vectors in the order of the rows
+            row_S = np.array([self.tree.id_map.at(int(place)) for place in place_S])
+        bare = faiss.downcast_index(self.tree.index) if named else self.tree
+        return row_S, np.stack([bare.storage.reconstruct(int(place)) for place in place_S])
 
     def id_of(self, row: int) -> str:
         """The id of a row."""
@@ -256,47 +281,46 @@ class Index:
 
     def exact(self, query_QD: Matrix, count: int) -> tuple[Rows, Matrix]:
         """(row_QK, score_QK) of the items with the largest dot products, best first; K is `count` or all items there are."""
-        count = min(count, len(self))
-        row_QK = np.empty((len(query_QD), 0), np.int64)
-        score_QK = np.empty((len(query_QD), 0), np.float32)
-        for start in range(0, len(self), BLOCK):
-            block_QN = query_QD.astype(np.float32) @ np.asarray(self.vector_ND[start : start + BLOCK]).T
-            rows_QN = np.broadcast_to(np.arange(start, start + block_QN.shape[1]), block_QN.shape)
-            score_QK, row_QK = best(np.hstack([score_QK, block_QN]), np.hstack([row_QK, rows_QN]), count)
-        return row_QK, score_QK
+        return self.among(query_QD, np.arange(len(self)), count, whole=True)
 
-    def among(self, query_QD: Matrix, row_N: Rows, count: int) -> tuple[Rows, Matrix]:
-        """As `exact`, of some rows alone."""
+    def among(self, query_QD: Matrix, row_N: Rows, count: int, whole: bool = False) -> tuple[Rows, Matrix]:
+        """As `exact`, of some rows alone; `whole` says that these are all, which needs no copy of their vectors."""
         count = min(count, len(row_N))
         row_QK = np.empty((len(query_QD), 0), np.int64)
         score_QK = np.empty((len(query_QD), 0), np.float32)
         for start in range(0, len(row_N), BLOCK):
             some_N = row_N[start : start + BLOCK]
-            block_QN = query_QD.astype(np.float32) @ np.asarray(self.vector_ND[some_N]).T
+            emb_ND = self.vector_ND[start : start + BLOCK] if whole else self.vector_ND[some_N]
+            block_QN = query_QD.astype(np.float32) @ np.asarray(emb_ND).T
             rows_QN = np.broadcast_to(some_N, block_QN.shape)
             score_QK, row_QK = best(np.hstack([score_QK, block_QN]), np.hstack([row_QK, rows_QN]), count)
         return row_QK, score_QK
 
     def approximate(
-        self, query_QD: Matrix, count: int, breadth: int = 200, mask_N: npt.NDArray[np.bool_] | None = None
+        self, query_QD: Matrix, count: int, breadth: int = 250, mask_N: npt.NDArray[np.bool_] | None = None
     ) -> tuple[Rows, Matrix]:
         """As `exact`, from the graph, among the items of a mask; some of the best may be missed, and fewer than `count` found.
 
         Raises ValueError where no graph was built.
         """
-        count, query_QD = min(count, len(self)), np.ascontiguousarray(query_QD, np.float32)
-        candidates = min(len(self), 2 * count + 10)
-        search = faiss.SearchParametersHNSW(efSearch=max(breadth, candidates))
-        if mask_N is not None:
-            search.sel = selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
-            assert selector is not None  # it has to live as long as the search
-        faiss.omp_set_num_threads(1)
-        _, row_QC = self.tree.search(query_QD, candidates, params=search)
+        count = min(count, len(self))
+        row_QC = self.candidates(query_QD, 2 * count + 10, breadth, mask_N)
         score_QC = np.einsum("qd,qcd->qc", query_QD, np.asarray(self.vector_ND[row_QC]))
         score_QC[row_QC < 0] = -np.inf
         score_QK, row_QK = best(score_QC, row_QC, count)
         found = int(np.isfinite(score_QK).sum(axis=1).min(initial=count))
         return row_QK[:, :found], score_QK[:, :found]
+
+    def candidates(self, query_QD: Matrix, count: int, breadth: int, mask_N: npt.NDArray[np.bool_] | None = None) -> Rows:
+        """row_QC of what the graph finds, best first by its own shorter vectors, -1 after the last."""
+        count = min(len(self), count)
+        search = faiss.SearchParametersHNSW(efSearch=max(breadth, count))
+        if mask_N is not None:
+            search.sel = selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
+            assert selector is not None  # it has to live as long as the search
+        faiss.omp_set_num_threads(1)
+        found: Rows = self.tree.search(np.ascontiguousarray(query_QD, np.float32), count, params=search)[1]
+        return found
 
 
 def bound(known: dict[Any, Any]) -> None:
@@ -319,7 +343,7 @@ def best(score_QN: Matrix, row_QN: Rows, count: int) -> tuple[Matrix, Rows]:
     return np.take_along_axis(score_QN, order_QK, 1), np.take_along_axis(row_QN, order_QK, 1)
 
 
-def recall(index: Index, query_QD: Matrix, count: int = 10, breadth: int = 200) -> float:
+def recall(index: Index, query_QD: Matrix, count: int = 10, breadth: int = 250) -> float:
     """Share of the exact neighbours that the approximate index finds."""
     exact_QK, _ = index.exact(query_QD, count)
     found_QK, _ = index.approximate(query_QD, count, breadth)

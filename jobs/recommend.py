@@ -37,7 +37,7 @@ class Config:
     """Items to recommend."""
     index: Literal["exact", "approximate"] = "exact"
     """How candidates are found."""
-    breadth: int = 200
+    breadth: int = 250
     """Candidates while searching the approximate index: more is slower and finds more."""
     exclude_seen: bool | None = None
     """Leaves out items of the user's history. Left out, it is as in validation and gates: `run.exclude_seen`."""

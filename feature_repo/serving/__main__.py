@@ -37,8 +37,11 @@ def lake_of(artifacts: str) -> Path | None:
 
 def main() -> int:
     """Runs until it is told to end; 2 where the settings are wrong."""
-    from feature_repo.serving.settings import from_environment
+    from feature_repo.serving.settings import from_environment, told
 
+    if len(sys.argv) > 1:
+        print(f"{__doc__}\n\n{told()}", file=sys.stdout if sys.argv[1:] in (["--help"], ["-h"]) else sys.stderr)
+        return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
     try:
         settings = from_environment()
         if not settings.artifacts:
@@ -83,7 +86,7 @@ def server_of(settings: Settings) -> dict[str, Any]:
         "http": "feature_repo.serving.http:Patient",
         "server_header": False,
         "backlog": 256,
-        "limit_concurrency": 4 * settings.waiting,
+        "ws": "none",
         "timeout_keep_alive": 30,
         "timeout_graceful_shutdown": GRACE_S,
         "ssl_certfile": settings.certificate or None,

@@ -22,7 +22,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 
 from feature_repo.serving import metrics, schema, search
 from feature_repo.serving.batches import Batcher
-from feature_repo.serving.border import Border
+from feature_repo.serving.border import FAILED, Border
 from feature_repo.serving.direct import Direct
 from feature_repo.serving.generation import Generation, Unfit
 from feature_repo.serving.search import Ask, Found
@@ -211,7 +211,9 @@ def make_app(settings: Settings, lake: Path | None = None) -> Any:
         add_page(app, service)
     direct = Direct(app, {"/recommend": (schema.Recommend, service.recommend), "/similar": (schema.Similar, service.similar),
                           "/vectors": (schema.Vectors, service.vectors)})  # fmt: skip
-    bordered = Border(ExceptionMiddleware(direct, app.exception_handlers), settings)
+    # what is nobody's fault but ours goes on to the border, which logs where
+    refusals = {kind: handler for kind, handler in app.exception_handlers.items() if kind is not Exception}
+    bordered = Border(ExceptionMiddleware(direct, refusals), settings)
     bordered.service = service  # type: ignore[attr-defined]  # for tests
     return bordered
 
@@ -285,18 +287,32 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        said_of = [f"{'.'.join(str(part) for part in one['loc'][:3]) or 'body'}: {one['msg']}" for one in error.errors()[:5]]
+        if "json" not in request.headers.get("content-type", ""):
+            return JSONResponse({"error": "send the body with the header `Content-Type: application/json`"}, 415)
+        found = error.errors()[:5]
+        if found[0]["type"] == "json_invalid":
+            why = f"character {found[0]['loc'][-1]}: {found[0]['ctx']['error']}"
+            return JSONResponse({"error": f"the body is no JSON, see {why} (see /docs)"}, 422)
+        said_of = [f"{'.'.join(str(part) for part in one['loc'][:3]) or 'body'}: {one['msg']}" for one in found]
         return JSONResponse({"error": "; ".join(said_of) + " (see /docs)"}, 422)
 
     @app.exception_handler(HTTPException)
     async def told(request: Request, error: HTTPException) -> Response:
         # a body that is no text at all, a path that is not there, another method
-        known = {400: "the body is no JSON in UTF-8", 404: "no such path", 405: "another method"}
+        known = {
+            400: "the body is no JSON in UTF-8, or a number or nesting in it has no end",
+            404: "no such path",
+            405: "another method",
+        }
         return JSONResponse({"error": f"{known.get(error.status_code, error.detail)} (see /docs)"}, error.status_code)
 
     @app.exception_handler(Unfit)
     async def unfit(request: Request, error: Unfit) -> Response:
         return JSONResponse({"error": str(error)}, 422)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": FAILED}, 500)
 
     @app.exception_handler(Unready)
     async def unready(request: Request, error: Unready) -> Response:

@@ -10,8 +10,9 @@ LONGEST_ID = 512
 LONGEST_HISTORY = 10_000
 MOST = 1_000
 Id = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
+Name = Annotated[str, Field(max_length=LONGEST_ID)]
 Texts = Annotated[list[Annotated[str, Field(max_length=4_096)]], Field(min_length=1, max_length=100)]
-Filters = Annotated[dict[str, Texts], Field(max_length=8)]
+Filters = Annotated[dict[Name, Texts], Field(max_length=8)]
 Body = ConfigDict(extra="forbid", strict=True)
 
 
@@ -42,7 +43,7 @@ class Recommend(BaseModel):
         examples=[{"genres": ["Comedy", "Drama"], "release_year": ["1995"]}],
     )
     explain: bool = Field(False, description="tells what each part of the recommender brought to a score")
-    attributes: list[str] = Field([], max_length=32, description="attributes to answer beside each item, for example `title`")
+    attributes: list[Name] = Field([], max_length=32, description="attributes to answer beside each item, for example `title`")
 
     @model_validator(mode="after")
     def one_of_both(self) -> Recommend:
@@ -63,7 +64,7 @@ class Similar(BaseModel):
     item_ids: list[Id] = Field(min_length=1, max_length=100)
     k: int = Field(10, ge=1)
     filters: Filters = Field({}, description="as in /recommend")
-    attributes: list[str] = Field([], max_length=32, description="as in /recommend")
+    attributes: list[Name] = Field([], max_length=32, description="as in /recommend")
 
 
 class Vectors(BaseModel):
@@ -74,7 +75,7 @@ class Vectors(BaseModel):
     encoding: Literal["base64", "list"] = Field(
         "base64", description="base64 of little-endian float32 numbers; `list` is for eyes: at most 20 items"
     )
-    attributes: list[str] = Field([], max_length=32, description="as in /recommend")
+    attributes: list[Name] = Field([], max_length=32, description="as in /recommend")
 
     @model_validator(mode="after")
     def lists_are_short(self) -> Vectors:
@@ -103,6 +104,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"description": "no token, or a wrong one"},
     408: {"description": "the request came too slowly"},
     413: {"description": "the body is too large"},
+    415: {"description": "the body is not sent as application/json"},
     422: {"description": "the body is not what it should be: `error` says what"},
     503: {"description": "nothing is served yet, or too much is asked at once: ask again after Retry-After seconds"},
 }

@@ -14,6 +14,8 @@ from feature_repo.index import Matrix, Rows
 from feature_repo.serving.generation import BIT, Generation, Unfit, exact_is_cheap
 from feature_repo.serving.settings import Settings
 
+SPARE = 10
+"""Candidates that are scored in full beside twice as many as are asked for: the graph ranks by shorter vectors."""
 Filters = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -85,19 +87,20 @@ def of_generation(made: Generation, asks: Sequence[Ask], settings: Settings) -> 
 
 def searched(made: Generation, query_BD: Matrix, asks: Sequence[Ask], settings: Settings) -> dict[int, tuple[Rows, Matrix]]:
     """(row_K, score_K) of those asks that one search of all items satisfies."""
-    cheap = exact_is_cheap(made, settings)
     # hidden items lie near the user: as many more are asked for, up to the breadth that the graph looks at anyway
-    count = max(ask.k + (len(ask.hidden) if cheap else min(len(ask.hidden), settings.breadth)) for ask in asks)
-    if cheap:
-        row_BK, score_BK = made.index.exact(query_BD, count)
+    if exact_is_cheap(made, settings):
+        row_BC, _ = made.index.exact(query_BD, max(ask.k + len(ask.hidden) for ask in asks))
     else:
-        row_BK, score_BK = made.index.approximate(query_BD, count, settings.breadth)
+        most = max(2 * ask.k + SPARE + min(len(ask.hidden), settings.breadth) for ask in asks)
+        row_BC = made.index.candidates(query_BD, most, settings.breadth)
     found = {}
     for number, ask in enumerate(asks):
-        kept = [at for at, row in enumerate(row_BK[number].tolist()) if row not in ask.hidden][: ask.k]
-        row_K, score_K = row_BK[number][kept], score_BK[number][kept]
-        if len(row_K) >= min(ask.k, len(made.index) - len(ask.hidden)):
-            found[number] = (row_K, score_K)
+        kept = [row for row in row_BC[number].tolist() if row not in ask.hidden and row >= 0][: 2 * ask.k + SPARE]
+        row_K = np.array(kept, np.int64)
+        score_K = made.index.vector_ND[row_K] @ query_BD[number]
+        order_K = np.lexsort((row_K, -score_K))[: ask.k]
+        if len(order_K) >= min(ask.k, len(made.index) - len(ask.hidden)):
+            found[number] = (row_K[order_K], score_K[order_K])
     return found
 
 

@@ -5,12 +5,18 @@ Every variable begins with LLMEMB_SERVING_; where the stores are say LLMEMB_ONLI
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import math
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 PREFIX = "LLMEMB_SERVING_"
+MAY_BE_ZERO = ("remembered", "remembered_s", "window_ms", "exact_numbers")
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -47,11 +53,11 @@ class Settings:
     breaker_s: float = 1.0
     """Seconds for which it is left alone; then one read tries it again."""
     remembered: int = 50_000
-    """Users whose last history stays in memory, for when the store is down; 0 keeps none."""
+    """Users whose last history stays in memory, for when the store is down; fewer with over 100 items each, 0 keeps none."""
     remembered_s: float = 3600.0
     """Seconds that a history stays there."""
-    window_ms: float = 1.0
-    """Requests that come within this time are encoded together."""
+    window_ms: float = 0.0
+    """Time for which a request waits for others, to be encoded with them; what comes while a batch is in work makes the next."""
     batch: int = 32
     """Histories encoded at once, at most."""
     waiting: int = 128
@@ -66,15 +72,23 @@ class Settings:
     """Largest k, and most ids of one request."""
     exact_numbers: int = 4_000_000
     """Up to so many numbers (items x width) a search is exact, by matrix product; above, by the graph."""
-    breadth: int = 200
+    breadth: int = 250
     """Candidates of a search by the graph."""
 
     def __post_init__(self) -> None:
-        for name in ("poll_s", "store_ms", "batch", "waiting", "request_s", "body_bytes", "body_s", "most", "workers"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{PREFIX}{name.upper()} is {getattr(self, name)}: give a number above 0")
+        for one in dataclasses.fields(self):
+            value, least = getattr(self, one.name), 0 if one.name in MAY_BE_ZERO else 1 if one.type == "int" else 1e-9
+            if one.type in ("int", "float") and not least <= value < math.inf:
+                raise ValueError(f"{PREFIX}{one.name.upper()} is {value}: give {'0 or more' if least == 0 else 'more than 0'}")
+        if self.port > 65_535:
+            raise ValueError(f"{PREFIX}PORT is {self.port}: ports end at 65535")
+        if self.token != self.token.strip():
+            raise ValueError(f"{PREFIX}TOKEN begins or ends with a space or a line's end, which no header can send")
         if bool(self.certificate) != bool(self.key) or (self.client_ca and not self.certificate):
             raise ValueError(f"{PREFIX}CERTIFICATE and {PREFIX}KEY come together, and {PREFIX}CLIENT_CA needs both")
+        for name in ("certificate", "key", "client_ca"):
+            if getattr(self, name) and not Path(getattr(self, name)).is_file():
+                raise ValueError(f"{PREFIX}{name.upper()} names no file")
         if self.host not in LOCAL and not self.token and not self.client_ca:
             raise ValueError(f"{PREFIX}HOST is {self.host}, which others reach: set {PREFIX}TOKEN, or {PREFIX}CLIENT_CA for mTLS")
 
@@ -97,3 +111,16 @@ def parsed(name: str, text: str, kind: str) -> str | int | float | bool:
         return made
     except (KeyError, ValueError):
         raise ValueError(f"{PREFIX}{name.upper()} is no {kind}: see docs/serving.md") from None
+
+
+def told() -> str:
+    """Every variable with its default, and the text under its field."""
+    (kind,) = ast.parse(inspect.getsource(Settings)).body
+    assert isinstance(kind, ast.ClassDef)
+    defaults, lines = {one.name: one.default for one in dataclasses.fields(Settings)}, []
+    for one, text in zip(kind.body, [*kind.body[1:], None], strict=True):
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):
+            lines.append(f"  {PREFIX}{one.target.id.upper()}={defaults[one.target.id]}")
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                lines += textwrap.wrap(str(text.value.value), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)

@@ -18,6 +18,8 @@ from feature_repo.serving.settings import Settings
 from feature_repo.transport import Sdk
 
 T = TypeVar("T")
+IDS_EACH = 100
+"""Ids of items that a user who is remembered has on average, at most: bounds the memory."""
 QUEUE = 32
 """Reads that may wait for a thread; where so many do, the store can't keep up."""
 
@@ -78,11 +80,12 @@ class Guard:
         future = asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
         self.in_work += 1
         future.add_done_callback(self.done)
-        try:
-            found = await asyncio.wait_for(asyncio.shield(future), self.settings.store_ms / 1000 * 1.2)
-        except TimeoutError as error:
+        # waits without cancelling: the thread reads to its end anyway
+        if not (await asyncio.wait([future], timeout=self.settings.store_ms / 1000 * 1.2))[0]:
             self.failed("slow")
-            raise Unavailable("the online store is slow") from error
+            raise Unavailable("the online store is slow")
+        try:
+            found = future.result()
         except NothingServed:
             raise
         except Exception as error:
@@ -123,6 +126,8 @@ class Histories:
     def __init__(self, settings: Settings, reader: Reader, guard: Guard) -> None:
         self.settings, self.reader, self.guard = settings, reader, guard
         self.known: OrderedDict[str, tuple[float, list[str]]] = OrderedDict()
+        self.held = 0
+        """Ids of items in `known`."""
 
     async def of(self, user_id: str) -> History:
         """The user's history; without items, and with the cause, where it is not known."""
@@ -134,7 +139,7 @@ class Histories:
                 return History(item_ids=remembered, fallback="remembered_history")
             return History(item_ids=[], fallback="store_down")
         if not item_ids:
-            self.known.pop(user_id, None)
+            self.forget(user_id)
             return History(item_ids=[], fallback="unknown_user")
         self.remember(user_id, item_ids)
         return History(item_ids=item_ids)
@@ -145,9 +150,13 @@ class Histories:
         return list(values.get("item_ids") or [])
 
     def remember(self, user_id: str, item_ids: list[str]) -> None:
-        """Keeps a history in memory; the one that was read longest ago makes room."""
-        if self.settings.remembered:
-            self.known[user_id] = (time.monotonic(), item_ids)
-            self.known.move_to_end(user_id)
-            while len(self.known) > self.settings.remembered:
-                self.known.popitem(last=False)
+        """Keeps a history in memory; those that were read longest ago make room."""
+        self.forget(user_id)
+        self.known[user_id] = (time.monotonic(), item_ids)
+        self.held += len(item_ids)
+        while len(self.known) > self.settings.remembered or self.held > IDS_EACH * self.settings.remembered:
+            self.forget(next(iter(self.known)))
+
+    def forget(self, user_id: str) -> None:
+        """Keeps a history no longer."""
+        self.held -= len(self.known.pop(user_id, (0.0, ()))[1])

@@ -47,6 +47,8 @@ class Watch:
         """The thread that looks."""
         while not self.stopped.is_set():
             self.look()
+            if self.current is not None:  # it ages also while the store is down
+                metrics.AGE.set(self.current.pointer.age.total_seconds())
             self.stopped.wait(self.settings.poll_s)
 
     def look(self) -> None:
@@ -70,7 +72,6 @@ class Watch:
             if self.current is not None:
                 # also while another index is still being read
                 self.swap(self.current.without(pointer.withheld))
-                metrics.AGE.set(self.current.pointer.age.total_seconds())
         self.changed.set()
 
     def load_on(self) -> None:

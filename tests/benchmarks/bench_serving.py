@@ -43,6 +43,7 @@ from serve import ask, free_port, serving  # in infra/
 
 from feature_repo import index, spaces
 from feature_repo.reader import Reader, Space, settings
+from feature_repo.serving.settings import Settings
 from feature_repo.stores import lease, open_writer
 from tests.feature_repo.serving.world import apply, build_index, keep_recommender
 
@@ -187,15 +188,15 @@ def encoded(bodies: Sequence[dict[str, Any]]) -> list[bytes]:
 
 def loads(url: str, process: subprocess.Popen[bytes], arguments: argparse.Namespace, ids: list[str]) -> None:
     """Latencies at each rate, and the share of a core that the service took."""
-    port, watched = int(url.rsplit(":", 1)[1]), psutil.Process(process.pid)
+    port = int(url.rsplit(":", 1)[1])
     users = encoded([{"user_id": f"u{n}", "k": 10} for n in range(USERS)])
     near = encoded([{"item_ids": [ids[n]], "k": 10} for n in range(USERS)])
     asyncio.run(open_loop(port, "/recommend", users, 50, 3, []))
     for path, bodies in (("/recommend", users), ("/similar", near)):
         for rate in arguments.rates:
-            before, started = sum(watched.cpu_times()[:2]), time.perf_counter()
+            before, started = cpu_s(process), time.perf_counter()
             found = asyncio.run(open_loop(port, path, bodies, rate, arguments.seconds, []))
-            cores = (sum(watched.cpu_times()[:2]) - before) / (time.perf_counter() - started)
+            cores = (cpu_s(process) - before) / (time.perf_counter() - started)
             tell("open loop", **found, service_cores=round(cores, 2))
 
 
@@ -368,7 +369,7 @@ def recalls(lake: Path, space: Space) -> None:
     rows = draw.choice(len(built), 300, replace=False)
     query_QD = np.asarray(built.vector_ND[rows]) + 0.3 * draw.standard_normal((300, space.width), np.float32) / space.width**0.5
     exact = {count: built.exact(query_QD.astype(np.float32), count)[0] for count in (10, 100)}
-    for breadth in (100, 200, 400, 800):
+    for breadth in (100, 200, Settings().breadth, 300, 400, 800):
         values = {}
         for count, exact_QK in exact.items():
             found_QK, _ = built.approximate(query_QD, count, breadth)
@@ -381,10 +382,23 @@ def recalls(lake: Path, space: Space) -> None:
 
 
 def memory(process: subprocess.Popen[bytes], items: int, seconds: float) -> None:
-    """Start to ready, and what stays in memory: `uss` is the process's own, the rest are mapped pages that workers share."""
-    held = psutil.Process(process.pid).memory_full_info()
-    tell("start", ready_s=round(seconds, 2), items=items, uss_mb=held.uss >> 20, rss_mb=held.rss >> 20, pss_mb=held.pss >> 20,
-         mapped_bytes_an_item=max(0, held.rss - held.uss) // items)  # fmt: skip
+    """Start to ready, and what stays in memory, of all workers: `uss` is their own; mapped pages, which they share, are in `pss`
+    once, in `rss` for each. One worker's mapped bytes an item."""
+    held = [one.memory_full_info() for one in family(process)]
+    totals = {f"{kind}_mb": sum(getattr(one, kind) for one in held) >> 20 for kind in ("uss", "rss", "pss")}
+    mapped = max(one.rss - one.uss for one in held)
+    tell("start", ready_s=round(seconds, 2), items=items, **totals, mapped_bytes_an_item=max(0, mapped) // items)
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The service's process and its workers."""
+    first = psutil.Process(process.pid)
+    return [first, *first.children(recursive=True)]
+
+
+def cpu_s(process: subprocess.Popen[bytes]) -> float:
+    """CPU seconds of the service so far."""
+    return sum(sum(one.cpu_times()[:2]) for one in family(process))
 
 
 def main() -> None:

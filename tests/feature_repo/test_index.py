@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -82,6 +83,33 @@ def test_a_mask_bounds_the_graph_s_answers(tmp_path: Path) -> None:
     few_N = np.zeros(2000, np.bool_)
     few_N[[5, 9]] = True
     assert index.approximate(vectors(1, seed=1), 10, 200, few_N)[0].shape[1] <= 2, "no row that is none"
+
+
+def test_neighbours_lie_side_by_side_in_the_graph_and_rows_stay_as_they_came(tmp_path: Path) -> None:
+    # two clusters, their items in turn
+    vector_ND = vectors(400) * 0.1
+    vector_ND[::2, 0] += 20
+    vector_ND[1::2, 1] += 20
+    index = built(tmp_path / "x", vector_ND, Graph())
+    order_N, kept_ND = index.kept(np.arange(400))
+    assert sorted(order_N) == list(range(400)) and np.allclose(kept_ND, vector_ND[order_N], atol=0.02)
+    assert (np.diff(order_N % 2) != 0).sum() < 10, "each cluster in one or a few pieces"
+    assert index.item_ids[:3] == ["i0", "i1", "i2"]
+    row_QK, _ = index.approximate(vector_ND[[6, 7]], 20)
+    assert (row_QK[0] % 2 == 0).all() and (row_QK[1] % 2 == 1).all()
+
+
+def test_a_graph_of_version_0_1_0_is_read_on(tmp_path: Path) -> None:
+    vector_ND = vectors(400)
+    index = built(tmp_path / "x", vector_ND, Graph())
+    wanted_QK, _ = index.approximate(vector_ND[:9], 5)
+    bare = faiss.IndexHNSWSQ(16, faiss.ScalarQuantizer.QT_fp16, 32, faiss.METRIC_INNER_PRODUCT)
+    bare.train(vector_ND)
+    bare.add(vector_ND)
+    faiss.write_index(bare, str(tmp_path / "x" / "graph.faiss"))
+    old = Index(tmp_path / "x")
+    old.check()
+    assert np.array_equal(old.approximate(vector_ND[:9], 5)[0], wanted_QK)
 
 
 def test_int8_takes_less_and_finds_nearly_as_much(tmp_path: Path) -> None:

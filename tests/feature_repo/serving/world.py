@@ -132,16 +132,19 @@ def apply(lake: Path) -> None:
 
 
 @contextmanager
-def serving(lake: Path, ready: bool = True, **more: Any) -> Iterator[Client]:
-    """A service on a free port."""
+def serving(lake: Path, ready: bool = True, keep_alive: int = 5, **more: Any) -> Iterator[Client]:
+    """A service on a free port; `keep_alive` seconds may pass between two requests of a connection."""
     bordered = make_app(Settings(artifacts=str(lake), **{"poll_s": 0.05, **more}), lake)
-    config = uvicorn.Config(bordered, host="127.0.0.1", port=0, log_level="critical", http=Patient, access_log=False)
+    config = uvicorn.Config(
+        bordered, host="127.0.0.1", port=0, log_level="critical", http=Patient, access_log=False, timeout_keep_alive=keep_alive
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     client = Client(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", bordered.service)
+    client.connections = server.server_state.connections
     try:
         if ready:
             client.until(lambda: client.get("/readyz")[0] == 200)
@@ -156,6 +159,8 @@ class Client:
 
     def __init__(self, url: str, service: Any) -> None:
         self.url, self.service = url, service
+        self.connections: set[Any] = set()
+        """Connections that the server holds."""
 
     def ask(self, path: str, body: Any = None, raw: bytes | None = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
         """(status, answer, headers)."""
