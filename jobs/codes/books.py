@@ -74,7 +74,7 @@ def fitted(config: Config, sample_ND: Tensor) -> Books:
 
     def log_epoch(figures: dict[str, float], epoch: int) -> None:
         if epoch % 10 == 0:
-            log.info("epoch %d  loss %.4f  dead entries %d", epoch, figures["loss"], figures["dead"])
+            log.info("pass %d  loss %.4f  dead entries %d", epoch, figures["loss"], figures["dead"])
 
     return fit_books(sample_ND, config.training, seed=config.run.seed, log=log_epoch)
 

@@ -2,9 +2,10 @@
 
 The decoder reads the mean of the entries that the codes name. As published each book chooses apart: the entry nearest to a head
 of its own. By default books choose jointly instead, each what the others leave over (additive quantisation, Babenko and
-Lempitsky 2014): a beam search finds the codes, and after training least squares find the entries that tell best of them. With a
-linear decoder that minimises the same error, and it keeps far more (BENCHMARKS.md). What the paper leaves open is chosen
-here: linear heads and decoder, and where training starts (residual k-means, or product quantisation of turned directions).
+Lempitsky 2014): in turn a beam search finds the codes, and least squares find the entries that tell best of them. With a
+linear decoder that minimises the same error without a gradient, and it keeps far more (BENCHMARKS.md). What the paper leaves
+open is chosen here: linear heads and decoder, where training starts (residual k-means, or product quantisation of turned
+directions).
 
 Shapes: N items, D width, K books, C entries of a book, B items of a batch.
 """
@@ -26,13 +27,14 @@ from models.behaviour.whitening import moments
 CHUNK = 16_384
 LLOYD = 8
 """Rounds of k-means that books start with."""
-BEAM = 8
-"""Ways of choosing that are followed from book to book."""
-TRAINING_BEAM = 2
+BEAM, WARM_BEAM = 8, 4
+"""Ways of choosing that are followed from book to book, and while entries have noise."""
 RIDGE = 1e-3
 """How strongly least squares holds entries to what they were, beside an entry's usual number of items."""
-SETTLING = 6
-"""Rounds of choosing and least squares after training."""
+NOISE = 0.5
+"""Noise on entries at first, beside the spread of the vectors that a book tells of."""
+SETTLING, CALM = 16, 4
+"""Rounds of choosing and least squares where books choose jointly, and how many of the last are without noise."""
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -45,13 +47,13 @@ class Codes:
     entries: int = 256
     """Entries of a book: at 256 a code is a byte."""
     epochs: int = 30
-    """Times that training reads the sample."""
+    """Where books choose apart: times that training reads the sample."""
     batch: int = 1024
-    """Items of a step."""
+    """Where books choose apart: items of a step."""
     learning_rate: float = 1e-3
-    """Learning rate of Adam."""
+    """Where books choose apart: learning rate of Adam."""
     apart: bool = False
-    """Each book chooses by a head of its own, as published; else all choose jointly, which keeps more."""
+    """Each book chooses by a head of its own, as published; else all choose jointly, which keeps more and needs no gradient."""
     commitment: float = 0.25
     """Where books choose apart: how strongly heads are drawn to entries, beside entries to heads."""
     sample: int = 200_000
@@ -150,21 +152,34 @@ def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_:
     some_N = torch.randperm(len(emb_ND), generator=generator)[: config.sample].to(emb_ND.device)
     emb_ND = emb_ND[some_N].float()
     books = started(emb_ND, config, generator)
-    by_steps(books, emb_ND, config, generator, log)
-    if not config.apart:
-        settle(books, emb_ND)
+    if config.apart:
+        by_steps(books, emb_ND, config, generator, log)
+    else:
+        settle(books, emb_ND, generator, log)
     return books.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def settle(books: Books, emb_ND: Tensor) -> None:
-    """Codes given the entries, then entries given the codes, in turn; the decoder becomes one that only adds."""
-    part_KCD = books.parts()
-    books.decoder.weight.copy_(len(part_KCD) * torch.eye(len(books.mean_D)))
-    books.entry_KCD.copy_(part_KCD)
-    sized_ND = books.sized(emb_ND) - books.decoder.bias
-    for _ in range(SETTLING):
-        books.entry_KCD.copy_(least_squares(sized_ND, books.encode(emb_ND), books.entry_KCD))
+def settle(books: Books, emb_ND: Tensor, generator: torch.Generator, log: Log = lambda *_: None) -> None:
+    """Codes given the entries, then entries given the codes, in turn; the decoder only adds.
+
+    Codes are chosen with noise on the entries that fades away, so that they don't stay where they began (Martinez et al. 2018,
+    "LSQ++", SR-D).
+    """
+    sized_ND, best_KCD = books.sized(emb_ND), books.parts()
+    books.decoder.weight.copy_(len(best_KCD) * torch.eye(len(books.mean_D)))
+    spread_D = NOISE * sized_ND.std(0) / len(best_KCD)
+    for turn in range(SETTLING):
+        heat = max(0.0, 1 - (turn + 1) / (SETTLING - CALM)) ** 0.5
+        noise_KCD = torch.randn(best_KCD.shape, generator=generator).to(emb_ND.device)
+        books.entry_KCD.copy_(best_KCD + heat * spread_D * noise_KCD)
+        code_NK = books.encode(emb_ND, WARM_BEAM if heat else BEAM)
+        books.entry_KCD.copy_(least_squares(sized_ND, code_NK, best_KCD))
+        used_KC = torch.stack([torch.bincount(code_N, minlength=best_KCD.shape[1]) for code_N in code_NK.T])
+        dead = revive(books, emb_ND, used_KC, generator) if heat else 0
+        best_KCD = books.entry_KCD.clone()
+        loss = (sized_ND - books.sized(books.decode(code_NK))).square().sum(1).mean()
+        log({"loss": float(loss), "dead": float(dead)}, turn)
 
 
 def least_squares(sized_ND: Tensor, code_NK: Tensor, part_KCD: Tensor) -> Tensor:
@@ -185,7 +200,7 @@ def least_squares(sized_ND: Tensor, code_NK: Tensor, part_KCD: Tensor) -> Tensor
 
 
 def by_steps(books: Books, emb_ND: Tensor, config: Codes, generator: torch.Generator, log: Log) -> None:
-    """Training as published: the error's gradient; entries that no item took are moved to where they help."""
+    """Training as published, by the error's gradient; entries that no item took are moved to where they help."""
     optimizer = torch.optim.Adam(books.parameters(), lr=config.learning_rate)
     for epoch in range(config.epochs):
         order_N = torch.randperm(len(emb_ND), generator=generator).to(emb_ND.device)
@@ -250,19 +265,17 @@ def drawn(count: int, wanted: int, generator: torch.Generator) -> Tensor:
 
 
 def step_loss(books: Books, emb_BD: Tensor, config: Codes) -> tuple[Tensor, Tensor]:
-    """The squared error of what is read and, where books choose apart, entries drawn to heads and heads to entries; code_KB.
+    """The squared error of what is read, and entries drawn to heads and heads to entries; code_KB.
 
     The error's gradient reaches entries and decoder, and passes through to the heads.
     """
-    code_KB = books.encode(emb_BD, TRAINING_BEAM).T
+    code_KB = books.encode(emb_BD).T
     entry_KBD = torch.stack([c_CD[code_B] for c_CD, code_B in zip(books.entry_KCD, code_KB, strict=True)])
-    z_KBD = books.heads(emb_BD) if books.head_KDD is not None else entry_KBD
+    z_KBD = books.heads(emb_BD)
     read_BD = books.decoder((entry_KBD + z_KBD - z_KBD.detach()).mean(0))
     loss = (books.sized(emb_BD) - read_BD).square().sum(1).mean()
-    if books.head_KDD is not None:
-        apart_KB = (z_KBD.detach() - entry_KBD).square().sum(2) + config.commitment * (z_KBD - entry_KBD.detach()).square().sum(2)
-        loss = loss + apart_KB.sum(0).mean()
-    return loss, code_KB
+    apart_KB = (z_KBD.detach() - entry_KBD).square().sum(2) + config.commitment * (z_KBD - entry_KBD.detach()).square().sum(2)
+    return loss + apart_KB.sum(0).mean(), code_KB
 
 
 @torch.no_grad()
