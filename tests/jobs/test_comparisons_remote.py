@@ -34,7 +34,9 @@ Machine = Callable[[str], Run]
 def folder(tmp_path: Path) -> Run:
     """A small lake in a folder, after `rat` and `project`."""
     run = make(tmp_path)
-    settings = rat.Config(run=run, teacher="none", hidden=8, backbone=BACKBONE, fusion=Fusion(parts=("llmemb",)), training=TRAINING)
+    settings = rat.Config(
+        run=run, teacher="none", hidden=8, backbone=BACKBONE, fusion=Fusion(parts=("llmemb",)), training=TRAINING
+    )
     remember(run, "rat", rat.run(settings))
     project.run(project.Config(run=run, recommender="latest"))
     return run
@@ -81,7 +83,7 @@ def test_codes_go_online_by_a_service_or_not_at_all(machine: Machine, monkeypatc
     for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY"):
         monkeypatch.delenv(name, raising=False)
     run = machine("one")
-    with pytest.raises(InputError, match="codes with run.lake s3://.*set LLMEMB_ONLINE_STORE and LLMEMB_REGISTRY"):
+    with pytest.raises(InputError, match=r"codes with run.lake s3://.*set LLMEMB_ONLINE_STORE and LLMEMB_REGISTRY"):
         books(run, publish=True)
     assert not (run.lake / "feast").exists()
 
