@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_month.py month --data ../shared/data/ml_latest_small --nights 30 --kills 50 --keep month.jsonl
     python tests/benchmarks/bench_month.py month --data ../shared/data/ml_latest_small --nights 3 --kills 50 --bucket
+    python tests/benchmarks/bench_month.py past --data ../shared/data/ml_latest_small --past 1 10 30
     python tests/benchmarks/bench_month.py hour --data ../shared/data/ml_latest_small --new 100 --base embedded --items 2000
 
 `month`: every night's jobs run as the command line runs them, each in a process of its own, over a catalogue that grows as
@@ -16,7 +17,8 @@ hold. The last line but one says what differs at the end.
 
 With `--bucket` the lakes and MLflow's artifacts are on an object store, both registries on PostgreSQL, the online stores on
 Redis. Each job works on the other of two machines (scratch folders) than the one before: what was killed on one is run again on
-the other. Every night then tells its requests to the object store.
+the other. Every night then tells its requests to the object store, by job. `past`: nights in such a bucket after so many others;
+all but the first few of those are copies of the first night under earlier dates.
 
 `hour`: from a row in the table of items to an answer from the online store, by fresh processes, model start included.
 """
@@ -126,6 +128,7 @@ class Month:
     killed: dict[str, int] = dataclasses.field(default_factory=dict)
     left: int = 0
     """Job runs that are still to come, about: kills are spread over them."""
+    store: Server | None = None
     services: dict[str, str] = dataclasses.field(default_factory=dict)
     """Variables of its jobs, where its lake is in a bucket."""
     turn: int = 0
@@ -278,6 +281,8 @@ class Replayed(Night):
     results: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     first: bool
+    requests: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
+    """To the object store, of the runs that were killed too."""
 
     def job(self, name: str, *settings: str) -> dict[str, Any]:
         """See `Night`."""
@@ -289,6 +294,8 @@ class Replayed(Night):
         status, result, seconds = self.month.job(words)
         key = "refit" if "rat.stage=refit" in settings else name
         self.seconds[key] = round(self.seconds.get(key, 0.0) + seconds, 2)
+        if self.month.store:
+            self.requests[key] = self.requests.get(key, Counter()) + Counter(self.month.store.counts())
         told = result or {"refused": status == 3}
         if name == "embed":
             told["embedded"] = told.get("embedded", 0) + self.results.get(key, {}).get("embedded", 0)
@@ -301,6 +308,8 @@ class Replayed(Night):
 def replay(month: Month, ds: str, *, train: bool, first: bool, more: int = 0) -> dict[str, Any]:
     """One night; its figures."""
     items = month.tables(ds, more)
+    if month.store:
+        month.store.counts()  # what was asked since the last night is nobody's
     one = Replayed(recipe=month.recipe, ds=ds, month=month, results={}, seconds={}, first=first)
     run, outcome = month.run(ds), "served"
     try:
@@ -319,6 +328,7 @@ def replay(month: Month, ds: str, *, train: bool, first: bool, more: int = 0) ->
     counts |= {name: published.get(name) for name in ("written", "removed", "attributes_written")}
     return {
         "ds": ds, "outcome": outcome, "decision": decided(one.results), "kind": published.get("kind"), **served, "counts": counts,
+        "requests": one.requests | {"night": sum(one.requests.values(), Counter())}, "waits": month.waits,
         "bytes": aside(lambda: sizes(run.lake)),
         "seconds": one.seconds | {"night": round(sum(one.seconds.values()), 2)},
     }  # fmt: skip
@@ -444,16 +454,32 @@ def month_of(arguments: argparse.Namespace, home: Path) -> int:
     base = str(tiny.llama(home / "base"))
     films, events = load(arguments.data, home)
     names = ("calm", "killed") if arguments.kills else ("calm",)
-    with cluster(home, names) if arguments.bucket else contextlib.nullcontext((None, {})) as (store, services):
+    with cluster(home, names) if arguments.bucket or arguments.past else contextlib.nullcontext((None, {})) as (store, services):
         calm, rough = (
-            Month(home=home / name, events=events, base=base, items=films, services=services.get(name, {}))
+            Month(home=home / name, events=events, base=base, items=films, store=store, services=services.get(name, {}))
             for name in ("calm", "killed")
         )
         rough.kills = arguments.kills
-        return replay_both(arguments, calm, rough, store)
+        return replay_past(arguments, calm) if arguments.past else replay_both(arguments, calm, rough)
 
 
-def replay_both(arguments: argparse.Namespace, calm: Month, rough: Month, store: Server | None) -> int:
+def replay_past(arguments: argparse.Namespace, month: Month) -> int:
+    """A night each after so many nights."""
+    assert month.store is not None
+    night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
+    month.enter()
+    Java.start()
+    month.prepare()
+    dates = days(arguments.first, 1 + len(arguments.past))
+    replay(month, next(dates), train=True, first=True)
+    for number, (past, ds) in enumerate(zip(arguments.past, dates, strict=True), 1):
+        month.store.repeat("calm", arguments.first, past - number)
+        told = replay(month, ds, train=False, first=False)
+        tell(arguments.keep, {"past": past, **{name: told[name] for name in ("requests", "counts", "seconds", "outcome")}})
+    return 0
+
+
+def replay_both(arguments: argparse.Namespace, calm: Month, rough: Month) -> int:
     """Both months and the night after, told as they go. 1 where they end differently, or strangers are online after any night."""
     night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
     calm.enter()  # where the object store is, Java's Python is told once
@@ -465,10 +491,7 @@ def replay_both(arguments: argparse.Namespace, calm: Month, rough: Month, store:
         month.left = len(dates) * len(WORK) + 7 * (1 + len(dates) // 7)
         for number, ds in enumerate(dates):
             month.enter()
-            if store:
-                store.counts()
             told = replay(month, ds, train=number % 7 == 0, first=number == 0)
-            told |= {"requests": store.counts(), "waits": month.waits} if store else {}
             if month is calm:
                 for name, seconds in told["seconds"].items():
                     calm.usual[name] = rough.usual[name] = max(calm.usual.get(name, 0.0), seconds)
@@ -521,12 +544,13 @@ def hour_of(arguments: argparse.Namespace, home: Path) -> int:
 def main() -> int:
     """One of the two; 0 without the data, saying so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("month", "hour"))
+    parser.add_argument("what", choices=("month", "past", "hour"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--first", default="2018-08-26")
     parser.add_argument("--nights", type=int, default=30)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--bucket", action="store_true", help="lakes on an object store, by the services of a cluster")
+    parser.add_argument("--past", type=int, nargs="+", default=(), help="nights before each, in rising order")
     parser.add_argument("--share", type=float, default=0.01)
     parser.add_argument("--new", type=int, default=100)
     parser.add_argument(
@@ -539,7 +563,7 @@ def main() -> int:
         print(json.dumps({"skipped": f"{arguments.data} holds no items.parquet: give MovieLens latest-small as --data"}))
         return 0
     with tempfile.TemporaryDirectory(prefix="month-") as name:
-        return month_of(arguments, Path(name)) if arguments.what == "month" else hour_of(arguments, Path(name))
+        return hour_of(arguments, Path(name)) if arguments.what == "hour" else month_of(arguments, Path(name))
 
 
 if __name__ == "__main__":

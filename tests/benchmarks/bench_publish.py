@@ -40,6 +40,7 @@ from object_server import Server, object_server  # beside this file
 from feature_repo import feature_definitions, offline, spaces
 from feature_repo.reader import Reader, Space, open_store, settings
 from feature_repo.stores import PostgresStore, RedisStore, lease, open_writer
+from jobs import lookup
 from jobs import publish as job
 from jobs.lake import partitions
 from jobs.lake.items import content_hash
@@ -225,9 +226,12 @@ def of_job(arguments: argparse.Namespace, run: Run, server: Server) -> dict[str,
     server.counts()
     began, spent = time.perf_counter(), time.process_time()
     result = job.run(job.Config(run=run, space=space, codec=arguments.codec))
-    seconds, cpu = time.perf_counter() - began, time.process_time() - spent
+    seconds, cpu, asked = time.perf_counter() - began, time.process_time() - spent, server.counts()
+    began = time.perf_counter()
+    lookup.run(lookup.Config(run=run))
+    read_back = {"lookup_seconds": round(time.perf_counter() - began, 1), "lookup_requests": server.counts()}
     return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "items_per_s": round(result.items / seconds),
-            "steps": result.seconds, "requests": server.counts()}  # fmt: skip
+            "steps": result.seconds, "requests": asked, **read_back}  # fmt: skip
 
 
 def catalogue(ids: Sequence[str]) -> pa.Table:

@@ -6,6 +6,7 @@ python tests/benchmarks/object_server.py PORT
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import logging
 import os
@@ -72,6 +73,18 @@ class Server:
         """A bucket's address."""
         self.client().create_bucket(Bucket=bucket)
         return f"s3://{bucket}"
+
+    def repeat(self, bucket: str, ds: str, count: int) -> None:
+        """Copies all that bears a date to so many dates before it."""
+        client, first = self.client(), dt.date.fromisoformat(ds)
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        keys = [one["Key"] for page in pages for one in page.get("Contents", ()) if f"ds={ds}" in one["Key"]]
+        for key in keys:
+            data = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            for back in range(1, count + 1):
+                day = f"{first - dt.timedelta(days=back)}"
+                told = data.replace(ds.encode(), day.encode()) if key.endswith(".json") else data
+                client.put_object(Bucket=bucket, Key=key.replace(f"ds={ds}", f"ds={day}"), Body=told)
 
     def counts(self) -> dict[str, int]:
         """Requests since the last asking, by what they were for."""
