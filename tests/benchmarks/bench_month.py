@@ -176,7 +176,8 @@ class Month:
 
     def job(self, words: list[str]) -> tuple[int, dict[str, Any], float]:
         """(status, Result, seconds) of a job, killed first where it is its turn, however often."""
-        while self.chance.random() < (self.kills - sum(self.killed.values())) / max(1, self.left):
+        # as many kills on average as are left for each job: none has all of them, also where there are more kills than jobs
+        while self.chance.random() < (rate := (self.kills - sum(self.killed.values())) / max(1, self.left)) / (1 + rate):
             self.enter()
             after = self.chance.random() * self.usual.get(words[0], 1.0)
             status, _, _ = forked(words, self.home, after)
