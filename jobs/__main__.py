@@ -72,8 +72,7 @@ def run_job(arguments: argparse.Namespace) -> int:
     started, clock = dt.datetime.now(dt.UTC), time.monotonic()
     record: dict[str, Any] = {"job": arguments.job, "ds": arguments.ds, "status": "failed"}
     where: Run | None = None
-    name = arguments.job
-    status, complaint = 0, ""
+    name, status, complaint = arguments.job, 0, ""
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
         run = build(Run, {"ds": arguments.ds, **recipe.get("run", {})}, "run")
