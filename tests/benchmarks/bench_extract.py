@@ -4,6 +4,10 @@
     python tests/benchmarks/bench_extract.py --interactions 100000000 --nights 1
     python tests/benchmarks/bench_extract.py --interactions 10000000 --engines extract --partition
     python tests/benchmarks/bench_extract.py --nights 1 --engines start extract bucket duckdb extract bucket duckdb
+    python tests/benchmarks/bench_extract.py --interactions 100000 --kills 10
+
+With `--kills` it is killed (-9, Java too) at so many random instants, each in an empty lake in a bucket, and run again: it must
+end with the objects of a calm run, beside what the killed one had put and no commit names (`left`).
 
 A warehouse's tables are made first: Parquet, one folder a date, one user with 1 % of all events, one item in 10 %, the rest
 Zipf-like, 1 % bad records. The second night has one date more. DuckDB cleans, deduplicates, orders and writes the same four
@@ -18,10 +22,13 @@ Needs `pip install -c infra/constraints.txt duckdb`. Prints one JSON line.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import hashlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +68,7 @@ def main() -> None:
     parser.add_argument("--nights", type=int, choices=(1, 2), default=2)
     parser.add_argument("--engines", nargs="+", choices=("start", "extract", "bucket", "duckdb"), default=("extract", "duckdb"))
     parser.add_argument("--partition", action="store_true", help="extract reads by partition")
+    parser.add_argument("--kills", type=int, default=0, help="only this: runs into a bucket that are killed and run again")
     parser.add_argument("--memory-gib", type=int, default=4, help="Java's heap; DuckDB's memory_limit")
     parser.add_argument("--spark", action="append", default=[], metavar="KEY=VALUE", help="a Spark setting more")
     parser.add_argument("--folder", type=Path, default=None, help="where the tables are made and removed again")
@@ -79,6 +87,8 @@ def measure(home: Path, arguments: argparse.Namespace, server: Server) -> dict[s
     started = time.monotonic()
     write_items(home, arguments.interactions // 100)
     write_days(home, arguments.interactions, range(DAYS))
+    if arguments.kills:
+        return killed(home, arguments, server)
     figures: dict[str, Any] = {"interactions": arguments.interactions, "cores": os.cpu_count()}
     figures |= {"memory_gib": arguments.memory_gib, "generate_seconds": round(time.monotonic() - started, 1)}
     for night in range(arguments.nights):
@@ -93,6 +103,38 @@ def measure(home: Path, arguments: argparse.Namespace, server: Server) -> dict[s
         figures[f"night_{night + 1}"] = compared(home, ds, runs, whole=not (night and arguments.partition))
     figures["source_mib"] = round(sum(file.stat().st_size for file in (home / "source").rglob("*.parquet")) / 2**20)
     return figures
+
+
+def killed(home: Path, arguments: argparse.Namespace, server: Server) -> dict[str, Any]:
+    """How many runs into a bucket were killed before they ended, and which of them left other objects when run again."""
+    chance, ds = random.Random(1), f"{FIRST + dt.timedelta(days=DAYS - 1)}"
+    calm = timed(command("bucket", home, ds, arguments), home, server)
+    wanted = server.committed("lake", "here/")
+    done: dict[str, Any] = {"kills": 0, "calm_seconds": calm["seconds"], "seconds_to_kill": [], "unequal": [], "left": []}
+    while done["kills"] < arguments.kills:
+        words = command("bucket", home, ds, arguments, f"killed{done['kills']}")
+        seconds = round(chance.uniform(0, calm["seconds"]), 1)
+        with subprocess.Popen(
+            words, cwd=ROOT, env=environment(home, server), stdout=subprocess.DEVNULL, start_new_session=True
+        ) as job:
+            time.sleep(seconds)
+            ended = job.poll() is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+        timed(words, home, server)
+        found = server.committed("lake", f"killed{done['kills']}/")
+        if found["objects"] != wanted["objects"]:
+            done["unequal"].append(seconds)
+        if not ended:
+            done["kills"] += 1
+            done["seconds_to_kill"].append(seconds)
+            done["left"].append(found["left"])
+    return done
+
+
+def environment(home: Path, server: Server) -> dict[str, str]:
+    """The variables of a job."""
+    return os.environ | server.environment | {"LLMEMB_SCRATCH": str(home / "scratch lake")}
 
 
 def compared(home: Path, ds: str, runs: dict[str, dict[str, Any]], whole: bool) -> dict[str, Any]:
@@ -202,7 +244,7 @@ def write(path: Path, parts: Iterator[pa.Table]) -> None:
 # --------------------------------------------------------------------------------------------------------------- engines
 
 
-def command(engine: str, home: Path, ds: str, arguments: argparse.Namespace) -> list[str]:
+def command(engine: str, home: Path, ds: str, arguments: argparse.Namespace, prefix: str = "here") -> list[str]:
     """The engine's command line; its last line of output is its figures as JSON."""
     if engine == "duckdb":
         return [sys.executable, __file__, "--duckdb", str(home), ds, "--memory-gib", str(arguments.memory_gib)]
@@ -211,7 +253,7 @@ def command(engine: str, home: Path, ds: str, arguments: argparse.Namespace) -> 
     spark = {"spark.master": "local[2]", "spark.driver.memory": f"{arguments.memory_gib}g", "spark.local.dir": f"{home}/scratch"}
     spark |= dict(setting.split("=", 1) for setting in arguments.spark)
     tables = {name: json.dumps(str(home / "source" / name)) for name in ("items", "interactions")}
-    recipe, lake = home / "recipe.toml", "s3://lake/here" if engine == "bucket" else str(home / "lake")
+    recipe, lake = home / "recipe.toml", f"s3://lake/{prefix}" if engine == "bucket" else str(home / "lake")
     recipe.write_text(
         f"[run]\nlake = {json.dumps(lake)}\n"
         f"[extract]\nmax_history = {MAX_HISTORY}\nvalid_share = {VALID_SHARE}\ntest_share = {TEST_SHARE}\n"
@@ -238,10 +280,12 @@ print("{}")
 def timed(arguments: list[str], home: Path, server: Server) -> dict[str, Any]:
     """Seconds of a command, processor seconds and peak of its process tree, MiB: of all, of Python's driver, of Java."""
     started, peak, processors, parts = time.monotonic(), 0, dict[int, float](), Counter[str]()
-    environment = os.environ | server.environment | {"LLMEMB_SCRATCH": str(home / "scratch lake")}
     server.counts()
     store_s = server.cpu_seconds()
-    with (home / "out").open("w+") as out, subprocess.Popen(arguments, cwd=ROOT, stdout=out, env=environment) as process:
+    with (
+        (home / "out").open("w+") as out,
+        subprocess.Popen(arguments, cwd=ROOT, stdout=out, env=environment(home, server)) as process,
+    ):
         while process.poll() is None:
             pages, spent, now = tree(process.pid)
             peak, processors, parts = max(peak, pages), processors | spent, parts | now

@@ -123,8 +123,8 @@ class Month:
     """With the date from which each item is in the catalogue."""
     kills: int = 0
     chance: random.Random = dataclasses.field(default_factory=lambda: random.Random(1))
-    usual: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds that a job took in the calm month."""
+    usual: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Seconds that a job took on each night of the calm month: a first night's are no measure for a second one's."""
     killed: dict[str, int] = dataclasses.field(default_factory=dict)
     left: int = 0
     """Job runs that are still to come, about: kills are spread over them."""
@@ -179,7 +179,7 @@ class Month:
         # as many kills on average as are left for each job: none has all of them, also where there are more kills than jobs
         while self.chance.random() < (rate := (self.kills - sum(self.killed.values())) / max(1, self.left)) / (1 + rate):
             self.enter()
-            after = self.chance.random() * self.usual.get(words[0], 1.0)
+            after = self.chance.random() * self.chance.choice(self.usual.get(words[0], [1.0]))
             status, _, _ = forked(words, self.home, after)
             if status == -signal.SIGKILL:
                 self.killed[words[0]] = self.killed.get(words[0], 0) + 1
@@ -495,7 +495,7 @@ def replay_both(arguments: argparse.Namespace, calm: Month, rough: Month) -> int
             told = replay(month, ds, train=number % 7 == 0, first=number == 0)
             if month is calm:
                 for name, seconds in told["seconds"].items():
-                    calm.usual[name] = rough.usual[name] = max(calm.usual.get(name, 0.0), seconds)
+                    rough.usual.setdefault(name, []).append(seconds)
             ends.setdefault(month.home.name, []).append(aside(lambda month=month: state(month)))
             now = ends[month.home.name][-1]
             told |= {"month": month.home.name, "kills": sum(month.killed.values()), "strangers": int(now["strangers"])}

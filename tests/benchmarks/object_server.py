@@ -86,6 +86,17 @@ class Server:
                 told = data.replace(ds.encode(), day.encode()) if key.endswith(".json") else data
                 client.put_object(Bucket=bucket, Key=key.replace(f"ds={ds}", f"ds={day}"), Body=told)
 
+    def committed(self, bucket: str, prefix: str) -> dict[str, Any]:
+        """A lake's `objects`: commits, and the parts that they name, by digest; and how many parts no commit names (`left`)."""
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        tags = {one["Key"].removeprefix(prefix): one["ETag"] for page in pages for one in page.get("Contents", ())}
+        named = {key for key in tags if key.endswith("/_commit.json")}
+        for key in sorted(named):
+            told = json.loads(self.client().get_object(Bucket=bucket, Key=prefix + key)["Body"].read())
+            named |= {f"{key.rpartition('/')[0]}/{part['name']}" for part in told["files"]}
+        parts = {key for key in tags if key.endswith(".parquet")}
+        return {"objects": {key: tags[key] for key in named}, "left": len(parts - named)}
+
     def counts(self) -> dict[str, int]:
         """Requests since the last asking, by what they were for."""
         with urllib.request.urlopen(self.url + COUNTS) as answer:
