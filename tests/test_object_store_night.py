@@ -216,8 +216,10 @@ def killer(turns: Path, most: dict[str, int]) -> Callable[[str, str], str]:
 
 
 def test_without_a_store_for_serving_publish_is_refused_and_makes_no_file(
-    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("LLMEMB_REGISTRY")
-    assert "set LLMEMB_REGISTRY" in call("publish", status=2)["error"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps({"type": "redis", "connection_string": "127.0.0.1:1"}))
+    monkeypatch.delenv("LLMEMB_REGISTRY", raising=False)
+    assert "set LLMEMB_REGISTRY" in runner(here / "recipe.toml", capsys)("publish", FIRST, status=2)["error"]
     assert not list(tmp_path.rglob("registry.db"))
