@@ -20,7 +20,7 @@ from typing import Any
 
 from jobs import logs
 from jobs.lake import locks, manifests
-from jobs.lake.store import refuse_unready
+from jobs.lake.store import SERVING, refuse_without_services
 from jobs.recipe import JOBS as JOBS
 from jobs.recipe import SHARED as SHARED
 from jobs.recipe import apply as apply
@@ -72,13 +72,13 @@ def run_job(arguments: argparse.Namespace) -> int:
     started, clock = dt.datetime.now(dt.UTC), time.monotonic()
     record: dict[str, Any] = {"job": arguments.job, "ds": arguments.ds, "status": "failed"}
     where: Run | None = None
-    name = arguments.job
-    status, complaint = 0, ""
+    name, status, complaint = arguments.job, 0, ""
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
         run = build(Run, {"ds": arguments.ds, **recipe.get("run", {})}, "run")
         refuse_future(run.ds, started)
-        refuse_unready(run.lake, arguments.job)
+        if arguments.job in SERVING:
+            refuse_without_services(run.lake, arguments.job)
         where = run
         if run.variant and arguments.job == "extract":
             raise InputError("run.variant: experiments read the nights' own snapshots; run extract without it")

@@ -22,8 +22,11 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+from jobs.lake import store as stores
+
 Fault = Callable[[str, str], str]
-"""(method, path) -> "" to carry the request out, `throttle`, `deny`, `hang up` before it, `lose the answer` after it."""
+"""(method, path) -> "" to carry the request out, `throttle`, `deny`, `hang up` before it, `break off` amid what it sends,
+`lose the answer` after it."""
 
 
 @dataclass
@@ -44,6 +47,16 @@ class ObjectStore:
     def address(self, prefix: str = "lake") -> str:
         """A lake in the bucket."""
         return f"s3://{self.bucket}/{prefix}"
+
+    def copy_of(self, folder: Path, prefix: str = "lake") -> Path:
+        """A lake in a folder, copied to the bucket as `aws s3 sync` would; where this machine works on the copy."""
+        lake = stores.place(Path(self.address(prefix)))
+        store = stores.of(lake)
+        assert store is not None
+        every = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
+        files = [path for path in every if "locks" not in path.parts]
+        store.put_files([(path.relative_to(folder).as_posix(), path) for path in files])
+        return lake
 
     def objects(self, prefix: str = "lake/") -> dict[str, bytes]:
         """All objects below a prefix."""
@@ -80,7 +93,9 @@ class Front:
         if fault == "deny":
             start("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
-        if fault == "hang up":
+        if fault in ("hang up", "break off"):
+            if fault == "break off":
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
             hang_up(environ)
             return []
         answer = list(self.app(environ, start if fault != "lose the answer" else lambda *_: None))

@@ -1,9 +1,15 @@
-"""Nights whose lake is on an object store, whose online store is Redis, and whose machines share no folder."""
+"""Nights on a cluster's services: lake and MLflow's artifacts in a bucket, registries and Airflow on PostgreSQL, Redis online."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import redis
+from mlflow.server import get_app_client
 
 from feature_repo.reader import Reader
 from feature_repo.serving.artifacts import open_index, recommender_folder
 from feature_repo.serving.settings import Settings
+from tests.dags.conftest import Stub, Worker, migrate
 from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
+from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server
+from tests.infra.test_postgresql import ROOT, Server
+from tests.infra.test_postgresql import server as server
 from tests.models import tiny
 from tests.object_store import ObjectStore
 from tests.object_store import object_server as object_server
@@ -23,30 +34,51 @@ from tests.object_store import object_store as object_store
 from tests.test_end_to_end import FIRST, ITEMS, RECIPE, SECOND, film, logs, runner
 
 pytestmark = pytest.mark.timeout(900)
+THIRD = "2026-03-12"
 Call = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def call(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    object_store: ObjectStore,
-    redis_port: int,
-) -> Call:
-    """Runs a job by its command line, each on a machine of its own, and gives the Result that it prints."""
+def services(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, object_store: ObjectStore, redis_port: int, server: Server
+) -> Iterator[None]:
+    """The variables by which jobs find every service; MLflow by an account that is no administrator's."""
     redis.Redis(port=redis_port).flushall()
     monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{redis_port}"}))
-    monkeypatch.setenv("LLMEMB_REGISTRY", f"sqlite:///{tmp_path}/registry.db")
+    monkeypatch.setenv("LLMEMB_REGISTRY", server.url("feast"))
     monkeypatch.delenv("LLMEMB_OFFLINE", raising=False)
+    told = {"PGHOST": "127.0.0.1", "PGPORT": str(server.port), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
+    told |= {"PGPASSWORD": server.password("mlflow"), "MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg://"}
+    told["MLFLOW_S3_ENDPOINT_URL"] = object_store.url
+    with mlflow_server(tmp_path, ROOT / "infra" / "mlflow-auth.ini", told, object_store.address("mlflow")) as uri:
+        with pytest.MonkeyPatch.context() as once:
+            for name, value in (("USERNAME", ADMIN), ("PASSWORD", PASSWORD)):
+                once.setenv(f"MLFLOW_TRACKING_{name}", value)
+            get_app_client("basic-auth", tracking_uri=uri).create_user("jobs", "the password of jobs")
+        for name, value in (("URI", uri), ("USERNAME", "jobs"), ("PASSWORD", "the password of jobs")):
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+        yield
+
+
+@pytest.fixture
+def here(tmp_path: Path, object_store: ObjectStore) -> Path:
+    """The folder of a machine: its recipe, its base model; the tables of a warehouse come later."""
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    tiny.llama(folder / "base")
+    written = RECIPE.format(tmp=folder).replace(f'"{folder}/lake"', f'"{object_store.address()}"')
+    (folder / "recipe.toml").write_text(written.replace(f'"sqlite:///{folder}/mlflow.db"', '"$MLFLOW_TRACKING_URI"'))
+    return folder
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], services: None, here: Path) -> Call:
+    """Runs a job by its command line, each on a machine of its own, and gives the Result that it prints."""
     monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
-    tiny.llama(tmp_path / "base")
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(tmp=tmp_path).replace(f'"{tmp_path}/lake"', f'"{object_store.address()}"'))
-    machines, told = iter(range(1000)), runner(recipe, capsys)
+    machines, told = iter(range(1000)), runner(here / "recipe.toml", capsys)
 
     def run(job: str, *given: str, status: int = 0) -> dict[str, Any]:
-        monkeypatch.setenv("LLMEMB_SCRATCH", str(tmp_path / f"machine {next(machines)}"))
+        monkeypatch.setenv("LLMEMB_SCRATCH", str(tmp_path / "scratch" / f"machine {next(machines)}"))
         return told(job, *given, status=status)
 
     return run
@@ -57,9 +89,11 @@ def tables(home: Path, films: list[dict[str, Any]], events: list[dict[str, Any]]
     pq.write_table(pa.Table.from_pylist(events), home / "events.parquet")
 
 
-def test_two_nights_on_machines_that_share_nothing_but_the_bucket(tmp_path: Path, call: Call, object_store: ObjectStore) -> None:
+def test_nights_on_machines_that_share_nothing_but_services(
+    tmp_path: Path, here: Path, call: Call, object_store: ObjectStore, server: Server
+) -> None:
     films = [film(number) for number in range(ITEMS)]
-    tables(tmp_path, films, logs(FIRST, ITEMS))
+    tables(here, films, logs(FIRST, ITEMS))
     assert call("extract")["rows"]["items"] == ITEMS
     encoder = call("scft")
     assert call("embed")["embedded"] == ITEMS
@@ -78,8 +112,10 @@ def test_two_nights_on_machines_that_share_nothing_but_the_bucket(tmp_path: Path
     assert {f"models/recommender/{recommender['recommender_id']}", f"models/encoder/{encoder['encoder_id']}"} <= {
         "/".join(key.split("/")[:3]) for key in there
     }
+    models = [key for key in object_store.objects("mlflow/") if key.endswith(".safetensors")]
+    assert models and not list(tmp_path.rglob("mlflow.db")) and not (tmp_path / "artifacts").exists()
     # the second night: one item changed, one new
-    tables(tmp_path, [{**films[0], "title": "The director's cut"}, *films[1:], film(ITEMS)], logs(FIRST, ITEMS))
+    tables(here, [{**films[0], "title": "The director's cut"}, *films[1:], film(ITEMS)], logs(FIRST, ITEMS))
     assert call("extract", SECOND)["new_items"] == 1
     assert not call("scft", SECOND)["due"]
     assert call("embed", SECOND, "embed.encoder=champion")["embedded"] == 2
@@ -99,7 +135,13 @@ def test_two_nights_on_machines_that_share_nothing_but_the_bucket(tmp_path: Path
     assert {verdicts[step] for step in ("item_embeddings", "items", "llm_embeddings", "recommender", "encoder")} == {"verified"}
     assert call("forget", SECOND, "forget.item=i7")["left_in_lake"] == []
     assert call("lookup", SECOND)["compared"] == ITEMS
-    assert "does not work on a lake on an object store" in call("codes", SECOND, status=2)["error"]
+    coded = call("codes", SECOND, "codes.training.books=2", "codes.training.entries=4", "codes.training.epochs=2")
+    assert coded["published"] == ITEMS
+    assert f"feast/offline/item_codes/{published['space_id']}-{SECOND}.parquet" in object_store.objects()
+    by_airflow(tmp_path, here, object_store, server)
+    again = night(call, THIRD)
+    assert (again["kind"], again["items"]) == ("nothing to do", ITEMS)
+    assert call("lookup", THIRD)["compared"] == ITEMS
 
 
 def night(call: Call, ds: str) -> dict[str, Any]:
@@ -110,9 +152,74 @@ def night(call: Call, ds: str) -> dict[str, Any]:
     return call("publish", ds, f"publish.space={pinned['space_id']}")
 
 
+TURN = """#!/bin/sh
+# the next task is the other machine's, and this one's folder is not there meanwhile
+cd "{home}" && mv machine gone && mv away machine && mv gone away && cd machine
+echo "$3 $$ $(cat name)" >> ../turns
+export HOME="$PWD/home" TMPDIR="$PWD/tmp" LLMEMB_CACHE="$PWD/cache" LLMEMB_SCRATCH="$PWD/scratch" PYTHONPATH="{root}"
+exec "{python}" "$@"
+"""
+
+
+def by_airflow(home: Path, here: Path, object_store: ObjectStore, server: Server) -> None:
+    """The third night, by Airflow: two machines take turns, three jobs are killed at some request and run again on the other."""
+    films = [film(number) for number in range(ITEMS + 2) if number != 3]  # and 7 was forgotten
+    tables(here, films, logs(FIRST, ITEMS))
+    shutil.rmtree(home / "scratch")
+    shutil.rmtree(home / "cache")
+    shutil.copytree(here, home / "away")
+    for machine in (here, home / "away"):
+        (machine / "name").write_text(machine.name)
+        (machine / "tmp").mkdir()
+        (machine / "home").mkdir()
+    turn = home / "turn"
+    turn.write_text(TURN.format(home=home, root=ROOT, python=sys.executable))
+    turn.chmod(0o755)
+    environment = server.airflow(home / "airflow")
+    migrate(environment)
+    worker = Worker(environment, Stub(home / "stub"))
+    object_store.fault = killer(home / "turns", {"embed": 12, "project": 20, "publish": 25})
+    services = {name: os.environ[f"LLMEMB_{name}"] for name in ("ONLINE_STORE", "REGISTRY")}
+    done = worker.run("nightly_embeddings", None, {"ds": THIRD}, PYTHON=str(turn), RECIPE=str(here / "recipe.toml"),
+                      PASS_ENV="AWS_*", **services)  # fmt: skip
+    assert worker.process.stdin
+    worker.process.stdin.close()
+    worker.process.wait(60)
+    object_store.fault = lambda method, path: ""
+    assert done["state"] == "success", done
+    tries = {job.partition("#")[0]: tried for job, (_, tried) in done["tasks"].items()}
+    assert {job for job, tried in tries.items() if tried == 2} == {"embed", "project", "publish"}
+    turns = [line.split() for line in (home / "turns").read_text().splitlines()]
+    assert [job for job, *_ in turns] == ["pin", "extract", "embed", "embed", "project", "project", "publish", "publish",
+                                          "lookup", "report"]  # fmt: skip
+    assert [name for *_, name in turns] == ["away", "machine"] * 5
+
+
+def killer(turns: Path, most: dict[str, int]) -> Callable[[str, str], str]:
+    """Kills the first process of each of these jobs at one of its first requests."""
+    chance, asked, left = random.Random(5), dict[str, int](), {}
+    left.update({job: chance.randint(1, count) for job, count in most.items()})
+
+    def decide(method: str, path: str) -> str:
+        job, pid, _ = turns.read_text().splitlines()[-1].split()
+        if job not in left:
+            return ""
+        asked[job] = asked.get(job, 0) + 1
+        if asked[job] < left[job]:
+            return ""
+        del left[job]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid), signal.SIGKILL)
+        return "hang up"
+
+    return decide
+
+
 def test_without_a_store_for_serving_publish_is_refused_and_makes_no_file(
-    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("LLMEMB_REGISTRY")
-    assert "set LLMEMB_REGISTRY" in call("publish", status=2)["error"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps({"type": "redis", "connection_string": "127.0.0.1:1"}))
+    monkeypatch.delenv("LLMEMB_REGISTRY", raising=False)
+    assert "set LLMEMB_REGISTRY" in runner(here / "recipe.toml", capsys)("publish", FIRST, status=2)["error"]
     assert not list(tmp_path.rglob("registry.db"))

@@ -16,7 +16,7 @@ from typing import Any
 from jobs.check import tables
 from jobs.check.finding import Finding, failure
 from jobs.lake.store import of as store_of
-from jobs.lake.store import refuse_unready
+from jobs.lake.store import refuse_without_services
 from jobs.recipe import JOBS, SHARED, build, config_of, load_recipe
 from jobs.run import Run
 
@@ -133,7 +133,7 @@ def stores(run: Run) -> Iterator[Finding]:
     if store := store_of(run.lake):
         store.get("nothing")
         yield Finding("ok", "lake", f"{store.address} answers")
-        refuse_unready(run.lake, "publish")
+        refuse_without_services(run.lake, "publish")
     if not os.environ.get("LLMEMB_ONLINE_STORE") and not (run.lake / "feast").exists():
         yield Finding("ok", "stores", "not there yet: the first publish makes them, as files under the lake")
         return

@@ -15,6 +15,7 @@ from jobs.codes.books import Source
 from jobs.codes.coding import matrix
 from jobs.codes.config import Config
 from jobs.engines import online
+from jobs.lake.store import refuse_without_services
 from jobs.run import InputError
 
 
@@ -24,6 +25,7 @@ def publish(config: Config, rows: pa.Table, books_id: str, source: Source) -> in
     Raises InputError where another space serves: codes stand beside vectors, and go with them.
     """
     lake = config.run.lake
+    refuse_without_services(lake, "codes")
     serving = online.served(Reader.open(lake))
     if serving.space_id != source.space_id:
         raise InputError(f"space {serving.space_id} serves, the codes are of space {source.space_id}: run publish first, or set "
@@ -42,7 +44,8 @@ def publish(config: Config, rows: pa.Table, books_id: str, source: Source) -> in
                     store, reader, source.space_id, books_id, config.run.ds, ids, matrix(some).astype(np.int64), numbers
                 )  # fmt: skip
             codes.remove_left(store, source.space_id, rows["item_id"].to_pylist())
-    write_offline(Path(offline_folder(lake)), rows, books_id, source.space_id, config.run.ds)
+    with online.offline_home(lake) as home:
+        write_offline(home, rows, books_id, source.space_id, config.run.ds)
     return written
 
 

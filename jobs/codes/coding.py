@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -41,8 +40,7 @@ def chunks(config: Config, source: Source) -> Iterator[Chunk]:
             yield ids.slice(start, config.pass_items), hashes, read_embeddings(config.run, source.encoder_id, hashes)
         return
     partition = f"space={source.space_id}/ds={config.run.ds}"
-    commit = partitions.read_commit(lake, source.table, partition)
-    width = pq.read_schema(partitions.folder(lake, source.table, partition) / commit.files[0]).field("embedding").type.list_size
+    width = partitions.read_schema(lake, source.table, partition).field("embedding").type.list_size
     columns = ("item_id", "embedding", "content_hash")
     rows = partitions.scan(lake, item_embeddings(width), partition, columns, min(config.pass_items, 65_536))
     for batch in without_forgotten(lake, rows):

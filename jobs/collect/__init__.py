@@ -35,8 +35,8 @@ class Config:
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
     snapshot_days: int | None = None
-    """Snapshots (`items`, `interactions`, `sequences`, `quarantine`), vectors of spaces and what arrived between nights, of dates
-    further back than this, are removed, but for those that a live or previous space, an alias, the newest training or a report
+    """Snapshots (`items`, `interactions`, `sequences`, `quarantine`), vectors of spaces, codes and what arrived between nights, of
+    dates further back than this, are removed, but for those that a live or previous space, an alias, the newest training or a report
     needs; so are checkpoints of trainings that nobody resumed for as long. Left out, all stay."""
     embedding_days: int | None = None
     """The same for `llm_embeddings` of encoders that no space, alias or newest run needs, counted from their last write."""
@@ -145,6 +145,7 @@ def sweep(config: Config, done: leaving.Collected) -> dict[str, int]:
     rules = (
         (retention.old_snapshots, config.snapshot_days),
         (retention.old_vectors, config.snapshot_days),
+        (retention.old_codes, config.snapshot_days),
         (retention.old_arrivals, config.snapshot_days),
         (retention.old_checkpoints, config.snapshot_days),
         (retention.old_embeddings, config.embedding_days),

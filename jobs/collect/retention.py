@@ -1,4 +1,4 @@
-"""Old snapshots, embeddings, what arrived for them, checkpoints and Feast's offline rows: what may go, and what never may.
+"""Old snapshots, embeddings, codes, what arrived for them, checkpoints and Feast's offline rows: what may go, and what never may.
 
 Never: the newest partition of a table; what a space that is online, or an alias of the registry (champion, previous, challenger,
 reference) is made of; the snapshots of the newest training, evaluation and encoder; the first and the newest date of a space that
@@ -102,6 +102,18 @@ def old_vectors(run: Run, needs: Needed, days: int) -> Iterator[Old]:
     stay = {space: {min(every), max(every), *needs.dates} for space, every in dates.items() if space in needs.spaces}
     for name, home in homes.items():
         if date_of(name) not in stay.get(space_in(name), ()) and is_old(run, home, date_of(name), days):
+            yield old(run, name, home)
+
+
+def old_codes(run: Run, needs: Needed, days: int) -> Iterator[Old]:
+    """Codes of items of dates that nobody needs. The newest ones of each books stay: new items are coded beside them."""
+    homes, newest_of = lake_homes(run, "item_codes", "ds="), dict[str, str]()
+    for name in [name for name, home in homes.items() if home.is_committed]:
+        books = name.partition("/ds=")[0]
+        newest_of[books] = max(date_of(name), newest_of.get(books, ""))
+    for name, home in homes.items():
+        stays = date_of(name) in {newest_of.get(name.partition("/ds=")[0]), *needs.dates}
+        if not stays and is_old(run, home, date_of(name), days):
             yield old(run, name, home)
 
 

@@ -80,9 +80,7 @@ def partition_of(space_id: str, ds: str) -> str:
 
 def width_of(lake: Path, partition: str) -> int:
     """Width of a partition's vectors. Raises InputError where it is absent, or is no table of vectors."""
-    commit = partitions.read_commit(lake, "item_embeddings", partition)
-    with partitions.opened(lake, f"item_embeddings/{partition}/{commit.files[0]}") as file:
-        kind = file.schema_arrow.field("embedding").type
+    kind = partitions.read_schema(lake, "item_embeddings", partition).field("embedding").type
     if not pa.types.is_fixed_size_list(kind):
         raise InputError(f"item_embeddings/{partition}: embedding is {kind}, not a list of fixed size: run project again")
     return int(kind.list_size)

@@ -321,6 +321,12 @@ def opened(lake: Path, key: str, columns: Sequence[str] | None = None) -> Iterat
         raise Unavailable(f"{store.address}/{key} was replaced while it was read: run again") from error
 
 
+def read_schema(lake: Path, name: str, partition: str) -> pa.Schema:
+    """The schema of a partition's files, of which a footer tells. Raises InputError where nothing was ever committed."""
+    with opened(lake, f"{name}/{partition}/{read_commit(lake, name, partition).files[0]}") as file:
+        return file.schema_arrow
+
+
 def read(lake: Path, table: Table, partition: str) -> pa.Table:
     """A whole partition, schema, laws and key checked. Raises InputError."""
     batches = list(scan(lake, table, partition))

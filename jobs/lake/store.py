@@ -30,11 +30,8 @@ from jobs.lake.place import MARK
 from jobs.lake.place import place as place
 from jobs.run import InputError, Unavailable
 
-READY = ("movielens", "pin", "extract", "scft", "embed", "pretrain", "rat", "evaluate", "promote", "project", "publish", "lookup",
-         "recommend", "report", "rollback", "collect", "forget", "explain")  # fmt: skip
-"""Jobs that work on a lake on an object store."""
 SERVING = ("publish", "lookup", "recommend", "rollback", "collect", "forget", "explain")
-"""Those that read or write the online store."""
+"""Jobs that read or write the online store. `codes` does too, where it publishes."""
 VERSION = " version "
 AT_ONCE = 8
 """Files that are put or fetched at once."""
@@ -50,17 +47,10 @@ def of(lake: Path) -> Store | None:
     return Store(mark.read_text()) if mark.is_file() else None
 
 
-def refuse_unready(lake: Path, job: str) -> None:
-    """Raises InputError where a lake is on an object store and a job knows folders alone, or would make files beside it."""
-    if (store := of(lake)) is None:
-        return
-    if job not in READY:
-        raise InputError(
-            f"{job} does not work on a lake on an object store yet (run.lake is {store.address}): these do: {', '.join(READY)}. "
-            "For all jobs give run.lake a folder"
-        )
+def refuse_without_services(lake: Path, job: str) -> None:
+    """Raises InputError where a lake is on an object store and what a job writes online would be files of this machine."""
     absent = [name for name in ("LLMEMB_ONLINE_STORE", "LLMEMB_REGISTRY") if not os.environ.get(name)]
-    if job in SERVING and absent:
+    if absent and (store := of(lake)):
         raise InputError(
             f"{job} with run.lake {store.address}: set {' and '.join(absent)} (feature_repo/feature_store.yaml): without "
             "them the online store would be files of this machine"

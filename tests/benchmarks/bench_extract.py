@@ -1,28 +1,39 @@
-"""`extract` against DuckDB on the same logs, each with two threads and the same memory: seconds, rows/s, peak memory.
+"""`extract` into a folder and into a bucket, against DuckDB on the same logs, each with two threads and the same memory.
 
     python tests/benchmarks/bench_extract.py --interactions 1000000
     python tests/benchmarks/bench_extract.py --interactions 100000000 --nights 1
     python tests/benchmarks/bench_extract.py --interactions 10000000 --engines extract --partition
+    python tests/benchmarks/bench_extract.py --nights 1 --engines start extract bucket duckdb extract bucket duckdb
+    python tests/benchmarks/bench_extract.py --interactions 100000 --kills 10
+
+With `--kills` it is killed (-9, Java too) at so many random instants, each in an empty lake in a bucket, and run again: it must
+end with the objects of a calm run, beside what the killed one had put and no commit names (`left`).
 
 A warehouse's tables are made first: Parquet, one folder a date, one user with 1 % of all events, one item in 10 %, the rest
 Zipf-like, 1 % bad records. The second night has one date more. DuckDB cleans, deduplicates, orders and writes the same four
-tables; `equal` says that figures and contents agree (with --partition, contents alone: the second night `extract` then reads
-the newest dates and takes the rest from its first snapshot). Peak memory (resident) and processor seconds are sums over the
-process tree, Java included; on a machine with other work, processor seconds compare better than seconds.
+tables, its judged records a table and no view; `equal` says that figures and contents agree (with --partition, contents alone:
+the second night `extract` then reads the newest dates and takes the rest from its first snapshot). Peak memory (resident) and
+processor seconds are sums over the process tree, Java included; on a machine with other work, processor seconds compare better
+than seconds. `bucket` is `extract` whose lake is on an object store of this machine (a server in Python, on the same cores:
+`store_cpu_seconds`), with its requests; `start` is Spark's start alone, with the job's imports. What is named twice runs twice.
 Needs `pip install -c infra/constraints.txt duckdb`. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import hashlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +44,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from object_server import Server, object_server  # beside this file
 
 from jobs.lake import partitions
 from jobs.lake.tables import INTERACTIONS, ITEMS, SEQUENCES
@@ -51,8 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interactions", type=int, default=1_000_000)
     parser.add_argument("--nights", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--engines", nargs="+", choices=("extract", "duckdb"), default=("extract", "duckdb"))
+    parser.add_argument("--engines", nargs="+", choices=("start", "extract", "bucket", "duckdb"), default=("extract", "duckdb"))
     parser.add_argument("--partition", action="store_true", help="extract reads by partition")
+    parser.add_argument("--kills", type=int, default=0, help="only this: runs into a bucket that are killed and run again")
     parser.add_argument("--memory-gib", type=int, default=4, help="Java's heap; DuckDB's memory_limit")
     parser.add_argument("--spark", action="append", default=[], metavar="KEY=VALUE", help="a Spark setting more")
     parser.add_argument("--folder", type=Path, default=None, help="where the tables are made and removed again")
@@ -61,37 +77,80 @@ def main() -> None:
     if arguments.duckdb:
         print(json.dumps(in_duckdb(Path(arguments.duckdb[0]), arguments.duckdb[1], arguments.memory_gib)))
         return
-    with tempfile.TemporaryDirectory(prefix="extract-", dir=arguments.folder) as name:
-        print(json.dumps(measure(Path(name), arguments), sort_keys=True))
+    with tempfile.TemporaryDirectory(prefix="extract-", dir=arguments.folder) as name, object_server() as server:
+        server.make("lake")
+        print(json.dumps(measure(Path(name), arguments, server), sort_keys=True))
 
 
-def measure(home: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(home: Path, arguments: argparse.Namespace, server: Server) -> dict[str, Any]:
     """The figures of one size."""
     started = time.monotonic()
     write_items(home, arguments.interactions // 100)
     write_days(home, arguments.interactions, range(DAYS))
+    if arguments.kills:
+        return killed(home, arguments, server)
     figures: dict[str, Any] = {"interactions": arguments.interactions, "cores": os.cpu_count()}
     figures |= {"memory_gib": arguments.memory_gib, "generate_seconds": round(time.monotonic() - started, 1)}
     for night in range(arguments.nights):
         if night:
             write_days(home, arguments.interactions, range(DAYS, DAYS + 1))
         ds = f"{FIRST + dt.timedelta(days=DAYS - 1 + night)}"
-        runs = {engine: timed(command(engine, home, ds, arguments), home) for engine in arguments.engines}
+        runs = dict[str, dict[str, Any]]()
+        for number, engine in enumerate(arguments.engines):
+            name = f"{engine} again" if engine in arguments.engines[:number] else engine
+            runs[name] = timed(command(engine, home, ds, arguments), home, server)
+            print(name, {key: value for key, value in runs[name].items() if key != "result"}, file=sys.stderr)
         figures[f"night_{night + 1}"] = compared(home, ds, runs, whole=not (night and arguments.partition))
     figures["source_mib"] = round(sum(file.stat().st_size for file in (home / "source").rglob("*.parquet")) / 2**20)
     return figures
 
 
+def killed(home: Path, arguments: argparse.Namespace, server: Server) -> dict[str, Any]:
+    """How many runs into a bucket were killed before they ended, and which of them left other objects when run again."""
+    chance, ds = random.Random(1), f"{FIRST + dt.timedelta(days=DAYS - 1)}"
+    calm = timed(command("bucket", home, ds, arguments), home, server)
+    wanted = server.committed("lake", "here/")
+    done: dict[str, Any] = {"kills": 0, "calm_seconds": calm["seconds"], "seconds_to_kill": [], "unequal": [], "left": []}
+    while done["kills"] < arguments.kills:
+        words = command("bucket", home, ds, arguments, f"killed{done['kills']}")
+        seconds = round(chance.uniform(0, calm["seconds"]), 1)
+        with subprocess.Popen(
+            words, cwd=ROOT, env=environment(home, server), stdout=subprocess.DEVNULL, start_new_session=True
+        ) as job:
+            time.sleep(seconds)
+            ended = job.poll() is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+        timed(words, home, server)
+        found = server.committed("lake", f"killed{done['kills']}/")
+        if found["objects"] != wanted["objects"]:
+            done["unequal"].append(seconds)
+        if not ended:
+            done["kills"] += 1
+            done["seconds_to_kill"].append(seconds)
+            done["left"].append(found["left"])
+    return done
+
+
+def environment(home: Path, server: Server) -> dict[str, str]:
+    """The variables of a job."""
+    return os.environ | server.environment | {"LLMEMB_SCRATCH": str(home / "scratch lake")}
+
+
 def compared(home: Path, ds: str, runs: dict[str, dict[str, Any]], whole: bool) -> dict[str, Any]:
     """One night's figures; with both engines also their ratio, and whether they agree on what both of them read."""
-    results = [funnel(run.pop("result")) for run in runs.values() if "result" in run]
-    night: dict[str, Any] = {**runs, **(results[0] if results else {})}
-    for run in runs.values():
-        if "status" not in run:
-            run["rows_per_s"] = round(results[0]["seen"]["interactions"] / run["seconds"])
-    if len(results) > 1:
-        night["equal"] = (results[0] == results[1] or not whole) and contents(home / "lake", home / "duckdb", ds)
-        night["ratio"] = round(runs["extract"]["seconds"] / runs["duckdb"]["seconds"], 2)
+    results = {name: funnel(run.pop("result")) for name, run in runs.items() if run.get("result")}
+    first = next(iter(results.values()), {})
+    night: dict[str, Any] = {**runs, **first}
+    for name in results:
+        if "status" not in runs[name]:
+            runs[name]["rows_per_s"] = round(first["seen"]["interactions"] / runs[name]["seconds"])
+    if {"extract", "duckdb"} <= results.keys():
+        same = all(result == first for result in results.values())
+        night["equal"] = (same or not whole) and contents(home / "lake", home / "duckdb", ds)
+    for name in results.keys() - {"extract"} if "extract" in results else ():
+        for what in ("seconds", "cpu_seconds"):
+            night[f"extract over {name}, {what}"] = round(runs["extract"][what] / runs[name][what], 2)
     return night
 
 
@@ -185,16 +244,18 @@ def write(path: Path, parts: Iterator[pa.Table]) -> None:
 # --------------------------------------------------------------------------------------------------------------- engines
 
 
-def command(engine: str, home: Path, ds: str, arguments: argparse.Namespace) -> list[str]:
+def command(engine: str, home: Path, ds: str, arguments: argparse.Namespace, prefix: str = "here") -> list[str]:
     """The engine's command line; its last line of output is its figures as JSON."""
     if engine == "duckdb":
         return [sys.executable, __file__, "--duckdb", str(home), ds, "--memory-gib", str(arguments.memory_gib)]
+    if engine == "start":
+        return [sys.executable, "-c", START]
     spark = {"spark.master": "local[2]", "spark.driver.memory": f"{arguments.memory_gib}g", "spark.local.dir": f"{home}/scratch"}
     spark |= dict(setting.split("=", 1) for setting in arguments.spark)
     tables = {name: json.dumps(str(home / "source" / name)) for name in ("items", "interactions")}
-    recipe = home / "recipe.toml"
+    recipe, lake = home / "recipe.toml", f"s3://lake/{prefix}" if engine == "bucket" else str(home / "lake")
     recipe.write_text(
-        f"[run]\nlake = {json.dumps(str(home / 'lake'))}\n"
+        f"[run]\nlake = {json.dumps(lake)}\n"
         f"[extract]\nmax_history = {MAX_HISTORY}\nvalid_share = {VALID_SHARE}\ntest_share = {TEST_SHARE}\n"
         f'[extract.items]\ntable = {tables["items"]}\nattributes = ["title", "brand", "categories", "description"]\n'
         f"[extract.interactions]\ntable = {tables['interactions']}\n"
@@ -205,13 +266,29 @@ def command(engine: str, home: Path, ds: str, arguments: argparse.Namespace) -> 
     return [sys.executable, "-m", "jobs", "extract", "--recipe", str(recipe), "--ds", ds]
 
 
-def timed(arguments: list[str], home: Path) -> dict[str, Any]:
-    """Seconds of a command, processor seconds and peak of its process tree, MiB."""
-    started, peak, processors = time.monotonic(), 0, dict[int, float]()
-    with (home / "out").open("w+") as out, subprocess.Popen(arguments, cwd=ROOT, stdout=out) as process:
+START = """
+import jobs.extract
+from jobs.engines.spark import session
+spark = session("extract", {"spark.master": "local[2]", "spark.driver.memory": "4g"})
+spark.range(1).count()
+spark.stop()
+print("{}")
+"""
+"""What every run of `extract` does before and after its own work."""
+
+
+def timed(arguments: list[str], home: Path, server: Server) -> dict[str, Any]:
+    """Seconds of a command, processor seconds and peak of its process tree, MiB: of all, of Python's driver, of Java."""
+    started, peak, processors, parts = time.monotonic(), 0, dict[int, float](), Counter[str]()
+    server.counts()
+    store_s = server.cpu_seconds()
+    with (
+        (home / "out").open("w+") as out,
+        subprocess.Popen(arguments, cwd=ROOT, stdout=out, env=environment(home, server)) as process,
+    ):
         while process.poll() is None:
-            pages, spent = tree(process.pid)
-            peak, processors = max(peak, pages), processors | spent
+            pages, spent, now = tree(process.pid)
+            peak, processors, parts = max(peak, pages), processors | spent, parts | now
             time.sleep(0.2)
         seconds = time.monotonic() - started
         out.seek(0)
@@ -219,29 +296,38 @@ def timed(arguments: list[str], home: Path) -> dict[str, Any]:
     # Java is no child that anyone waits for: its processor time is what was last seen of it
     figures: dict[str, Any] = {"seconds": round(seconds, 1), "cpu_seconds": round(sum(processors.values()), 1)}
     figures["peak_mib"] = round(peak / 2**20)
+    figures["peak_mib_by"] = {name: round(size / 2**20) for name, size in parts.items()}
+    if asked := server.counts():
+        figures |= {"requests": asked, "store_cpu_seconds": round(server.cpu_seconds() - store_s, 1)}
     # an engine that ran out of memory is a figure too
     return {**figures, "status": process.returncode} if process.returncode else {**figures, "result": json.loads(lines[-1])}
 
 
-def tree(root: int) -> tuple[int, dict[int, float]]:
-    """Resident bytes of a process and all below it together, and the processor seconds of each."""
-    parents, pages, seconds = {}, {}, {}
+def tree(root: int) -> tuple[int, dict[int, float], Counter[str]]:
+    """Resident bytes of a process and all below it together, the processor seconds of each; bytes of it, of Java, of others."""
+    parents, pages, seconds, java = {}, {}, {}, set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 # the name in parentheses may hold anything: fields count from behind it
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
+                fields = rest.split()
             except OSError:  # it has ended meanwhile
                 continue
             process = int(entry.name)
+            if name.endswith("(java"):
+                java.add(process)
             parents[process], pages[process] = int(fields[1]), int(fields[21])
             seconds[process] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     found, below = {root} & set(pages), {root}
     while below:
         below = {process for process, parent in parents.items() if parent in below}
         found |= below
-    size = sum(pages[process] for process in found) * os.sysconf("SC_PAGE_SIZE")
-    return size, {process: seconds[process] for process in found}
+    parts = Counter[str]()
+    for process in found:
+        kind = "driver" if process == root else "java" if process in java else "workers"
+        parts[kind] += pages[process] * os.sysconf("SC_PAGE_SIZE")
+    return parts.total(), {process: seconds[process] for process in found}, parts
 
 
 JUDGED_ITEMS = """
@@ -263,7 +349,7 @@ select *, substring(sha256(array_to_string(list_transform(attributes, lambda p:
 from told"""
 
 JUDGED_EVENTS = """
-create view events as
+create table events as
 with told as (
   select trim(user_id) as user_id, trim(item_id) as item_id, timestamp, source
   from read_parquet('$source/interactions/*/*.parquet', hive_partitioning = true) as source)

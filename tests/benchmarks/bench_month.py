@@ -1,6 +1,8 @@
 """A month of nights replayed by real dates, calm and killed; a night with few new items; an hour between two nights.
 
     python tests/benchmarks/bench_month.py month --data ../shared/data/ml_latest_small --nights 30 --kills 50 --keep month.jsonl
+    python tests/benchmarks/bench_month.py month --data ../shared/data/ml_latest_small --nights 3 --kills 50 --bucket
+    python tests/benchmarks/bench_month.py past --data ../shared/data/ml_latest_small --past 1 10 30
     python tests/benchmarks/bench_month.py hour --data ../shared/data/ml_latest_small --new 100 --base embedded --items 2000
 
 `month`: every night's jobs run as the command line runs them, each in a process of its own, over a catalogue that grows as
@@ -12,6 +14,11 @@ ends with an `extract` that is killed.
 Every night is a JSON line at once, also in the file `--keep`: its decision, space, counts, bytes by folder of the lake, seconds
 by job, what differs from the same night of the calm month, and strangers: rows of a live space whose item its snapshot doesn't
 hold. The last line but one says what differs at the end.
+
+With `--bucket` the lakes and MLflow's artifacts are on an object store, both registries on PostgreSQL, the online stores on
+Redis. Each job works on the other of two machines (scratch folders) than the one before: what was killed on one is run again on
+the other. Every night then tells its requests to the object store, by job. `past`: nights in such a bucket after so many others;
+all but the first few of those are copies of the first night under earlier dates.
 
 `hour`: from a row in the table of items to an answer from the online store, by fresh processes, model start included.
 """
@@ -34,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +53,11 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cluster import cluster  # noqa: E402 — beside this file
+from object_server import Server  # noqa: E402
+
 from feature_repo import feature_definitions as views  # noqa: E402
 from feature_repo import spaces  # noqa: E402
 from feature_repo.keys import key_texts  # noqa: E402
@@ -56,6 +68,7 @@ from jobs.__main__ import main as command_line  # noqa: E402
 from jobs.engines import registry  # noqa: E402
 from jobs.engines.spark import find_java  # noqa: E402
 from jobs.lake import partitions  # noqa: E402
+from jobs.lake.listing import Place  # noqa: E402
 from jobs.lake.tables import ITEMS  # noqa: E402
 from jobs.night import Failed, Night  # noqa: E402
 from jobs.run import Refused, Run  # noqa: E402
@@ -65,8 +78,8 @@ TABLES = ("items", "interactions", "sequences", "llm_embeddings", "item_embeddin
 WORK = ("extract", "scft", "pin", "embed", "project", "publish", "lookup")
 RECIPE = """
 [run]
-lake = "{home}/lake"
-tracking_uri = "sqlite:///{home}/mlflow.db"
+lake = "{lake}"
+tracking_uri = "{tracking}"
 device = "cpu"
 [extract]
 max_row_change = 0
@@ -110,11 +123,36 @@ class Month:
     """With the date from which each item is in the catalogue."""
     kills: int = 0
     chance: random.Random = dataclasses.field(default_factory=lambda: random.Random(1))
-    usual: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds that a job took in the calm month."""
+    usual: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Seconds that a job took on each night of the calm month: a first night's are no measure for a second one's."""
     killed: dict[str, int] = dataclasses.field(default_factory=dict)
     left: int = 0
     """Job runs that are still to come, about: kills are spread over them."""
+    store: Server | None = None
+    services: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Variables of its jobs, where its lake is in a bucket."""
+    turn: int = 0
+    waits: int = 0
+    """How often a job ended with status 4, and was tried again."""
+
+    @property
+    def lake(self) -> str:
+        """Where its lake is."""
+        return f"s3://{self.home.name}/lake" if self.services else f"{self.home}/lake"
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where its models are registered."""
+        return self.services.get("MLFLOW_TRACKING_URI", f"sqlite:///{self.home}/mlflow.db")
+
+    def run(self, ds: str) -> Run:
+        """What its jobs share."""
+        return Run(ds=ds, lake=Path(self.lake), tracking_uri=self.tracking_uri)
+
+    def enter(self) -> None:
+        """From here on this process and its copies are on a machine of this month: the other one than before."""
+        self.turn += 1
+        os.environ.update(self.services | {"LLMEMB_SCRATCH": f"{self.home}/machine {self.turn % 2}"})
 
     @property
     def recipe(self) -> Path:
@@ -124,7 +162,9 @@ class Month:
     def prepare(self) -> None:
         """Writes the recipe."""
         self.home.mkdir(parents=True)
-        self.recipe.write_text(RECIPE.format(home=self.home, events=self.events, base=self.base))
+        self.recipe.write_text(
+            RECIPE.format(home=self.home, lake=self.lake, tracking=self.tracking_uri, events=self.events, base=self.base)
+        )
 
     def tables(self, ds: str, more: int = 0) -> int:
         """The catalogue as it was on a date, with `more` new items; how many it has."""
@@ -136,14 +176,19 @@ class Month:
 
     def job(self, words: list[str]) -> tuple[int, dict[str, Any], float]:
         """(status, Result, seconds) of a job, killed first where it is its turn, however often."""
-        while self.chance.random() < (self.kills - sum(self.killed.values())) / max(1, self.left):
-            after = self.chance.random() * self.usual.get(words[0], 1.0)
+        # as many kills on average as are left for each job: none has all of them, also where there are more kills than jobs
+        while self.chance.random() < (rate := (self.kills - sum(self.killed.values())) / max(1, self.left)) / (1 + rate):
+            self.enter()
+            after = self.chance.random() * self.chance.choice(self.usual.get(words[0], [1.0]))
             status, _, _ = forked(words, self.home, after)
             if status == -signal.SIGKILL:
                 self.killed[words[0]] = self.killed.get(words[0], 0) + 1
         self.left -= 1
+        self.enter()
         status, result, seconds = forked(words, self.home)
         while status == 4:  # the scheduler would try again
+            self.waits += 1
+            self.enter()
             status, result, seconds = forked(words, self.home)
         return status, result, seconds
 
@@ -207,16 +252,25 @@ def forked(words: list[str], home: Path, kill_after: float | None = None) -> tup
     return status, json.loads(lines[-1]) if lines else {}, time.monotonic() - began
 
 
-def champion(run: Run) -> dict[str, str] | None:
-    """The champion, asked in a copy of this process: MLflow's connections must not cross a fork."""
+def aside(ask: Callable[[], Any]) -> Any:
+    """The answer of a copy of this process, as JSON brings it: connections of MLflow and of the object store cross no fork."""
     read, write = os.pipe()
     if not (child := os.fork()):
-        os.write(write, json.dumps(registry.champion(run)).encode())
-        os._exit(0)
+        try:
+            with os.fdopen(write, "w") as stream:
+                stream.write(json.dumps(ask()))
+        finally:
+            os._exit(0)
     os.close(write)
     with os.fdopen(read) as stream:
-        found: dict[str, str] | None = json.loads(stream.read())
+        told = stream.read()
     os.waitpid(child, 0)
+    return json.loads(told)
+
+
+def champion(run: Run) -> dict[str, str] | None:
+    """The champion, asked in a copy of this process."""
+    found: dict[str, str] | None = aside(lambda: registry.champion(run))
     return found
 
 
@@ -228,6 +282,8 @@ class Replayed(Night):
     results: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     first: bool
+    requests: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
+    """To the object store, of the runs that were killed too."""
 
     def job(self, name: str, *settings: str) -> dict[str, Any]:
         """See `Night`."""
@@ -239,6 +295,8 @@ class Replayed(Night):
         status, result, seconds = self.month.job(words)
         key = "refit" if "rat.stage=refit" in settings else name
         self.seconds[key] = round(self.seconds.get(key, 0.0) + seconds, 2)
+        if self.month.store:
+            self.requests[key] = self.requests.get(key, Counter()) + Counter(self.month.store.counts())
         told = result or {"refused": status == 3}
         if name == "embed":
             told["embedded"] = told.get("embedded", 0) + self.results.get(key, {}).get("embedded", 0)
@@ -251,23 +309,36 @@ class Replayed(Night):
 def replay(month: Month, ds: str, *, train: bool, first: bool, more: int = 0) -> dict[str, Any]:
     """One night; its figures."""
     items = month.tables(ds, more)
+    if month.store:
+        month.store.counts()  # what was asked since the last night is nobody's
     one = Replayed(recipe=month.recipe, ds=ds, month=month, results={}, seconds={}, first=first)
-    run = Run(ds=ds, lake=month.home / "lake", tracking_uri=f"sqlite:///{month.home}/mlflow.db")
-    outcome = "served"
+    run, outcome = month.run(ds), "served"
     try:
         night.serve(one, run, train=train)
     except (Failed, Refused) as error:
         outcome = str(error)
-    pointer = Reader.open(run.lake).pointer()
+    served = aside(lambda: pointed(run.lake))
     extracted, published = one.results.get("extract", {}), one.results.get("publish", {})
-    counts = {"catalogue": items, **extracted.get("rows", {}), "new_items": extracted.get("new_items"), "online": pointer.items}
+    counts = {
+        "catalogue": items,
+        **extracted.get("rows", {}),
+        "new_items": extracted.get("new_items"),
+        "online": served.pop("items"),
+    }
     counts |= {"embedded": one.results.get("embed", {}).get("embedded")}
     counts |= {name: published.get(name) for name in ("written", "removed", "attributes_written")}
     return {
-        "ds": ds, "outcome": outcome, "decision": decided(one.results), "kind": published.get("kind"), "space": pointer.space_id,
-        "sequence": pointer.sequence, "serves": pointer.ds, "counts": counts, "bytes": sizes(run.lake),
+        "ds": ds, "outcome": outcome, "decision": decided(one.results), "kind": published.get("kind"), **served, "counts": counts,
+        "requests": one.requests | {"night": sum(one.requests.values(), Counter())}, "waits": month.waits,
+        "bytes": aside(lambda: sizes(run.lake)),
         "seconds": one.seconds | {"night": round(sum(one.seconds.values()), 2)},
     }  # fmt: skip
+
+
+def pointed(lake: Path) -> dict[str, Any]:
+    """What serves."""
+    now = Reader.open(lake).pointer()
+    return {"space": now.space_id, "sequence": now.sequence, "serves": now.ds, "items": now.items}
 
 
 def decided(results: dict[str, dict[str, Any]]) -> str:
@@ -281,9 +352,8 @@ def decided(results: dict[str, dict[str, Any]]) -> str:
 def sizes(lake: Path) -> dict[str, int]:
     """Bytes by folder of the lake (files beside them by name), and of all."""
     found: Counter[str] = Counter()
-    for path in lake.rglob("*"):
-        if path.is_file():
-            found[path.relative_to(lake).parts[0]] += path.stat().st_size
+    for key, file in Place.of(lake).files("").items():
+        found[key.split("/")[0]] += file.size
     return {**found, "all": found.total()}
 
 
@@ -292,7 +362,7 @@ def state(month: Month) -> dict[str, str]:
 
     Also `strangers`, a count, which must be 0.
     """
-    lake = month.home / "lake"
+    lake = month.run("2026-01-01").lake
     reader = Reader.open(lake)
     pointer = reader.pointer()
     ids = snapshot_ids(lake, pointer.ds)
@@ -376,7 +446,7 @@ def load(data: Path, home: Path, items: int = 0) -> tuple[pd.DataFrame, Path]:
 
 
 def month_of(arguments: argparse.Namespace, home: Path) -> int:
-    """The month, calm and killed. 1 where they end differently, or strangers are online after any night."""
+    """The month, calm and killed; the exit status."""
     for name in (*WORK, "pretrain", "rat", "evaluate", "promote"):
         importlib.import_module(f"jobs.{name}")
     import mlflow  # noqa: F401 — loaded once, for every copy of this process
@@ -384,9 +454,36 @@ def month_of(arguments: argparse.Namespace, home: Path) -> int:
     os.environ["LLMEMB_CACHE"] = str(home / "cache")
     base = str(tiny.llama(home / "base"))
     films, events = load(arguments.data, home)
-    calm = Month(home=home / "calm", events=events, base=base, items=films)
-    rough = Month(home=home / "killed", events=events, base=base, items=films, kills=arguments.kills)
+    names = ("calm", "killed") if arguments.kills else ("calm",)
+    with cluster(home, names) if arguments.bucket or arguments.past else contextlib.nullcontext((None, {})) as (store, services):
+        calm, rough = (
+            Month(home=home / name, events=events, base=base, items=films, store=store, services=services.get(name, {}))
+            for name in ("calm", "killed")
+        )
+        rough.kills = arguments.kills
+        return replay_past(arguments, calm) if arguments.past else replay_both(arguments, calm, rough)
+
+
+def replay_past(arguments: argparse.Namespace, month: Month) -> int:
+    """A night each after so many nights."""
+    assert month.store is not None
     night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
+    month.enter()
+    Java.start()
+    month.prepare()
+    dates = days(arguments.first, 1 + len(arguments.past))
+    replay(month, next(dates), train=True, first=True)
+    for number, (past, ds) in enumerate(zip(arguments.past, dates, strict=True), 1):
+        month.store.repeat("calm", arguments.first, past - number)
+        told = replay(month, ds, train=False, first=False)
+        tell(arguments.keep, {"past": past, **{name: told[name] for name in ("requests", "counts", "seconds", "outcome")}})
+    return 0
+
+
+def replay_both(arguments: argparse.Namespace, calm: Month, rough: Month) -> int:
+    """Both months and the night after, told as they go. 1 where they end differently, or strangers are online after any night."""
+    night.registry = SimpleNamespace(champion=champion)  # type: ignore[assignment]
+    calm.enter()  # where the object store is, Java's Python is told once
     Java.start()
     dates = list(days(arguments.first, arguments.nights))
     ends: dict[str, list[dict[str, str]]] = {}
@@ -394,11 +491,12 @@ def month_of(arguments: argparse.Namespace, home: Path) -> int:
         month.prepare()
         month.left = len(dates) * len(WORK) + 7 * (1 + len(dates) // 7)
         for number, ds in enumerate(dates):
+            month.enter()
             told = replay(month, ds, train=number % 7 == 0, first=number == 0)
             if month is calm:
                 for name, seconds in told["seconds"].items():
-                    calm.usual[name] = rough.usual[name] = max(calm.usual.get(name, 0.0), seconds)
-            ends.setdefault(month.home.name, []).append(state(month))
+                    rough.usual.setdefault(name, []).append(seconds)
+            ends.setdefault(month.home.name, []).append(aside(lambda month=month: state(month)))
             now = ends[month.home.name][-1]
             told |= {"month": month.home.name, "kills": sum(month.killed.values()), "strangers": int(now["strangers"])}
             tell(arguments.keep, told | {"differ": unlike(ends["calm"][number], now)})
@@ -413,7 +511,8 @@ def month_of(arguments: argparse.Namespace, home: Path) -> int:
     }
     tell(arguments.keep, {"end": end, "calm": ends["calm"][-1], "killed": ends.get("killed", [{}])[-1]})
     ds = next(iter(days(f"{dt.date.fromisoformat(dates[-1]) + dt.timedelta(days=1)}", 1)))
-    new = int(arguments.share * (films["since"] <= ds).sum())
+    new = int(arguments.share * (calm.items["since"] <= ds).sum())
+    calm.enter()
     told = replay(calm, ds, train=False, first=False, more=new)
     tell(arguments.keep, {"night_with_new_items": new, **told})
     return int(bool(differ or strange))
@@ -446,11 +545,13 @@ def hour_of(arguments: argparse.Namespace, home: Path) -> int:
 def main() -> int:
     """One of the two; 0 without the data, saying so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("month", "hour"))
+    parser.add_argument("what", choices=("month", "past", "hour"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--first", default="2018-08-26")
     parser.add_argument("--nights", type=int, default=30)
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--bucket", action="store_true", help="lakes on an object store, by the services of a cluster")
+    parser.add_argument("--past", type=int, nargs="+", default=(), help="nights before each, in rising order")
     parser.add_argument("--share", type=float, default=0.01)
     parser.add_argument("--new", type=int, default=100)
     parser.add_argument(
@@ -463,7 +564,7 @@ def main() -> int:
         print(json.dumps({"skipped": f"{arguments.data} holds no items.parquet: give MovieLens latest-small as --data"}))
         return 0
     with tempfile.TemporaryDirectory(prefix="month-") as name:
-        return month_of(arguments, Path(name)) if arguments.what == "month" else hour_of(arguments, Path(name))
+        return hour_of(arguments, Path(name)) if arguments.what == "hour" else month_of(arguments, Path(name))
 
 
 if __name__ == "__main__":

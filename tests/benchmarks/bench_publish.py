@@ -4,7 +4,9 @@
     python tests/benchmarks/bench_publish.py --store redis --items 100000 --width 128
     python tests/benchmarks/bench_publish.py --store postgres --items 100000 --width 128 --codec float16 --materialize 0
     python tests/benchmarks/bench_publish.py --store sqlite --items 10000000 --width 16 --codec float16 --materialize 0
+    python tests/benchmarks/bench_publish.py --store redis --items 100000 --codec float16 --job folder bucket
 
+With `--job` the job itself runs, a first publish: index, attributes and offline tables too, its lake in a folder and in a bucket.
 Memory is the peak of this process; bytes an item are what a server's memory (Redis) or tables (PostgreSQL, which writes to its
 disk as in production) grew by. Prints one JSON line.
 """
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,10 +33,19 @@ import numpy as np
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from object_server import Server, object_server  # beside this file
 
 from feature_repo import feature_definitions, offline, spaces
 from feature_repo.reader import Reader, Space, open_store, settings
 from feature_repo.stores import PostgresStore, RedisStore, lease, open_writer
+from jobs import lookup
+from jobs import publish as job
+from jobs.lake import partitions
+from jobs.lake.items import content_hash
+from jobs.lake.tables import ITEMS, item_embeddings
+from jobs.run import Run
 from tests.feature_repo.postgresql import postgresql
 
 DS = "2026-01-01"
@@ -139,10 +150,14 @@ def main() -> None:
     parser.add_argument("--codec", choices=("float32", "float16"), default="float32")
     parser.add_argument("--rows", type=int, default=1_024)
     parser.add_argument("--materialize", type=int, default=-1, help="rows for Feast's own; -1 as many, 0 none")
+    parser.add_argument("--job", nargs="+", choices=("folder", "bucket"), help="the whole job, its lake there")
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
     pa.set_cpu_count(2)
     with tempfile.TemporaryDirectory(prefix="publish-", dir=arguments.folder) as name:
+        if arguments.job:
+            print(json.dumps(measure_job(arguments, Path(name)), sort_keys=True))
+            return
         lake = Path(name)
         with online_store(arguments.store, lake):
             open_store(lake).apply(list(feature_definitions.define(str(lake / "feast" / "offline"))))
@@ -186,6 +201,63 @@ def measure(arguments: argparse.Namespace, lake: Path) -> dict[str, Any]:
         theirs = materialize(lake, rows, width)
         result |= {"materialize_items_per_s": round(rows / theirs), "ratio": round((items / ours) / (rows / theirs), 2)}
     return result
+
+
+def measure_job(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
+    """The job's figures by where its lake is: seconds by step, of the processor too, and requests to the object store."""
+    figures: dict[str, Any] = {"items": arguments.items, "width": arguments.width, "codec": arguments.codec}
+    with object_server() as server:
+        for place in arguments.job:
+            os.environ |= server.environment | {"LLMEMB_SCRATCH": str(home / "scratch")}
+            os.environ["LLMEMB_REGISTRY"] = f"sqlite:///{home}/{place}.db"
+            address = f"{server.make('bench')}/lake" if place == "bucket" else str(home / place)
+            (home / place).mkdir()
+            with online_store(arguments.store, home / place):
+                figures[place] = of_job(arguments, Run(ds=DS, lake=Path(address), device="cpu"), server)
+    return figures
+
+
+def of_job(arguments: argparse.Namespace, run: Run, server: Server) -> dict[str, Any]:
+    """A first publish of a catalogue that is written here."""
+    table, space = item_embeddings(arguments.width), "b" * 16
+    partitions.write(run.lake, ITEMS, f"ds={DS}", (catalogue(ids) for ids, _ in chunks(arguments.items, 1, 65_536, 2)))
+    partitions.write(run.lake, table, f"space={space}/ds={DS}", (
+        vectors(space, ids, emb_ND) for ids, emb_ND in chunks(arguments.items, arguments.width, 65_536, 2)))  # fmt: skip
+    server.counts()
+    began, spent = time.perf_counter(), time.process_time()
+    result = job.run(job.Config(run=run, space=space, codec=arguments.codec))
+    seconds, cpu, asked = time.perf_counter() - began, time.process_time() - spent, server.counts()
+    began = time.perf_counter()
+    lookup.run(lookup.Config(run=run))
+    read_back = {"lookup_seconds": round(time.perf_counter() - began, 1), "lookup_requests": server.counts()}
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "items_per_s": round(result.items / seconds),
+            "steps": result.seconds, "requests": asked, **read_back}  # fmt: skip
+
+
+def catalogue(ids: Sequence[str]) -> pa.Table:
+    """Items with three attributes, some 300 letters."""
+    pairs = [
+        ("title", "The film {0}, a story of the sea"),
+        ("genre", "Drama, War"),
+        ("text", "{0} goes to sea and comes back. " * 8),
+    ]
+    told = [[{"name": name, "value": text.format(item)} for name, text in pairs] for item in ids]
+    hashes = [content_hash([(one["name"], one["value"]) for one in each]) for each in told]
+    return pa.table({"item_id": ids, "attributes": told, "content_hash": hashes, "first_seen_ds": [DS] * len(ids)}, ITEMS.schema)
+
+
+def vectors(space: str, ids: Sequence[str], emb_ND: np.ndarray[Any, np.dtype[np.float32]]) -> pa.Table:
+    """Rows of `item_embeddings`."""
+    emb = pa.FixedSizeListArray.from_arrays(pa.array(emb_ND.ravel()), emb_ND.shape[1])
+    hashes = catalogue(ids)["content_hash"]
+    columns = {
+        "item_id": ids,
+        "space_id": [space] * len(ids),
+        "embedding": emb,
+        "content_hash": hashes,
+        "group": ["head"] * len(ids),
+    }
+    return pa.table(columns)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ ADMIN, PASSWORD = "admin", "an administrator's"
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, ini: Path, more: dict[str, str]) -> Iterator[str]:
-    """The address of a server for the time of a `with` block."""
+def mlflow_server(folder: Path, ini: Path, more: dict[str, str], artifacts: str = "") -> Iterator[str]:
+    """The address of a server for the time of a `with` block; artifacts lie in the folder, or where they are said to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,7 +31,8 @@ def mlflow_server(folder: Path, ini: Path, more: dict[str, str]) -> Iterator[str
         **more,
     }
     command = [str(Path(sys.executable).parent / "mlflow"), "server", "--app-name", "basic-auth", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]
+    command += ["--port", str(port), "--workers", "1", "--serve-artifacts", "--artifacts-destination"]
+    command += [artifacts or str(folder / "artifacts")]
     with (
         (folder / "mlflow.log").open("w") as log,
         subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True) as server,

@@ -84,7 +84,7 @@ def test_every_name_that_a_pod_uses_is_made_here_or_asked_of_the_platform() -> N
     asked = set(re.findall(r"^#   (llmemb-\w+)  ", (KUBERNETES / "kustomization.yaml").read_text(), re.M))
     assert asked == {
         *("llmemb-airflow", "llmemb-login", "llmemb-mlflow", "llmemb-registry", "llmemb-stores", "llmemb-sources"),
-        *("llmemb-lineage", "llmemb-serving"),
+        *("llmemb-lineage", "llmemb-serving", "llmemb-lake"),
     }
     made |= {("Secret", name) for name in asked}
     for spec in PODS.values():
@@ -98,6 +98,21 @@ def test_every_name_that_a_pod_uses_is_made_here_or_asked_of_the_platform() -> N
             for source in container.get("envFrom", []):
                 used |= {(kind[0].upper() + kind[1:-3], reference["name"]) for kind, reference in source.items()}
         assert used <= made, used - made
+
+
+def test_the_lake_is_a_bucket_that_no_pod_mounts() -> None:
+    lake = variables(KUBERNETES / "jobs.env")["LLMEMB_LAKE"]
+    assert lake.startswith("s3://") and "LLMEMB_OFFLINE" not in variables(KUBERNETES / "jobs.env")
+    for name, spec in PODS.items():
+        for container in spec["containers"]:
+            assert not any("lake" in mount["name"] or mount["mountPath"] == "/lake" for mount in container["volumeMounts"]), name
+            let_in = {source["secretRef"]["name"] for source in container.get("envFrom", []) if "secretRef" in source}
+            assert ("llmemb-lake" in let_in) == name.startswith("pod-"), name
+    assert not any("lake" in name for name in RESOURCES if ":PersistentVolumeClaim/" in name)
+    (serving,) = PODS["serving.yaml:Deployment/serving"]["containers"]
+    assert {"name": "LLMEMB_SERVING_ARTIFACTS", "value": lake} in serving["env"]
+    scratch, (cpu,) = variables(KUBERNETES / "jobs.env")["LLMEMB_SCRATCH"], PODS["pod-cpu.yaml:Pod/llmemb-cpu"]["containers"]
+    assert any(scratch.startswith(f"{mount['mountPath']}/") for mount in cpu["volumeMounts"] if mount["name"] == "tmp")
 
 
 def test_spark_s_driver_may_delete_no_volume() -> None:

@@ -109,7 +109,7 @@ def test_secrets_come_from_the_platform_and_images_from_settings(rendered: dict[
     for pod in rendered["pods"].values():
         container = pod["spec"]["containers"][0]
         secrets = {one["secretRef"]["name"] for one in container["envFrom"] if "secretRef" in one}
-        assert secrets == SECRETS_OF[job_of(pod)]
+        assert secrets == SECRETS_OF[job_of(pod)] | {"llmemb-lake"}
         kind = "SPARK" if job_of(pod) == "extract" else "GPU" if job_of(pod) in rendered["gpu_jobs"] else "CPU"
         assert container["image"] == settings[f"LLMEMB_IMAGE_{kind}"]
     spark = next(pod for pod in rendered["pods"].values() if job_of(pod) == "extract")["spec"]

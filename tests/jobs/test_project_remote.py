@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from jobs import project, rat
-from jobs.lake import store as stores
 from jobs.run import Run
 from models.behaviour.assembly import Fusion
 from models.behaviour.recommender import Backbone
@@ -33,19 +32,8 @@ def folder(tmp_path: Path) -> Run:
     return run
 
 
-def copied(folder: Run, object_store: ObjectStore, prefix: str) -> Path:
-    """The same files in a bucket, as `aws s3 sync` would copy them."""
-    lake = stores.place(Path(object_store.address(prefix)))
-    store = stores.of(lake)
-    assert store is not None
-    every = [path for path in sorted(folder.lake.rglob("*")) if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
-    files = [path for path in every if "locks" not in path.parts]
-    store.put_files([(path.relative_to(folder.lake).as_posix(), path) for path in files])
-    return lake
-
-
 def test_a_folder_that_is_copied_to_a_bucket_is_the_same_lake(folder: Run, object_store: ObjectStore) -> None:
-    lake = copied(folder, object_store, "lake")
+    lake = object_store.copy_of(folder.lake)
     here = project.run(project.Config(run=folder, recommender="latest"))
     there = project.run(project.Config(run=Run(ds=DS, lake=lake, device="cpu"), recommender="latest"))
     assert (there.inputs, there.outputs, there.rows) == (here.inputs, here.outputs, here.rows)
@@ -60,7 +48,7 @@ def test_killed_at_random_instants_and_run_again_it_ends_with_the_same_objects(
     recipe.write_text(
         f'[run]\nlake = "{object_store.address()}"\ndevice = "cpu"\n[project]\nrecommender = "latest"\nbatch_rows = 4\n'
     )
-    copied(folder, object_store, "lake")
+    object_store.copy_of(folder.lake)
     before = object_store.objects()
     words = ["project", "--recipe", str(recipe), "--ds", DS]
     earlier = len(object_store.seen)

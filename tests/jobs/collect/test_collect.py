@@ -29,7 +29,7 @@ from jobs.collect import retention
 from jobs.engines import registry
 from jobs.lake import arrivals, partitions
 from jobs.lake.locks import alone
-from jobs.lake.tables import ITEMS, llm_embeddings
+from jobs.lake.tables import ITEM_CODES, ITEMS, llm_embeddings
 from jobs.run import InputError, Run, Unavailable
 from tests.jobs.small_lake import remember
 
@@ -264,6 +264,21 @@ def test_what_arrived_goes_with_its_snapshot_and_stays_with_the_one_that_serves(
     assert (done.lake_removed, done.lake_bytes) == (planned.lake_removed, planned.lake_bytes)
     assert dates_of(old, arrivals.ARRIVING_ITEMS.name) == ["2026-01-03", "2026-01-08"]
     assert {"2026-01-03", "2026-01-08"} == set(dates_of(old, f"{arrivals.VECTORS}/space={A}"))
+
+
+def test_old_codes_go_but_for_the_newest_of_each_books_and_dates_that_are_needed(old: Path) -> None:
+    for books, dates in (("p", DATES[:6]), ("q", DATES[2:])):  # p was refitted as q
+        for ds in dates:
+            row = {"item_id": ["m1"], "books_id": [books], "codes": [[1]], "number": [0], "content_hash": ["h"]}
+            partitions.write(old, ITEM_CODES, f"books={books}/ds={ds}", [pa.table(row, ITEM_CODES.schema)])
+    for path in (old / "item_codes").rglob("*"):
+        os.utime(path, (LONG_AGO, LONG_AGO))
+    planned = tidy(old, dry_run=True)
+    done = tidy(old)
+    assert done.lake_removed == planned.lake_removed and done.lake_bytes["item_codes"] > 0
+    # needed are 01-01, 01-02, 01-03 and 01-08; younger than three days are 01-07 and later
+    assert dates_of(old, "item_codes/books=p") == [*DATES[:3], "2026-01-06"]
+    assert dates_of(old, "item_codes/books=q") == ["2026-01-03", *DATES[6:]]
 
 
 def test_a_checkpoint_that_nobody_resumes_goes_and_one_at_work_stays(old: Path) -> None:

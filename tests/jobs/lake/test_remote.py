@@ -178,7 +178,7 @@ def test_columns_are_read_by_ranges_and_not_the_whole_file(lake: Path, object_st
 # ---------------------------------------------------------------------------------------------------------------- bad days
 
 
-@pytest.mark.parametrize("fault", ["throttle", "hang up", "lose the answer"])
+@pytest.mark.parametrize("fault", ["throttle", "hang up", "break off", "lose the answer"])
 @pytest.mark.parametrize(
     ("method", "part"), [("PUT", "part-"), ("PUT", "_commit.json"), ("GET", "_commit.json"), ("GET", "part-")]
 )
@@ -192,7 +192,7 @@ def test_a_request_that_fails_once_is_asked_again(
 
 
 @pytest.mark.parametrize("passing", range(4))
-@pytest.mark.parametrize("fault", ["throttle", "hang up"])
+@pytest.mark.parametrize("fault", ["throttle", "hang up", "break off"])
 def test_a_store_that_goes_away_leaves_the_old_partition_and_a_rerun_mends_it(
     fault: str, passing: int, short: None, lake: Path, object_store: ObjectStore
 ) -> None:
