@@ -35,9 +35,9 @@ class Config:
     lease_wait_s: float = 60.0
     """How long to wait for another writer of the store."""
     snapshot_days: int | None = None
-    """Snapshots (`items`, `interactions`, `sequences`, `quarantine`), vectors of spaces, codes and what arrived between nights are
-    removed where their date is further back than this, but for those that a live or previous space, an alias, the newest
-    training or a report needs; so are checkpoints of trainings that nobody resumed for as long. Left out, all stay."""
+    """Snapshots (`items`, `interactions`, `sequences`, `quarantine`), vectors of spaces, codes and what arrived between nights of
+    dates further back than this are removed, but for those that a live or previous space, an alias, the newest training or a
+    report needs; so are checkpoints of trainings that nobody resumed for as long. Left out, all stay."""
     embedding_days: int | None = None
     """The same for `llm_embeddings` of encoders that no space, alias or newest run needs, counted from their last write."""
     offline_days: int | None = None
