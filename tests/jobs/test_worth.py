@@ -47,7 +47,7 @@ def test_a_recipe_of_suffix_tokens_or_attention_both_ways_is_weighed_beside_the_
 ) -> None:
     path = recipe(config, tmp_path)
     told = []
-    for more in ("", "suffix_tokens = 4\n", 'attention = "both"\n'):
+    for more in ("", "suffix_tokens = 4\ntraining = { steps = 2 }\n", 'attention = "both"\n'):
         path.write_text(recipe(config, tmp_path).read_text() + more)
         assert command.main(["--recipe", str(path), "--ds", DS]) == 0
         told.append(json.loads(capsys.readouterr().out)["ndcg"]["base"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,14 @@ def bucket(old: Path, object_store: ObjectStore) -> Path:
     lake = stores.place(Path(object_store.address()))
     store = stores.of(lake)
     assert store is not None
-    # SQLite's own two files beside a database go when a connection that nobody closed does
-    every = [path for path in sorted(old.rglob("*")) if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
-    files = [path for path in every if "locks" not in path.parts]
+    files = [path for path in sorted(old.rglob("*")) if path.is_file() and "locks" not in path.parts and ".db" not in path.name]
     store.put_files([(path.relative_to(old).as_posix(), path) for path in files])
     for path in old.rglob("*.db"):
-        (lake / path.relative_to(old)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, lake / path.relative_to(old))
+        copy = lake / path.relative_to(old)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        # by SQLite itself: what was written last may lie in the log beside the file, which goes with whoever has it open
+        with closing(sqlite3.connect(path)) as here, closing(sqlite3.connect(copy)) as there:
+            here.backup(there)
     age(object_store, "", LONG_AGO)
     return lake
 
