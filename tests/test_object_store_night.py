@@ -180,8 +180,9 @@ def by_airflow(home: Path, here: Path, object_store: ObjectStore, server: Server
     worker = Worker(environment, Stub(home / "stub"))
     object_store.fault = killer(home / "turns", {"embed": 12, "project": 20, "publish": 25})
     services = {name: os.environ[f"LLMEMB_{name}"] for name in ("ONLINE_STORE", "REGISTRY")}
+    alike = "ATEN_CPU_CAPABILITY,OMP_NUM_THREADS"  # other kernels round otherwise, and all vectors would be written again
     done = worker.run("nightly_embeddings", None, {"ds": THIRD}, PYTHON=str(turn), RECIPE=str(here / "recipe.toml"),
-                      PASS_ENV="AWS_*", **services)  # fmt: skip
+                      PASS_ENV=f"AWS_*,{alike}", **services)  # fmt: skip
     assert worker.process.stdin
     worker.process.stdin.close()
     worker.process.wait(60)
