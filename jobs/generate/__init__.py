@@ -7,7 +7,6 @@ that made the vectors. Nothing that serves changes.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from models.behaviour.codes import Books, fit_books
 from models.behaviour.data import Histories, window
 from models.behaviour.generative import Tree, Writer, beam_search, train_writer, vocabulary, written
 from models.judge.bootstrap import bootstrap, estimate
+from models.judge.evaluation import Encode
 from models.judge.rerank import Lists, make_lists, placed
 
 log = logging.getLogger(__name__)
@@ -50,29 +50,37 @@ def run(config: Config) -> Result:
     """Trains and asks the writer. Raises InputError or ValueError for items without codes, too few users, no event to test on."""
     began, read = time.monotonic(), read_all(config)
     recommender, events, words = read.recommender, read.events, (read.token_NT, read.words)
-    lists = make_lists(events, "test", read.table_VD, recommender.encode, recommender.backbone.max_len,
-                       top=config.training.beams, most=config.users, unseen=config.run.exclude_seen)  # fmt: skip
-    everybody_U = torch.arange(len(events.train_end_U), device=read.token_NT.device)
-    histories_UL = window(events, everybody_U, events.train_end_U, recommender.backbone.max_len)
-    user_UD = users(recommender, read.table_VD, histories_UL)
-    books = fit_books(user_UD[events.train_end_U > 0], config.user_codes, seed=config.run.seed)
-    writer = taught(config, events, books, user_UD, words, read.table_VD)
-    history_CL = lists.history_CL.to(read.token_NT.device)
-    prompt_CL = prompts(config, writer, history_CL, users(recommender, read.table_VD, history_CL), books, words)
-    item_CW = generated(writer, prompt_CL, Tree(read.token_NT), config.training.beams).cpu()
-    ndcg = {"generated": beams_ndcg(item_CW, lists), "recommender": placed(lists.score_CM.double(), lists.place_C)}
+    ndcg, item_CW, writer = beside(config, events, read.table_VD, recommender.encode, recommender.backbone.max_len, words)
     every_1C = torch.ones(1, len(item_CW), dtype=torch.bool)
     less = estimate(bootstrap(torch.stack(list(ndcg.values()), 1), every_1C, seed=config.run.seed), 0, 0, minus=1)
     result = Result(
         recommender_id=read.recommender_id, books_id=read.known.books_id, users=len(item_CW),
         words=writer.words.num_embeddings - 1, ndcg={name: round(float(value_C.mean()), 5) for name, value_C in ndcg.items()},
-        difference={key: rounded(getattr(less, key)) for key in ("value", "low", "high")},
+        difference=less.interval(),
         items_share=round(float((item_CW > 0).double().mean()), 5), drift=read.drift,
         seconds=round(time.monotonic() - began, 1), device=str(read.token_NT.device), inputs=read.inputs, outputs={}, rows={},
     )  # fmt: skip
     told = "  ".join(f"{name} {value:.4f}" for name, value in result.ndcg.items())
     log.info("NDCG@10 of %d users: %s; index drift %.4f", result.users, told, result.drift)
     return result
+
+
+def beside(
+    config: Config, events: Histories, table_VD: Tensor, encode: Encode, max_len: int, item_tokens: tuple[Tensor, int]
+) -> tuple[dict[str, Tensor], Tensor, Writer]:
+    """NDCG@10 of each test case, generated and by a recommender of these vectors; item_CW, best first; and the trained writer."""
+    token_NT, _ = item_tokens
+    lists = make_lists(events, "test", table_VD, encode, max_len,
+                       top=config.training.beams, most=config.users, unseen=config.run.exclude_seen)  # fmt: skip
+    everybody_U = torch.arange(len(events.train_end_U), device=token_NT.device)
+    user_UD = users(encode, table_VD, window(events, everybody_U, events.train_end_U, max_len))
+    books = fit_books(user_UD[events.train_end_U > 0], config.user_codes, seed=config.run.seed)
+    writer = taught(config, events, books, user_UD, item_tokens, table_VD)
+    history_CL = lists.history_CL.to(token_NT.device)
+    prompt_CL = prompts(config, writer, history_CL, users(encode, table_VD, history_CL), books, item_tokens)
+    item_CW = generated(writer, prompt_CL, Tree(token_NT), config.training.beams).cpu()
+    ndcg = {"generated": beams_ndcg(item_CW, lists), "recommender": placed(lists.score_CM.double(), lists.place_C)}
+    return ndcg, item_CW, writer
 
 
 def read_all(config: Config) -> Read:
@@ -95,15 +103,10 @@ def read_all(config: Config) -> Read:
     )  # fmt: skip
 
 
-def rounded(value: float) -> float | None:
-    """A figure for JSON; none where there is none: of few users there is no interval."""
-    return round(value, 5) if math.isfinite(value) else None
-
-
 @torch.no_grad()
-def users(recommender: Loaded, table_VD: Tensor, history_UL: Tensor) -> Tensor:
+def users(encode: Encode, table_VD: Tensor, history_UL: Tensor) -> Tensor:
     """user_UD after histories."""
-    return torch.cat([recommender.encode(table_VD[some], some != 0).float() for some in torch.split(history_UL, 1024)])
+    return torch.cat([encode(table_VD[some], some != 0).float() for some in torch.split(history_UL, 1024)])
 
 
 def taught(

@@ -7,7 +7,6 @@ soft tokens, the same with titles shuffled over the items, and the oracle. Nothi
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 
@@ -21,7 +20,9 @@ from jobs.lake.tensors import pick_device, read_catalogue, read_embeddings, read
 from jobs.rerank.config import Config as Config
 from jobs.rerank.config import Result as Result
 from models.behaviour.artifact import load_recommender
+from models.behaviour.data import Histories
 from models.judge.bootstrap import bootstrap, estimate
+from models.judge.evaluation import Encode
 from models.judge.rerank import Lists, make_lists, oracle, placed
 from models.text.rerank import Question, Reranker, distil, load_reranker
 
@@ -41,28 +42,39 @@ def run(config: Config) -> Result:
     llm_NE = read_embeddings(config.run, chosen["encoder_id"], catalogue.content_hashes)
     table_VD = torch.nn.functional.pad(recommender.project(llm_NE, catalogue.item_ids), (0, 0, 1, 0))
     events = events.to(device)
-    parts = {part: make_lists(events, part, table_VD, recommender.encode, recommender.backbone.max_len, top=config.top,
-                              most=config.users, unseen=config.run.exclude_seen) for part in ("valid", "test")}  # fmt: skip
     named = titles(config.run.lake, config.run.ds, catalogue.item_ids)
     words = [named[item_id] for item_id in catalogue.item_ids]
-    model = load_reranker(config.base, config.distilling, domain=config.domain, device=device, seed=config.run.seed)
-    known = questions(parts["valid"], words, config.history)
-    distil(model, known, config.distilling, seed=config.run.seed, log=log_step)
-    values, weight = rank_test_users(config, model, parts, words, known)
+    values, weight, in_list = reranked(config, events, table_VD, recommender.encode, recommender.backbone.max_len, words)
     every_1C = torch.ones(1, len(values["plain"]), dtype=torch.bool)
     found = bootstrap(torch.stack([values[way] for way in WAYS], 1), every_1C, seed=config.run.seed)
     first = WAYS.index("recommender")
     less = {way: estimate(found, 0, place, minus=first) for place, way in enumerate(WAYS) if place != first}
     result = Result(
         recommender_id=chosen["recommender_id"], users=len(values["plain"]), top=config.top, tokens=config.distilling.tokens,
-        in_list=round(float((parts["test"].place_C >= 0).double().mean()), 5), mix=weight,
+        in_list=round(in_list, 5), mix=weight,
         ndcg={way: round(float(values[way].mean()), 5) for way in WAYS},
-        differences={way: {key: rounded(getattr(one, key)) for key in ("value", "low", "high")} for way, one in less.items()},
+        differences={way: one.interval() for way, one in less.items()},
         seconds=round(time.monotonic() - began, 1), device=str(device),
         inputs={"items": catalogue.digest, "sequences": digest, "recommender": chosen["recommender_id"]}, outputs={}, rows={},
     )  # fmt: skip
     log.info("NDCG@10 of %d users' lists: %s", result.users, "  ".join(f"{way} {result.ndcg[way]:.4f}" for way in WAYS))
     return result
+
+
+def reranked(
+    config: Config, events: Histories, table_VD: Tensor, encode: Encode, max_len: int, words: Sequence[str]
+) -> tuple[dict[str, Tensor], float, float]:
+    """NDCG@10 of each test user by each way; the weight in the mix; the share of targets that a recommender's lists hold.
+
+    `words` are the items' titles, in the order of the table. Soft tokens learn on validation events.
+    """
+    parts = {part: make_lists(events, part, table_VD, encode, max_len, top=config.top, most=config.users,
+                              unseen=config.run.exclude_seen) for part in ("valid", "test")}  # fmt: skip
+    model = load_reranker(config.base, config.distilling, domain=config.domain, device=table_VD.device, seed=config.run.seed)
+    known = questions(parts["valid"], words, config.history)
+    distil(model, known, config.distilling, seed=config.run.seed, log=log_step)
+    values, weight = rank_test_users(config, model, parts, words, known)
+    return values, weight, float((parts["test"].place_C >= 0).double().mean())
 
 
 def rank_test_users(
@@ -97,11 +109,6 @@ def questions(lists: Lists, words: Sequence[str], newest: int) -> list[Question]
 def scored(model: Reranker, asked: Sequence[Question]) -> Tensor:
     """score_CM of all candidates, in float64 on the CPU."""
     return torch.stack([model(question).double().cpu() for question in asked])
-
-
-def rounded(value: float) -> float | None:
-    """A figure for JSON; none where there is none: of few users there is no interval."""
-    return round(value, 5) if math.isfinite(value) else None
 
 
 def log_step(figures: dict[str, float], step: int) -> None:

@@ -41,6 +41,11 @@ class Estimate:
     """The smallest difference that the slice could have shown: 5 % level, two-sided, power 80 %."""
     n: int
 
+    def interval(self) -> dict[str, float | None]:
+        """Value and bounds for JSON; None for a bound that there is not: of few users there is no interval."""
+        known = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: round(value, 5) if math.isfinite(value) else None for name, value in known.items()}
+
 
 def bootstrap(
     values_CK: Tensor, slices_SC: Tensor, users_C: Tensor | None = None, *, resamples: int = 1000, seed: int = 0

@@ -34,15 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from jobs import generate, rerank
 from jobs.codes.coding import numbered
 from jobs.run import Run
-from models.behaviour.codes import Books, Codes, fit_books
-from models.behaviour.data import Histories, window
-from models.behaviour.generative import Generative, Tree, vocabulary
+from models.behaviour.codes import Codes, fit_books
+from models.behaviour.generative import Generative, vocabulary
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 from models.judge.family import CHAMPION
-from models.judge.rerank import make_lists, placed
 from models.judge.systems import Kit, Settings, System
-from models.text.rerank import Distilling, distil, load_reranker
+from models.text.rerank import Distilling
 from tests.benchmarks.bench_family import embedded, splits
 from tests.benchmarks.bench_fusion import interval, resampled
 
@@ -62,41 +60,26 @@ def champion(arguments: argparse.Namespace, seed: int) -> tuple[Kit, System]:
 # --------------------------------------------------------------------------------------------------------------- generate
 
 
-def tokens(kit: Kit, whole: System) -> tuple[Tensor, int, Books]:
-    """token_NT of the champion's vectors, how many words that takes, and the books."""
+def tokens(kit: Kit, whole: System) -> tuple[Tensor, int]:
+    """token_NT of the champion's vectors, and how many words that takes."""
     emb_ND, known = whole.table_VD[1:], Codes()
-    books = fit_books(emb_ND, known, seed=kit.seed)
-    code_NK = books.encode(emb_ND)
+    code_NK = fit_books(emb_ND, known, seed=kit.seed).encode(emb_ND)
     number_N = numbered(code_NK.int().cpu().numpy(), pa.table({"item_id": pa.array(kit.item_ids, pa.string())}), None)
-    return *vocabulary(code_NK, torch.from_numpy(number_N).long().to(code_NK.device), known.entries), books
+    return vocabulary(code_NK, torch.from_numpy(number_N).long().to(code_NK.device), known.entries)
 
 
 def write_items(arguments: argparse.Namespace, seed: int, home: Path) -> tuple[Values, dict[str, Any]]:
     """The writer beside the champion, with one seed."""
     kit, whole = champion(arguments, seed)
-    events: Histories = kit.events
     config = generate.Config(
         run=Run(ds="2026-01-01", lake=home, seed=seed),
         training=Generative(steps=arguments.steps or Generative().steps), users=arguments.users,
     )  # fmt: skip
     began = time.perf_counter()
-    token_NT, words, _ = tokens(kit, whole)
-    lists = make_lists(events, "test", whole.table_VD, whole.encode, whole.max_len,
-                       top=config.training.beams, most=config.users, unseen=True)  # fmt: skip
-    everybody_U = torch.arange(len(events.train_end_U), device=token_NT.device)
-    histories_UL = window(events, everybody_U, events.train_end_U, whole.max_len)
-    user_UD = generate.users(whole, whole.table_VD, histories_UL)
-    books = fit_books(user_UD[events.train_end_U > 0], config.user_codes, seed=seed)
-    writer = generate.taught(config, events, books, user_UD, (token_NT, words), whole.table_VD)
-    trained = time.perf_counter()
-    history_CL = lists.history_CL.to(token_NT.device)
-    user_CD = generate.users(whole, whole.table_VD, history_CL)
-    prompt_CL = generate.prompts(config, writer, history_CL, user_CD, books, (token_NT, words))
-    item_CW = generate.generated(writer, prompt_CL, Tree(token_NT), config.training.beams).cpu()
-    values = {"generated": generate.beams_ndcg(item_CW, lists), CHAMPION: placed(lists.score_CM.double(), lists.place_C)}
+    values, item_CW, writer = generate.beside(config, kit.events, whole.table_VD, whole.encode, whole.max_len, tokens(kit, whole))
     return values, {
         "words": writer.words.num_embeddings - 1, "items_share": round(float((item_CW > 0).double().mean()), 5),
-        "train_seconds": round(trained - began, 1), "search_seconds": round(time.perf_counter() - trained, 1),
+        "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
 
@@ -111,20 +94,11 @@ def order_again(arguments: argparse.Namespace, seed: int, home: Path) -> tuple[V
         run=Run(ds="2026-01-01", lake=home, seed=seed), base=arguments.base, users=arguments.users, distilling=distilling
     )
     began = time.perf_counter()
-    parts = {part: make_lists(kit.events, part, whole.table_VD, whole.encode, whole.max_len, top=config.top,
-                              most=config.users, unseen=True) for part in ("valid", "test")}  # fmt: skip
     titles = pq.read_table(arguments.data / "items.parquet", columns=["item_id", "title"]).to_pydict()
     known_as = {str(item): title or str(item) for item, title in zip(titles["item_id"], titles["title"], strict=True)}
     words = [known_as[item] for item in kit.item_ids]
-    model = load_reranker(config.base, distilling, domain=config.domain, device=kit.device, seed=seed)
-    known = rerank.questions(parts["valid"], words, config.history)
-    distil(model, known, distilling, seed=seed, log=rerank.log_step)
-    trained = time.perf_counter()
-    values, weight = rerank.rank_test_users(config, model, parts, words, known)
-    return values, {
-        "mix": weight, "in_list": round(float((parts["test"].place_C >= 0).double().mean()), 4),
-        "train_seconds": round(trained - began, 1), "ask_seconds": round(time.perf_counter() - trained, 1),
-    }  # fmt: skip
+    values, weight, in_list = rerank.reranked(config, kit.events, whole.table_VD, whole.encode, whole.max_len, words)
+    return values, {"mix": weight, "in_list": round(in_list, 4), "seconds": round(time.perf_counter() - began, 1)}
 
 
 # -------------------------------------------------------------------------------------------------------------------- all
@@ -142,13 +116,12 @@ def one_seed(arguments: argparse.Namespace, seed: int) -> tuple[Values, dict[str
 def summary(found: list[Values]) -> dict[str, Any]:
     """Means over users and seeds; what each way has more than the champion, with 95 % intervals, both resampled."""
     ndcg = {way: torch.stack([values[way].float() for values in found]) for way in found[0]}
-    first = CHAMPION if CHAMPION in ndcg else "recommender"
-    mine = torch.ones(ndcg[first].shape[1], dtype=torch.bool)
+    mine = torch.ones(ndcg["recommender"].shape[1], dtype=torch.bool)
     more = {}
     for way, value_SC in ndcg.items():
-        if way != first:
-            mean_RM = resampled(torch.stack([value_SC, ndcg[first]]))
-            more[way] = interval(value_SC - ndcg[first], mine, mean_RM[:, 0] - mean_RM[:, 1])
+        if way != "recommender":
+            mean_RM = resampled(torch.stack([value_SC, ndcg["recommender"]]))
+            more[way] = interval(value_SC - ndcg["recommender"], mine, mean_RM[:, 0] - mean_RM[:, 1])
     return {
         "users": len(mine), "ndcg": {way: round(float(value_SC.mean()), 4) for way, value_SC in ndcg.items()},
         "more than the champion": more,
