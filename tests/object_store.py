@@ -49,11 +49,11 @@ class ObjectStore:
         return f"s3://{self.bucket}/{prefix}"
 
     def copy_of(self, folder: Path, prefix: str = "lake") -> Path:
-        """A lake in a folder, copied to the bucket as `aws s3 sync` would; where this machine works on the copy."""
+        """A lake in a folder, copied to the bucket without its databases; where this machine works on the copy."""
         lake = stores.place(Path(self.address(prefix)))
         store = stores.of(lake)
         assert store is not None
-        every = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
+        every = [path for path in sorted(folder.rglob("*")) if path.is_file() and ".db" not in path.name]
         files = [path for path in every if "locks" not in path.parts]
         store.put_files([(path.relative_to(folder).as_posix(), path) for path in files])
         return lake

@@ -13,7 +13,6 @@ from moto.core import DEFAULT_ACCOUNT_ID
 
 from feature_repo.reader import offline_folder
 from jobs.lake import partitions
-from jobs.lake import store as stores
 from jobs.lake.locks import alone
 from tests.jobs.collect.test_collect import LONG_AGO, dates_of, tidy
 from tests.jobs.collect.test_collect import old as old
@@ -32,11 +31,7 @@ def age(object_store: ObjectStore, prefix: str, moment: float) -> None:
 @pytest.fixture
 def bucket(old: Path, object_store: ObjectStore) -> Path:
     """The lake `old`, copied to a bucket long ago; the online store is a copy beside its scratch folder."""
-    lake = stores.place(Path(object_store.address()))
-    store = stores.of(lake)
-    assert store is not None
-    files = [path for path in sorted(old.rglob("*")) if path.is_file() and "locks" not in path.parts and ".db" not in path.name]
-    store.put_files([(path.relative_to(old).as_posix(), path) for path in files])
+    lake = object_store.copy_of(old)
     for path in old.rglob("*.db"):
         copy = lake / path.relative_to(old)
         copy.parent.mkdir(parents=True, exist_ok=True)
