@@ -2,10 +2,11 @@
 
 python tests/benchmarks/bench_encoder.py tune --data ../shared/data/amazon_beauty --out encoded --rows views,pairs_white --seed 42
     tunes one encoder a row by the production code, a tenth of the items held out of what users teach; the best step is that of
-    the highest NDCG on validation events. Keeps every item's embedding in OUT/ROW-SEED.safetensors; prints one JSON line
+    the highest NDCG on validation events. Keeps every item's embedding in OUT/ROW-SEED.safetensors and the NDCG of each test
+    event, plain and whitened, in OUT/ndcg/ROW-SEED.safetensors; prints one JSON line
 python tests/benchmarks/bench_encoder.py compare --data ../shared/data/amazon_beauty --encoded encoded
-    ranks of test events without any training, plain and whitened, beside TF-IDF; differences with 95 % intervals, users and
-    seeds resampled together
+    what OUT/ndcg tells: test events ranked without any training, plain and whitened, beside TF-IDF; differences with 95 %
+    intervals, users and seeds resampled together
 python tests/benchmarks/bench_encoder.py fused --ranks fused-zero fused-pairs
     two folders of `bench_fusion.py rank`, over two encoders: what the second has more under each model
 
@@ -64,12 +65,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "views_white": {"whiten": True},
     "views_white_slow": {"whiten": True, "learning_rate": 1e-4},
     "pairs": PAIRS,
+    "pairs_slow": {**PAIRS, "learning_rate": 1e-4},
     "pairs_white": {**PAIRS, "whiten": True},
     "pairs_white_slow": {**PAIRS, "whiten": True, "learning_rate": 2e-4},
     "pairs_white_popular": {**PAIRS, "whiten": True, "popularity": 0.0},
     "zero_both": {"steps": 0, "attention": "both"},
     "pairs_white_both": {**PAIRS, "whiten": True, "attention": "both"},
     "darec": {**TEACHER, "attention": "both"},
+    "darec_slow": {**TEACHER, "attention": "both", "learning_rate": 5e-5},
     "pairs_white_r32": {**PAIRS, "whiten": True, "r": 32},
     "suffix_pairs": {**PAIRS, "suffix_tokens": 8, "learning_rate": 1e-2},
     "suffix_pairs_slow": {**PAIRS, "suffix_tokens": 8, "learning_rate": 2e-3},
@@ -77,6 +80,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "teacher": TEACHER,
     "teacher_slow": {**TEACHER, "learning_rate": 5e-5},
     "p2rec": {**ALONE, "cluster_weight": 1.0, "user_weight": 1.0},
+    "p2rec_slow": {**ALONE, "cluster_weight": 1.0, "user_weight": 1.0, "learning_rate": 5e-5},
     "p2rec_views": {"cluster_weight": 0.3, "user_weight": 0.3},
     "titles": {**ALONE, "title_weight": 1.0},
     "titles_slow": {**ALONE, "title_weight": 1.0, "learning_rate": 5e-5},
@@ -112,12 +116,15 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tunes each row with one seed."""
     items, events = read_items(arguments.data), events_of(arguments)
     given = Given(events, items, arguments)
-    valid = trial_of(events, "valid", arguments.device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    valid, test = (trial_of(events, part, arguments.device) for part in ("valid", "test"))
+    (arguments.out / "ndcg").mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     for row in arguments.rows:
         try:
-            found[row] = tuned(arguments, row, items, given, valid)
+            file = arguments.out / f"{row}-{arguments.seed}.safetensors"
+            found[row], llm_NE = tuned(arguments, row, items, given, valid)
+            save_file({"llm_NE": llm_NE.half()}, file)
+            save_file(ranked(test, llm_NE), file.parent / "ndcg" / file.name)
         except Exception as error:  # the other rows are not lost
             found[row] = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(f"{row}-{arguments.seed}: {json.dumps(found[row])}", file=sys.stderr, flush=True)
@@ -172,8 +179,10 @@ class Given:
         return vector_ID, cluster_I
 
 
-def tuned(arguments: argparse.Namespace, row: str, items: list[Attributes], given: Given, valid: Trial) -> dict[str, Any]:
-    """One row's encoder: its embeddings are kept; the course of its worth on validation events."""
+def tuned(
+    arguments: argparse.Namespace, row: str, items: list[Attributes], given: Given, valid: Trial
+) -> tuple[dict[str, Any], Tensor]:
+    """One row's encoder: the course of its worth on validation events, and its llm_NE."""
     began, settings = time.perf_counter(), {"steps": arguments.steps, "batch": arguments.batch, **ROWS[row]}
     shape = {name: settings.pop(name) for name in SHAPE if name in settings}
     config = Scft(validate_every=max(1, arguments.steps // 4), patience=99, compile=arguments.compile, **settings)
@@ -191,8 +200,13 @@ def tuned(arguments: argparse.Namespace, row: str, items: list[Attributes], give
         told = {"best_step": done.best_step, "tokens_per_s": round(done.tokens_per_second),
                 "worth": {int(entry["step"]): round(entry["worth"], 5) for entry in done.history}}  # fmt: skip
     llm_NE = torch.from_numpy(embed_items(encoder.eval(), items))
-    save_file({"llm_NE": llm_NE.half()}, arguments.out / f"{row}-{arguments.seed}.safetensors")
-    return told | {"seconds": round(time.perf_counter() - began, 1)}
+    return told | {"seconds": round(time.perf_counter() - began, 1)}, llm_NE
+
+
+def ranked(test: Trial, llm_NE: Tensor) -> dict[str, Tensor]:
+    """NDCG@10 of each test case without any training, by how embeddings are read."""
+    table_VE = F.pad(F.normalize(llm_NE - llm_NE.mean(0), dim=1), (0, 0, 1, 0)).to(test.cases.target_C.device)
+    return {"whitened": untrained_ndcg(test, llm_NE).float(), "plain": by_rank(text_ranks(test.cases, table_VE)[0])["ndcg"].cpu()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- compare
@@ -203,12 +217,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     events = events_of(arguments)
     test = trial_of(events, "test", arguments.device)
     rows: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(arguments.encoded.glob("*.safetensors")):
+    for file in sorted((arguments.encoded / "ndcg").glob("*.safetensors")):
         name, _, seed = file.stem.rpartition("-")
-        llm_NE = load_file(file)["llm_NE"].float()
-        rows.setdefault(f"{name} whitened", {})[seed] = untrained_ndcg(test, llm_NE)
-        table_VE = F.pad(F.normalize(llm_NE - llm_NE.mean(0), dim=1), (0, 0, 1, 0)).to(arguments.device)
-        rows.setdefault(f"{name} plain", {})[seed] = by_rank(text_ranks(test.cases, table_VE)[0])["ndcg"].cpu()
+        for kind, ndcg_C in load_file(file).items():
+            rows.setdefault(f"{name} {kind}", {})[seed] = ndcg_C
     texts = ["; ".join(value for _, value in item) for item in read_items(arguments.data)]
     tfidf_VD = tfidf_table(texts)
     if tfidf_VD is not None:  # a handful of texts has none

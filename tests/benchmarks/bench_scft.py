@@ -130,8 +130,12 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device) -> d
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
+    first = 0.0
     for number in range(arguments.warm_up):
         step(number)
+        if not number:
+            synchronize(device)
+            first = time.perf_counter() - started
     synchronize(device)
     # one reading over all steps: a step may overlap with the next
     clock, tokens, taken = time.perf_counter(), 0, 0
@@ -144,6 +148,7 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device) -> d
         "tokens_per_s": round(tokens / seconds),
         "seconds_a_step": round(seconds / taken, 4),
         "steps": taken,
+        "first_step_s": round(first, 1),
         "with_warm_up_s": round(time.perf_counter() - started, 1),
     }
     if trainer:
