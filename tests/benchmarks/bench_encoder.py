@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -230,24 +230,27 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     ndcg = {name: torch.stack((list(seeds.values()) * most)[:most]).float() for name, seeds in rows.items()}
     slices = {name: test.cases.slices_SC[SLICES.index(name)].cpu() for name in SHOWN}
     table = {name: {key: round(float(value[:, mine].mean()), 4) for key, mine in slices.items()} for name, value in ndcg.items()}
-    pairs = [(name, other) for name in ndcg for other in ("zero whitened", "zero plain", "tfidf")
-             if other in ndcg and name != other and name.rpartition(" ")[2] in (*other.split(), "whitened")]  # fmt: skip
+    differences: dict[str, dict[str, list[float]]] = {}
+    for slice_, mine in slices.items():
+        mean_RM = dict(zip(ndcg, resampled(torch.stack(list(ndcg.values()))[:, :, mine]).T, strict=True))
+        for name, other in beside(ndcg):
+            less = interval(ndcg[name] - ndcg[other], mine, mean_RM[name] - mean_RM[other])
+            differences.setdefault(f"{name} - {other}", {})[slice_] = less
     return {
         "seeds": {name: sorted(seeds) for name, seeds in rows.items()},
         "users": {name: int(mine.sum()) for name, mine in slices.items()},
         "ndcg": table,
-        "differences": {f"{one} - {other}": differences(ndcg[one], ndcg[other], slices) for one, other in pairs},
+        "differences": differences,
     }
 
 
-def differences(one_SC: Tensor, other_SC: Tensor, slices: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Mean difference of two rows and its 95 % interval, by slice."""
-    both = torch.stack([one_SC, other_SC])
-    result = {}
-    for name, mine in slices.items():
-        mean_RM = resampled(both[:, :, mine])
-        result[name] = interval(one_SC - other_SC, mine, mean_RM[:, 0] - mean_RM[:, 1])
-    return result
+def beside(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each row and what it stands beside: zero-shot read the same way, zero-shot whitened, TF-IDF."""
+    for name in (names := list(names)):
+        same = f"zero {name.rpartition(' ')[2]}"
+        yield from (
+            (name, other) for other in dict.fromkeys((same, "zero whitened", "tfidf")) if other in names and other != name
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ fused
@@ -268,9 +271,15 @@ def fused(arguments: argparse.Namespace) -> dict[str, Any]:
         one_SC, two_SC = (torch.stack([by_rank(pair[place][model])["ndcg"] for pair in found]).float() for place in (0, 1))
         result[model.removesuffix("/unseen")] = {
             "first": round(float(one_SC.mean()), 4), "second": round(float(two_SC.mean()), 4),
-            "second - first": differences(two_SC, one_SC, slices),
+            "second - first": {name: pair(two_SC, one_SC, mine) for name, mine in slices.items()},
         }  # fmt: skip
     return result
+
+
+def pair(one_SC: Tensor, other_SC: Tensor, mine: Tensor) -> list[float]:
+    """Mean difference of two rows among some cases and its 95 % interval."""
+    mean_RM = resampled(torch.stack([one_SC, other_SC])[:, :, mine])
+    return interval(one_SC - other_SC, mine, mean_RM[:, 0] - mean_RM[:, 1])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -44,7 +44,7 @@ from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 from models.judge import bakeoff
 from models.judge.evaluation import SLICES, Cases, make_cases
-from models.judge.family import FAMILY
+from models.judge.family import CHAMPION, FAMILY
 from models.judge.systems import Kit, Settings
 from models.judge.text_floor import tfidf_table
 from tests.benchmarks.bench_fusion import COLD_SEED, item_ids, tfidf
@@ -151,14 +151,14 @@ def run_bakeoff(arguments: argparse.Namespace) -> dict[str, Any]:
     floors = bakeoff.held(lambda _: None, [], arguments.seeds, test, valid,  # type: ignore[arg-type,return-value]
                           None if floor_VD is None else floor_VD.to(arguments.device))  # fmt: skip
     found = floors | kept(arguments)
-    values, differences = bakeoff.compare_systems(found, test.slices_SC)
+    values, differences = bakeoff.compare_systems(found, test.slices_SC, arguments.champion)
     models = bakeoff.rows(found, values)
-    print("\n".join(bakeoff.table(models, values, differences, "fused")), file=sys.stderr, flush=True)
+    print("\n".join(bakeoff.table(models, values, differences, arguments.champion)), file=sys.stderr, flush=True)
     return {
         "data": arguments.data.name, "seeds": arguments.seeds, "items": len(ids), "cold_share": arguments.cold_share,
         "embeddings": arguments.embeddings.name if arguments.embeddings else "tfidf", "faiss": find_spec("faiss") is not None,
         "users": dict(zip(SLICES, test.slices_SC.sum(1).tolist(), strict=True)), "models": models, "values": values,
-        "differences": differences, "routing": bakeoff.routing(found, test, valid, ROUTES),
+        "differences": differences, "routing": bakeoff.routing(found, test, valid, ROUTES, arguments.champion),
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
 
@@ -233,6 +233,7 @@ def parse() -> argparse.Namespace:
         one.add_argument(
             "--keep", type=Path, default=Path("bakeoff"), help="outcomes, a file a system and seed; goes on from them"
         )
+        one.add_argument("--champion", default=CHAMPION, help="the system that all others stand beside")
         one.add_argument("--cold-share", type=float, default=0.1)
         one.add_argument("--patience", type=int, default=15)
         one.add_argument("--width", type=int, default=128)
