@@ -22,11 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.behaviour.k_means import drawn, k_means, nearest
 from models.behaviour.whitening import moments
 
 CHUNK = 16_384
-LLOYD = 8
-"""Rounds of k-means that books start with."""
 BEAM, WARM_BEAM = 8, 4
 """Ways of choosing that are followed from book to book, and while entries have noise."""
 RIDGE = 1e-3
@@ -137,11 +136,6 @@ def taken(value_NWX: Tensor, place_NV: Tensor) -> Tensor:
     return value_NWX.gather(1, place_NV[..., None].expand(-1, -1, value_NWX.shape[2]))
 
 
-def nearest(z_ND: Tensor, entry_CD: Tensor) -> Tensor:
-    """code_N of the nearest entry; of equal ones the first."""
-    return (entry_CD.square().sum(1) - 2 * z_ND @ entry_CD.T).argmin(1)
-
-
 def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_: None) -> Books:
     """Books of vectors. Raises ValueError for fewer different vectors than entries, or values that are not finite."""
     generator = torch.Generator().manual_seed(seed)
@@ -245,23 +239,6 @@ def dealt(covariance_DD: Tensor, books: int) -> Tensor:
     place_D = torch.arange(len(strong_DD), device=strong_DD.device) % (2 * books)
     shares = (strong_DD[:, (place_D == book) | (place_D == 2 * books - 1 - book)] for book in range(books))
     return torch.stack([basis_DH @ basis_DH.T for basis_DH in shares])
-
-
-def k_means(z_ND: Tensor, entries: int, generator: torch.Generator) -> Tensor:
-    """entry_CD after a few rounds from random items; an entry without items moves to a random one."""
-    entry_CD = z_ND[drawn(len(z_ND), entries, generator).to(z_ND.device)].clone()
-    for _ in range(LLOYD):
-        code_N = nearest(z_ND, entry_CD)
-        count_C = torch.bincount(code_N, minlength=entries)
-        entry_CD = torch.zeros_like(entry_CD).index_add_(0, code_N, z_ND) / count_C.clamp_min(1)[:, None]
-        empty_C = count_C == 0
-        entry_CD[empty_C] = z_ND[drawn(len(z_ND), int(empty_C.sum()), generator).to(z_ND.device)]
-    return entry_CD
-
-
-def drawn(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """Places of random items, each once where there are enough."""
-    return torch.randperm(count, generator=generator)[:wanted] if wanted <= count else torch.arange(wanted) % count
 
 
 def step_loss(books: Books, emb_BD: Tensor, config: Codes) -> tuple[Tensor, Tensor]:
