@@ -50,7 +50,10 @@ def services(
     told = {"PGHOST": "127.0.0.1", "PGPORT": str(server.port), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
     told |= {"PGPASSWORD": server.password("mlflow"), "MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg://"}
     told["MLFLOW_S3_ENDPOINT_URL"] = object_store.url
-    with mlflow_server(tmp_path, ROOT / "infra" / "mlflow-auth.ini", told, object_store.address("mlflow")) as uri:
+    # a password is made to be slow to check, and MLflow checks it at each of a model's many files
+    ini = tmp_path / "mlflow-auth.ini"
+    ini.write_text((ROOT / "infra" / "mlflow-auth.ini").read_text() + "auth_cache_ttl_seconds = 60\n")
+    with mlflow_server(tmp_path, ini, told, object_store.address("mlflow")) as uri:
         with pytest.MonkeyPatch.context() as once:
             for name, value in (("USERNAME", ADMIN), ("PASSWORD", PASSWORD)):
                 once.setenv(f"MLFLOW_TRACKING_{name}", value)

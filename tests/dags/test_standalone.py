@@ -188,27 +188,6 @@ def token(running: Standalone) -> str:
     return str(running.call("POST", "/auth/token", {"username": "admin", "password": "admin"})["access_token"])
 
 
-# first, as Airflow takes a second backfill once it has marked this one as done, and looks for that every 30 s alone
-def test_a_backfill_fills_each_date_and_what_serves_stays(standalone: Standalone) -> None:
-    standalone.stub.plan(acts={"publish": [5]})
-    dates = {"from_date": "2025-12-01T00:00:00Z", "to_date": "2025-12-02T23:00:00Z", "max_active_runs": 1}
-    wanted = {"dag_id": "nightly_embeddings", **dates}
-    # 409 until a backfill before is marked as done
-    standalone.until("a backfill", lambda: standalone.call("POST", "/api/v2/backfills", wanted))
-
-    def ended() -> list[dict[str, Any]]:
-        mine = [run for run in standalone.runs("nightly_embeddings") if run["dag_run_id"].startswith("backfill__2025-12")]
-        return mine if [run["state"] in ("success", "failed") for run in mine] == [True, True] else []
-
-    for run in standalone.until("both dates", ended):
-        assert run["state"] == "success"
-        states = standalone.states("nightly_embeddings", run["dag_run_id"])
-        assert states["project"] == states["report"] == "success" and states["publish"] == states["lookup"] == "skipped"
-    filled = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
-    jobs = ["pin", "extract", "embed", "project", "publish", "report"]
-    assert filled == [(ds, job) for ds in ("2025-12-01", "2025-12-02") for job in jobs]
-
-
 def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalone: Standalone) -> None:
     asked = {
         "decision": "undecided",
@@ -300,27 +279,28 @@ def test_a_run_that_is_late_is_told(standalone: Standalone) -> None:
     standalone.until("the alert", lambda: text in Inbox.texts)
 
 
-def test_a_backfill_beside_the_night_leaves_both_whole(standalone: Standalone) -> None:
+def test_a_backfill_beside_the_night_fills_each_date_and_leaves_both_whole(standalone: Standalone) -> None:
     older, today = ("2025-11-01", "2025-11-02"), "2026-01-07"
     standalone.stub.plan(acts={f"extract@{older[0]}": ["pause"]} | {f"publish@{ds}": [5] for ds in older})
     dates = {"from_date": f"{older[0]}T00:00:00Z", "to_date": f"{older[1]}T23:00:00Z", "max_active_runs": 1}
-    wanted = {"dag_id": "nightly_embeddings", **dates}
-    # 409 until the backfill of the test before is marked as done
-    standalone.until("a second backfill", lambda: standalone.call("POST", "/api/v2/backfills", wanted))
+    standalone.call("POST", "/api/v2/backfills", {"dag_id": "nightly_embeddings", **dates})
     standalone.until("the backfill's first job", lambda: standalone.stub.calls())
     body = {"logical_date": None, "conf": {"ds": today}}
     night = standalone.call("POST", "/api/v2/dags/nightly_embeddings/dagRuns", body)["dag_run_id"]
 
-    def ended() -> list[str]:
-        every = standalone.runs("nightly_embeddings")
-        runs = [run for run in every if run["dag_run_id"] == night or run["dag_run_id"].startswith("backfill__2025-11")]
-        states = [run["state"] for run in runs]
-        return states if len(states) == 3 and not set(states) & {"queued", "running"} else []
+    def ended() -> dict[str, str]:
+        every = {run["dag_run_id"]: run["state"] for run in standalone.runs("nightly_embeddings")}
+        mine = {name: state for name, state in every.items() if name == night or name.startswith("backfill__2025-11")}
+        return mine if len(mine) == 3 and not {*mine.values()} & {"queued", "running"} else {}
 
-    assert standalone.until("the night and both dates", ended) == ["success"] * 3
+    runs = standalone.until("the night and both dates", ended)
+    assert {*runs.values()} == {"success"}
+    for run in {*runs} - {night}:
+        states = standalone.states("nightly_embeddings", run)
+        assert states["project"] == states["report"] == "success" and states["publish"] == states["lookup"] == "skipped"
     calls = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
-    for ds in older:
-        assert [job for day, job in calls if day == ds] == ["pin", "extract", "embed", "project", "publish", "report"]
-    assert [job for day, job in calls if day == today] == ["pin", "extract", "embed", "project", "publish", "lookup", "report"]
+    jobs = ["pin", "extract", "embed", "project", "publish", "report"]
+    assert [call for call in calls if call[0] in older] == [(ds, job) for ds in older for job in jobs]
+    assert [job for ds, job in calls if ds == today] == ["pin", "extract", "embed", "project", "publish", "lookup", "report"]
     # each worked on its own date, though the night began before the backfill had ended
     assert calls.index((today, "extract")) < calls.index((older[1], "report"))
