@@ -27,6 +27,7 @@ from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, 
 from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server
 from tests.infra.test_postgresql import ROOT, Server
 from tests.infra.test_postgresql import server as server
+from tests.jobs.extract.small_spark import QUICK
 from tests.models import tiny
 from tests.object_store import ObjectStore
 from tests.object_store import object_server as object_server
@@ -70,6 +71,7 @@ def here(tmp_path: Path, object_store: ObjectStore) -> Path:
     folder.mkdir()
     tiny.llama(folder / "base")
     written = RECIPE.format(tmp=folder).replace(f'"{folder}/lake"', f'"{object_store.address()}"')
+    written = written.replace("spark = { ", "spark = { " + "".join(f'"{name}" = "{value}", ' for name, value in QUICK.items()))
     (folder / "recipe.toml").write_text(written.replace(f'"sqlite:///{folder}/mlflow.db"', '"$MLFLOW_TRACKING_URI"'))
     return folder
 
