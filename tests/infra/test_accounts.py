@@ -65,7 +65,7 @@ def test_a_redis_user_does_its_work_and_no_more(port: int, tmp_path: Path, monke
     row = next(iter(publisher.scan_iter(match="*x*")))
     pointer = next(iter(publisher.scan_iter(match=b"*" + key_prefix(serving_pointer)[-9:] + b"*")))
     refused = [
-        lambda: redis.Redis(port=port).get("llmemb:lease"),
+        lambda: redis_at(port).get("llmemb:lease"),
         *(lambda who=who: who.config_set("maxmemory", 1) for who in (publisher, reader, srs)),
         *(lambda who=who: who.flushall() for who in (publisher, reader, srs)),
         *(lambda who=who: who.hset(row, "field", "forged") for who in (reader, srs)),
