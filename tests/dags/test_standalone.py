@@ -200,7 +200,7 @@ def test_the_pages_of_airflow_mlflow_and_feast_answer(standalone: Standalone) ->
     assert "Feast" in standalone.page("feast", "/")
     with contextlib.closing(sqlite3.connect(standalone.home / "airflow.db")) as database:
         pools = {name for (name,) in database.execute("SELECT pool FROM slot_pool")}
-        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",), "readers keep nobody from writing"
     assert pools >= set(json.loads((ROOT / "infra" / "pools.json").read_text()))
 
 
