@@ -40,12 +40,12 @@ serve: $(STAMP) ## keeps the serving process up on the demo's stores, with a pag
 	$(BIN)/python infra/serve.py
 
 # Files of tests stay together, as they share what is slow to make. In the order of the folders: those that start Airflow and Spark
-# come first, so that no core is left with one of them at the end. As many processes as cores: with more, servers that tests start answer late.
+# come first, so that no core is left with one of them at the end. One process more than cores: half of a test's time is a wait.
 # Java compiles little, as each of its processes lives short.
 test: export OMP_NUM_THREADS ?= 1
 test: export JAVA_TOOL_OPTIONS ?= -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
-test: $(STAMP) ## runs all tests, on up to four cores, each process with one thread
-	$(BIN)/python -m pytest -n $$(env -u OMP_NUM_THREADS nproc) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(STAMP) ## runs all tests, in up to four processes of one thread
+	$(BIN)/python -m pytest -n $$(($$(env -u OMP_NUM_THREADS nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP) ## runs the tests that need an NVIDIA GPU; skips them, saying so, without one
 	$(BIN)/python -m pytest tests/gpu

@@ -28,17 +28,13 @@ PORTS = {"airflow": 8080, "mlflow": 5000, "feast": 8888}
 NAMES = {"airflow": "Airflow", "mlflow": "MLflow", "feast": "Feast"}
 DATABASE = "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"
 PASSWORDS = "simple_auth_manager_passwords.json.generated"
-# a task whose pool is missing is never started; in a file of SQLite's with a write-ahead log, readers keep nobody from writing
+# a task whose pool is missing is never started
 MIGRATE = """
 import sys
-from airflow import settings
 from airflow.__main__ import main
 for words in (["db", "migrate"], ["pools", "import", sys.argv[-1]]):
     sys.argv = ["airflow", *words]
     main()
-if settings.engine.dialect.name == "sqlite":
-    with settings.engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 """
 """All in one process: Airflow takes seconds to import."""
 AIRFLOW = f"""{MIGRATE}

@@ -201,6 +201,8 @@ def complain(job: str, complaint: str, status: int) -> None:
 
 
 if __name__ == "__main__":
+    # what Feast and torch make while they are imported stays: to look for cycles among it each time takes a job another second
+    gc.set_threshold(20_000)
     ended = main()
     # the process ends anyway: to look for cycles among all that torch and MLflow made would take another second
     gc.freeze()

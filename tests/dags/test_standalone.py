@@ -1,4 +1,4 @@
-"""`airflow standalone`: the DAGs under a real scheduler, dag processor, triggerer and API server, with a stub for the jobs."""
+"""`make airflow`, with a stub for the jobs: the pages, and the DAGs under a real scheduler, dag processor and triggerer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import contextlib
 import datetime as dt
 import http.server
 import json
-import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.dags.conftest import Stub, airflow_environment, migrate
+from tests.dags.conftest import ROOT, STANDALONE, Stub, own_environment
 
 PATIENCE_S = 240
 pytestmark = pytest.mark.timeout(900)  # each wait has a deadline of its own
@@ -35,10 +35,11 @@ def free_port() -> int:
 
 
 class Standalone:
-    """A running Airflow, spoken to through its REST API."""
+    """A running Airflow, spoken to through its REST API, and the pages beside it."""
 
-    def __init__(self, port: int, log: Path, stub: Stub) -> None:
-        self.url, self.log, self.stub = f"http://127.0.0.1:{port}", log, stub
+    def __init__(self, home: Path, ports: dict[str, int], log: Path, stub: Stub) -> None:
+        self.home, self.ports, self.log, self.stub = home, ports, log, stub
+        self.url = f"http://127.0.0.1:{ports['airflow']}"
         self.token = ""
         self.scheduled: dict[str, Any] = {}
         self.first_calls: list[dict[str, Any]] = []
@@ -58,6 +59,11 @@ class Standalone:
                     raise
                 time.sleep(1)
         raise AssertionError("never here")
+
+    def page(self, name: str, path: str) -> str:
+        """What a person's browser is given."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[name]}{path}", timeout=60) as response:
+            return str(response.read().decode())
 
     def until(self, what: str, met: Callable[[], Any]) -> Any:
         """Waits for a condition; gives what it gave."""
@@ -114,20 +120,15 @@ class Inbox(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]:
-    """Airflow as `airflow standalone` starts it."""
+    """All that `make airflow` starts, with a stub in the place of the jobs."""
     home = tmp_path_factory.mktemp("standalone")
+    (home / "recipe.toml").write_text(f'[run]\nlake = "{home}/lake"\ntracking_uri = "sqlite:///{home}/lake/mlflow.db"\n')
     stub = Stub(home / "stub")
     inbox = http.server.HTTPServer(("127.0.0.1", 0), Inbox)
     threading.Thread(target=inbox.serve_forever, daemon=True).start()
-    port = free_port()
-    environment = airflow_environment(home) | {
-        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "True",
+    ports = {name: free_port() for name in STANDALONE["PORTS"]}
+    environment = own_environment() | {
         "AIRFLOW__CORE__PARALLELISM": "3",
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
-        "AIRFLOW__API__PORT": str(port),
-        "AIRFLOW__API__BASE_URL": f"http://127.0.0.1:{port}",
-        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{port}/execution/",
-        "AIRFLOW__API__WORKERS": "1",
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
         "AIRFLOW__SCHEDULER__ENABLE_HEALTH_CHECK": "False",
@@ -138,9 +139,8 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]
         # a task that its executor lost is started anew after this, by itself after ten minutes
         "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "60",
         "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT_CHECK_INTERVAL": "20",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **{f"LLMEMB_PORT_{name.upper()}": str(port) for name, port in ports.items()},
         "LLMEMB_PYTHON": str(stub.python),
-        "LLMEMB_RECIPE": "recipe.toml",
         "LLMEMB_SCFT_CRON": "",
         "LLMEMB_RAT_CRON": "",
         "LLMEMB_RETRY_S": "1",
@@ -148,16 +148,17 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]
         "LLMEMB_DEADLINE_HOURS": "0.0003",
         "LLMEMB_ALERT_URL": f"http://127.0.0.1:{inbox.server_port}/",
     }
-    migrate(environment)
-    running = Standalone(port, home / "log", stub)
+    running = Standalone(home / "lake" / "airflow", ports, home / "log", stub)
     process = subprocess.Popen(
-        [sys.executable, "-m", "airflow", "standalone"],
+        [sys.executable, str(ROOT / "infra" / "standalone.py"), str(home / "recipe.toml")],
         env=environment,
         stdout=running.log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
+        running.until("the pages", lambda: process.poll() is not None or "Ctrl-C ends all" in running.log.read_text())
+        assert process.poll() is None, running.told()
         running.until("a healthy scheduler", lambda: healthy(running))
         running.token = token(running)
         running.until("the DAGs", lambda: running.call("GET", "/api/v2/dags")["total_entries"] == 7)
@@ -169,11 +170,13 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]
         for dag in ("scft_refresh", "rat_training"):
             running.call("PATCH", f"/api/v2/dags/{dag}", {"is_paused": False})
         yield running
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143, running.told()
+        for port in ports.values():
+            socket.create_server(("127.0.0.1", port)).close()
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
+        process.wait(120)
         inbox.shutdown()
 
 
@@ -184,29 +187,50 @@ def healthy(running: Standalone) -> bool:
 
 
 def token(running: Standalone) -> str:
-    """A token of the administrator that everyone is here."""
-    return str(running.call("POST", "/auth/token", {"username": "admin", "password": "admin"})["access_token"])
+    """A token of the administrator, by the password that is Airflow's own."""
+    (name, password), *_ = json.loads((running.home / STANDALONE["PASSWORDS"]).read_text()).items()
+    return str(running.call("POST", "/auth/token", {"username": name, "password": password})["access_token"])
 
 
-# first, as Airflow takes a second backfill once it has marked this one as done, and looks for that every 30 s alone
-def test_a_backfill_fills_each_date_and_what_serves_stays(standalone: Standalone) -> None:
-    standalone.stub.plan(acts={"publish": [5]})
-    dates = {"from_date": "2025-12-01T00:00:00Z", "to_date": "2025-12-02T23:00:00Z", "max_active_runs": 1}
-    wanted = {"dag_id": "nightly_embeddings", **dates}
-    # 409 until a backfill before is marked as done
-    standalone.until("a backfill", lambda: standalone.call("POST", "/api/v2/backfills", wanted))
+def test_the_pages_of_airflow_mlflow_and_feast_answer(standalone: Standalone) -> None:
+    assert '"metadatabase":{"status":"healthy"}' in standalone.page("airflow", "/api/v2/monitor/health")
+    assert "<title>Airflow</title>" in standalone.page("airflow", "/")
+    assert "<title>MLflow</title>" in standalone.page("mlflow", "/")
+    assert "llmemb" in standalone.page("feast", "/projects-list.json")
+    assert "Feast" in standalone.page("feast", "/")
+    with contextlib.closing(sqlite3.connect(standalone.home / "airflow.db")) as database:
+        pools = {name for (name,) in database.execute("SELECT pool FROM slot_pool")}
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",), "readers keep nobody from writing"
+    assert pools >= set(json.loads((ROOT / "infra" / "pools.json").read_text()))
 
-    def ended() -> list[dict[str, Any]]:
-        mine = [run for run in standalone.runs("nightly_embeddings") if run["dag_run_id"].startswith("backfill__2025-12")]
-        return mine if [run["state"] in ("success", "failed") for run in mine] == [True, True] else []
 
-    for run in standalone.until("both dates", ended):
-        assert run["state"] == "success"
-        states = standalone.states("nightly_embeddings", run["dag_run_id"])
+# before others: where the scheduler is at work, Airflow may take back what it made of a backfill (503: SQLite's lock), and by a
+# run whose deadline is gone its scheduler ends
+def test_a_backfill_beside_the_night_fills_each_date_and_leaves_both_whole(standalone: Standalone) -> None:
+    older, today = ("2025-11-01", "2025-11-02"), "2026-01-07"
+    standalone.stub.plan(acts={f"extract@{older[0]}": ["pause"]} | {f"publish@{ds}": [5] for ds in older})
+    dates = {"from_date": f"{older[0]}T00:00:00Z", "to_date": f"{older[1]}T23:00:00Z", "max_active_runs": 1}
+    standalone.call("POST", "/api/v2/backfills", {"dag_id": "nightly_embeddings", **dates})
+    standalone.until("the backfill's first job", lambda: standalone.stub.calls())
+    body = {"logical_date": None, "conf": {"ds": today}}
+    night = standalone.call("POST", "/api/v2/dags/nightly_embeddings/dagRuns", body)["dag_run_id"]
+
+    def ended() -> dict[str, str]:
+        every = {run["dag_run_id"]: run["state"] for run in standalone.runs("nightly_embeddings")}
+        mine = {name: state for name, state in every.items() if name == night or name.startswith("backfill__2025-11")}
+        return mine if len(mine) == 3 and not {*mine.values()} & {"queued", "running"} else {}
+
+    runs = standalone.until("the night and both dates", ended)
+    assert {*runs.values()} == {"success"}
+    for run in {*runs} - {night}:
+        states = standalone.states("nightly_embeddings", run)
         assert states["project"] == states["report"] == "success" and states["publish"] == states["lookup"] == "skipped"
-    filled = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
+    calls = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
     jobs = ["pin", "extract", "embed", "project", "publish", "report"]
-    assert filled == [(ds, job) for ds in ("2025-12-01", "2025-12-02") for job in jobs]
+    assert [call for call in calls if call[0] in older] == [(ds, job) for ds in older for job in jobs]
+    assert [job for ds, job in calls if ds == today] == ["pin", "extract", "embed", "project", "publish", "lookup", "report"]
+    # each worked on its own date, though the night began before the backfill had ended
+    assert calls.index((today, "extract")) < calls.index((older[1], "report"))
 
 
 def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalone: Standalone) -> None:
@@ -246,7 +270,7 @@ def test_a_refresh_runs_on_to_a_served_space_and_asks_a_person_between(standalon
     assert [call["set"] for call in calls if call["job"] == "pin"] == [{"pin.newest": "true"}]
     assert [call["set"] for call in calls if call["job"] == "promote"] == [
         {},
-        {"promote.approved_by": '"Anonymous"', "promote.overruled_by": '"Anonymous"', "promote.rejected_by": '""'},
+        {"promote.approved_by": '"admin"', "promote.overruled_by": '"admin"', "promote.rejected_by": '""'},
     ]
 
 
@@ -298,29 +322,3 @@ def test_a_night_whose_logs_come_late_waits_under_a_scheduler_too(standalone: St
 def test_a_run_that_is_late_is_told(standalone: Standalone) -> None:
     text = "nightly_embeddings has not ended within 0.0003 h: what serves grows old"
     standalone.until("the alert", lambda: text in Inbox.texts)
-
-
-def test_a_backfill_beside_the_night_leaves_both_whole(standalone: Standalone) -> None:
-    older, today = ("2025-11-01", "2025-11-02"), "2026-01-07"
-    standalone.stub.plan(acts={f"extract@{older[0]}": ["pause"]} | {f"publish@{ds}": [5] for ds in older})
-    dates = {"from_date": f"{older[0]}T00:00:00Z", "to_date": f"{older[1]}T23:00:00Z", "max_active_runs": 1}
-    wanted = {"dag_id": "nightly_embeddings", **dates}
-    # 409 until the backfill of the test before is marked as done
-    standalone.until("a second backfill", lambda: standalone.call("POST", "/api/v2/backfills", wanted))
-    standalone.until("the backfill's first job", lambda: standalone.stub.calls())
-    body = {"logical_date": None, "conf": {"ds": today}}
-    night = standalone.call("POST", "/api/v2/dags/nightly_embeddings/dagRuns", body)["dag_run_id"]
-
-    def ended() -> list[str]:
-        every = standalone.runs("nightly_embeddings")
-        runs = [run for run in every if run["dag_run_id"] == night or run["dag_run_id"].startswith("backfill__2025-11")]
-        states = [run["state"] for run in runs]
-        return states if len(states) == 3 and not set(states) & {"queued", "running"} else []
-
-    assert standalone.until("the night and both dates", ended) == ["success"] * 3
-    calls = [(call["ds"], call["job"]) for call in standalone.stub.calls()]
-    for ds in older:
-        assert [job for day, job in calls if day == ds] == ["pin", "extract", "embed", "project", "publish", "report"]
-    assert [job for day, job in calls if day == today] == ["pin", "extract", "embed", "project", "publish", "lookup", "report"]
-    # each worked on its own date, though the night began before the backfill had ended
-    assert calls.index((today, "extract")) < calls.index((older[1], "report"))

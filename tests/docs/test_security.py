@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ def found_in(path: Path) -> dict[str, ast.FunctionDef]:
     }
 
 
-TESTS = {path.relative_to(ROOT).as_posix(): found_in(path) for path in (ROOT / "tests").rglob("test_*.py")}
+@cache
+def every_test() -> dict[str, dict[str, ast.FunctionDef]]:
+    """The tests of each file."""
+    return {path.relative_to(ROOT).as_posix(): found_in(path) for path in (ROOT / "tests").rglob("test_*.py")}
 
 
 def checks(test: ast.FunctionDef) -> bool:
@@ -41,9 +45,9 @@ def checks(test: ast.FunctionDef) -> bool:
 def wrong(row: str) -> list[str]:
     """What a row names that is not there, or checks nothing; a file in a row is where its tests are."""
     names, files = re.findall(r"`(test_\w+)`", row), re.findall(r"`(tests/\S+\.py)`", row)
-    found = [file for file in files if not TESTS.get(file)]
+    found = [file for file in files if not every_test().get(file)]
     for name in names:
-        places = [tests[name] for file, tests in TESTS.items() if name in tests and (file in files or not files)]
+        places = [tests[name] for file, tests in every_test().items() if name in tests and (file in files or not files)]
         found += [] if places and all(map(checks, places)) else [name]
     return found if names or files else ["no test"]
 

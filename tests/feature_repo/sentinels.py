@@ -9,8 +9,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 MASTER = "catalogue"
@@ -23,6 +26,11 @@ def free_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
+
+
+def redis_at(port: int, **more: Any) -> redis.Redis:
+    """A client that asks once. By itself it would wait for a second before it asks a server again that has not started yet."""
+    return redis.Redis(port=port, retry=Retry(NoBackoff(), 0), **more)
 
 
 def until(true: Callable[[], object], what: str) -> None:
@@ -58,7 +66,7 @@ class Failover:
 
     @property
     def sentinel(self) -> redis.Redis:
-        return redis.Redis(port=self.watch)
+        return redis_at(self.watch)
 
     @property
     def settings(self) -> str:
@@ -82,7 +90,7 @@ class Failover:
         if master is not None:
             command += ["--replicaof", "127.0.0.1", str(master)]
         self.running[port] = self.process(command)
-        until(redis.Redis(port=port).ping, f"Redis answers at {port}")
+        until(redis_at(port).ping, f"Redis answers at {port}")
 
     @property
     def master(self) -> int:
@@ -97,11 +105,11 @@ class Failover:
 
     def leads(self, port: int) -> bool:
         """Whether a server says itself that it is master."""
-        return bool(redis.Redis(port=port).info("replication")["role"] == "master")
+        return bool(redis_at(port).info("replication")["role"] == "master")
 
     def whole(self) -> bool:
         """Whether every other server follows the master."""
-        told = redis.Redis(port=self.master).info("replication")
+        told = redis_at(self.master).info("replication")
         alive = [port for port in self.ports if self.running[port].poll() is None]
         online = [told[name] for name in told if name.startswith("slave") and told[name]["state"] == "online"]
         return bool(told["role"] == "master" and len(online) == len(alive) - 1)

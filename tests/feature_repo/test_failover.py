@@ -16,7 +16,7 @@ from feature_repo.feature_definitions import item_embedding
 from feature_repo.keys import key_texts
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import BROKEN, Fenced, Held, Unreplicated, lease, open_writer
-from tests.feature_repo.sentinels import Failover, failover, free_port, until
+from tests.feature_repo.sentinels import Failover, failover, free_port, redis_at, until
 
 SPACE = Space(space_id="a" * 16, recommender_id="", ds="2026-01-01", width=2, codec="float16", items=2)
 
@@ -75,7 +75,7 @@ def test_a_master_that_was_a_replica_meanwhile_is_not_the_one_that_gave_the_leas
     port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--repl-diskless-sync-delay", "0"]
     with subprocess.Popen([*command, "--dir", str(tmp_path)], stdout=subprocess.DEVNULL) as process:
-        other = redis.Redis(port=port)
+        other = redis_at(port)
         try:
             until(other.ping, "the second server answers")
             follow(other, redis_port)

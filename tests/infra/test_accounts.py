@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from feature_repo.keys import key_prefix
 from feature_repo.reader import Reader, Space, settings
 from feature_repo.stores import lease, open_writer
 from tests.feature_repo.redis_version import needs_redis_7
+from tests.feature_repo.sentinels import free_port, redis_at, until
 from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -33,26 +32,19 @@ MODEL = "llmemb-recommender"
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Redis as redis.sh starts it."""
     needs_redis_7()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = tmp_path_factory.mktemp("redis")
     passwords = {"REDIS_PASSWORD": "p1", "REDIS_READER_PASSWORD": "p2", "REDIS_SRS_PASSWORD": "p3"}
     environment = os.environ | passwords | {"REDIS_USERS": str(folder / "users.acl")}
     command = ["sh", str(INFRA / "redis.sh"), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as server:
-        for _ in range(200):
-            try:
-                user(port, "reader", "p2").ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.05)
+        until(user(port, "reader", "p2").ping, "Redis answers")
         yield port
         server.terminate()
 
 
 def user(port: int, name: str, password: str) -> redis.Redis:
-    return redis.Redis(port=port, username=name, password=password)
+    return redis_at(port, username=name, password=password)
 
 
 def test_a_redis_user_does_its_work_and_no_more(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +65,7 @@ def test_a_redis_user_does_its_work_and_no_more(port: int, tmp_path: Path, monke
     row = next(iter(publisher.scan_iter(match="*x*")))
     pointer = next(iter(publisher.scan_iter(match=b"*" + key_prefix(serving_pointer)[-9:] + b"*")))
     refused = [
-        lambda: redis.Redis(port=port).get("llmemb:lease"),
+        lambda: redis_at(port).get("llmemb:lease"),
         *(lambda who=who: who.config_set("maxmemory", 1) for who in (publisher, reader, srs)),
         *(lambda who=who: who.flushall() for who in (publisher, reader, srs)),
         *(lambda who=who: who.hset(row, "field", "forged") for who in (reader, srs)),

@@ -1,19 +1,16 @@
-"""`make airflow`: what it starts and where, what it prints, that it ends all of it; and the three pages for real."""
+"""`make airflow`: what it starts and where, what it prints, that it ends all of it; for real in tests/dags/test_standalone.py."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -235,35 +232,3 @@ def test_one_that_ends_by_itself_is_named_and_takes_the_others_along(ports: dict
         assert process.wait(60) == 1
         assert not any(map(lives, pids))
     assert "MLflow ended with status 7" in log.read_text()
-
-
-@pytest.mark.timeout(900)  # the wait below has a deadline of its own
-def test_the_pages_of_airflow_mlflow_and_feast_answer(
-    ports: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in os.environ if name.startswith(("AIRFLOW_", "LLMEMB_")) and "PORT" not in name]:
-        monkeypatch.delenv(name)
-    log = tmp_path / "log"
-    open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-
-    def page(name: str, path: str) -> str:
-        with open_url(f"http://127.0.0.1:{ports[name]}{path}", timeout=60) as response:
-            return str(response.read().decode())
-
-    with running([sys.executable, str(PROGRAM), str(recipe_in(tmp_path))], log) as process:
-        until("the pages", lambda: process.poll() is not None or "Ctrl-C" in log.read_text(), log)
-        assert process.poll() is None, log.read_text()[-4000:]
-        assert '"metadatabase":{"status":"healthy"}' in page("airflow", "/api/v2/monitor/health")
-        assert "<title>Airflow</title>" in page("airflow", "/")
-        assert "<title>MLflow</title>" in page("mlflow", "/")
-        assert "llmemb" in page("feast", "/projects-list.json")
-        assert "Feast" in page("feast", "/")
-        with contextlib.closing(sqlite3.connect(next(tmp_path.rglob("airflow.db")))) as database:
-            pools = {name for (name,) in database.execute("SELECT pool FROM slot_pool")}
-            assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert pools >= set(json.loads((PROGRAM.parent / "pools.json").read_text()))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 143
-    for port in ports.values():
-        with socket.create_server(("127.0.0.1", port)):
-            pass

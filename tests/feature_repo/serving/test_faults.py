@@ -20,6 +20,7 @@ import redis
 
 from feature_repo.serving import settings as serving_settings
 from tests.feature_repo.postgresql import Server, postgresql
+from tests.feature_repo.sentinels import free_port, redis_at, until
 from tests.feature_repo.serving import world
 from tests.feature_repo.serving.world import publish, push_history, serving
 
@@ -30,18 +31,10 @@ HISTORY = ["i3", "i5", "i8"]
 @contextmanager
 def own_redis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     """A Redis server of one test, which may be stopped and killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        client = redis.Redis(port=port)
-        for _ in range(100):
-            try:
-                client.ping()
-                break
-            except redis.ConnectionError:
-                time.sleep(0.05)
+        until(redis_at(port).ping, "Redis answers")
         monkeypatch.delenv("LLMEMB_REGISTRY", raising=False)
         monkeypatch.setenv("LLMEMB_REGISTRY", f"sqlite:///{folder}/registry.db")
         monkeypatch.setenv("LLMEMB_ONLINE_STORE", json.dumps({"type": "redis", "connection_string": f"127.0.0.1:{port}"}))
@@ -156,7 +149,7 @@ def test_bad_input_is_told_what_is_wrong(lake: Path) -> None:
 def test_slow_and_endless_callers_are_hung_up_on(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("feature_repo.serving.http.HEAD_S", 0.3)
     publish(lake, seed=1)
-    with serving(lake, body_s=0.3, body_bytes=100_000) as client:
+    with serving(lake, keep_alive=1, body_s=0.3, body_bytes=100_000) as client:
         host, port = client.url.removeprefix("http://").split(":")
 
         def said(*sent: bytes) -> bytes:

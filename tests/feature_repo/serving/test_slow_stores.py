@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import redis
 
+from tests.feature_repo.sentinels import free_port, redis_at, until
 from tests.feature_repo.serving.proxy import Proxy, between
 from tests.feature_repo.serving.test_faults import own_postgres, own_redis
 from tests.feature_repo.serving.world import Client, publish, push_histories, serving
@@ -65,23 +65,14 @@ class World:
 @contextmanager
 def sentinel(folder: Path, port: int) -> Iterator[int]:
     """A Sentinel that names a port as the master `mymaster`; gives its own port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        own = int(free.getsockname()[1])
+    own = free_port()
     path = folder / "sentinel.conf"
     path.write_text(
         f"port {own}\nbind 127.0.0.1\ndir {folder}\nsentinel monitor mymaster 127.0.0.1 {port} 1\n"
         "sentinel down-after-milliseconds mymaster 600000\n"
     )
     with subprocess.Popen(["redis-server", str(path), "--sentinel"], stdout=subprocess.DEVNULL) as process:
-        client = redis.Redis(port=own)
-        for _ in range(100):
-            try:
-                if client.sentinel_get_master_addr_by_name("mymaster"):
-                    break
-            except redis.RedisError:
-                pass
-            time.sleep(0.05)
+        until(lambda: redis_at(own).sentinel_get_master_addr_by_name("mymaster"), "Sentinel names the master")
         try:
             yield own
         finally:
