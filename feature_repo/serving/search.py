@@ -15,7 +15,7 @@ from feature_repo.serving.generation import BIT, Generation, Unfit, exact_is_che
 from feature_repo.serving.settings import Settings
 
 SPARE = 10
-"""Candidates that are scored in full beside twice as many as are asked for: the graph ranks by shorter vectors."""
+"""Candidates that are scored in full beside three times as many as are asked for: they were found by shorter vectors."""
 Filters = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -87,15 +87,15 @@ def of_generation(made: Generation, asks: Sequence[Ask], settings: Settings) -> 
 
 def searched(made: Generation, query_BD: Matrix, asks: Sequence[Ask], settings: Settings) -> dict[int, tuple[Rows, Matrix]]:
     """(row_K, score_K) of those asks that one search of all items satisfies."""
-    # hidden items lie near the user: as many more are asked for, up to the breadth that the graph looks at anyway
+    # hidden items lie near the user: as many more are asked for, up to the breadth that is looked at anyway
     if exact_is_cheap(made, settings):
         row_BC, _ = made.index.exact(query_BD, max(ask.k + len(ask.hidden) for ask in asks))
     else:
-        most = max(2 * ask.k + SPARE + min(len(ask.hidden), settings.breadth) for ask in asks)
+        most = max(3 * ask.k + SPARE + min(len(ask.hidden), settings.breadth) for ask in asks)
         row_BC = made.index.candidates(query_BD, most, settings.breadth)
     found = {}
     for number, ask in enumerate(asks):
-        kept = [row for row in row_BC[number].tolist() if row not in ask.hidden and row >= 0][: 2 * ask.k + SPARE]
+        kept = [row for row in row_BC[number].tolist() if row not in ask.hidden and row >= 0]
         row_K = np.array(kept, np.int64)
         score_K = made.index.vector_ND[row_K] @ query_BD[number]
         order_K = np.lexsort((row_K, -score_K))[: ask.k]
@@ -105,7 +105,7 @@ def searched(made: Generation, query_BD: Matrix, asks: Sequence[Ask], settings: 
 
 
 def filtered(made: Generation, query_D: Matrix, ask: Ask, settings: Settings) -> tuple[Rows, Matrix]:
-    """(row_K, score_K) among the items that a filter leaves: exactly where these are few, or the graph finds too few.
+    """(row_K, score_K) among the items that a filter leaves: exactly where these are few, or too few are found.
 
     Raises Unfit for an attribute that no item has.
     """
