@@ -48,10 +48,10 @@ class Service:
         self.guard = Guard(settings, 1 if self.reader.transport.config.online_store.type == "sqlite" else 8)  # type: ignore[attr-defined]
         self.histories = Histories(settings, self.reader, self.guard)
         self.watch = Watch(settings, looker)
-        self.batcher = Batcher(self.work, settings.window_ms / 1000, settings.batch)
+        self.batcher = Batcher(self.work, search.is_light, settings.window_ms / 1000, settings.batch)
 
     def work(self, asks: Sequence[Ask]) -> list[Found | Exception]:
-        """One batch, on the numeric thread."""
+        """One batch."""
         metrics.BATCH.observe(len(asks))
         return search.answer(asks, self.settings)
 
@@ -197,6 +197,7 @@ def make_app(settings: Settings, lake: Path | None = None) -> Any:
         service.watch.stop()
         service.batcher.close()
         service.guard.close()
+        await service.histories.close()
 
     app = FastAPI(
         title="LLMEmb serving",

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from feature_repo.index import Foreign, Index, Matrix, Rows
+from feature_repo.index import Foreign, Index
+from feature_repo.nearest import Matrix, Rows
 from feature_repo.reader import Pointer
 from feature_repo.serving import artifacts
 from feature_repo.serving.settings import Settings

@@ -1,4 +1,4 @@
-"""Asks that came together -> the best items of each, in one pass over recommender and index; runs on the one numeric thread.
+"""Asks that came together -> the best items of each, in one pass over recommender and index.
 
 Shapes: D width, B asks, K found, N items.
 """
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from feature_repo.index import Matrix, Rows
+from feature_repo.nearest import Matrix, Rows
 from feature_repo.serving.generation import BIT, Generation, Unfit, exact_is_cheap
 from feature_repo.serving.settings import Settings
 
 SPARE = 10
 """Candidates that are scored in full beside three times as many as are asked for: they were found by shorter vectors."""
+LIGHT_K = 100
+LIGHT_NUMBERS = 64_000_000
+"""Numbers of vectors whose codes are looked at in a millisecond or two."""
 Filters = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -43,6 +46,13 @@ class Found:
     score_K: Matrix
     shares: list[dict[str, float]]
     """What each part brought; empty where it was not asked for, or there is one part."""
+
+
+def is_light(asks: Sequence[Ask]) -> bool:
+    """Whether asks take so little that handing them to a thread and back would take about as long."""
+    return all(
+        not ask.filters and ask.k <= LIGHT_K and ask.generation.index.vector_ND.size * len(asks) <= LIGHT_NUMBERS for ask in asks
+    )
 
 
 def answer(asks: Sequence[Ask], settings: Settings) -> list[Found | Exception]:

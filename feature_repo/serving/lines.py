@@ -1,0 +1,68 @@
+"""Histories read from Redis over connections of the event loop itself: a thread in between would cost as much as the read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from feature_repo.transport import Sdk, entity_keys, natives
+
+
+class Lines:
+    """One command at a time on each connection, so that no answer can reach another's request. Lives in one event loop."""
+
+    def __init__(self, transport: Sdk) -> None:
+        self.transport, self.client = transport, None
+        self.free: list[Any] = []
+        store, view = transport.store, transport.views.user_history
+        _, self.fields = store._generate_hset_keys_for_features(view, ["item_ids"])
+
+    async def item_ids(self, user_id: str) -> list[str]:
+        """What the SRS pushed of a user. Cancelled, it leaves no connection behind on which an answer may still come."""
+        key = self.transport.store._generate_redis_keys_for_entities(
+            self.transport.config, entity_keys({"user_id": [user_id]})
+        )[0]  # fmt: skip
+        line = self.free.pop() if self.free else await self.made()
+        try:
+            if not line.is_connected:
+                await line.connect()
+            await line.send_packed_command(line.pack_command("HMGET", key, *self.fields), check_health=False)
+            raw = (await line.read_response(disable_decoding=True))[0]
+        except BaseException as error:
+            await line.disconnect(nowait=True)
+            if isinstance(error, Exception):  # a server that hung up on one has done so on all
+                await self.close()
+            raise
+        self.free.append(line)
+        return list(natives({"item_ids": value_of(raw)}).get("item_ids") or []) if raw else []
+
+    async def made(self) -> Any:
+        """A connection to be, as Feast's settings say: password, TLS, Sentinel."""
+        if self.client is None:
+            from redis.asyncio.retry import Retry
+            from redis.backoff import NoBackoff
+
+            self.client = client = await self.transport.store._get_client_async(self.transport.config.online_store)
+            client.set_retry(Retry(NoBackoff(), 0))
+            # who reads has a limit for the whole; redis-py's would make a task of every command
+            client.connection_pool.connection_kwargs["socket_timeout"] = None
+        return self.client.connection_pool.make_connection()
+
+    async def close(self) -> None:
+        """Hangs up, without waiting for the other side."""
+        while self.free:
+            await self.free.pop().disconnect(nowait=True)
+
+
+def value_of(raw: bytes) -> Any:
+    """Feast's value of its bytes."""
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    return Value.FromString(raw)
+
+
+def lines_of(transport: Any) -> Lines | None:
+    """How histories are read without a thread; None where the store is not one Redis, or a master that Sentinel names."""
+    online = transport.config.online_store
+    if online.type != "redis" or getattr(online.redis_type, "value", online.redis_type) == "redis_cluster":
+        return None
+    return Lines(transport)
