@@ -38,7 +38,7 @@ class Graph:
     breadth_build: int = 200
     """Candidates while building (ef_construction)."""
     breadth_search: int = 250
-    """Candidates while searching (of the graph: ef): more is slower and finds more."""
+    """Candidates while searching (of the graph: ef; of codes half as many): more is slower and finds more."""
     precision: Literal["float16", "int8"] = "float16"
     """Type of the vectors inside the graph, by which candidates are found; they are scored in full. int8 is half as large, and
     finds about a hundredth less."""
@@ -112,12 +112,12 @@ def is_scan(tree: Any) -> bool:
 def candidates(tree: Any, query_QD: Matrix, count: int, breadth: int, mask_N: npt.NDArray[np.bool_] | None = None) -> Rows:
     """row_QC of what is found among the items of a mask, best first by shorter vectors, -1 after the last.
 
-    `count` of a graph; of codes, which order less well, `breadth` at least. All of them are to be scored in full.
+    `count`; of codes, which order less well than they find, half of `breadth` at least. All are to be scored in full.
     """
     query_QD = np.ascontiguousarray(query_QD, np.float32)
     faiss.omp_set_num_threads(1)
     if is_scan(tree):
-        return scanned(tree, query_QD, max(count, breadth), mask_N)
+        return scanned(tree, query_QD, max(count, breadth // 2), mask_N)
     count = min(tree.ntotal, count)
     search = faiss.SearchParametersHNSW(efSearch=max(breadth, count))
     if mask_N is not None:

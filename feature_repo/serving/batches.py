@@ -17,7 +17,7 @@ Work = Callable[[Sequence[Ask]], list[Found | Exception]]
 
 class Batcher:
     """Gathers asks for `window_s`. A light batch is answered on the event loop itself: to wake a thread and be woken by it would
-    cost as much, and each would wait for the other's interpreter. Others go to a thread; what comes while it works makes the next.
+    cost as much, and each would wait for the other. Others go to a thread; what comes while it works makes the next batch.
 
     The thread is fed by a queue of its own: an executor's futures cost half as much again as the hand-over itself.
     """

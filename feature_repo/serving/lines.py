@@ -11,7 +11,8 @@ class Lines:
     """One command at a time on each connection, so that no answer can reach another's request. Lives in one event loop."""
 
     def __init__(self, transport: Sdk) -> None:
-        self.transport, self.client = transport, None
+        self.transport = transport
+        self.client: Any = None
         self.free: list[Any] = []
         store, view = transport.store, transport.views.user_history
         _, self.fields = store._generate_hset_keys_for_features(view, ["item_ids"])

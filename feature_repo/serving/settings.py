@@ -73,7 +73,7 @@ class Settings:
     exact_numbers: int = 4_000_000
     """Up to so many numbers (items x width) a search is exact, by matrix product; above, by codes or the graph."""
     breadth: int = 250
-    """Candidates of an approximate search that are scored in full, at least."""
+    """Candidates of a search by the graph; half as many of codes. More is slower and finds more."""
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):

@@ -43,7 +43,7 @@ def test_codes_find_nearly_all_also_with_uneven_lengths(tmp_path: Path, width: i
     index = built(tmp_path / "x", vectors(3000, width), Graph())
     assert nearest.is_scan(index.tree)
     index.check()
-    assert recall(index, vectors(50, width, seed=1), 10, 60) > 0.98
+    assert recall(index, vectors(50, width, seed=1), 10, 120) > 0.98
 
 
 def test_long_vectors_are_what_codes_learn_from(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_long_vectors_are_what_codes_learn_from(tmp_path: Path) -> None:
     vector_ND = vectors(20_000, 64) / np.linalg.norm(vectors(20_000, 64), axis=1, keepdims=True)
     vector_ND[::100] *= 10
     index = built(tmp_path / "x", vector_ND, Graph())
-    assert recall(index, vectors(50, 64, seed=1), 10, 20) > 0.98
+    assert recall(index, vectors(50, 64, seed=1), 10, 40) > 0.98
 
 
 def test_a_graph_is_built_of_many_items_and_finds_nearly_all_also_with_uneven_lengths(tmp_path: Path) -> None:
