@@ -55,7 +55,8 @@ def grown(vector_ND: Matrix, graph: Graph) -> Any:
 def coded(vector_ND: Matrix) -> Any:
     """Codes of all vectors, in the order of the rows."""
     width = vector_ND.shape[1]
-    codes = faiss.IndexPQFastScan(width, width if width <= SINGLE or width % 2 else width // 2, 4, faiss.METRIC_INNER_PRODUCT)
+    each = 1 if width <= SINGLE or width % 2 else 2
+    codes = faiss.IndexPQFastScan(width, width // each, 4, faiss.METRIC_INNER_PRODUCT)
     codes.train(sample(vector_ND))
     for start in range(0, len(vector_ND), BLOCK):
         codes.add(np.asarray(vector_ND[start : start + BLOCK]))

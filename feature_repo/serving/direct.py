@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Answer = Callable[[Any], Awaitable[dict[str, Any]]]
+WRITTEN = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 JSON = (b"application/json", b"application/json; charset=utf-8")
 
 
@@ -36,7 +37,7 @@ class Direct:
         except ValidationError:
             await self.app(scope, first(message, receive), send)
             return
-        content = json.dumps(await answer(asked), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        content = WRITTEN.encode(await answer(asked)).encode()
         headers = [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})

@@ -32,6 +32,8 @@ LOAD_SECONDS = Gauge("llmemb_generation_load_seconds", "How long the last one to
 IN_WORK = Gauge("llmemb_requests_in_work", "Requests in work", multiprocess_mode="livesum")
 BATCH = Histogram("llmemb_batch_size", "Requests that were answered together", buckets=(1, 2, 4, 8, 16, 32))
 
+READ_OK = STORE_READS.labels("ok")
+
 
 def exposition() -> bytes:
     """All metrics, of all workers."""

@@ -85,7 +85,7 @@ class Guard:
         except Exception as error:
             self.failed("failed")
             raise Unavailable(f"the online store failed ({type(error).__name__})") from error
-        metrics.STORE_READS.labels("ok").inc()
+        metrics.READ_OK.inc()
         return found
 
     async def here(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:

@@ -148,7 +148,7 @@ def publish(lake: Path, seed: int, arguments: argparse.Namespace, ids: list[str]
     space = Space(space_id=f"{seed:016d}", width=arguments.width, items=len(ids), **known)
     graph = index.Graph(neighbours=arguments.links, breadth_build=arguments.build, threads=2)
     started = time.perf_counter()
-    space = dataclasses.replace(space, index=build_index(lake, space, ids, emb_ND, graph))
+    space = dataclasses.replace(space, index=build_index(lake, space, ids, emb_ND, graph, rows=65_536))
     store, reader = open_writer(settings(lake)), Reader.open(lake)
     with lease(store, "bench"):
         spaces.stage(store, reader, space, [(ids[:STAGED], emb_ND[:STAGED])], only_changes=False)
