@@ -30,7 +30,7 @@ Rows = npt.NDArray[np.int64]
 class Graph:
     """Parameters of the approximate index: 4-bit codes, or HNSW (Malkov and Yashunin 2018) where there are many items."""
 
-    from_items: int = 3_000_000
+    from_items: int = 2_000_000
     """Items from which a graph is built. For fewer, short codes that are all looked at find more, are made in seconds, not
     minutes, and take an eighth of the memory."""
     neighbours: int = 32

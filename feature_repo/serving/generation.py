@@ -25,7 +25,8 @@ from models.behaviour.artifact import load_recommender
 
 POPULATE_READ = 22
 """Linux's MADV_POPULATE_READ: maps pages before a request needs them."""
-STEP = 1 << 22
+STEP = 1 << 19
+"""Bytes mapped at once; the interpreter is held meanwhile."""
 MASKS = 64
 """Filters whose items are remembered."""
 BIT = npt.NDArray[np.bool_]
