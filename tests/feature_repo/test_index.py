@@ -119,6 +119,10 @@ def test_a_mask_bounds_what_is_found(tmp_path: Path, graph: Graph) -> None:
     exact_QK, _ = index.among(vectors(20, seed=1), np.flatnonzero(mask_N), 10)
     assert (row_QK % 3 == 0).all() and (np.diff(score_QK, axis=1) <= 0).all()
     assert np.mean([np.isin(wanted, found).mean() for wanted, found in zip(exact_QK, row_QK, strict=True)]) > 0.95
+    rare_N = np.zeros(2000, np.bool_)
+    rare_N[::20] = True
+    row_QK, _ = index.approximate(vectors(20, seed=1), 10, 20, rare_N)
+    assert row_QK.shape == (20, 10) and (row_QK % 20 == 0).all(), "as many more are looked at as the mask hides"
     few_N = np.zeros(2000, np.bool_)
     few_N[[5, 9]] = True
     assert index.approximate(vectors(1, seed=1), 10, 200, few_N)[0].shape[1] <= 2, "no row that is none"
