@@ -18,7 +18,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
-from starlette.middleware.exceptions import ExceptionMiddleware
 
 from feature_repo.serving import metrics, schema, search
 from feature_repo.serving.batches import Batcher
@@ -210,11 +209,11 @@ def make_app(settings: Settings, lake: Path | None = None) -> Any:
     add_probes(app, service)
     if settings.page:
         add_page(app, service)
-    direct = Direct(app, {"/recommend": (schema.Recommend, service.recommend), "/similar": (schema.Similar, service.similar),
-                          "/vectors": (schema.Vectors, service.vectors)})  # fmt: skip
     # what is nobody's fault but ours goes on to the border, which logs where
-    refusals = {kind: handler for kind, handler in app.exception_handlers.items() if kind is not Exception}
-    bordered = Border(ExceptionMiddleware(direct, refusals), settings)
+    refusals = {kind: app.exception_handlers[kind] for kind in (Unfit, Unready)}
+    direct = Direct(app, {"/recommend": (schema.Recommend, service.recommend), "/similar": (schema.Similar, service.similar),
+                          "/vectors": (schema.Vectors, service.vectors)}, refusals)  # fmt: skip
+    bordered = Border(direct, settings)
     bordered.service = service  # type: ignore[attr-defined]  # for tests
     return bordered
 

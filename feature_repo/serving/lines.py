@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from feature_repo.transport import Sdk, entity_keys, natives
+from feature_repo.keys import key_prefix, key_text
+from feature_repo.transport import Sdk, natives
 
 
 class Lines:
@@ -14,19 +15,19 @@ class Lines:
         self.transport = transport
         self.client: Any = None
         self.free: list[Any] = []
-        store, view = transport.store, transport.views.user_history
-        _, self.fields = store._generate_hset_keys_for_features(view, ["item_ids"])
+        view, project = transport.views.user_history, transport.config.project.encode()
+        _, (field, *_) = transport.store._generate_hset_keys_for_features(view, ["item_ids"])
+        self.prefix, self.suffix = key_prefix(view), project
+        self.before, self.after = b"*3\r\n$5\r\nHMGET\r\n$", b"\r\n$%d\r\n%b\r\n" % (len(field), field)
 
     async def item_ids(self, user_id: str) -> list[str]:
         """What the SRS pushed of a user. Cancelled, it leaves no connection behind on which an answer may still come."""
-        key = self.transport.store._generate_redis_keys_for_entities(
-            self.transport.config, entity_keys({"user_id": [user_id]})
-        )[0]  # fmt: skip
+        key = self.prefix + key_text(user_id) + self.suffix
         line = self.free.pop() if self.free else await self.made()
         try:
             if not line.is_connected:
                 await line.connect()
-            await line.send_packed_command(line.pack_command("HMGET", key, *self.fields), check_health=False)
+            await line.send_packed_command(b"%b%d\r\n%b%b" % (self.before, len(key), key, self.after), check_health=False)
             raw = (await line.read_response(disable_decoding=True))[0]
         except BaseException as error:
             await line.disconnect(nowait=True)

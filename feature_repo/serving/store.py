@@ -144,7 +144,7 @@ class Histories:
 
     def __init__(self, settings: Settings, reader: Reader, guard: Guard) -> None:
         self.settings, self.reader, self.guard = settings, reader, guard
-        self.known: OrderedDict[str, tuple[float, list[str]]] = OrderedDict()
+        self.known: OrderedDict[str, tuple[float, tuple[str, ...]]] = OrderedDict()  # of tuples, which the collector passes by
         self.lines = lines_of(reader.transport)
         self.read: Callable[[str], Any] = self.pushed if self.lines is None else self.lines.item_ids
         self.held = 0
@@ -155,7 +155,7 @@ class Histories:
         try:
             item_ids: list[str] = await self.guard.read(self.read, user_id)
         except Unavailable:
-            read_at, remembered = self.known.get(user_id, (0.0, []))
+            read_at, remembered = self.known.get(user_id, (0.0, ()))
             if remembered and time.monotonic() - read_at < self.settings.remembered_s:
                 return History(item_ids=remembered, fallback="remembered_history")
             return History(item_ids=[], fallback="store_down")
@@ -178,7 +178,7 @@ class Histories:
     def remember(self, user_id: str, item_ids: list[str]) -> None:
         """Keeps a history in memory; those that were read longest ago make room."""
         self.forget(user_id)
-        self.known[user_id] = (time.monotonic(), item_ids)
+        self.known[user_id] = (time.monotonic(), tuple(item_ids))
         self.held += len(item_ids)
         while len(self.known) > self.settings.remembered or self.held > IDS_EACH * self.settings.remembered:
             self.forget(next(iter(self.known)))
