@@ -16,7 +16,9 @@ from feature_repo.serving.settings import Settings
 
 SPARE = 10
 """Candidates that are scored in full beside three times as many as are asked for: they were found by shorter vectors."""
-LIGHT_K = 100
+LIGHT_ASKS, LIGHT_K = 8, 100
+LIGHT_HIDDEN = 200
+"""Hidden rows beside which one search surely finds enough; where it does not, all items are scored."""
 LIGHT_NUMBERS = 64_000_000
 """Numbers of vectors whose codes are looked at in a millisecond or two."""
 Filters = tuple[tuple[str, tuple[str, ...]], ...]
@@ -50,8 +52,12 @@ class Found:
 
 def is_light(asks: Sequence[Ask]) -> bool:
     """Whether asks take so little that handing them to a thread and back would take about as long."""
-    return all(
-        not ask.filters and ask.k <= LIGHT_K and ask.generation.index.vector_ND.size * len(asks) <= LIGHT_NUMBERS for ask in asks
+    return len(asks) <= LIGHT_ASKS and all(
+        not ask.filters
+        and ask.k <= LIGHT_K
+        and len(ask.hidden) <= LIGHT_HIDDEN
+        and ask.generation.index.vector_ND.size * len(asks) <= LIGHT_NUMBERS
+        for ask in asks
     )
 
 

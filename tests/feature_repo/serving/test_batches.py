@@ -38,13 +38,23 @@ def test_light_batches_are_answered_here_and_others_on_the_thread() -> None:
 
 @pytest.mark.parametrize(
     ("more", "asks", "light"),
-    [({}, 1, True), ({}, 50, True), ({}, 51, False), ({"k": 101}, 1, False), ({"filters": (("genre", ("A",)),)}, 1, False)],
+    [
+        ({}, 1, True),
+        ({}, 5, True),
+        ({}, 6, False),  # too many numbers
+        ({"generation": 1}, 8, True),
+        ({"generation": 1}, 9, False),  # too many asks, however few items
+        ({"k": 101}, 1, False),
+        ({"hidden": frozenset(range(201))}, 1, False),
+        ({"filters": (("genre", ("A",)),)}, 1, False),
+    ],
 )
 def test_many_asks_long_answers_and_filters_are_not_light(
     monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], asks: int, light: bool
 ) -> None:
-    monkeypatch.setattr(search, "LIGHT_NUMBERS", 50 * 200 * 16)
+    monkeypatch.setattr(search, "LIGHT_NUMBERS", 5 * 200 * 16)
 
-    made = SimpleNamespace(index=SimpleNamespace(vector_ND=np.zeros((200, 16), np.float32)))
-    ask = Ask(**{"generation": made, "row_L": np.array([1]), "user": True, "k": 10, "hidden": frozenset(), **more})  # type: ignore[arg-type]
+    items = 1 if "generation" in more else 200
+    made = SimpleNamespace(index=SimpleNamespace(vector_ND=np.zeros((items, 16), np.float32)))
+    ask = Ask(**{"row_L": np.array([1]), "user": True, "k": 10, "hidden": frozenset(), **more, "generation": made})  # type: ignore[arg-type]
     assert search.is_light([ask] * asks) is light
