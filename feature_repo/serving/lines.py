@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from feature_repo.keys import key_prefix, key_text
 from feature_repo.transport import Sdk, natives
+
+CONNECT_S = 1.0
+"""Seconds that a connection may take until it can be used."""
 
 
 class Lines:
@@ -23,10 +27,8 @@ class Lines:
     async def item_ids(self, user_id: str) -> list[str]:
         """What the SRS pushed of a user. Cancelled, it leaves no connection behind on which an answer may still come."""
         key = self.prefix + key_text(user_id) + self.suffix
-        line = self.free.pop() if self.free else await self.made()
+        line = self.free.pop() if self.free else await self.new()
         try:
-            if not line.is_connected:
-                await line.connect()
             await line.send_packed_command(b"%b%d\r\n%b%b" % (self.before, len(key), key, self.after), check_health=False)
             raw = (await line.read_response(disable_decoding=True))[0]
         except BaseException as error:
@@ -37,8 +39,23 @@ class Lines:
         self.free.append(line)
         return list(natives({"item_ids": value_of(raw)}).get("item_ids") or []) if raw else []
 
+    async def new(self) -> Any:
+        """One more connection. Who waits for it may give up: it is made to its end then, and kept for the next read, else a store
+        from which connections take longer than a read may would never be read again."""
+        making = asyncio.ensure_future(self.made())
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(self.keep)
+            raise
+
+    def keep(self, making: asyncio.Future[Any]) -> None:
+        """A connection that nobody waits for any more."""
+        if not making.cancelled() and making.exception() is None:
+            self.free.append(making.result())
+
     async def made(self) -> Any:
-        """A connection to be, as Feast's settings say: password, TLS, Sentinel."""
+        """A connection, as Feast's settings say: password, TLS, Sentinel."""
         if self.client is None:
             from redis.asyncio.retry import Retry
             from redis.backoff import NoBackoff
@@ -47,7 +64,14 @@ class Lines:
             client.set_retry(Retry(NoBackoff(), 0))
             # who reads has a limit for the whole; redis-py's would make a task of every command
             client.connection_pool.connection_kwargs["socket_timeout"] = None
-        return self.client.connection_pool.make_connection()
+        line = self.client.connection_pool.make_connection()
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await line.connect()
+        except BaseException:
+            await line.disconnect(nowait=True)
+            raise
+        return line
 
     async def close(self) -> None:
         """Hangs up, without waiting for the other side."""

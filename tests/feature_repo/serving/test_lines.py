@@ -61,6 +61,25 @@ def test_a_read_that_was_given_up_hands_its_answer_to_nobody_else(way: tuple[Lin
     asyncio.run(read())
 
 
+def test_a_store_from_which_connections_take_longer_than_a_read_may_is_read_all_the_same(way: tuple[Lines, Proxy]) -> None:
+    lines, proxy = way
+    proxy.delay_s = (0.1, 0.1)
+
+    async def read() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await lines.item_ids("u1")
+        for _ in range(200):
+            if lines.free:
+                break
+            await asyncio.sleep(0.05)
+        (kept,) = lines.free
+        assert await lines.item_ids("u2") == USERS["u2"] and lines.free == [kept]
+        await lines.close()
+
+    asyncio.run(read())
+
+
 def test_after_a_server_hung_up_one_read_fails_and_the_next_is_right(way: tuple[Lines, Proxy]) -> None:
     lines, proxy = way
 
