@@ -1,7 +1,7 @@
 """The serving process under an open-loop load: latencies, flips, start and memory, recall; Feast's feature server beside it.
 
     python tests/benchmarks/bench_serving.py                                   100,000 x 128 in Redis
-    python tests/benchmarks/bench_serving.py --width 384 --build 80 --links 16
+    python tests/benchmarks/bench_serving.py --width 384 --graph-from 0 --build 80 --links 16     a graph in place of codes
     python tests/benchmarks/bench_serving.py --only start --items 1000000      start to ready, memory, recall by breadth
     python tests/benchmarks/bench_serving.py --only cpu --seconds 5            CPU time of a request, also on a busy machine
     python tests/benchmarks/bench_serving.py --only flips                      100 flips under load
@@ -146,7 +146,8 @@ def publish(lake: Path, seed: int, arguments: argparse.Namespace, ids: list[str]
     emb_ND = vectors(seed, arguments.items, arguments.width)
     known = {"recommender_id": keep_recommender(lake, seed, arguments.width, LENGTH), "ds": "2026-01-01", "codec": "float32"}
     space = Space(space_id=f"{seed:016d}", width=arguments.width, items=len(ids), **known)
-    graph = index.Graph(neighbours=arguments.links, breadth_build=arguments.build, threads=2)
+    sizes = {"neighbours": arguments.links, "breadth_build": arguments.build, "from_items": arguments.graph_from}
+    graph = index.Graph(threads=2, **sizes)
     started = time.perf_counter()
     space = dataclasses.replace(space, index=build_index(lake, space, ids, emb_ND, graph, rows=65_536))
     store, reader = open_writer(settings(lake)), Reader.open(lake)
@@ -411,6 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--graph-from", type=int, default=index.Graph().from_items, help="items from which a graph is built")
     parser.add_argument("--links", type=int, default=32)
     parser.add_argument("--build", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[100, 300])
