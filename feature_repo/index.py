@@ -1,4 +1,4 @@
-"""Nearest neighbours in a space by dot product: exact, and approximate by a graph; one folder, written once, never changed.
+"""Nearest neighbours in a space by dot product: exact, and approximate by codes or a graph (nearest.py); a folder, never changed.
 
 A folder holds `items.arrow` (ids, attributes, recent events, in the order of the vectors), `hashes.npy` and `rows.npy` (from an
 id to its row), `vectors.npy`, `index.json` (what it belongs to) and, for the approximate one, `graph.faiss`. All are mapped:
@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
@@ -21,42 +21,29 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from feature_repo import nearest
+from feature_repo.nearest import Graph as Graph  # publish and forget take it from here
+from feature_repo.nearest import Matrix, Rows
+
 ITEMS, HASHES, ROWS, VECTORS, GRAPH, ABOUT = (
     *("items.arrow", "hashes.npy", "rows.npy"),
     *("vectors.npy", "graph.faiss", "index.json"),
 )
-FORMAT = 2
+FORMAT = 3
+READ = (2, 3)
+"""Formats that are read: before 3 there were graphs alone."""
 BLOCK = 262_144
 """Items scored at once by the exact index: bounds its memory."""
-CLUSTERS = 256
-"""Groups of neighbours by which the graph is laid out in memory, at most."""
+APART, APART_CODES = 0.05, 0.8
+"""How far the shorter vectors of a graph, or of codes, may be from the whole ones, as a share of these."""
 REMEMBERED = 65_536
 """Ids and rows that a reader keeps in memory, each."""
 PAIRS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
 SCHEMA = pa.schema([("item_id", pa.string()), ("attributes", PAIRS), ("recent", pa.int64())])
-Matrix = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
 
 
 class Foreign(ValueError):
     """An index that is damaged, or that belongs to other vectors than those asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Graph:
-    """Parameters of the approximate index (HNSW, Malkov and Yashunin 2018)."""
-
-    neighbours: int = 32
-    """Links that an item has in the graph (HNSW's M)."""
-    breadth_build: int = 200
-    """Candidates while building (ef_construction)."""
-    breadth_search: int = 250
-    """Candidates while searching (ef): more is slower and finds more."""
-    precision: Literal["float16", "int8"] = "float16"
-    """Type of the vectors inside the graph, by which candidates are found; they are scored in full. int8 is half as large, and
-    finds about a hundredth less."""
-    threads: int = 1
-    """One thread builds the same graph every time; more are faster, and find as well, but leave other bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +73,7 @@ def build(
     described: Described = NOTHING,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the index of a space into an empty folder; the exact one holds one chunk in memory, the graph all vectors.
+    """Writes the index of a space into an empty folder; the exact one holds one chunk in memory, the approximate one all vectors.
 
     `about` says what it belongs to: `space_id`, `recommender_id`, `ds`.
     """
@@ -104,7 +91,7 @@ def build(
     np.save(folder / HASHES, hash_N[order_N])
     np.save(folder / ROWS, order_N.astype(np.uint32))
     if graph is not None:
-        faiss.write_index(grown(vector_ND, graph), str(folder / GRAPH))
+        faiss.write_index(nearest.grown(vector_ND, graph), str(folder / GRAPH))
     known = {"format": FORMAT, "items": items, "width": width, "approximate": graph is not None, **(about or {})}
     known |= {"lists": dict(described.lists)} if described.lists else {}
     (folder / ABOUT).write_text(json.dumps(known, indent=1, sort_keys=True))
@@ -127,33 +114,6 @@ def hashed(ids: Sequence[str]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
-def grown(vector_ND: Matrix, graph: Graph) -> Any:
-    """The graph over all vectors, which lie in it side by side with their neighbours: a search then walks through near memory."""
-    kind = faiss.ScalarQuantizer.QT_fp16 if graph.precision == "float16" else faiss.ScalarQuantizer.QT_8bit
-    tree = faiss.IndexHNSWSQ(vector_ND.shape[1], kind, graph.neighbours, faiss.METRIC_INNER_PRODUCT)
-    tree.hnsw.efConstruction = graph.breadth_build
-    faiss.omp_set_num_threads(graph.threads)
-    tree.train(np.asarray(vector_ND[:BLOCK]))
-    named = faiss.IndexIDMap(tree)
-    order_N = side_by_side(vector_ND)
-    for start in range(0, len(vector_ND), BLOCK):
-        row_N = order_N[start : start + BLOCK]
-        named.add_with_ids(np.asarray(vector_ND[row_N]), row_N)
-    return named
-
-
-def side_by_side(vector_ND: Matrix) -> Rows:
-    """All rows, those of one cluster (k-means) after each other."""
-    clusters = min(CLUSTERS, len(vector_ND) // 100)
-    if clusters < 2:
-        return np.arange(len(vector_ND))
-    means = faiss.Kmeans(vector_ND.shape[1], clusters, niter=8, max_points_per_centroid=100, seed=1)
-    means.train(np.asarray(vector_ND))
-    blocks = range(0, len(vector_ND), BLOCK)
-    cluster_N = np.concatenate([means.assign(np.asarray(vector_ND[start : start + BLOCK]))[1] for start in blocks])
-    return np.argsort(cluster_N, kind="stable")
-
-
 def digest_of(folder: Path) -> str:
     """SHA-256 over the names and digests of all files below a folder: the identity of an artifact. Holds no lock meanwhile."""
     lines = []
@@ -173,7 +133,7 @@ class Index:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
-        if self.about.get("format") != FORMAT:
+        if self.about.get("format") not in READ:
             raise Foreign(f"{folder} has format {self.about.get('format')}, not {FORMAT}: publish the space again")
         mapped = np.load(folder / VECTORS, mmap_mode="r")
         self.pages: Any = mapped._mmap
@@ -197,10 +157,10 @@ class Index:
 
     @functools.cached_property
     def tree(self) -> Any:
-        """The graph, mapped. Raises ValueError where none was built."""
+        """The approximate index. Raises ValueError where none was built."""
         if not (self.folder / GRAPH).exists():
             raise ValueError(f"{self.folder} has no approximate index: publish with publish.approximate = true")
-        return faiss.read_index(str(self.folder / GRAPH), faiss.IO_FLAG_MMAP_IFC)
+        return nearest.read(self.folder / GRAPH)
 
     def check(self, **belongs: object) -> None:
         """Raises Foreign where parts do not fit each other, or `index.json` names something else than `belongs`."""
@@ -214,19 +174,12 @@ class Index:
             raise Foreign(f"the index in {self.folder} has parts of {sorted(sizes)} items: publish the space again")
         sample = np.unique(np.linspace(0, len(self) - 1, min(64, len(self))).astype(np.int64))
         if self.about["approximate"]:
-            row_S, kept_SD = self.kept(sample)
-            if kept_SD.shape[1] != self.vector_ND.shape[1] or apart(kept_SD, self.vector_ND[row_S]) > 0.05:
-                raise Foreign(f"the graph in {self.folder} was not built of these vectors: publish the space again")
+            row_S, kept_SD = nearest.kept(self.tree, sample)
+            most = APART_CODES if nearest.is_scan(self.tree) else APART
+            if kept_SD.shape[1] != self.vector_ND.shape[1] or apart(kept_SD, self.vector_ND[row_S]) > most:
+                raise Foreign(f"the approximate index in {self.folder} was not built of these vectors: publish the space again")
         if not np.array_equal(self.rows_of([self.id_of(int(row)) for row in sample]), sample):
             raise Foreign(f"ids in {self.folder} do not lead back to their rows: publish the space again")
-
-    def kept(self, place_S: Rows) -> tuple[Rows, Matrix]:
-        """(row_S, emb_SD) of some places of the graph, the vectors as short as it keeps them."""
-        named, row_S = isinstance(self.tree, faiss.IndexIDMap), place_S
-        if named:  # one of version 0.1.0 has its vectors in the order of the rows
-            row_S = np.array([self.tree.id_map.at(int(place)) for place in place_S])
-        bare = faiss.downcast_index(self.tree.index) if named else self.tree
-        return row_S, np.stack([bare.storage.reconstruct(int(place)) for place in place_S])
 
     def id_of(self, row: int) -> str:
         """The id of a row."""
@@ -299,12 +252,12 @@ class Index:
     def approximate(
         self, query_QD: Matrix, count: int, breadth: int = 250, mask_N: npt.NDArray[np.bool_] | None = None
     ) -> tuple[Rows, Matrix]:
-        """As `exact`, from the graph, among the items of a mask; some of the best may be missed, and fewer than `count` found.
+        """As `exact`, approximately, among the items of a mask; some of the best may be missed, and fewer than `count` found.
 
-        Raises ValueError where no graph was built.
+        Raises ValueError where there is none.
         """
         count = min(count, len(self))
-        row_QC = self.candidates(query_QD, 2 * count + 10, breadth, mask_N)
+        row_QC = self.candidates(query_QD, 3 * count + 10, breadth, mask_N)
         score_QC = np.einsum("qd,qcd->qc", query_QD, np.asarray(self.vector_ND[row_QC]))
         score_QC[row_QC < 0] = -np.inf
         score_QK, row_QK = best(score_QC, row_QC, count)
@@ -312,15 +265,8 @@ class Index:
         return row_QK[:, :found], score_QK[:, :found]
 
     def candidates(self, query_QD: Matrix, count: int, breadth: int, mask_N: npt.NDArray[np.bool_] | None = None) -> Rows:
-        """row_QC of what the graph finds, best first by its own shorter vectors, -1 after the last."""
-        count = min(len(self), count)
-        search = faiss.SearchParametersHNSW(efSearch=max(breadth, count))
-        if mask_N is not None:
-            search.sel = selector = faiss.IDSelectorBitmap(np.packbits(mask_N, bitorder="little"))
-            assert selector is not None  # it has to live as long as the search
-        faiss.omp_set_num_threads(1)
-        found: Rows = self.tree.search(np.ascontiguousarray(query_QD, np.float32), count, params=search)[1]
-        return found
+        """row_QC of what the approximate index finds, see `nearest.candidates`."""
+        return nearest.candidates(self.tree, query_QD, count, breadth, mask_N)
 
 
 def bound(known: dict[Any, Any]) -> None:

@@ -11,6 +11,7 @@ training side. Shapes: N items found, D width.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -146,6 +147,7 @@ class Pointer(Space):
         return max(dt.datetime.now(dt.UTC) - end_of(self.ds), dt.timedelta(0))
 
 
+@functools.lru_cache(64)
 def end_of(ds: str) -> dt.datetime:
     """The first moment after a snapshot's date, UTC."""
     return dt.datetime.combine(dt.date.fromisoformat(ds), dt.time(), dt.UTC) + dt.timedelta(days=1)

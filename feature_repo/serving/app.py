@@ -18,7 +18,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
-from starlette.middleware.exceptions import ExceptionMiddleware
 
 from feature_repo.serving import metrics, schema, search
 from feature_repo.serving.batches import Batcher
@@ -48,10 +47,10 @@ class Service:
         self.guard = Guard(settings, 1 if self.reader.transport.config.online_store.type == "sqlite" else 8)  # type: ignore[attr-defined]
         self.histories = Histories(settings, self.reader, self.guard)
         self.watch = Watch(settings, looker)
-        self.batcher = Batcher(self.work, settings.window_ms / 1000, settings.batch)
+        self.batcher = Batcher(self.work, search.is_light, settings.window_ms / 1000, settings.batch)
 
     def work(self, asks: Sequence[Ask]) -> list[Found | Exception]:
-        """One batch, on the numeric thread."""
+        """One batch."""
         metrics.BATCH.observe(len(asks))
         return search.answer(asks, self.settings)
 
@@ -197,6 +196,7 @@ def make_app(settings: Settings, lake: Path | None = None) -> Any:
         service.watch.stop()
         service.batcher.close()
         service.guard.close()
+        await service.histories.close()
 
     app = FastAPI(
         title="LLMEmb serving",
@@ -209,11 +209,11 @@ def make_app(settings: Settings, lake: Path | None = None) -> Any:
     add_probes(app, service)
     if settings.page:
         add_page(app, service)
-    direct = Direct(app, {"/recommend": (schema.Recommend, service.recommend), "/similar": (schema.Similar, service.similar),
-                          "/vectors": (schema.Vectors, service.vectors)})  # fmt: skip
     # what is nobody's fault but ours goes on to the border, which logs where
-    refusals = {kind: handler for kind, handler in app.exception_handlers.items() if kind is not Exception}
-    bordered = Border(ExceptionMiddleware(direct, refusals), settings)
+    refusals = {kind: app.exception_handlers[kind] for kind in (Unfit, Unready)}
+    direct = Direct(app, {"/recommend": (schema.Recommend, service.recommend), "/similar": (schema.Similar, service.similar),
+                          "/vectors": (schema.Vectors, service.vectors)}, refusals)  # fmt: skip
+    bordered = Border(direct, settings)
     bordered.service = service  # type: ignore[attr-defined]  # for tests
     return bordered
 

@@ -1,4 +1,4 @@
-"""Asks that come within a millisecond or two, answered together on one thread."""
+"""Asks that come within a millisecond or two, answered together: light ones at once, others on one thread."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ Work = Callable[[Sequence[Ask]], list[Found | Exception]]
 
 
 class Batcher:
-    """Gathers asks for `window_s` and hands them to a thread; what comes while it works makes the next batch.
+    """Gathers asks for `window_s`. A light batch is answered on the event loop itself: to wake a thread and be woken by it would
+    cost as much, and each would wait for the other. Others go to a thread; what comes while it works makes the next batch.
 
     The thread is fed by a queue of its own: an executor's futures cost half as much again as the hand-over itself.
     """
 
-    def __init__(self, work: Work, window_s: float, most: int) -> None:
-        self.work, self.window_s, self.most = work, window_s, most
+    def __init__(self, work: Work, light: Callable[[Sequence[Ask]], bool], window_s: float, most: int) -> None:
+        self.work, self.light, self.window_s, self.most = work, light, window_s, most
         self.batches: SimpleQueue[list[Pair]] = SimpleQueue()
         self.waiting: list[Pair] = []
-        self.timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.Handle | None = None
         self.busy = False
 
     async def ask(self, ask: Ask) -> Found:
@@ -37,27 +38,36 @@ class Batcher:
             if len(self.waiting) >= self.most:
                 self.start()
             elif self.timer is None:
-                self.timer = loop.call_later(self.window_s, self.start)
+                # even without a window, what the loop has read already comes first
+                self.timer = loop.call_later(self.window_s, self.start) if self.window_s else loop.call_soon(self.start)
         return await future
 
     def start(self) -> None:
-        """Hands over what waits, without those whose callers have gone."""
+        """Answers or hands over what waits, without those whose callers have gone."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
         self.waiting = [pair for pair in self.waiting if not pair[1].done()]
         batch, self.waiting = self.waiting[: self.most], self.waiting[self.most :]
-        if batch:
-            self.busy = True
+        if not batch:
+            return
+        self.busy = True
+        if self.light([ask for ask, _ in batch]):
+            self.finish(batch, self.answers(batch))
+        else:
             self.batches.put(batch)
+
+    def answers(self, batch: list[Pair]) -> Sequence[Found | Exception]:
+        """What the work says of each ask."""
+        try:
+            return self.work([ask for ask, _ in batch])
+        except Exception as error:
+            return [error] * len(batch)
 
     def run(self, loop: asyncio.AbstractEventLoop) -> None:
         """The numeric thread, until an empty batch tells it to end."""
         while batch := self.batches.get():
-            try:
-                answers: Sequence[Found | Exception] = self.work([ask for ask, _ in batch])
-            except Exception as error:
-                answers = [error] * len(batch)
+            answers = self.answers(batch)
             with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                 loop.call_soon_threadsafe(self.finish, batch, answers)
 

@@ -73,7 +73,7 @@ class Border:
             if outcome == 499:
                 await refuse(Refusal(500, FAILED), receive, told)
         finally:
-            metrics.REQUESTS.labels(path, str(outcome)).inc()
+            metrics.answered(path, str(outcome)).inc()
 
     async def admitted(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Checks a request, reads it whole, and lets it in. Raises Refusal."""
@@ -99,7 +99,7 @@ class Border:
             self.in_work -= 1
             metrics.IN_WORK.dec()
             if path in ENDPOINTS:
-                metrics.SECONDS.labels(path).observe(time.perf_counter() - started)
+                metrics.seconds(path).observe(time.perf_counter() - started)
 
     def check_token(self, scope: Scope) -> None:
         """Raises Refusal for a caller without the token."""

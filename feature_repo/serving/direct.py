@@ -11,17 +11,24 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Answer = Callable[[Any], Awaitable[dict[str, Any]]]
+WRITTEN = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 JSON = (b"application/json", b"application/json; charset=utf-8")
 
 
 class Direct:
     """ASGI application around FastAPI's; expects bodies that come in one piece, as the border reads them."""
 
-    def __init__(self, app: ASGIApp, endpoints: Mapping[str, tuple[type[BaseModel], Answer]]) -> None:
-        self.app, self.endpoints = app, endpoints
+    def __init__(
+        self, app: ASGIApp, endpoints: Mapping[str, tuple[type[BaseModel], Answer]], refusals: Mapping[Any, Any]
+    ) -> None:
+        """`refusals` are what words each kind of error that an answer may raise."""
+        self.app, self.endpoints, self.refusals = app, endpoints, refusals
+        self.told = tuple(refusals)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -36,7 +43,12 @@ class Direct:
         except ValidationError:
             await self.app(scope, first(message, receive), send)
             return
-        content = json.dumps(await answer(asked), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        try:
+            content = WRITTEN.encode(await answer(asked)).encode()
+        except self.told as error:
+            refused: Response = await self.refusals[type(error)](Request(scope), error)
+            await refused(scope, receive, send)
+            return
         headers = [(b"content-length", str(len(content)).encode()), (b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})

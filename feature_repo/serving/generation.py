@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from feature_repo.index import Foreign, Index, Matrix, Rows
+from feature_repo.index import Foreign, Index
+from feature_repo.nearest import Matrix, Rows
 from feature_repo.reader import Pointer
 from feature_repo.serving import artifacts
 from feature_repo.serving.settings import Settings
@@ -24,7 +25,8 @@ from models.behaviour.artifact import load_recommender
 
 POPULATE_READ = 22
 """Linux's MADV_POPULATE_READ: maps pages before a request needs them."""
-STEP = 1 << 22
+STEP = 1 << 19
+"""Bytes mapped at once; the interpreter is held meanwhile."""
 MASKS = 64
 """Filters whose items are remembered."""
 BIT = npt.NDArray[np.bool_]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 
@@ -31,6 +32,20 @@ LOADS = Counter("llmemb_generation_loads", "Generations loaded: ok or failed", [
 LOAD_SECONDS = Gauge("llmemb_generation_load_seconds", "How long the last one took to load", multiprocess_mode="livemax")
 IN_WORK = Gauge("llmemb_requests_in_work", "Requests in work", multiprocess_mode="livesum")
 BATCH = Histogram("llmemb_batch_size", "Requests that were answered together", buckets=(1, 2, 4, 8, 16, 32))
+
+READ_OK = STORE_READS.labels("ok")
+
+
+@functools.cache
+def answered(endpoint: str, outcome: str) -> Counter:
+    """The counter of an endpoint's requests with an outcome: both are few."""
+    return REQUESTS.labels(endpoint, outcome)
+
+
+@functools.cache
+def seconds(endpoint: str) -> Histogram:
+    """The histogram of an endpoint."""
+    return SECONDS.labels(endpoint)
 
 
 def exposition() -> bytes:

@@ -35,15 +35,17 @@ class Recommend(BaseModel):
     )
     k: int = Field(10, ge=1, description="items to answer")
     exclude_seen: bool = Field(True, description="leaves out items of the history")
-    exclude: list[Id] = Field([], max_length=LONGEST_HISTORY, description="more items to leave out")
+    exclude: list[Id] = Field(default_factory=list, max_length=LONGEST_HISTORY, description="more items to leave out")
     filters: Filters = Field(
-        {},
+        default_factory=dict,
         description="attribute -> values, of which an item must have one, for every attribute; of an attribute that is a list "
         "(`genres`: Action, Comedy) each of its values counts",
         examples=[{"genres": ["Comedy", "Drama"], "release_year": ["1995"]}],
     )
     explain: bool = Field(False, description="tells what each part of the recommender brought to a score")
-    attributes: list[Name] = Field([], max_length=32, description="attributes to answer beside each item, for example `title`")
+    attributes: list[Name] = Field(
+        default_factory=list, max_length=32, description="attributes to answer beside each item, for example `title`"
+    )
 
     @model_validator(mode="after")
     def one_of_both(self) -> Recommend:
@@ -63,8 +65,8 @@ class Similar(BaseModel):
     )
     item_ids: list[Id] = Field(min_length=1, max_length=100)
     k: int = Field(10, ge=1)
-    filters: Filters = Field({}, description="as in /recommend")
-    attributes: list[Name] = Field([], max_length=32, description="as in /recommend")
+    filters: Filters = Field(default_factory=dict, description="as in /recommend")
+    attributes: list[Name] = Field(default_factory=list, max_length=32, description="as in /recommend")
 
 
 class Vectors(BaseModel):
@@ -75,7 +77,7 @@ class Vectors(BaseModel):
     encoding: Literal["base64", "list"] = Field(
         "base64", description="base64 of little-endian float32 numbers; `list` is for eyes: at most 20 items"
     )
-    attributes: list[Name] = Field([], max_length=32, description="as in /recommend")
+    attributes: list[Name] = Field(default_factory=list, max_length=32, description="as in /recommend")
 
     @model_validator(mode="after")
     def lists_are_short(self) -> Vectors:

@@ -1,4 +1,4 @@
-"""Asks that came together -> the best items of each, in one pass over recommender and index; runs on the one numeric thread.
+"""Asks that came together -> the best items of each, in one pass over recommender and index.
 
 Shapes: D width, B asks, K found, N items.
 """
@@ -10,12 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from feature_repo.index import Matrix, Rows
+from feature_repo.nearest import Matrix, Rows
 from feature_repo.serving.generation import BIT, Generation, Unfit, exact_is_cheap
 from feature_repo.serving.settings import Settings
 
 SPARE = 10
-"""Candidates that are scored in full beside twice as many as are asked for: the graph ranks by shorter vectors."""
+"""Candidates that are scored in full beside three times as many as are asked for: they were found by shorter vectors."""
+LIGHT_ASKS, LIGHT_K = 8, 100
+LIGHT_HIDDEN = 200
+"""Hidden rows beside which one search surely finds enough; where it does not, all items are scored."""
+LIGHT_NUMBERS = 64_000_000
+"""Numbers of vectors whose codes are looked at in a millisecond or two."""
 Filters = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -43,6 +48,17 @@ class Found:
     score_K: Matrix
     shares: list[dict[str, float]]
     """What each part brought; empty where it was not asked for, or there is one part."""
+
+
+def is_light(asks: Sequence[Ask]) -> bool:
+    """Whether asks take so little that handing them to a thread and back would take about as long."""
+    return len(asks) <= LIGHT_ASKS and all(
+        not ask.filters
+        and ask.k <= LIGHT_K
+        and len(ask.hidden) <= LIGHT_HIDDEN
+        and ask.generation.index.vector_ND.size * len(asks) <= LIGHT_NUMBERS
+        for ask in asks
+    )
 
 
 def answer(asks: Sequence[Ask], settings: Settings) -> list[Found | Exception]:
@@ -87,15 +103,15 @@ def of_generation(made: Generation, asks: Sequence[Ask], settings: Settings) -> 
 
 def searched(made: Generation, query_BD: Matrix, asks: Sequence[Ask], settings: Settings) -> dict[int, tuple[Rows, Matrix]]:
     """(row_K, score_K) of those asks that one search of all items satisfies."""
-    # hidden items lie near the user: as many more are asked for, up to the breadth that the graph looks at anyway
+    # hidden items lie near the user: as many more are asked for, up to the breadth that is looked at anyway
     if exact_is_cheap(made, settings):
         row_BC, _ = made.index.exact(query_BD, max(ask.k + len(ask.hidden) for ask in asks))
     else:
-        most = max(2 * ask.k + SPARE + min(len(ask.hidden), settings.breadth) for ask in asks)
+        most = max(3 * ask.k + SPARE + min(len(ask.hidden), settings.breadth) for ask in asks)
         row_BC = made.index.candidates(query_BD, most, settings.breadth)
     found = {}
     for number, ask in enumerate(asks):
-        kept = [row for row in row_BC[number].tolist() if row not in ask.hidden and row >= 0][: 2 * ask.k + SPARE]
+        kept = [row for row in row_BC[number].tolist() if row not in ask.hidden and row >= 0]
         row_K = np.array(kept, np.int64)
         score_K = made.index.vector_ND[row_K] @ query_BD[number]
         order_K = np.lexsort((row_K, -score_K))[: ask.k]
@@ -105,7 +121,7 @@ def searched(made: Generation, query_BD: Matrix, asks: Sequence[Ask], settings: 
 
 
 def filtered(made: Generation, query_D: Matrix, ask: Ask, settings: Settings) -> tuple[Rows, Matrix]:
-    """(row_K, score_K) among the items that a filter leaves: exactly where these are few, or the graph finds too few.
+    """(row_K, score_K) among the items that a filter leaves: exactly where these are few, or too few are found.
 
     Raises Unfit for an attribute that no item has.
     """

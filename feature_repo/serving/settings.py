@@ -71,9 +71,9 @@ class Settings:
     most: int = 1_000
     """Largest k, and most ids of one request."""
     exact_numbers: int = 4_000_000
-    """Up to so many numbers (items x width) a search is exact, by matrix product; above, by the graph."""
+    """Up to so many numbers (items x width) a search is exact, by matrix product; above, by codes or the graph."""
     breadth: int = 250
-    """Candidates of a search by the graph."""
+    """Candidates of a search by the graph; half as many of codes. More is slower and finds more."""
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):

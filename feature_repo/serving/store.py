@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from feature_repo.reader import NothingServed, Reader
 from feature_repo.reader import settings as feast_settings
 from feature_repo.serving import metrics
+from feature_repo.serving.lines import lines_of
 from feature_repo.serving.settings import Settings
 from feature_repo.transport import Sdk
 
-T = TypeVar("T")
 IDS_EACH = 100
 """Ids of items that a user who is remembered has on average, at most: bounds the memory."""
 QUEUE = 32
@@ -36,7 +37,7 @@ def open_reader(settings: Settings, lake: Path | None = None) -> Reader:
 
 
 class Guard:
-    """Runs reads on threads of its own. Lives in one event loop."""
+    """Runs reads: those that can wait without a thread on the event loop, the others on threads of its own. Lives in one loop."""
 
     def __init__(self, settings: Settings, threads: int) -> None:
         self.settings = settings
@@ -47,7 +48,7 @@ class Guard:
         self.closed_until = 0.0
         self.trying = False
 
-    async def read(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def read(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """What `work` returns. Raises Unavailable where it fails or is slow twice, or need not be tried."""
         if not self.admits():
             metrics.STORE_READS.labels("refused").inc()
@@ -75,8 +76,34 @@ class Guard:
             return True
         return time.monotonic() >= self.closed_until and not self.trying
 
-    async def once(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def once(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """One try."""
+        try:
+            found = await (self.here if inspect.iscoroutinefunction(work) else self.beside)(work, *arguments)
+        except (Unavailable, NothingServed):
+            raise
+        except Exception as error:
+            self.failed("failed")
+            raise Unavailable(f"the online store failed ({type(error).__name__})") from error
+        metrics.READ_OK.inc()
+        return found
+
+    async def here(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+        """One try of what needs no thread; it is cancelled where it is slow."""
+        self.in_work += 1
+        try:
+            async with asyncio.timeout(self.settings.store_ms / 1000) as limit:
+                return await work(*arguments)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            self.failed("slow")
+            raise Unavailable("the online store is slow") from None
+        finally:
+            self.in_work -= 1
+
+    async def beside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """One try on a thread."""
         future = asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
         self.in_work += 1
         future.add_done_callback(self.done)
@@ -84,15 +111,7 @@ class Guard:
         if not (await asyncio.wait([future], timeout=self.settings.store_ms / 1000 * 1.2))[0]:
             self.failed("slow")
             raise Unavailable("the online store is slow")
-        try:
-            found = future.result()
-        except NothingServed:
-            raise
-        except Exception as error:
-            self.failed("failed")
-            raise Unavailable(f"the online store failed ({type(error).__name__})") from error
-        metrics.STORE_READS.labels("ok").inc()
-        return found
+        return future.result()
 
     def done(self, future: asyncio.Future[Any]) -> None:
         """A thread is free again; what a read that nobody waits for raised is known already."""
@@ -125,16 +144,18 @@ class Histories:
 
     def __init__(self, settings: Settings, reader: Reader, guard: Guard) -> None:
         self.settings, self.reader, self.guard = settings, reader, guard
-        self.known: OrderedDict[str, tuple[float, list[str]]] = OrderedDict()
+        self.known: OrderedDict[str, tuple[float, tuple[str, ...]]] = OrderedDict()  # of tuples, which the collector passes by
+        self.lines = lines_of(reader.transport)
+        self.read: Callable[[str], Any] = self.pushed if self.lines is None else self.lines.item_ids
         self.held = 0
         """Ids of items in `known`."""
 
     async def of(self, user_id: str) -> History:
         """The user's history; without items, and with the cause, where it is not known."""
         try:
-            item_ids = await self.guard.read(self.pushed, user_id)
+            item_ids: list[str] = await self.guard.read(self.read, user_id)
         except Unavailable:
-            read_at, remembered = self.known.get(user_id, (0.0, []))
+            read_at, remembered = self.known.get(user_id, (0.0, ()))
             if remembered and time.monotonic() - read_at < self.settings.remembered_s:
                 return History(item_ids=remembered, fallback="remembered_history")
             return History(item_ids=[], fallback="store_down")
@@ -149,10 +170,15 @@ class Histories:
         _, values = self.reader.transport.read("user_history", {"user_id": [user_id]}, ["item_ids"])[0]
         return list(values.get("item_ids") or [])
 
+    async def close(self) -> None:
+        """Hangs up on the store."""
+        if self.lines is not None:
+            await self.lines.close()
+
     def remember(self, user_id: str, item_ids: list[str]) -> None:
         """Keeps a history in memory; those that were read longest ago make room."""
         self.forget(user_id)
-        self.known[user_id] = (time.monotonic(), item_ids)
+        self.known[user_id] = (time.monotonic(), tuple(item_ids))
         self.held += len(item_ids)
         while len(self.known) > self.settings.remembered or self.held > IDS_EACH * self.settings.remembered:
             self.forget(next(iter(self.known)))

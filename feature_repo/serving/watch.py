@@ -18,6 +18,9 @@ LOG = logging.getLogger("llmemb.serving")
 AGAIN_S = 5.0
 """Seconds after which a generation that could not be loaded is tried again."""
 
+COLLECT = (20_000, 20, 20)
+"""Objects made before the collector looks: by default it looks at every second request."""
+
 
 class Watch:
     """Two threads: one looks, one loads, so that a forgotten id is withheld also while a large index is read."""
@@ -109,6 +112,7 @@ class Watch:
             # what is here now stays: the collector need not walk over it while requests wait
             gc.collect()
             gc.freeze()
+            gc.set_threshold(*COLLECT)
         artifacts.forget_others(self.settings, made.index.folder)
         return True
 

@@ -84,7 +84,7 @@ def build_sequence(backbone: Backbone, kind: str = "id", fading: float | None = 
     return SEQUENCES[backbone.name](**sizes)
 
 
-def newest(sequence: nn.Module, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+def newest(sequence: Any, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
     """user_BD after the newest event; an encoder that can leaves the other positions out."""
     alone = getattr(sequence, "newest", None)
     user_BD: Tensor = alone(emb_BLD, valid_BL) if callable(alone) else sequence(emb_BLD, valid_BL)[:, -1]
@@ -153,6 +153,8 @@ class LoadedRecommender:
         self.sequence.load_state_dict(strip_prefix(tensors, "recommender.sequence."))
         self.items.eval().requires_grad_(False)
         self.sequence.requires_grad_(False)
+        served = getattr(self.sequence, "served", None)
+        self.encoder = served() if callable(served) else self.sequence
         self.unit = bool(meta["items"].get("unit", False))
         turn_DD = tensors.get("turn_DD")
         if turn_DD is not None and not torch.allclose(turn_DD @ turn_DD.T, torch.eye(self.width), atol=1e-4):
@@ -205,7 +207,7 @@ class LoadedRecommender:
         emb_BLD, valid_BL = emb_BLD[:, -most:].to(self.device), valid_BL[:, -most:].to(self.device)
         if self.turn_DD is not None:
             emb_BLD = emb_BLD @ self.turn_DD.T  # the sequence encoder knows items as it was trained on them
-        user_BD = newest(self.sequence, emb_BLD, valid_BL)
+        user_BD = newest(self.encoder, emb_BLD, valid_BL)
         return self.turned(F.normalize(user_BD, dim=1) if self.unit else user_BD)
 
     def turned(self, emb_D: Tensor) -> Tensor:

@@ -55,39 +55,10 @@ class Block(nn.Module):
         mixed_BHLd = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=mask_B1LL, dropout_p=dropout)
         return F.dropout(self.attend_out(mixed_BHLd.transpose(1, 2).flatten(-2)), self.dropout, self.training)
 
-    def newest(self, x_BLD: Tensor, seen_BL: Tensor) -> Tensor:
-        """x_BD of the last position, as `forward` in evaluation; it sees the keys that `seen_BL` allows.
 
-        By functions: for one user each call of a module costs as much as what it computes.
-        """
-        mixed_BD = self.attend_newest(normed(self.attend_norm, x_BLD), seen_BL)
-        x_BD = x_BLD[:, -1] + F.linear(mixed_BD, self.attend_out.weight, self.attend_out.bias)
-        widen: Any = self.feed[0]
-        narrow: Any = self.feed[3]
-        wide_BD = F.gelu(F.linear(normed(self.feed_norm, x_BD), widen.weight, widen.bias))
-        return x_BD + F.linear(wide_BD, narrow.weight, narrow.bias)
-
-    def attend_newest(self, x_BLD: Tensor, seen_BL: Tensor) -> Tensor:
-        """What the last position's heads see, side by side: mixed_BD.
-
-        There is one query, so the keys' weights are applied to it and the values' to the one mix of positions, not both to each
-        position: L x D numbers are touched, not L x D x D. The keys' bias would add the same to all scores: softmax ignores it.
-        """
-        width = x_BLD.shape[2]
-        query_HdD, key_HdD, value_HdD = self.query_key_value.weight.view(3, self.heads, -1, width)
-        query_Hd1, _, value_Hd1 = self.query_key_value.bias.view(3, self.heads, -1, 1)
-        query_HdB = query_HdD @ x_BLD[:, -1].T + query_Hd1
-        asked_BHD = (query_HdB.transpose(1, 2) @ key_HdD).transpose(0, 1)
-        score_BHL = asked_BHD @ x_BLD.transpose(1, 2) / math.sqrt(query_HdD.shape[1])
-        share_BHL = score_BHL.masked_fill(~seen_BL[:, None], -torch.inf).softmax(-1)
-        mixed_HDB = (share_BHL @ x_BLD).permute(1, 2, 0)
-        mixed_DB: Tensor = (value_HdD @ mixed_HDB + value_Hd1).flatten(0, 1)
-        return mixed_DB.T
-
-
-def normed(norm: nn.LayerNorm, x_BD: Tensor) -> Tensor:
-    """What a layer norm gives."""
-    return F.layer_norm(x_BD, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def parts(norm: nn.LayerNorm) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
+    """What `layer_norm` asks for."""
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
 
 
 def initialise(module: nn.Module) -> None:
@@ -118,11 +89,11 @@ class SASRec(nn.Module):
 
     def newest(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """user_BD after the newest event: the last block needs no other position. What serving and validation ask for."""
-        x_BLD = self.through(self.blocks[:-1], emb_BLD, valid_BL)
-        seen_BL = valid_BL.clone()
-        seen_BL[:, -1] = True  # itself, also in a row of nothing but padding
-        last: Any = self.blocks[-1]
-        return normed(self.norm, last.newest(x_BLD, seen_BL))
+        return self.served().newest(emb_BLD, valid_BL)
+
+    def served(self) -> Newest:
+        """The same of weights that no longer change."""
+        return Newest(self)
 
     def through(self, blocks: nn.ModuleList, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
         """x_BLD of item vectors at their positions, after some blocks."""
@@ -133,3 +104,44 @@ class SASRec(nn.Module):
             for block in blocks:
                 x_BLD = block(x_BLD, mask_B1LL)
         return x_BLD
+
+
+class Newest:
+    """`SASRec.newest` of weights that no longer change: products of two of them are made once, which halves what one user takes.
+
+    There is one query, so keys are applied to it and values to the one mix of positions, not both to each position: L x D numbers
+    are touched, not L x D x D. The two products are of keys and queries, and of output and values (HD: heads side by side, each D
+    wide). The keys' bias would add the same to all scores: softmax ignores it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: SASRec) -> None:
+        # looked up once: a module finds its parts slowly
+        self.through, self.before = model.through, model.blocks[:-1]
+        last: Any = model.blocks[-1]
+        self.first, self.second, self.third = parts(last.attend_norm), parts(last.feed_norm), parts(model.norm)
+        self.wide, self.narrow = (last.feed[0].weight, last.feed[0].bias), (last.feed[3].weight, last.feed[3].bias)
+        heads, width = last.heads, last.attend_norm.normalized_shape[0]
+        query_HdD, key_HdD, value_HdD = last.query_key_value.weight.view(3, heads, -1, width)
+        query_Hd1, _, value_Hd1 = last.query_key_value.bias.view(3, heads, -1, 1)
+        scaled_HDd = key_HdD.transpose(1, 2) / math.sqrt(query_HdD.shape[1])
+        self.asked_HDxD = (scaled_HDd @ query_HdD).flatten(0, 1).contiguous()
+        self.asked_HD = (scaled_HDd @ query_Hd1).flatten()
+        out_HDd = last.attend_out.weight.view(width, heads, -1).transpose(0, 1)
+        self.mixed_DxHD = (out_HDd @ value_HdD).transpose(0, 1).flatten(1).contiguous()
+        self.mixed_D = (out_HDd @ value_Hd1).sum(0).flatten() + last.attend_out.bias
+
+    def newest(self, emb_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+        """user_BD, as `SASRec.newest` gives it."""
+        x_BLD = self.through(self.before, emb_BLD, valid_BL)
+        normed_BLD = F.layer_norm(x_BLD, *self.first)
+        asked_BHD = F.linear(normed_BLD[:, -1], self.asked_HDxD, self.asked_HD).view(len(x_BLD), -1, x_BLD.shape[2])
+        score_BHL = asked_BHD @ normed_BLD.transpose(1, 2)
+        if not valid_BL.all():
+            hidden_BL = ~valid_BL
+            hidden_BL[:, -1] = False  # itself, also in a row of nothing but padding
+            score_BHL = score_BHL.masked_fill(hidden_BL[:, None], -torch.inf)
+        mixed_BHD = score_BHL.softmax(-1) @ normed_BLD
+        x_BD = x_BLD[:, -1] + F.linear(mixed_BHD.flatten(1), self.mixed_DxHD, self.mixed_D)
+        wide_BD = F.gelu(F.linear(F.layer_norm(x_BD, *self.second), *self.wide))
+        return F.layer_norm(x_BD + F.linear(wide_BD, *self.narrow), *self.third)

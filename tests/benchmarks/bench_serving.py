@@ -1,7 +1,7 @@
 """The serving process under an open-loop load: latencies, flips, start and memory, recall; Feast's feature server beside it.
 
     python tests/benchmarks/bench_serving.py                                   100,000 x 128 in Redis
-    python tests/benchmarks/bench_serving.py --width 384 --build 80 --links 16
+    python tests/benchmarks/bench_serving.py --width 384 --graph-from 0 --build 80 --links 16     a graph in place of codes
     python tests/benchmarks/bench_serving.py --only start --items 1000000      start to ready, memory, recall by breadth
     python tests/benchmarks/bench_serving.py --only cpu --seconds 5            CPU time of a request, also on a busy machine
     python tests/benchmarks/bench_serving.py --only flips                      100 flips under load
@@ -146,9 +146,10 @@ def publish(lake: Path, seed: int, arguments: argparse.Namespace, ids: list[str]
     emb_ND = vectors(seed, arguments.items, arguments.width)
     known = {"recommender_id": keep_recommender(lake, seed, arguments.width, LENGTH), "ds": "2026-01-01", "codec": "float32"}
     space = Space(space_id=f"{seed:016d}", width=arguments.width, items=len(ids), **known)
-    graph = index.Graph(neighbours=arguments.links, breadth_build=arguments.build, threads=2)
+    sizes = {"neighbours": arguments.links, "breadth_build": arguments.build, "from_items": arguments.graph_from}
+    graph = index.Graph(threads=2, **sizes)
     started = time.perf_counter()
-    space = dataclasses.replace(space, index=build_index(lake, space, ids, emb_ND, graph))
+    space = dataclasses.replace(space, index=build_index(lake, space, ids, emb_ND, graph, rows=65_536))
     store, reader = open_writer(settings(lake)), Reader.open(lake)
     with lease(store, "bench"):
         spaces.stage(store, reader, space, [(ids[:STAGED], emb_ND[:STAGED])], only_changes=False)
@@ -384,13 +385,15 @@ def recalls(lake: Path, space: Space) -> None:
         tell("recall", items=len(built), breadth=breadth, **values, search_ms=round((time.perf_counter() - started) / 0.3, 2))
 
 
-def memory(process: subprocess.Popen[bytes], items: int, seconds: float) -> None:
+def memory(process: subprocess.Popen[bytes], lake: Path, items: int, seconds: float) -> None:
     """Start to ready, and what stays in memory, of all workers: `uss` is their own; mapped pages, which they share, are in `pss`
-    once, in `rss` for each. One worker's mapped bytes an item."""
+    once, in `rss` for each. One worker's resident bytes an item: of the mapped files, and of the codes, which are its own."""
     held = [one.memory_full_info() for one in family(process)]
     totals = {f"{kind}_mb": sum(getattr(one, kind) for one in held) >> 20 for kind in ("uss", "rss", "pss")}
-    mapped = max(one.rss - one.uss for one in held)
-    tell("start", ready_s=round(seconds, 2), items=items, **totals, mapped_bytes_an_item=max(0, mapped) // items)
+    mapped = max(sum(one.rss for one in each.memory_maps() if "/indexes/" in one.path) for each in family(process))
+    codes = next((lake / "indexes").glob("space=*/ds=*/*/graph.faiss")).stat().st_size
+    tell("start", ready_s=round(seconds, 2), items=items, **totals, mapped_bytes_an_item=mapped // items,
+         codes_bytes_an_item=codes // items)  # fmt: skip
 
 
 def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -409,6 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--graph-from", type=int, default=index.Graph().from_items, help="items from which a graph is built")
     parser.add_argument("--links", type=int, default=32)
     parser.add_argument("--build", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[100, 300])
@@ -432,7 +436,7 @@ def main() -> None:
         started = time.perf_counter()
         with serving(lake, WORKERS=str(arguments.workers), POLL_S="0.2") as (url, process):
             ask(url, "/recommend", user_id="u1")
-            memory(process, arguments.items, time.perf_counter() - started)
+            memory(process, lake, arguments.items, time.perf_counter() - started)
             space, emb_ND = published[-1]
             for kind, work in (
                 ("recall", lambda: recalls(lake, space)),

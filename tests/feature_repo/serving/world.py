@@ -76,13 +76,15 @@ def keep_recommender(lake: Path, seed: int, width: int = WIDTH, max_len: int = M
     return identity
 
 
-def build_index(lake: Path, space: Space, ids: Sequence[str], vector_ND: Any, graph: index.Graph | None = None) -> str:
-    """Builds an index where the lake keeps it; gives its digest."""
+def build_index(
+    lake: Path, space: Space, ids: Sequence[str], vector_ND: Any, graph: index.Graph | None = None, rows: int = 64
+) -> str:
+    """Builds an index where the lake keeps it, from chunks of some rows; gives its digest."""
     home = lake / "indexes" / f"space={space.space_id}" / f"ds={space.ds}"
     staged = home / "staged"
     staged.mkdir(parents=True)
     about = {"space_id": space.space_id, "recommender_id": space.recommender_id, "ds": space.ds}
-    chunks = [(list(ids[start : start + 64]), vector_ND[start : start + 64]) for start in range(0, len(ids), 64)]
+    chunks = [(list(ids[start : start + rows]), vector_ND[start : start + rows]) for start in range(0, len(ids), rows)]
     index.build(staged, chunks, len(ids), vector_ND.shape[1], graph, described(ids), about)
     digest = index.digest_of(staged)
     if not (home / digest[:16]).exists():

@@ -415,7 +415,7 @@ def test_an_index_in_use_stays_when_another_takes_its_place(catalogue: Catalogue
     lake = catalogue()
     publish.run(config(lake))
     before = Reader.open(lake).pointer()
-    publish.run(config(lake, graph=Graph(neighbours=8)))
+    publish.run(config(lake, graph=Graph(from_items=0, neighbours=8)))
     after = Reader.open(lake).pointer()
     home = online.index_home(lake, after.space)
     assert {folder.name for folder in home.iterdir() if folder.is_dir()} == {before.index[:16], after.index[:16]}

@@ -83,6 +83,7 @@ def test_the_newest_position_alone_is_that_of_all(layers: int) -> None:
     valid[1, :3], valid[2, :] = False, False
     whole = model(emb, valid)[:, -1]
     torch.testing.assert_close(model.newest(emb, valid), whole)
+    torch.testing.assert_close(model.served().newest(emb[:1], valid[:1]), whole[:1])  # without any padding
     assert not torch.allclose(whole, model(emb, valid)[:, -2], atol=1e-2)
 
 
