@@ -113,6 +113,17 @@ def test_the_next_night_embeds_only_what_is_new_or_changed(config: embed.Config)
     assert (result.embedded, result.rows["llm_embeddings"]) == (2, COUNT + 1)
 
 
+def test_what_an_older_version_kept_by_date_is_known(config: embed.Config) -> None:
+    before = embed.run(config)
+    home = config.run.lake / "llm_embeddings" / f"encoder={before.encoder_id}"
+    (home / f"ds={DS}").mkdir()
+    (home / "shard=00000-of-00001").rename(home / f"ds={DS}" / "shard=00000-of-00001")
+    write_items(config.run.lake, DS, tiny.items(COUNT + 1))
+    result = embed.run(config)
+    assert (result.known, result.embedded, result.rows["llm_embeddings"]) == (COUNT - 1, 2, 2)
+    assert rows(config).num_rows == COUNT + 1
+
+
 def test_nights_of_two_shards_leave_few_parts_to_open_and_every_text_once(config: embed.Config) -> None:
     embeddings = dict[str, Any]()
     for number in range(2 * FEW):
