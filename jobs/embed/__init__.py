@@ -77,7 +77,7 @@ def run(config: Config) -> Result:
     folder, device = registry.fetch(config.run, "encoder", encoder_id), pick_device(config.run)
     made = arrivals.llm_embeddings if config.arriving else llm_embeddings
     table = made(read_spec(folder).width, config.dtype)
-    partition = f"encoder={encoder_id}/ds={config.run.ds}/shard={config.shard:05d}-of-{config.shards:05d}"
+    partition = partition_of(config, encoder_id)
     items = partitions.read_commit(lake, config.items.name, snapshot)
     tally = Tally(price=config.gpu_hour_price, total=items.rows // config.shards)
     ready = cache(lambda: prepare(config, load_encoder(folder, device=device), snapshot, tally))
@@ -86,7 +86,7 @@ def run(config: Config) -> Result:
             portions = missing(config, snapshot, encoder_id, tally)
             parts = [finished(part, config, ready, table, partition, tally) for part in portions]
             artifacts.find(lake, "encoder", encoder_id)
-            commit = commit_parts(lake, table, partition, parts)
+            commit = commit_parts(lake, table, partition, parts, config.part_items)
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
             raise InputError(f"the disk of {lake} is full: make room and run again; finished parts are kept") from error
@@ -95,6 +95,12 @@ def run(config: Config) -> Result:
         tally.close()
     inputs = {"items": items.digest, "encoder": encoder_id}
     return summed(tally, encoder_id=encoder_id, partition=partition, device=str(device), inputs=inputs, commit=commit)
+
+
+def partition_of(config: Config, encoder_id: str) -> str:
+    """One of an encoder and a shard for all nights, as a text is embedded once, ever; what arrived goes with its snapshot."""
+    when = f"/ds={config.run.ds}" if config.arriving else ""
+    return f"encoder={encoder_id}{when}/shard={config.shard:05d}-of-{config.shards:05d}"
 
 
 def snapshot_of(config: Config) -> str:

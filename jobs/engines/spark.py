@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 OLDEST_JAVA = 17
+SMALL_BYTES = 16 << 20
+"""Of Parquet: some 1.5 million events."""
 ALWAYS = {
     # days are days of UTC, whatever zone the cluster lives in
     "spark.sql.session.timeZone": "UTC",
@@ -46,10 +48,11 @@ ABSENT = ("TABLE_OR_VIEW_NOT_FOUND", "PATH_NOT_FOUND", "UNABLE_TO_INFER_SCHEMA")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-def session(job: str, settings: Mapping[str, str]) -> SparkSession:
+def session(job: str, settings: Mapping[str, str], tables: Sequence[str] = ()) -> SparkSession:
     """A session with the recipe's settings; `spark.master` is `local[*]` unless set, submitted, or named by Spark's own settings.
 
-    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule.
+    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule. They suit the size of
+    the `tables` that are read.
 
     No secret goes over a command line: `private` says how.
 
@@ -64,7 +67,7 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
     defaults = dict(ALWAYS)
     if known.get("spark.master", "local").startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        defaults |= {key: value for key, value in laptop().items() if key not in known}
+        defaults |= {key: value for key, value in laptop(tables).items() if key not in known}
     settings = defaults | dict(settings)
     builder = SparkSession.builder.appName(f"llmemb-{job}")
     if java_runs():
@@ -185,14 +188,24 @@ def settings_folder() -> Path:
     return Path(os.environ.get("SPARK_CONF_DIR") or Path(_find_spark_home(), "conf"))
 
 
-def laptop() -> dict[str, str]:
-    """Settings of a local master."""
+def laptop(tables: Sequence[str]) -> dict[str, str]:
+    """Settings of a local master that reads these tables."""
+    # over few rows Java's second compiler takes longer than it saves; over ten million the first one's code is twice as slow
+    compiler = " -XX:TieredStopAtLevel=1" if are_small(tables) else ""
     return {
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(on_terminal()).lower(),
         "spark.sql.shuffle.partitions": "8",
-        "spark.driver.extraJavaOptions": "-Dlog4j2.level=ERROR -Dderby.stream.error.file=/dev/null",
+        "spark.driver.extraJavaOptions": f"-Dlog4j2.level=ERROR -Dderby.stream.error.file=/dev/null{compiler}",
     }
+
+
+def are_small(tables: Sequence[str]) -> bool:
+    """Whether all are Parquet paths of this disk, of at most SMALL_BYTES together: of others nobody knows before Java runs."""
+    if not tables or not all("/" in table and Path(table).exists() for table in tables):
+        return False
+    files = (file for table in map(Path, tables) for file in ([table] if table.is_file() else table.rglob("*.parquet")))
+    return sum(file.stat().st_size for file in files) <= SMALL_BYTES
 
 
 def given() -> dict[str, str]:

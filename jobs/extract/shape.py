@@ -16,7 +16,7 @@ from jobs.engines.spark import on_disk, spread
 from jobs.extract import window
 from jobs.extract.config import Config
 from jobs.extract.counts import DAY
-from jobs.lake import partitions, remote
+from jobs.lake import partitions, parts, remote
 from jobs.lake import store as stores
 from jobs.lake.partitions import Commit
 from jobs.lake.store import Found
@@ -123,7 +123,7 @@ def commit(config: Config, staged: Staged) -> Commit:
     """Replaces the partition of ds. Raises InputError where the driver does not find every row that Spark's tasks wrote."""
     lake, partition = config.run.lake, f"ds={config.run.ds}"
     if stores.of(lake):
-        return partitions.commit_put(lake, staged.table, partition, staged.entries, staged.before, staged.rows)
+        return parts.commit_put(lake, staged.table, partition, staged.entries, staged.before, staged.rows)
     return partitions.commit_files(lake, staged.table.name, partition, staged.files, rows=staged.rows)
 
 

@@ -33,12 +33,13 @@ def forget_tables(lake: Path, ids: Ids) -> tuple[dict[str, int], dict[str, str],
 def forget_partition(lake: Path, name: str, partition: str, ids: Ids) -> int:
     """Rewrites a partition without the items, at once, file by file; returns how many rows changed or went."""
     here, staged, changed = partitions.folder(lake, name, partition), [], 0
-    for file in partitions.read_commit(lake, name, partition).files:
+    before = partitions.read_commit(lake, name, partition)
+    for file in before.files:
         rows = sum(pc.sum(named(batch, ids)).as_py() or 0 for batch in batches(here / file))
         changed += rows
         staged.append(rewritten(here / file, ids) if rows else here / file)
     if changed:
-        partitions.commit_files(lake, name, partition, staged)
+        partitions.commit_files(lake, name, partition, staged, over=before)
     return changed
 
 

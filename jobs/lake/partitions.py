@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from jobs.lake import ranged, remote, tables
 from jobs.lake import store as stores
+from jobs.lake.locks import alone
 from jobs.lake.remote import COMMIT as COMMIT
 from jobs.lake.tables import Table
 from jobs.run import InputError, Unavailable
@@ -38,6 +39,8 @@ class Commit:
     table: str
     partition: str
     files: tuple[str, ...]
+    counts: tuple[int, ...]
+    """Rows of each file."""
     rows: int
     digest: str
     """SHA-256 over the digests of the files, in order."""
@@ -134,41 +137,59 @@ def read_json(lake: Path, path: Path) -> Any:
 
 
 def commit_files(
-    lake: Path, name: str, partition: str, staged: Sequence[Path], rows: int | None = None, *, behind: bool = False
+    lake: Path,
+    name: str,
+    partition: str,
+    staged: Sequence[Path],
+    rows: int | None = None,
+    over: Commit | None = None,
+    kept: int = 0,
 ) -> Commit:
-    """Makes finished Parquet files of the lake's file system a partition's whole content, at once; `behind` adds them to it.
+    """Makes finished Parquet files of the lake's file system a partition's whole content, at once.
 
     A file is moved in under a name made of its place and its digest, so equal rows leave an equal folder. What the
     partition held before is deleted after the commit. `rows` is how many their writer counted.
-    Raises InputError where the files hold another number of rows, or there is no file; Unavailable where another writer of a lake
-    on an object store was faster. The old partition then stays.
+    Who goes on from what the partition holds says so by `over`, of which `kept` files stay in front of the new ones. What goes
+    then is deleted by the next commit alone: readers may be at it.
+
+    Raises InputError where the files hold another number of rows, or there is no file; Unavailable where another writer was
+    faster (in a folder, of a commit `over` another). The old partition then stays.
     """
-    counts = [pq.read_metadata(file).num_rows for file in staged]
-    found = sum(counts)
-    if not staged and behind:
-        return read_commit(lake, name, partition)
+    store = stores.of(lake)
+    if store:
+        counted(lake, name, partition, staged, rows)
+        remote.commit_files(store, name, partition, staged, over.digest if over else None, kept)
+    elif over:
+        with alone(lake, f"commit {name}"):
+            text = commit_text(lake, name, partition)
+            remote.refuse_other(name, partition, text, over.digest)
+            files = counted(lake, name, partition, staged, rows)
+            commit_here(lake, name, partition, files, remote.entries_of(text), kept)
+    else:
+        commit_here(lake, name, partition, counted(lake, name, partition, staged, rows))
+    return read_commit(lake, name, partition)
+
+
+def counted(lake: Path, name: str, partition: str, staged: Sequence[Path], rows: int | None) -> list[tuple[Path, int]]:
+    """Files with their rows. Raises InputError where there is none, or they do not hold as many as their writer counted."""
+    files = [(file, pq.read_metadata(file).num_rows) for file in staged]
+    found = sum(count for _, count in files)
     if not staged or rows not in (None, found):
         place, wrote = stores.called(lake), "" if rows is None else f", {rows:,} rows were written"
         raise InputError(
             f"{name}/{partition}: {len(staged)} files with {found:,} rows lie in the lake {place}{wrote}: does every machine "
             "that writes see this folder under the same path (one mount)?"
         )
-    if store := stores.of(lake):
-        remote.commit_files(store, name, partition, staged, behind)
-    else:
-        if behind and is_committed(lake, name, partition):
-            held = [folder(lake, name, partition) / file for file in read_commit(lake, name, partition).files]
-            counts, staged = [pq.read_metadata(file).num_rows for file in held] + counts, [*held, *staged]
-        commit_here(lake, name, partition, staged, counts)
-    return read_commit(lake, name, partition)
+    return files
 
 
-def commit_here(lake: Path, name: str, partition: str, staged: Sequence[Path], counts: Sequence[int]) -> None:
-    """Moves files of known row counts into a lake that is a folder, and commits them."""
-    here = folder(lake, name, partition)
+def commit_here(
+    lake: Path, name: str, partition: str, staged: Sequence[tuple[Path, int]], before: Sequence[remote.Entry] = (), kept: int = 0
+) -> None:
+    """Moves files of known row counts into a lake that is a folder, behind `kept` of those `before`, and commits them."""
+    here, entries = folder(lake, name, partition), list(before[:kept])
     make_folder(here)
-    entries: list[remote.Entry] = []
-    for number, (file, count) in enumerate(zip(staged, counts, strict=True)):
+    for number, (file, count) in enumerate(staged, kept):
         sha256 = digest_file(file)
         target = here / remote.part_name(number, sha256)
         sync(file)
@@ -179,28 +200,10 @@ def commit_here(lake: Path, name: str, partition: str, staged: Sequence[Path], c
         if place == lake:
             break
     write_json(here / COMMIT, remote.record(name, partition, entries))
-    kept = {COMMIT, *(entry["name"] for entry in entries)}
+    stays = {COMMIT, *(entry["name"] for entry in (*before, *entries))}
     for leftover in here.iterdir():
-        if leftover.name not in kept and leftover.is_file():
+        if leftover.name not in stays and leftover.is_file():
             leftover.unlink()
-
-
-def commit_put(
-    lake: Path, table: Table, partition: str, entries: Sequence[remote.Entry], before: stores.Found | None, rows: int
-) -> Commit:
-    """Commits parts that were put into a lake on an object store, in order; `before` stood there before they were put.
-
-    Raises InputError where the parts hold another number of rows than `rows`, Unavailable where another writer was faster.
-    """
-    store = stores.of(lake)
-    assert store is not None
-    found = sum(entry["rows"] for entry in entries)
-    if found != rows:
-        raise InputError(f"{table.name}/{partition}: {found:,} rows were put into {store.address}, of {rows:,}: run again")
-    if not entries:
-        return write(lake, table, partition, [])
-    remote.commit(store, table.name, partition, entries, before)
-    return read_commit(lake, table.name, partition)
 
 
 def write(lake: Path, table: Table, partition: str, parts: Iterable[pa.Table]) -> Commit:
@@ -232,6 +235,7 @@ def read_commit(lake: Path, name: str, partition: str) -> Commit:
         table=name,
         partition=partition,
         files=tuple(entry["name"] for entry in value["files"]),
+        counts=tuple(entry["rows"] for entry in value["files"]),
         rows=sum(entry["rows"] for entry in value["files"]),
         digest=value["digest"],
     )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.lake import partitions
+from jobs.lake import partitions, remote, tables
+from jobs.lake import store as stores
+from jobs.lake.items import without_forgotten
 from jobs.lake.partitions import Commit
 from jobs.lake.tables import Table
+from jobs.run import InputError
+
+FEW = 4
+"""Small parts that may lie at a partition's end; one more, and they are joined. Every reader opens each of them."""
 
 
 def part_path(lake: Path, table: Table, partition: str, name: str) -> Path:
@@ -33,14 +41,68 @@ def write_part(path: Path, rows: pa.Table) -> None:
     unfinished.replace(path)
 
 
-def commit_parts(lake: Path, table: Table, partition: str, parts: list[Path]) -> Commit:
-    """Commits the partition: what it held already, and the new parts behind it. Parts are linked, so a kill loses none."""
-    if parts or partitions.is_committed(lake, table.name, partition):
-        commit = partitions.commit_files(lake, table.name, partition, [link(part) for part in parts], behind=True)
-    else:
-        commit = partitions.write(lake, table, partition, [])
+def commit_parts(lake: Path, table: Table, partition: str, parts: list[Path], full: int) -> Commit:
+    """Commits the partition: what it held already, and the new parts behind it; small ones at its end are then joined.
+
+    Parts are linked, so a kill loses none. Raises Unavailable where another writer, such as `forget`, was faster.
+    """
+    over = partitions.read_commit(lake, table.name, partition) if partitions.is_committed(lake, table.name, partition) else None
+    if parts:
+        staged = [link(part) for part in parts]
+        partitions.commit_files(lake, table.name, partition, staged, over=over, kept=len(over.files) if over else 0)
+    elif over is None:
+        partitions.write(lake, table, partition, [])
+    commit = joined(lake, table, partition, full)
     shutil.rmtree(aside_of(lake, table, partition), ignore_errors=True)
     return commit
+
+
+def joined(lake: Path, table: Table, partition: str, full: int) -> Commit:
+    """The partition, its last parts made one where they are more than FEW and have at most `full` rows together.
+
+    So nights add at most FEW parts to what a reader opens, and one for each `full` rows, or about; memory holds `full` rows. Rows
+    of items that were forgotten meanwhile are left out. Parts of another number type stay as they are.
+    """
+    commit, rows = partitions.read_commit(lake, table.name, partition), list[pa.Table]()
+    small = last_parts(commit, full)
+    if small <= FEW:
+        return commit
+    for file in reversed(commit.files[-small:]):
+        with partitions.opened(lake, f"{table.name}/{partition}/{file}", table.schema.names) as part:
+            if not part.schema_arrow.equals(table.schema):
+                break
+            rows.insert(0, part.read())
+    if len(rows) <= FEW:
+        return commit
+    whole = pa.Table.from_batches(without_forgotten(lake, pa.concat_tables(rows).to_batches()), table.schema)
+    path = part_path(lake, table, partition, f"joined-{commit.digest[:32]}")
+    write_part(path, tables.check(table, whole, f"{table.name}/{partition}"))
+    kept = len(commit.files) - len(rows)
+    return partitions.commit_files(lake, table.name, partition, [link(path)], over=commit, kept=kept)
+
+
+def last_parts(commit: Commit, full: int) -> int:
+    """How many of the last parts have at most `full` rows together."""
+    together = itertools.accumulate(reversed(commit.counts))
+    return sum(1 for _ in itertools.takewhile(lambda rows: rows <= full, together))
+
+
+def commit_put(
+    lake: Path, table: Table, partition: str, entries: Sequence[remote.Entry], before: stores.Found | None, rows: int
+) -> Commit:
+    """Commits parts that were put into a lake on an object store, in order; `before` stood there before they were put.
+
+    Raises InputError where the parts hold another number of rows than `rows`, Unavailable where another writer was faster.
+    """
+    store = stores.of(lake)
+    assert store is not None
+    found = sum(entry["rows"] for entry in entries)
+    if found != rows:
+        raise InputError(f"{table.name}/{partition}: {found:,} rows were put into {store.address}, of {rows:,}: run again")
+    if not entries:
+        return partitions.write(lake, table, partition, [])
+    remote.commit(store, table.name, partition, entries, before)
+    return partitions.read_commit(lake, table.name, partition)
 
 
 def link(part: Path) -> Path:

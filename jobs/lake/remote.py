@@ -40,10 +40,13 @@ def record(name: str, partition: str, entries: Sequence[Entry]) -> dict[str, Any
     return {"table": name, "partition": partition, "files": list(entries), "digest": digest}
 
 
-def commit_files(store: Store, name: str, partition: str, staged: Sequence[Path], behind: bool) -> None:
-    """Puts finished files of this machine as parts and commits them; `behind` leaves those that are committed in front."""
+def commit_files(store: Store, name: str, partition: str, staged: Sequence[Path], over: str | None, kept: int) -> None:
+    """Puts finished files of this machine as parts and commits them, behind `kept` parts of the commit with the digest `over`."""
     before = committed_now(store, name, partition)
-    entries = list(entries_of(before)) if behind else []
+    text = before.data if before else None
+    if over is not None:
+        refuse_other(name, partition, text, over)
+    entries = entries_of(text)[:kept]
     puts = []
     for number, file in enumerate(staged, start=len(entries)):
         with file.open("rb") as stream:
@@ -66,9 +69,18 @@ def commit(store: Store, name: str, partition: str, entries: Sequence[Entry], be
     try:
         store.put_if(f"{name}/{partition}/{COMMIT}", text, before.tag if before else None)
     except Conflict as error:
-        raise Unavailable(
-            f"{name}/{partition}: another writer committed it at the same time, and its rows stay; run again"
-        ) from error
+        raise overtaken(name, partition) from error
+
+
+def overtaken(name: str, partition: str) -> Unavailable:
+    """What is said where another writer was faster."""
+    return Unavailable(f"{name}/{partition}: another writer committed it at the same time, and its rows stay; run again")
+
+
+def refuse_other(name: str, partition: str, text: bytes | None, digest: str) -> None:
+    """Raises Unavailable where a commit, as it is now, is not the one with this digest."""
+    if text is None or json.loads(text)["digest"] != digest:
+        raise overtaken(name, partition)
 
 
 def committed_now(store: Store, name: str, partition: str) -> Found | None:
@@ -76,9 +88,9 @@ def committed_now(store: Store, name: str, partition: str) -> Found | None:
     return store.get(f"{name}/{partition}/{COMMIT}")
 
 
-def entries_of(found: Found | None) -> list[Entry]:
+def entries_of(text: bytes | None) -> list[Entry]:
     """The parts that a commit names."""
-    return list(json.loads(found.data)["files"]) if found else []
+    return list(json.loads(text)["files"]) if text else []
 
 
 def committed(store: Store, name: str, under: str) -> list[str]:

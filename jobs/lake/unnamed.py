@@ -29,7 +29,8 @@ def parts(store: Store, older_s: float, dry_run: bool) -> dict[str, int]:
     for folder, old in folders.items():
         table, _, partition = folder.partition("/")
         # read last: of two commits the newer one counts
-        named = {entry["name"] for entry in remote.entries_of(remote.committed_now(store, table, partition))}
+        found = remote.committed_now(store, table, partition)
+        named = {entry["name"] for entry in remote.entries_of(found.data if found else None)}
         gone |= removed(store, [one for one in old if str(one["path"]).rpartition("/")[2] not in named], dry_run)
     return gone
 

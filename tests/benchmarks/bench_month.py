@@ -18,7 +18,7 @@ hold. The last line but one says what differs at the end.
 With `--bucket` the lakes and MLflow's artifacts are on an object store, both registries on PostgreSQL, the online stores on
 Redis. Each job works on the other of two machines (scratch folders) than the one before: what was killed on one is run again on
 the other. Every night then tells its requests to the object store, by job. `past`: nights in such a bucket after so many others;
-all but the first few of those are copies of the first night under earlier dates.
+all but the first few of those are copies of the first night under earlier dates, and each embedded five texts of its own.
 
 `hour`: from a row in the table of items to an answer from the online store, by fresh processes, model start included.
 """
@@ -65,11 +65,13 @@ from feature_repo.reader import BATCH, Pointer, Reader, settings  # noqa: E402
 from feature_repo.stores import open_writer  # noqa: E402
 from jobs import night  # noqa: E402
 from jobs.__main__ import main as command_line  # noqa: E402
+from jobs.embed.config import Config as EmbedConfig  # noqa: E402
 from jobs.engines import registry  # noqa: E402
 from jobs.engines.spark import find_java  # noqa: E402
 from jobs.lake import partitions  # noqa: E402
 from jobs.lake.listing import Place  # noqa: E402
-from jobs.lake.tables import ITEMS  # noqa: E402
+from jobs.lake.parts import commit_parts, part_path, write_part  # noqa: E402
+from jobs.lake.tables import ITEMS, llm_embeddings  # noqa: E402
 from jobs.night import Failed, Night  # noqa: E402
 from jobs.run import Refused, Run  # noqa: E402
 from tests.models import tiny  # noqa: E402
@@ -473,11 +475,26 @@ def replay_past(arguments: argparse.Namespace, month: Month) -> int:
     month.prepare()
     dates = days(arguments.first, 1 + len(arguments.past))
     replay(month, next(dates), train=True, first=True)
+    since = 1
     for number, (past, ds) in enumerate(zip(arguments.past, dates, strict=True), 1):
         month.store.repeat("calm", arguments.first, past - number)
+        aside(lambda since=since, past=past: embed_more(month.run(arguments.first).lake, range(since, past)))
+        since = past
         told = replay(month, ds, train=False, first=False)
         tell(arguments.keep, {"past": past, **{name: told[name] for name in ("requests", "counts", "seconds", "outcome")}})
     return 0
+
+
+def embed_more(lake: Path, nights: range) -> None:
+    """Nights that each embedded a few new texts, as `embed` leaves them."""
+    (partition,) = partitions.committed(lake, "llm_embeddings")
+    schema = partitions.read_schema(lake, "llm_embeddings", partition)
+    table = llm_embeddings(schema.field("embedding").type.list_size)
+    for number in nights:
+        ids = [hashlib.sha256(f"{number} {text}".encode()).hexdigest()[:32] for text in range(5)]
+        columns = {"item_id": ids, "content_hash": ids, "embedding": [[1.0] * schema.field("embedding").type.list_size] * 5}
+        write_part(path := part_path(lake, table, partition, ids[0]), pa.table(columns, table.schema))
+        commit_parts(lake, table, partition, [path], EmbedConfig.part_items)
 
 
 def replay_both(arguments: argparse.Namespace, calm: Month, rough: Month) -> int:

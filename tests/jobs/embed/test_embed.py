@@ -27,6 +27,7 @@ from jobs.engines import registry
 from jobs.lake import artifacts, partitions
 from jobs.lake import parts as finished_parts
 from jobs.lake.items import bury, content_hash
+from jobs.lake.parts import FEW
 from jobs.lake.tables import llm_embeddings
 from jobs.run import InputError, Run, as_json
 from models.text.embedding import embed_items
@@ -109,7 +110,37 @@ def test_the_next_night_embeds_only_what_is_new_or_changed(config: embed.Config)
     write_items(config.run.lake, "2026-03-11", [*items[:-1], [("title", "changed")]])
     result = embed.run(changed(config, run=dataclasses.replace(config.run, ds="2026-03-11")))
     # item 7 has its own text again
-    assert (result.embedded, result.rows["llm_embeddings"]) == (2, 2)
+    assert (result.embedded, result.rows["llm_embeddings"]) == (2, COUNT + 1)
+
+
+def test_what_an_older_version_kept_by_date_is_known(config: embed.Config) -> None:
+    before = embed.run(config)
+    home = config.run.lake / "llm_embeddings" / f"encoder={before.encoder_id}"
+    (home / f"ds={DS}").mkdir()
+    (home / "shard=00000-of-00001").rename(home / f"ds={DS}" / "shard=00000-of-00001")
+    write_items(config.run.lake, DS, tiny.items(COUNT + 1))
+    result = embed.run(config)
+    assert (result.known, result.embedded, result.rows["llm_embeddings"]) == (COUNT - 1, 2, 2)
+    assert rows(config).num_rows == COUNT + 1
+
+
+def test_nights_of_two_shards_leave_few_parts_to_open_and_every_text_once(config: embed.Config) -> None:
+    embeddings = dict[str, Any]()
+    for number in range(2 * FEW):
+        ds = f"2026-04-{number + 1:02d}"
+        write_items(config.run.lake, ds, tiny.items(4 + 4 * number))
+        for shard in range(2):
+            now = changed(config, run=dataclasses.replace(config.run, ds=ds), shards=2, shard=shard, part_items=1_000)
+            result = embed.run(now)
+            digest = partitions.read_commit(config.run.lake, "llm_embeddings", result.partition).digest
+            assert result.outputs == {"llm_embeddings": digest}, "also where parts were joined"
+        told = {row["content_hash"]: row["embedding"] for row in rows(config).to_pylist()}
+        assert {text: told[text] for text in embeddings} == embeddings and len(told) == 4 + 4 * number
+        embeddings = told
+    found = partitions.committed(config.run.lake, "llm_embeddings")
+    assert [name.partition("/")[2] for name in found] == ["shard=00000-of-00002", "shard=00001-of-00002"]
+    assert all(len(partitions.read_commit(config.run.lake, "llm_embeddings", name).files) <= FEW for name in found)
+    assert rows(config).num_rows == len(embeddings)
 
 
 def test_an_items_table_that_grew_on_the_same_date_adds_to_the_partition(config: embed.Config) -> None:

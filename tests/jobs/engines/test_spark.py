@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,13 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Built:
         def getOrCreate(self) -> Any:
             raise RuntimeError("none is started")
 
-    def build(settings: dict[str, str] | None = None, **environment: str) -> dict[str, str]:
+    def build(settings: dict[str, str] | None = None, tables: Sequence[str] = (), **environment: str) -> dict[str, str]:
         builder = Builder()
         monkeypatch.setattr(SparkSession, "builder", builder)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="none is started"):
-            spark.session("extract", settings or {})
+            spark.session("extract", settings or {}, tables)
         return builder.made
 
     return build
@@ -70,6 +70,29 @@ def test_a_local_master_gets_laptop_defaults(built: Built) -> None:
     for settings in ({}, {"spark.master": "local[2]"}):
         assert built(settings).keys() >= LAPTOP
     assert built({"spark.sql.shuffle.partitions": "3"})["spark.sql.shuffle.partitions"] == "3"
+
+
+def test_java_compiles_less_where_both_tables_are_small_files_of_this_disk(built: Built, tmp_path: Path) -> None:
+    items, logs = tmp_path / "items.parquet", tmp_path / "logs"
+    items.write_bytes(b"x")
+    (logs / "date=2026-01-01").mkdir(parents=True)
+    (logs / "date=2026-01-01" / "part-0.parquet").touch()
+
+    def compiled(size: int, tables: Sequence[str], **settings: str) -> bool:
+        os.truncate(logs / "date=2026-01-01" / "part-0.parquet", size)
+        made = built({key.replace("_", "."): value for key, value in settings.items()}, tables)
+        return "TieredStopAtLevel" not in made.get("spark.driver.extraJavaOptions", "")
+
+    both = (str(items), str(logs))
+    assert not compiled(spark.SMALL_BYTES - 1, both)
+    assert compiled(spark.SMALL_BYTES, both), "together they have a byte more"
+    assert not compiled(spark.SMALL_BYTES, both[:1])
+    for other in ("shop.logs", f"{tmp_path}/absent", "s3a://shop/logs", f"{logs}/date=*"):
+        assert compiled(0, (str(items), other)), other
+    assert compiled(0, ())
+    assert compiled(0, both, spark_master="yarn"), "a cluster's drivers have options of their own"
+    assert "TieredStopAtLevel" in built({}, both)["spark.driver.extraJavaOptions"]
+    assert built({"spark.driver.extraJavaOptions": "-Xss8m"}, both)["spark.driver.extraJavaOptions"] == "-Xss8m"
 
 
 @pytest.mark.parametrize("kind", ["standalone", "yarn", "kubernetes"])

@@ -114,7 +114,8 @@ def test_rows_are_added_behind_those_that_a_partition_holds(lake: Path, tmp_path
         import pyarrow.parquet as pq
 
         pq.write_table(rows("b"), staged)
-        partitions.commit_files(home, "items", DS, [staged], behind=True)
+        held = partitions.read_commit(home, "items", DS)
+        partitions.commit_files(home, "items", DS, [staged], over=held, kept=1)
         assert ids(home) == ["a", "b"]
 
 
