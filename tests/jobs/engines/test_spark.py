@@ -87,6 +87,10 @@ def test_java_compiles_less_where_both_tables_are_small_files_of_this_disk(built
     assert not compiled(spark.SMALL_BYTES - 1, both)
     assert compiled(spark.SMALL_BYTES, both), "together they have a byte more"
     assert not compiled(spark.SMALL_BYTES, both[:1])
+    (logs / "000000_0").touch()  # as Hive names its files
+    os.truncate(logs / "000000_0", spark.SMALL_BYTES)
+    assert compiled(0, both)
+    (logs / "000000_0").unlink()
     for other in ("shop.logs", f"{tmp_path}/absent", "s3a://shop/logs", f"{logs}/date=*"):
         assert compiled(0, (str(items), other)), other
     assert compiled(0, ())
