@@ -59,9 +59,9 @@ def commit_parts(lake: Path, table: Table, partition: str, parts: list[Path], fu
 def joined(lake: Path, table: Table, partition: str, full: int) -> Commit:
     """The partition, its last parts made one where they are more than FEW and have at most `full` rows together.
 
-    So nights add at most FEW parts to what a reader opens, and one for each `full` rows, or about; memory holds `full` rows. `forget`
-    alone takes rows out: that of a forgotten item may hold the text of a living one, which a night then embeds. Parts of another
-    number type stay as they are.
+    So nights leave at most FEW small parts to what a reader opens, and any FEW + 1 in a row have more than `full` rows; memory
+    holds `full` rows. `forget` alone takes rows out: that of a forgotten item may hold the text of a living one, which a night
+    then embeds anew. Parts of another number type stay as they are.
     """
     commit, rows = partitions.read_commit(lake, table.name, partition), list[pa.Table]()
     small = last_parts(commit, full)

@@ -172,6 +172,18 @@ def test_a_reader_of_the_commit_of_before_ends_unbroken_and_old_parts_go_later(l
     assert ids_of(lake) == [*(f"n{number}" for number in range(FEW + 1)), "later"]
 
 
+def test_a_reader_that_outlives_two_nights_is_told_to_run_again(tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    for number in range(FEW):
+        night(lake, f"n{number}")
+    reader = reading(lake, partitions.read_commit(lake, TABLE.name, HOME))
+    next(reader)
+    for late in ("late", "later"):
+        night(lake, late)
+    with pytest.raises(Unavailable, match="was replaced while it was read"):
+        list(reader)
+
+
 def test_a_join_leaves_rows_of_forgotten_items_to_forget_as_their_texts_may_be_another_s(lake: Path) -> None:
     for number in range(FEW):
         night(lake, f"n{number}")
