@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -157,6 +158,21 @@ def test_a_text_of_a_forgotten_item_and_of_a_living_one_is_there_after_parts_are
     texts = pa.array([content_hash(item) for item in items[1:]])
     assert len(read_embeddings(config.run, result.encoder_id, texts)) == len(texts)
     assert len(partitions.read_commit(lake, "llm_embeddings", result.partition).files) == 1
+
+
+def test_a_part_of_a_killed_run_does_not_bring_a_forgotten_item_back_by_a_text_that_it_shared(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = tiny.items(COUNT)
+    items[4] = items[3]  # one after the other: the part's texts stay the same, in the same order
+    write_items(config.run.lake, DS, items)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(embed, "commit_parts", Mock(side_effect=Killed))
+        embed.run(config)
+    bury(config.run.lake, "i0003", DS)  # on another machine, where the part does not lie
+    result = embed.run(config)
+    assert "i0003" not in rows(config)["item_id"].to_pylist() and rows(config).num_rows == COUNT - 1
+    assert result.resumed > 0, "parts without it are still good"
 
 
 @pytest.mark.parametrize("kinds", [("float16", "float32"), ("float32", "float16")])
