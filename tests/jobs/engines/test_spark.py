@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,18 @@ def test_java_compiles_less_where_both_tables_are_small_files_of_this_disk(built
     assert compiled(0, both, spark_master="yarn"), "a cluster's drivers have options of their own"
     assert "TieredStopAtLevel" in built({}, both)["spark.driver.extraJavaOptions"]
     assert built({"spark.driver.extraJavaOptions": "-Xss8m"}, both)["spark.driver.extraJavaOptions"] == "-Xss8m"
+
+
+def test_no_more_files_of_a_table_are_looked_at_than_make_it_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").touch()
+    os.truncate(tmp_path / "a.parquet", spark.SMALL_BYTES)
+
+    def listed(folder: Path, pattern: str) -> Iterator[Path]:
+        yield from [folder / "a.parquet"] * 2
+        raise AssertionError("a folder may have a million")
+
+    monkeypatch.setattr(Path, "rglob", listed)
+    assert not spark.are_small((str(tmp_path),))
 
 
 @pytest.mark.parametrize("kind", ["standalone", "yarn", "kubernetes"])
