@@ -1,4 +1,4 @@
-"""Parts of a shard: embedded, and kept aside under the name of their texts, so that a kill loses none."""
+"""Parts of a shard: embedded, and kept aside under the name of their rows, so that a kill loses none."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ CHUNK = 8192
 
 
 def finished(part: pa.Table, config: Config, ready: Callable[[], Encoder], table: Table, partition: str, tally: Tally) -> Path:
-    """The file of a part, embedded now or by a run that was killed. It carries the name of its texts, so it is never mistaken."""
-    name = hashlib.sha256("\n".join([config.dtype, str(config.fp8), *part["content_hash"].to_pylist()]).encode()).hexdigest()
+    """The file of a part, embedded now or by a run that was killed. It carries the name of its rows, so it is never mistaken."""
+    # of the items too: one may have been forgotten since, and its text be another's
+    named = [*part["content_hash"].to_pylist(), *part["item_id"].to_pylist()]
+    name = hashlib.sha256("\n".join([config.dtype, str(config.fp8), *named]).encode()).hexdigest()
     path = part_path(config.run.lake, table, partition, name[:32])
     if path.exists():
         tally.resumed += part.num_rows

@@ -204,8 +204,10 @@ def are_small(tables: Sequence[str]) -> bool:
     """Whether all are Parquet paths of this disk, of at most SMALL_BYTES together: of others nobody knows before Java runs."""
     if not tables or not all("/" in table and Path(table).exists() for table in tables):
         return False
-    files = (file for table in map(Path, tables) for file in ([table] if table.is_file() else table.rglob("*.parquet")))
-    return sum(file.stat().st_size for file in files) <= SMALL_BYTES
+    # Hive's files have no suffix
+    files = (file for table in map(Path, tables) for file in ([table] if table.is_file() else table.rglob("*")))
+    sizes = (file.stat().st_size for file in files if file.is_file())
+    return all(together <= SMALL_BYTES for together in itertools.accumulate(sizes))
 
 
 def given() -> dict[str, str]:

@@ -43,9 +43,9 @@ class Home:
         self.known = {key: (stores.tag_of(one), now[key]) for key, one in there.items()}
 
     def here(self) -> dict[str, Signature]:
-        """The files of the copy."""
-        files = (path for path in self.path.rglob("*") if path.is_file())
-        return {path.relative_to(self.path).as_posix(): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+        """The files of the copy, but for its locks: those of a folder are none of a bucket."""
+        files = {path.relative_to(self.path).as_posix(): path.stat() for path in self.path.rglob("*") if path.is_file()}
+        return {key: (known.st_mtime_ns, known.st_size) for key, known in files.items() if not key.startswith(LOCKS)}
 
     def put_back(self) -> None:
         """Puts what changed, parts before the commits that name them, and removes what went. A folder needs none.

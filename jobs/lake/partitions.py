@@ -313,16 +313,13 @@ def read_files(lake: Path, name: str, partition: str, columns: Sequence[str] | N
 
 @contextlib.contextmanager
 def opened(lake: Path, key: str, columns: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of the lake."""
-    if (store := stores.of(lake)) is None:
-        with pq.ParquetFile(lake / key) as file:
-            yield file
-        return
+    """A Parquet file of the lake. Raises Unavailable where it is gone: a reader of hours may outlive what two nights replace."""
+    store = stores.of(lake)
     try:
-        with ranged.opened(store, key, columns) as file:
+        with ranged.opened(store, key, columns) if store else pq.ParquetFile(lake / key) as file:
             yield file
     except FileNotFoundError as error:
-        raise Unavailable(f"{store.address}/{key} was replaced while it was read: run again") from error
+        raise Unavailable(f"{stores.called(lake)}/{key} was replaced while it was read: run again") from error
 
 
 def read_schema(lake: Path, name: str, partition: str) -> pa.Schema:

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from jobs.lake import partitions, remote, tables
 from jobs.lake import store as stores
-from jobs.lake.items import without_forgotten
 from jobs.lake.partitions import Commit
 from jobs.lake.tables import Table
 from jobs.run import InputError
@@ -60,8 +59,9 @@ def commit_parts(lake: Path, table: Table, partition: str, parts: list[Path], fu
 def joined(lake: Path, table: Table, partition: str, full: int) -> Commit:
     """The partition, its last parts made one where they are more than FEW and have at most `full` rows together.
 
-    So nights add at most FEW parts to what a reader opens, and one for each `full` rows, or about; memory holds `full` rows. Rows
-    of items that were forgotten meanwhile are left out. Parts of another number type stay as they are.
+    So nights leave at most FEW small parts to what a reader opens, and any FEW + 1 in a row have more than `full` rows; memory
+    holds `full` rows. `forget` alone takes rows out: that of a forgotten item may hold the text of a living one, which a night
+    then embeds anew. Parts of another number type stay as they are.
     """
     commit, rows = partitions.read_commit(lake, table.name, partition), list[pa.Table]()
     small = last_parts(commit, full)
@@ -74,9 +74,8 @@ def joined(lake: Path, table: Table, partition: str, full: int) -> Commit:
             rows.insert(0, part.read())
     if len(rows) <= FEW:
         return commit
-    whole = pa.Table.from_batches(without_forgotten(lake, pa.concat_tables(rows).to_batches()), table.schema)
     path = part_path(lake, table, partition, f"joined-{commit.digest[:32]}")
-    write_part(path, tables.check(table, whole, f"{table.name}/{partition}"))
+    write_part(path, tables.check(table, pa.concat_tables(rows), f"{table.name}/{partition}"))
     kept = len(commit.files) - len(rows)
     return partitions.commit_files(lake, table.name, partition, [link(path)], over=commit, kept=kept)
 

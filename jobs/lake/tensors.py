@@ -160,7 +160,7 @@ def as_matrix(vectors: pa.FixedSizeListArray) -> Tensor:
 
 
 def read_embeddings(run: Run, encoder_id: str, wanted: pa.StringArray, tables: Sequence[str] = ("llm_embeddings",)) -> Tensor:
-    """llm_NE of content hashes, in the order given and in the table's float type; equal texts share one embedding.
+    """llm_NE of content hashes, in the order given and in the widest float type of its parts; equal texts share one embedding.
 
     Of a text in several of the `tables` the last one counts.
 
@@ -172,10 +172,11 @@ def read_embeddings(run: Run, encoder_id: str, wanted: pa.StringArray, tables: S
     for hashes, llm_BE in embedding_batches(run, encoder_id, tables):
         if llm_UE is None:
             llm_UE = torch.zeros(len(unique), llm_BE.shape[1], dtype=llm_BE.dtype)
+        llm_UE = llm_UE.to(torch.promote_types(llm_UE.dtype, llm_BE.dtype))  # `embed.dtype` may change between two nights
         place = pc.index_in(hashes, value_set=unique).to_numpy(zero_copy_only=False)
         mine = ~np.isnan(place.astype(float))
         rows = torch.from_numpy(place[mine].astype(np.int64))
-        llm_UE[rows] = llm_BE[torch.from_numpy(mine)]
+        llm_UE[rows] = llm_BE[torch.from_numpy(mine)].to(llm_UE.dtype)
         found[rows.numpy()] = True
     missing = pc.sum(pc.is_in(wanted, unique.filter(pa.array(~found)))).as_py() or 0
     if llm_UE is None or missing:

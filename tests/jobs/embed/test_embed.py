@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from jobs.lake import parts as finished_parts
 from jobs.lake.items import bury, content_hash
 from jobs.lake.parts import FEW
 from jobs.lake.tables import llm_embeddings
+from jobs.lake.tensors import embedding_batches, read_embeddings
 from jobs.run import InputError, Run, as_json
 from models.text.embedding import embed_items
 from models.text.encoder import Encoder, load_encoder, save_encoder
@@ -141,6 +143,52 @@ def test_nights_of_two_shards_leave_few_parts_to_open_and_every_text_once(config
     assert [name.partition("/")[2] for name in found] == ["shard=00000-of-00002", "shard=00001-of-00002"]
     assert all(len(partitions.read_commit(config.run.lake, "llm_embeddings", name).files) <= FEW for name in found)
     assert rows(config).num_rows == len(embeddings)
+
+
+def test_a_text_of_a_forgotten_item_and_of_a_living_one_is_there_after_parts_are_joined(config: embed.Config) -> None:
+    lake = config.run.lake
+    for number in range(FEW + 1):
+        ds, items = f"2026-04-{number + 1:02d}", tiny.items(4 + number)
+        items[1] = items[0]
+        write_items(lake, ds, items)
+        if number == FEW:
+            bury(lake, "i0000", ds)  # as a `forget` that was killed right after
+        config = changed(config, run=dataclasses.replace(config.run, ds=ds), part_items=1_000)
+        result = embed.run(config)
+    texts = pa.array([content_hash(item) for item in items[1:]])
+    assert len(read_embeddings(config.run, result.encoder_id, texts)) == len(texts)
+    assert len(partitions.read_commit(lake, "llm_embeddings", result.partition).files) == 1
+
+
+def test_a_part_of_a_killed_run_does_not_bring_a_forgotten_item_back_by_a_text_that_it_shared(
+    config: embed.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = tiny.items(COUNT)
+    items[4] = items[3]  # one after the other: the part's texts stay the same, in the same order
+    write_items(config.run.lake, DS, items)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(embed, "commit_parts", Mock(side_effect=Killed))
+        embed.run(config)
+    bury(config.run.lake, "i0003", DS)  # on another machine, where the part does not lie
+    result = embed.run(config)
+    assert "i0003" not in rows(config)["item_id"].to_pylist() and rows(config).num_rows == COUNT - 1
+    assert result.resumed > 0, "parts without it are still good"
+
+
+@pytest.mark.parametrize("kinds", [("float16", "float32"), ("float32", "float16")])
+def test_embeddings_of_two_number_types_are_read_in_the_wider_one(config: embed.Config, kinds: tuple[Any, Any]) -> None:
+    embed.run(changed(config, dtype=kinds[0]))
+    items = tiny.items(COUNT + 5)
+    write_items(config.run.lake, DS, items)
+    result = embed.run(changed(config, dtype=kinds[1]))
+    texts = pa.array([content_hash(item) for item in items])
+    llm_NE = read_embeddings(config.run, result.encoder_id, texts)
+    stored = {
+        text: vector
+        for texts_B, emb_BE in embedding_batches(config.run, result.encoder_id)
+        for text, vector in zip(texts_B.to_pylist(), emb_BE.tolist(), strict=True)
+    }
+    assert str(llm_NE.dtype) == "torch.float32" and llm_NE.tolist() == [stored[text] for text in texts.to_pylist()]
 
 
 def test_an_items_table_that_grew_on_the_same_date_adds_to_the_partition(config: embed.Config) -> None:

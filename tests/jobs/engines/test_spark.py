@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,28 @@ def test_java_compiles_less_where_both_tables_are_small_files_of_this_disk(built
     assert not compiled(spark.SMALL_BYTES - 1, both)
     assert compiled(spark.SMALL_BYTES, both), "together they have a byte more"
     assert not compiled(spark.SMALL_BYTES, both[:1])
+    (logs / "000000_0").touch()  # as Hive names its files
+    os.truncate(logs / "000000_0", spark.SMALL_BYTES)
+    assert compiled(0, both)
+    (logs / "000000_0").unlink()
     for other in ("shop.logs", f"{tmp_path}/absent", "s3a://shop/logs", f"{logs}/date=*"):
         assert compiled(0, (str(items), other)), other
     assert compiled(0, ())
     assert compiled(0, both, spark_master="yarn"), "a cluster's drivers have options of their own"
     assert "TieredStopAtLevel" in built({}, both)["spark.driver.extraJavaOptions"]
     assert built({"spark.driver.extraJavaOptions": "-Xss8m"}, both)["spark.driver.extraJavaOptions"] == "-Xss8m"
+
+
+def test_no_more_files_of_a_table_are_looked_at_than_make_it_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").touch()
+    os.truncate(tmp_path / "a.parquet", spark.SMALL_BYTES)
+
+    def listed(folder: Path, pattern: str) -> Iterator[Path]:
+        yield from [folder / "a.parquet"] * 2
+        raise AssertionError("a folder may have a million")
+
+    monkeypatch.setattr(Path, "rglob", listed)
+    assert not spark.are_small((str(tmp_path),))
 
 
 @pytest.mark.parametrize("kind", ["standalone", "yarn", "kubernetes"])

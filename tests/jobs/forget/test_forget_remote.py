@@ -67,6 +67,7 @@ def test_no_object_of_the_bucket_names_it_and_nothing_else_went(bucket: Path, ob
     result = forget.run(forget.Config(run=Run(ds=DS, lake=bucket), item=ODD, lease_wait_s=0))
     assert (result.left_in_lake, result.left_online, result.indexes, result.online_removed) == ([], 0, 1, 1)
     assert names_of(object_store, tmp_path, ODD) == [] and tombstones(bucket) == {ODD}
+    assert not [key for key in object_store.objects() if key.endswith(".lock")], "locks of the copy are no locks of the bucket"
     assert {table: partitions.read_commit(bucket, table, f"ds={DS}").rows for table in rows} == rows | {
         "items": rows["items"] - 1, "interactions": rows["interactions"] - 1,
     }  # fmt: skip
