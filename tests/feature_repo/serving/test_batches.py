@@ -36,6 +36,27 @@ def test_light_batches_are_answered_here_and_others_on_the_thread() -> None:
     assert where == [("MainThread", [1, 2, 13, 3]), ("numeric", [4, 200, 5, 300])]
 
 
+def test_many_light_batches_that_waited_for_the_thread_are_answered_one_by_one() -> None:
+    here = threading.Event()
+    between: list[int] = []
+
+    def work(asks: Sequence[Any]) -> list[Any]:
+        return list(asks) if asks[0] != "heavy" or here.wait(5) else []
+
+    async def ask() -> None:
+        batcher = Batcher(work, lambda asks: asks[0] != "heavy", 0.0, 1)
+        batcher.open()
+        asked = [asyncio.ensure_future(batcher.ask(one)) for one in ("heavy", *range(2000))]  # type: ignore[arg-type]
+        asked[1].add_done_callback(lambda _: between.append(sum(one.done() for one in asked)))
+        await asyncio.sleep(0)
+        here.set()
+        assert await asyncio.wait_for(asyncio.gather(*asked), 10) == ["heavy", *range(2000)]
+        assert between[0] < 10, "the event loop has its turn"
+        batcher.close()
+
+    asyncio.run(ask())
+
+
 @pytest.mark.parametrize(
     ("more", "asks", "light"),
     [
