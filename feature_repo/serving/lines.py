@@ -66,7 +66,7 @@ class Lines:
             self.client = client = await self.transport.store._get_client_async(self.transport.config.online_store)
             client.set_retry(Retry(NoBackoff(), 0))
             # who reads has a limit for the whole; redis-py's would make a task of every command
-            client.connection_pool.connection_kwargs["socket_timeout"] = None
+            client.connection_pool.connection_kwargs |= {"socket_timeout": None, "socket_connect_timeout": CONNECT_S}
         line = self.client.connection_pool.make_connection()
         try:
             async with asyncio.timeout(CONNECT_S):

@@ -80,6 +80,22 @@ def test_a_store_from_which_connections_take_longer_than_a_read_may_is_read_all_
     asyncio.run(read())
 
 
+def test_a_handshake_may_take_longer_than_a_read(way: tuple[Lines, Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, _ = way
+    opened = asyncio.open_connection
+
+    async def slowly(**given: object) -> object:
+        await asyncio.sleep(3 * Settings().store_ms / 1000)  # as TLS to a far host
+        return await opened(**given)  # type: ignore[arg-type]
+
+    async def read() -> None:
+        monkeypatch.setattr(asyncio, "open_connection", slowly)
+        assert await lines.item_ids("u1") == USERS["u1"]
+        await lines.close()
+
+    asyncio.run(read())
+
+
 def test_after_a_server_hung_up_one_read_fails_and_the_next_is_right(way: tuple[Lines, Proxy]) -> None:
     lines, proxy = way
 
