@@ -34,8 +34,8 @@ READ = (2, 3)
 """Formats that are read: before 3 there were graphs alone."""
 BLOCK = 262_144
 """Items scored at once by the exact index: bounds its memory."""
-APART, APART_CODES = 0.05, 0.8
-"""How far the shorter vectors of a graph, or of codes, may be from the whole ones, as a share of these."""
+APART = 0.05
+"""How far the shorter vectors of an approximate index may be from what it makes of the whole ones, as a share of these."""
 REMEMBERED = 65_536
 """Ids and rows that a reader keeps in memory, each."""
 PAIRS = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
@@ -175,8 +175,8 @@ class Index:
         sample = np.unique(np.linspace(0, len(self) - 1, min(64, len(self))).astype(np.int64))
         if self.about["approximate"]:
             row_S, kept_SD = nearest.kept(self.tree, sample)
-            most = APART_CODES if nearest.is_scan(self.tree) else APART
-            if kept_SD.shape[1] != self.vector_ND.shape[1] or apart(kept_SD, self.vector_ND[row_S]) > most:
+            same_width = kept_SD.shape[1] == self.vector_ND.shape[1]
+            if not same_width or apart(kept_SD, nearest.shortened(self.tree, self.vector_ND[row_S])) > APART:
                 raise Foreign(f"the approximate index in {self.folder} was not built of these vectors: publish the space again")
         if not np.array_equal(self.rows_of([self.id_of(int(row)) for row in sample]), sample):
             raise Foreign(f"ids in {self.folder} do not lead back to their rows: publish the space again")

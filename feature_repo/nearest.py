@@ -141,9 +141,20 @@ def scanned(tree: Any, query_QD: Matrix, count: int, mask_N: npt.NDArray[np.bool
 
 def kept(tree: Any, place_S: Rows) -> tuple[Rows, Matrix]:
     """(row_S, emb_SD) of some places, the vectors as short as they are kept."""
-    named, row_S = isinstance(tree, faiss.IndexIDMap), place_S
-    if named:  # a graph of version 0.1.0 has its vectors in the order of the rows
+    row_S, held = place_S, holder(tree)
+    if isinstance(tree, faiss.IndexIDMap):  # a graph of version 0.1.0 has its vectors in the order of the rows
         row_S = np.array([tree.id_map.at(int(place)) for place in place_S])
-    bare = faiss.downcast_index(tree.index) if named else tree
-    held = bare if is_scan(bare) else bare.storage
     return row_S, np.stack([held.reconstruct(int(place)) for place in place_S])
+
+
+def shortened(tree: Any, emb_SD: Matrix) -> Matrix:
+    """emb_SD as they would be kept: codes may lie far from a vector that was built into them, but not from its own code."""
+    held, emb_SD = holder(tree), np.ascontiguousarray(emb_SD, np.float32)
+    short_SD: Matrix = held.sa_decode(held.sa_encode(emb_SD))
+    return short_SD
+
+
+def holder(tree: Any) -> Any:
+    """The part of an approximate index that keeps the vectors."""
+    bare = faiss.downcast_index(tree.index) if isinstance(tree, faiss.IndexIDMap) else tree
+    return bare if is_scan(bare) else faiss.downcast_index(bare.storage)

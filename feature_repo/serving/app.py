@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -47,7 +48,8 @@ class Service:
         self.guard = Guard(settings, 1 if self.reader.transport.config.online_store.type == "sqlite" else 8)  # type: ignore[attr-defined]
         self.histories = Histories(settings, self.reader, self.guard)
         self.watch = Watch(settings, looker)
-        self.batcher = Batcher(self.work, search.is_light, settings.window_ms / 1000, settings.batch)
+        light = functools.partial(search.is_light, settings=settings)
+        self.batcher = Batcher(self.work, light, settings.window_ms / 1000, settings.batch)
 
     def work(self, asks: Sequence[Ask]) -> list[Found | Exception]:
         """One batch."""

@@ -53,7 +53,10 @@ class Batcher:
             return
         self.busy = True
         if self.light([ask for ask, _ in batch]):
-            self.finish(batch, self.answers(batch))
+            give(batch, self.answers(batch))
+            self.busy = False
+            if self.waiting:  # not at once: what the loop has read meanwhile comes in turn, however many wait
+                self.timer = asyncio.get_running_loop().call_soon(self.start)
         else:
             self.batches.put(batch)
 
@@ -72,15 +75,9 @@ class Batcher:
                 loop.call_soon_threadsafe(self.finish, batch, answers)
 
     def finish(self, batch: list[Pair], answers: Sequence[Found | Exception]) -> None:
-        """Gives each caller its own answer, and begins the next batch at once."""
+        """Gives the thread's answers, and begins the next batch at once."""
         self.busy = False
-        for (_, future), one in zip(batch, answers, strict=True):
-            if future.done():
-                continue
-            if isinstance(one, Exception):
-                future.set_exception(one)
-            else:
-                future.set_result(one)
+        give(batch, answers)
         self.start()
 
     def open(self) -> None:
@@ -90,6 +87,17 @@ class Batcher:
     def close(self) -> None:
         """Ends the thread."""
         self.batches.put([])
+
+
+def give(batch: list[Pair], answers: Sequence[Found | Exception]) -> None:
+    """Each caller gets its own answer."""
+    for (_, future), one in zip(batch, answers, strict=True):
+        if future.done():
+            continue
+        if isinstance(one, Exception):
+            future.set_exception(one)
+        else:
+            future.set_result(one)
 
 
 def step_back() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import Any
 
 from feature_repo.keys import key_prefix, key_text
@@ -18,7 +20,8 @@ class Lines:
     def __init__(self, transport: Sdk) -> None:
         self.transport = transport
         self.client: Any = None
-        self.free: list[Any] = []
+        self.free: dict[Any, float] = {}
+        """Connections that no read uses, and when each was last known to be well; the latest is taken first."""
         view, project = transport.views.user_history, transport.config.project.encode()
         _, (field, *_) = transport.store._generate_hset_keys_for_features(view, ["item_ids"])
         self.prefix, self.suffix = key_prefix(view), project
@@ -27,16 +30,16 @@ class Lines:
     async def item_ids(self, user_id: str) -> list[str]:
         """What the SRS pushed of a user. Cancelled, it leaves no connection behind on which an answer may still come."""
         key = self.prefix + key_text(user_id) + self.suffix
-        line = self.free.pop() if self.free else await self.new()
+        begun = time.monotonic()
+        line = self.free.popitem()[0] if self.free else await self.new()
         try:
             await line.send_packed_command(b"%b%d\r\n%b%b" % (self.before, len(key), key, self.after), check_health=False)
             raw = (await line.read_response(disable_decoding=True))[0]
-        except BaseException as error:
+        except BaseException:
             await line.disconnect(nowait=True)
-            if isinstance(error, Exception):  # a server that hung up on one has done so on all
-                await self.close()
+            await self.close(begun)  # a host that hung up on one, or fell silent, has done so on all that did not answer since
             raise
-        self.free.append(line)
+        self.free[line] = time.monotonic()
         return list(natives({"item_ids": value_of(raw)}).get("item_ids") or []) if raw else []
 
     async def new(self) -> Any:
@@ -52,7 +55,7 @@ class Lines:
     def keep(self, making: asyncio.Future[Any]) -> None:
         """A connection that nobody waits for any more."""
         if not making.cancelled() and making.exception() is None:
-            self.free.append(making.result())
+            self.free[making.result()] = time.monotonic()
 
     async def made(self) -> Any:
         """A connection, as Feast's settings say: password, TLS, Sentinel."""
@@ -63,7 +66,7 @@ class Lines:
             self.client = client = await self.transport.store._get_client_async(self.transport.config.online_store)
             client.set_retry(Retry(NoBackoff(), 0))
             # who reads has a limit for the whole; redis-py's would make a task of every command
-            client.connection_pool.connection_kwargs["socket_timeout"] = None
+            client.connection_pool.connection_kwargs |= {"socket_timeout": None, "socket_connect_timeout": CONNECT_S}
         line = self.client.connection_pool.make_connection()
         try:
             async with asyncio.timeout(CONNECT_S):
@@ -73,10 +76,11 @@ class Lines:
             raise
         return line
 
-    async def close(self) -> None:
-        """Hangs up, without waiting for the other side."""
-        while self.free:
-            await self.free.pop().disconnect(nowait=True)
+    async def close(self, before: float = math.inf) -> None:
+        """Hangs up where nothing was heard since `before`, without waiting for the other side."""
+        for line in [line for line, well in self.free.items() if well < before]:
+            if self.free.pop(line, None) is not None:
+                await line.disconnect(nowait=True)
 
 
 def value_of(raw: bytes) -> Any:

@@ -21,6 +21,8 @@ LIGHT_HIDDEN = 200
 """Hidden rows beside which one search surely finds enough; where it does not, all items are scored."""
 LIGHT_NUMBERS = 64_000_000
 """Numbers of vectors whose codes are looked at in a millisecond or two."""
+LIGHT_SCORED = 4_000_000
+"""Those that are multiplied in full in some more; a space without codes may have many times as many."""
 Filters = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -50,13 +52,14 @@ class Found:
     """What each part brought; empty where it was not asked for, or there is one part."""
 
 
-def is_light(asks: Sequence[Ask]) -> bool:
+def is_light(asks: Sequence[Ask], settings: Settings) -> bool:
     """Whether asks take so little that handing them to a thread and back would take about as long."""
     return len(asks) <= LIGHT_ASKS and all(
         not ask.filters
         and ask.k <= LIGHT_K
         and len(ask.hidden) <= LIGHT_HIDDEN
-        and ask.generation.index.vector_ND.size * len(asks) <= LIGHT_NUMBERS
+        and ask.generation.index.vector_ND.size * len(asks)
+        <= (LIGHT_SCORED if exact_is_cheap(ask.generation, settings) else LIGHT_NUMBERS)
         for ask in asks
     )
 

@@ -128,6 +128,21 @@ def test_a_mask_bounds_what_is_found(tmp_path: Path, graph: Graph) -> None:
     assert index.approximate(vectors(1, seed=1), 10, 200, few_N)[0].shape[1] <= 2, "no row that is none"
 
 
+@pytest.mark.parametrize("graph", [Graph(), LINKED], ids=["codes", "graph"])
+def test_an_index_of_other_vectors_is_foreign_also_where_all_have_much_in_common(tmp_path: Path, graph: Graph) -> None:
+    one, other = (built(tmp_path / f"{seed}", vectors(1000, seed=seed) + 5, graph) for seed in (1, 2))
+    one.check()
+    (one.folder / "graph.faiss").write_bytes((other.folder / "graph.faiss").read_bytes())
+    with pytest.raises(Foreign, match="not built of these vectors"):
+        Index(one.folder).check()
+
+
+def test_codes_that_learned_from_a_few_very_long_vectors_are_their_own(tmp_path: Path) -> None:
+    vector_ND = vectors(2000)
+    vector_ND[5] *= 1e4
+    built(tmp_path / "x", vector_ND, Graph()).check()
+
+
 def test_neighbours_lie_side_by_side_in_the_graph_and_rows_stay_as_they_came(tmp_path: Path) -> None:
     # two clusters, their items in turn
     vector_ND = vectors(400) * 0.1

@@ -21,6 +21,8 @@ class Proxy:
         """Whether replies are read and lost; the connection stays open."""
         self.down = False
         """Whether connections are hung up on."""
+        self.deaf: set[socket.socket] = set()
+        """Connections that stay open, and on which nothing comes through any more."""
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.listener.getsockname()[1]
         self.lines: list[socket.socket] = []
@@ -49,7 +51,7 @@ class Proxy:
             while (data := source.recv(65_536)) and not self.down:
                 if reply and self.delay_s[1]:
                     time.sleep(self.random.uniform(*self.delay_s))
-                if not (reply and self.swallow):
+                if not (reply and self.swallow) and source not in self.deaf:
                     sink.sendall(data)
         for line in (source, sink):
             with suppress(OSError):

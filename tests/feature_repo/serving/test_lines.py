@@ -74,7 +74,23 @@ def test_a_store_from_which_connections_take_longer_than_a_read_may_is_read_all_
                 break
             await asyncio.sleep(0.05)
         (kept,) = lines.free
-        assert await lines.item_ids("u2") == USERS["u2"] and lines.free == [kept]
+        assert await lines.item_ids("u2") == USERS["u2"] and list(lines.free) == [kept]
+        await lines.close()
+
+    asyncio.run(read())
+
+
+def test_a_handshake_may_take_longer_than_a_read(way: tuple[Lines, Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, _ = way
+    opened = asyncio.open_connection
+
+    async def slowly(**given: object) -> object:
+        await asyncio.sleep(3 * Settings().store_ms / 1000)  # as TLS to a far host
+        return await opened(**given)  # type: ignore[arg-type]
+
+    async def read() -> None:
+        monkeypatch.setattr(asyncio, "open_connection", slowly)
+        assert await lines.item_ids("u1") == USERS["u1"]
         await lines.close()
 
     asyncio.run(read())
@@ -89,6 +105,41 @@ def test_after_a_server_hung_up_one_read_fails_and_the_next_is_right(way: tuple[
         with pytest.raises(Exception, match="onnection"):
             await lines.item_ids("u1")
         assert await lines.item_ids("u2") == USERS["u2"]
+        await lines.close()
+
+    asyncio.run(read())
+
+
+def test_after_a_host_that_fell_silent_one_read_is_slow_and_the_next_is_right(way: tuple[Lines, Proxy]) -> None:
+    lines, proxy = way
+
+    async def read() -> None:
+        await asyncio.gather(*map(lines.item_ids, USERS))
+        proxy.deaf.update(proxy.lines)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await lines.item_ids("u1")
+        async with asyncio.timeout(5):
+            assert await lines.item_ids("u2") == USERS["u2"]
+        await lines.close()
+
+    asyncio.run(read())
+
+
+def test_a_read_that_fails_leaves_lines_alone_that_answered_since_it_began(way: tuple[Lines, Proxy]) -> None:
+    lines, proxy = way
+
+    async def read() -> None:
+        await lines.item_ids("u1")
+        proxy.deaf.update(proxy.lines)
+        slow = asyncio.ensure_future(lines.item_ids("u3"))
+        await asyncio.sleep(0.05)
+        assert await lines.item_ids("u4") == USERS["u4"]
+        (kept,) = lines.free
+        slow.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await slow
+        assert list(lines.free) == [kept] and await lines.item_ids("u5") == USERS["u5"]
         await lines.close()
 
     asyncio.run(read())
