@@ -257,7 +257,7 @@ class Index:
         Raises ValueError where there is none.
         """
         count = min(count, len(self))
-        row_QC = self.candidates(query_QD, 3 * count + 10, breadth, mask_N)
+        row_QC = self.candidates(query_QD, nearest.scored(count), breadth, mask_N)
         score_QC = np.einsum("qd,qcd->qc", query_QD, np.asarray(self.vector_ND[row_QC]))
         score_QC[row_QC < 0] = -np.inf
         score_QK, row_QK = best(score_QC, row_QC, count)

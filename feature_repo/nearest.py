@@ -110,6 +110,11 @@ def is_scan(tree: Any) -> bool:
     return isinstance(tree, faiss.IndexPQFastScan)
 
 
+def scored(count: int) -> int:
+    """Candidates that are scored in full to find the best `count`: shorter vectors order them less well than they find them."""
+    return 3 * count + 10
+
+
 def candidates(tree: Any, query_QD: Matrix, count: int, breadth: int, mask_N: npt.NDArray[np.bool_] | None = None) -> Rows:
     """row_QC of what is found among the items of a mask, best first by shorter vectors, -1 after the last.
 

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from feature_repo.nearest import Matrix, Rows
+from feature_repo.nearest import Matrix, Rows, scored
 from feature_repo.serving.generation import BIT, Generation, Unfit, exact_is_cheap
 from feature_repo.serving.settings import Settings
 
-SPARE = 10
-"""Candidates that are scored in full beside three times as many as are asked for: they were found by shorter vectors."""
 LIGHT_ASKS, LIGHT_K = 8, 100
 LIGHT_HIDDEN = 200
 """Hidden rows beside which one search surely finds enough; where it does not, all items are scored."""
@@ -110,7 +108,7 @@ def searched(made: Generation, query_BD: Matrix, asks: Sequence[Ask], settings: 
     if exact_is_cheap(made, settings):
         row_BC, _ = made.index.exact(query_BD, max(ask.k + len(ask.hidden) for ask in asks))
     else:
-        most = max(3 * ask.k + SPARE + min(len(ask.hidden), settings.breadth) for ask in asks)
+        most = max(scored(ask.k) + min(len(ask.hidden), settings.breadth) for ask in asks)
         row_BC = made.index.candidates(query_BD, most, settings.breadth)
     found = {}
     for number, ask in enumerate(asks):

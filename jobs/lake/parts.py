@@ -48,22 +48,22 @@ def commit_parts(lake: Path, table: Table, partition: str, parts: list[Path], fu
     over = partitions.read_commit(lake, table.name, partition) if partitions.is_committed(lake, table.name, partition) else None
     if parts:
         staged = [link(part) for part in parts]
-        partitions.commit_files(lake, table.name, partition, staged, over=over, kept=len(over.files) if over else 0)
-    elif over is None:
-        partitions.write(lake, table, partition, [])
-    commit = joined(lake, table, partition, full)
+        now = partitions.commit_files(lake, table.name, partition, staged, over=over, kept=len(over.files) if over else 0)
+    else:
+        now = over or partitions.write(lake, table, partition, [])
+    commit = joined(lake, table, now, full)
     shutil.rmtree(aside_of(lake, table, partition), ignore_errors=True)
     return commit
 
 
-def joined(lake: Path, table: Table, partition: str, full: int) -> Commit:
-    """The partition, its last parts made one where they are more than FEW and have at most `full` rows together.
+def joined(lake: Path, table: Table, commit: Commit, full: int) -> Commit:
+    """The partition of a commit, its last parts made one where they are more than FEW and have at most `full` rows together.
 
     So nights leave at most FEW small parts to what a reader opens, and any FEW + 1 in a row have more than `full` rows; memory
     holds `full` rows. `forget` alone takes rows out: that of a forgotten item may hold the text of a living one, which a night
     then embeds anew. Parts of another number type stay as they are.
     """
-    commit, rows = partitions.read_commit(lake, table.name, partition), list[pa.Table]()
+    partition, rows = commit.partition, list[pa.Table]()
     small = last_parts(commit, full)
     if small <= FEW:
         return commit

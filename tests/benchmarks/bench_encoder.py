@@ -51,7 +51,7 @@ from models.text.prompts import Attributes, FieldPolicy
 from models.text.scft import Scft, fine_tune
 from models.text.scft_batches import Pairs, shuffle_texts
 from models.text.users import users_of
-from tests.benchmarks.bench_fusion import interval, resampled
+from tests.benchmarks.bench_fusion import interval, pair, resampled
 from tests.benchmarks.bench_quality import COLD_SEED, COLD_SHARE, fresh, quietly, read_items
 from tests.benchmarks.bench_rat import load
 
@@ -274,12 +274,6 @@ def fused(arguments: argparse.Namespace) -> dict[str, Any]:
             "second - first": {name: pair(two_SC, one_SC, mine) for name, mine in slices.items()},
         }  # fmt: skip
     return result
-
-
-def pair(one_SC: Tensor, other_SC: Tensor, mine: Tensor) -> list[float]:
-    """Mean difference of two rows among some cases and its 95 % interval."""
-    mean_RM = resampled(torch.stack([one_SC, other_SC])[:, :, mine])
-    return interval(one_SC - other_SC, mine, mean_RM[:, 0] - mean_RM[:, 1])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

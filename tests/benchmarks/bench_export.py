@@ -1,7 +1,7 @@
 """The user encoder as serving runs it, beside the same program exported: torch.export, AOTInductor (compiled), ONNX Runtime.
 
-    pip install --target /tmp/peers --no-deps onnxruntime onnx onnxscript onnx-ir ml_dtypes flatbuffers
-    PYTHONPATH=/tmp/peers OMP_NUM_THREADS=1 python tests/benchmarks/bench_export.py --recommender LAKE/models/recommender/ID
+    pip install --target PEERS --no-deps onnxruntime onnx onnxscript onnx-ir ml_dtypes flatbuffers
+    PYTHONPATH=PEERS OMP_NUM_THREADS=1 python tests/benchmarks/bench_export.py --recommender LAKE/models/recommender/ID
 
 Milliseconds of one thread for batches of 1, 8 and 32 histories: the median of rounds in which the ways take turns, so that a busy
 machine slows all. What can't be had here (a C++ compiler for AOTInductor, ONNX Runtime) is told and left out. `apart` is the

@@ -371,6 +371,12 @@ def interval(less_SC: Tensor, in_C: Tensor, less_R: Tensor) -> list[float]:
     return [round(value, 4) for value in (float(less_SC[:, in_C].mean()), low, high)]
 
 
+def pair(one_SC: Tensor, other_SC: Tensor, mine: Tensor) -> list[float]:
+    """Mean difference of two rows among some cases and its 95 % interval."""
+    mean_RM = resampled(torch.stack([one_SC, other_SC])[:, :, mine])
+    return interval(one_SC - other_SC, mine, mean_RM[:, 0] - mean_RM[:, 1])
+
+
 # ----------------------------------------------------------------------------------------------------------------- encode
 
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_house.py                                       # this checkout
     python tests/benchmarks/bench_house.py --lint --write                        # `make lint` timed too; into CONTRIBUTING.md
-    git worktree add /tmp/old 6fdad22 && python tests/benchmarks/bench_house.py --folder /tmp/old \\
+    git worktree add OLD 6fdad22 && python tests/benchmarks/bench_house.py --folder OLD \\
         --way jobs/extract.py,jobs/contracts.py                                  # another one, with its own way
 
 Reads the syntax trees of the five rooms; imports inside functions and for types count too. A circle is

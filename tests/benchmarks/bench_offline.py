@@ -42,7 +42,7 @@ from models.judge.family import CHAMPION
 from models.judge.systems import Kit, Settings, System
 from models.text.rerank import Distilling
 from tests.benchmarks.bench_family import embedded, splits
-from tests.benchmarks.bench_fusion import interval, resampled
+from tests.benchmarks.bench_fusion import pair
 
 Values = dict[str, Tensor]
 """NDCG@10 of each case, by way."""
@@ -117,11 +117,7 @@ def summary(found: list[Values]) -> dict[str, Any]:
     """Means over users and seeds; what each way has more than the champion, with 95 % intervals, both resampled."""
     ndcg = {way: torch.stack([values[way].float() for values in found]) for way in found[0]}
     mine = torch.ones(ndcg["recommender"].shape[1], dtype=torch.bool)
-    more = {}
-    for way, value_SC in ndcg.items():
-        if way != "recommender":
-            mean_RM = resampled(torch.stack([value_SC, ndcg["recommender"]]))
-            more[way] = interval(value_SC - ndcg["recommender"], mine, mean_RM[:, 0] - mean_RM[:, 1])
+    more = {way: pair(value_SC, ndcg["recommender"], mine) for way, value_SC in ndcg.items() if way != "recommender"}
     return {
         "users": len(mine), "ndcg": {way: round(float(value_SC.mean()), 4) for way, value_SC in ndcg.items()},
         "more than the champion": more,

