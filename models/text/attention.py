@@ -1,7 +1,7 @@
 """Attention over a packed step, in transformers' interface: a padded kernel for any device, FlashAttention where it works.
 
-Shapes: T tokens of a step, S sequences, K keys that all sequences read together, Q longest sequence, L longest sequence with
-its prefix, H heads, G key/value heads, D head width.
+Shapes: T tokens of a step, S sequences, K keys that all sequences read together, C sequences that read the shared prefix, P its
+tokens, Q longest sequence, L longest sequence with its prefix, H heads, G key/value heads, D head width.
 """
 
 from __future__ import annotations
@@ -82,15 +82,36 @@ def padded_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, pack
     return out_SHQD.transpose(1, 2).flatten(0, 1)[packing.unpad_T]
 
 
+class ReadKeys(torch.autograd.Function):
+    """states_TGD -> those of the keys read, states_KGD.
+
+    The gradient goes by places: every token has one key of its own, and only the prefix's tokens have copies. Adding up by
+    index would sort all keys, in another order each time. Keys that nobody reads get no gradient from the kernel, not even a
+    zero; no place names them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states_TGD: Tensor, key_K: Tensor, own_T: Tensor, copy_CP: Tensor) -> Tensor:
+        """states_KGD."""
+        ctx.save_for_backward(own_T, copy_CP)
+        return states_TGD[key_K]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of states_TGD."""
+        own_T, copy_CP = ctx.saved_tensors
+        prefix_PGD = grads[0][copy_CP].sum(0)
+        return grads[0][own_T] + F.pad(prefix_PGD, (0, 0, 0, 0, 0, len(own_T) - len(prefix_PGD))), None, None, None
+
+
 def variable_attention(query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, packing: Packing, scale: float) -> Tensor:
     """query_THD, key_TGD, value_TGD -> out_THD by FlashAttention over sequences of any length.
 
     A sequence has more keys than queries, as it reads the shared prefix too; causal masks count from the sequence's end.
     """
     if packing.key_K is not None:
-        # no sequence reads the filler keys, and the kernel leaves their gradient unset: it must not reach a token
-        read_K11 = torch.arange(len(packing.key_K), device=key_TGD.device)[:, None, None] < packing.k_S1[-1]
-        key_TGD, value_TGD = (torch.where(read_K11, states[packing.key_K], 0) for states in (key_TGD, value_TGD))
+        which = packing.key_K, packing.own_T, packing.copy_CP
+        key_TGD, value_TGD = (ReadKeys.apply(states, *which) for states in (key_TGD, value_TGD))  # type: ignore[no-untyped-call]
     options: dict[str, Any] = {"scale": scale} if "scale" in OPTIONS else {}
     if "scale" not in OPTIONS:
         query_THD = query_THD * (scale * query_THD.shape[-1] ** 0.5)

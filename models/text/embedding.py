@@ -18,7 +18,7 @@ from torch import Tensor
 from models.processes import gather_to_first
 from models.text.base_model import layers_of
 from models.text.encoder import Encoder
-from models.text.packing import Step, batches
+from models.text.packing import SMALLEST, Step, batches, round_down
 from models.text.prompts import Attributes, Ints, Prompts, prompts, take
 
 
@@ -79,7 +79,9 @@ def embed_together(
 
 def embedded_steps(encoder: Encoder, source: Prompts, budget: int) -> Iterator[tuple[Ints, Tensor]]:
     """Prompts -> rows and embeddings of each step. The next step is packed and sent while the device computes."""
-    todo = deque(batches(source.length_B, budget, encoder.overhead))
+    # filled up, a step is no larger than its budget: what is rounded up beyond it costs time and memory for nothing
+    room = round_down(budget, SMALLEST, encoder.fill) if encoder.fill else budget
+    todo = deque(batches(source.length_B, room - (len(encoder.head) if encoder.shared else 0), encoder.overhead))
     ahead: Future[Step] | None = None
 
     def packed(rows: Ints) -> Step:

@@ -4,8 +4,8 @@ A step's tokens are `[prefix, item, item, …]`. In causal attention the prefix'
 are computed once, and each item's queries attend to the prefix's keys and to their own. With bidirectional attention each
 item has its own copy of the prefix, unless the prefix is not to see the items.
 
-Shapes: T tokens of a step, S sequences (the shared prefix is one), K keys that all sequences read together, Q longest
-sequence, L longest sequence with its prefix, B items, N tokens of the items' attributes.
+Shapes: T tokens of a step, S sequences (the shared prefix is one), K keys that all sequences read together, C sequences that
+read the prefix, P its tokens, Q longest sequence, L longest sequence with its prefix, B items, N tokens of the items' attributes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from torch import Tensor
 from models.text.prompts import Ints, Prompts, spans
 
 
+SMALLEST = 256
+"""Tokens, or keys, of the smallest step that is filled up."""
+
+
 class Packing(NamedTuple):
     """Which keys each sequence's queries see. Made once a step, used by every layer."""
 
@@ -32,7 +36,11 @@ class Packing(NamedTuple):
     k_S1: Tensor
     """Where each sequence's keys start among the keys read (int32)."""
     key_K: Tensor | None
-    """The token of each key read; None where the keys are the tokens."""
+    """The token of each key read; None where the keys are the tokens. The next two are for its gradient, and None where it is."""
+    own_T: Tensor | None
+    """Where each token's own key is among the keys read."""
+    copy_CP: Tensor | None
+    """Where the copies of the shared prefix's keys are among the keys read."""
     pad_SQ: Tensor | None
     """The token of each padded query. This and the next three: only for devices without variable-length attention."""
     pad_SL: Tensor | None
@@ -158,7 +166,7 @@ def to_device(value: NDArray[Any], device: torch.device) -> Tensor:
 
 def add_filler(token_T: Ints, position_T: Ints, length_S: Ints, reach_S: Ints, rungs: int) -> tuple[Ints, Ints, Ints, Ints]:
     """A step's four arrays -> the same with filler at the end, so that the numbers of tokens and sequences are round."""
-    extra = round_up(len(token_T), 256, rungs) - len(token_T)
+    extra = round_up(len(token_T), SMALLEST, rungs) - len(token_T)
     sequences = round_up(len(length_S) + 1, 16)
     length = np.zeros(sequences, dtype=np.int64)
     length[: len(length_S)] = length_S
@@ -170,6 +178,12 @@ def add_filler(token_T: Ints, position_T: Ints, length_S: Ints, reach_S: Ints, r
     reach[: len(reach_S)] = reach_S
     zeros = np.zeros(extra, dtype=np.int64)
     return np.concatenate([token_T, zeros]), np.concatenate([position_T, zeros]), length, reach
+
+
+def round_down(count: int, smallest: int, rungs: int = 4) -> int:
+    """A count -> the round number of `round_up` that it reaches; the count itself where it is below them all."""
+    unit: int = max(smallest // 4, 2 ** max(0, count.bit_length() - rungs.bit_length()))
+    return count // unit * unit if count >= smallest else count
 
 
 def round_up(count: int, smallest: int, rungs: int = 4) -> int:
@@ -186,10 +200,10 @@ def plan_attention(length_S: Ints, reach_S: Ints, causal: bool, variable: bool, 
     key_S = length_S + reach_S
     q_S1, k_S1 = np.concatenate([[0], length_S.cumsum()]), np.concatenate([[0], key_S.cumsum()])
     longest_q, longest_k = int(length_S.max()), int(key_S.max())
-    key_K = pad_SQ = pad_SL = mask_SQL = unpad_T = None
+    key_K = own_T = copy_CP = pad_SQ = pad_SL = mask_SQL = unpad_T = None
     if variable:
         if reach_S.any():
-            key_K = read_keys(length_S, reach_S, fill)
+            key_K, own_T, copy_CP = read_keys(length_S, reach_S, fill)
         if fill:
             longest_q, longest_k = round_up(longest_q, 64), round_up(longest_k, 64)
     else:
@@ -206,6 +220,8 @@ def plan_attention(length_S: Ints, reach_S: Ints, causal: bool, variable: bool, 
         q_S1=to_device(q_S1.astype(np.int32), device),
         k_S1=to_device(k_S1.astype(np.int32), device),
         key_K=sent(key_K),
+        own_T=sent(own_T),
+        copy_CP=sent(copy_CP),
         pad_SQ=sent(pad_SQ),
         pad_SL=sent(pad_SL),
         mask_SQL=sent(mask_SQL),
@@ -213,14 +229,17 @@ def plan_attention(length_S: Ints, reach_S: Ints, causal: bool, variable: bool, 
     )
 
 
-def read_keys(length_S: Ints, reach_S: Ints, fill: int) -> Ints:
-    """key_K: for each sequence in turn, the prefix's tokens that it reads, then its own; filler at the end where asked for."""
+def read_keys(length_S: Ints, reach_S: Ints, fill: int) -> tuple[Ints, Ints, Ints]:
+    """key_K, own_T and copy_CP. For each sequence in turn, the keys of the prefix that it reads, then its own; filler at the end
+    where asked for."""
     starts, lengths = np.zeros(2 * len(length_S), dtype=np.int64), np.zeros(2 * len(length_S), dtype=np.int64)
     starts[1::2], lengths[0::2], lengths[1::2] = length_S.cumsum() - length_S, reach_S, length_S
     key_K = spans(starts, lengths)
+    start_S = (length_S + reach_S).cumsum() - length_S - reach_S
+    copy_CP = start_S[reach_S > 0, None] + np.arange(reach_S.max())
     if fill:
-        key_K = np.concatenate([key_K, np.zeros(round_up(len(key_K), 256) - len(key_K), dtype=np.int64)])
-    return key_K
+        key_K = np.concatenate([key_K, np.zeros(round_up(len(key_K), SMALLEST) - len(key_K), dtype=np.int64)])
+    return key_K, spans(start_S + reach_S, length_S), copy_CP
 
 
 def pad(length_S: Ints, reach_S: Ints, causal: bool) -> tuple[Ints, Ints, NDArray[np.bool_]]:

@@ -147,14 +147,16 @@ class Ids(nn.Module):
         return {**features, "sentence_embedding": pooled.float()}
 
 
-def sentence_transformers(model: Any, source: Prompts, device: torch.device) -> Callable[[], object]:
-    """sentence-transformers' own encode: sorted by length, padded, batch 32."""
+def sentence_transformers(model: Any, source: Prompts, device: torch.device, how: set[str]) -> Callable[[], object]:
+    """sentence-transformers' own encode: sorted by length, padded, in batches of 32 or as `how` says, and compiled if it says so."""
     from sentence_transformers import SentenceTransformer
 
     model.set_attn_implementation("sdpa")
-    library = SentenceTransformer(modules=[Ids(model, source)], device=str(device))
+    states = torch.compile(model, dynamic=True) if "compiled" in how else model
+    library = SentenceTransformer(modules=[Ids(states, source)], device=str(device))
     texts = [str(row).ljust(4 * int(length)) for row, length in enumerate(source.length_B)]
-    return lambda: library.encode(texts, batch_size=32, show_progress_bar=False)
+    batch = next((int(word) for word in how if word.isdigit()), 32)
+    return lambda: library.encode(texts, batch_size=batch, show_progress_bar=False)
 
 
 def padded(model: Any, source: Prompts, device: torch.device, batch: int = 32) -> Callable[[], object]:
@@ -226,8 +228,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def variant(name: str, model: Any, source: Prompts, device: torch.device, budget: int) -> Callable[[], object]:
     """One pass over all prompts. `fp8` turns the model's layers for good: it stands last."""
-    if name == "sentence_transformers":
-        return sentence_transformers(model, source, device)
+    if name.startswith("sentence_transformers"):
+        return sentence_transformers(model, source, device, set(name.split("_")))
     if name in ("padded", "reference"):
         return padded(model, source, device, batch=4 if name == "reference" else 32)
     if "fp8" in name and not any(isinstance(module, fp8.Fp8Linear) for module in model.modules()):
@@ -273,7 +275,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2048)
     parser.add_argument("--budget", type=int, default=0, help="tokens of a step; 0 suits the device")
     parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--variants", default=DEFAULT, help=f"of padded,reference,{DEFAULT}")
+    parser.add_argument("--variants", default=DEFAULT, help="of padded,reference,sentence_transformers_128 (the batch),"
+                        f"sentence_transformers_compiled,{DEFAULT}")  # fmt: skip
     parser.add_argument("--processes", type=int, default=1, help="GPUs, one process each")
     parser.add_argument("--process", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
