@@ -133,6 +133,8 @@ class Encoder(nn.Module):
     def round_shapes(self, rungs: int = 4) -> None:
         """Prepares for compiled layers: from now on steps get filler, so that few shapes occur."""
         torch._dynamo.config.recompile_limit = 64
+        # else floats, as dropout's share or a norm's epsilon, are numbers on the host, each with C++ of its own to be compiled
+        torch._dynamo.config.specialize_float = True
         self.fill = rungs if self.variable else 0
 
     @property
