@@ -20,7 +20,6 @@ from torch import Tensor
 
 from models.text.prompts import Ints, Prompts, spans
 
-
 SMALLEST = 256
 """Tokens, or keys, of the smallest step that is filled up."""
 

@@ -33,7 +33,7 @@ class Scft:
     tokens: int = 0
     """Tokens of a micro-batch on one GPU; 0 takes what fits into memory. Smaller ones cost time, and change no number."""
     compile: bool = True
-    """On CUDA, compiles the model's layers. It takes a minute or two at the start, and pays in all but short trainings."""
+    """On CUDA, compiles the model's layers. It takes about half a minute at the start, and pays in all but short trainings."""
     fp8: bool = False
     """Multiplies with the frozen weights in 8 bits (NVIDIA GPUs of compute capability 8.9 or later). The gates judge without."""
     validate_every: int = 250

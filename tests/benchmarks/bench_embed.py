@@ -148,7 +148,7 @@ class Ids(nn.Module):
 
 
 def sentence_transformers(model: Any, source: Prompts, device: torch.device, how: set[str]) -> Callable[[], object]:
-    """sentence-transformers' own encode: sorted by length, padded, in batches of 32 or as `how` says, and compiled if it says so."""
+    """sentence-transformers' own encode: sorted by length, padded, batches of 32 or what `how` says, compiled if it says so."""
     from sentence_transformers import SentenceTransformer
 
     model.set_attn_implementation("sdpa")

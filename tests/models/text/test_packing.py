@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from models.text import attention
-from models.text.attention import packed_attention
+from models.text.attention import ReadKeys, packed_attention
 from models.text.base_model import layers_of
 from models.text.embedding import embed
 from models.text.encoder import Encoder
-from models.text.packing import batches, pack, round_up
+from models.text.lora import Lora
+from models.text.lora_dropout import Seeds
+from models.text.packing import batches, pack, round_down, round_up
 from models.text.prompts import Prompts, prompts, take
 from tests.models import tiny
 from tests.models.tiny import CPU
@@ -170,6 +172,44 @@ def test_filled_steps_have_few_shapes() -> None:
     assert len(shapes) <= 26  # of 180 steps
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_key_gets_its_own_gradient_and_that_of_all_its_copies(causal: bool) -> None:
+    source = Prompts(np.ones(9, dtype=np.int32), np.asarray([4, 2, 3]))
+    packing = pack(source, (1, 2), causal=causal, device=CPU, variable=True, shared=True, fill=4).packing
+    assert packing.key_K is not None
+    read = int(packing.k_S1[-1])
+    states_TGD = torch.randn(int(packing.q_S1[-1]), 2, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    weight_KGD = torch.randn(len(packing.key_K), 2, 4, generator=torch.Generator().manual_seed(4))
+    key_KGD = ReadKeys.apply(states_TGD, packing.key_K, packing.own_T, packing.copy_CP)  # type: ignore[no-untyped-call]
+    assert torch.equal(key_KGD, states_TGD[packing.key_K])
+    weight_KGD[read:] = torch.nan  # of keys that no sequence reads
+    (found_TGD,) = torch.autograd.grad(key_KGD, states_TGD, weight_KGD)
+    wanted_TGD = torch.zeros_like(states_TGD).index_add(0, packing.key_K[:read], weight_KGD[:read])
+    torch.testing.assert_close(found_TGD, wanted_TGD)
+
+
+@pytest.mark.parametrize("budget", [300, 1000, 4096])
+def test_a_filled_up_step_is_no_larger_than_its_budget(made: Encoder, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+    source = some_prompts(made, 200)
+    wanted = embed(made, source)
+    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=reference))
+    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    made.fill = 4
+    sizes, step = [], made.step
+    monkeypatch.setattr(made, "step", lambda rows: sizes.append(len((packed := step(rows)).token_T)) or packed)
+    np.testing.assert_allclose(embed(made, source, budget=budget), wanted, atol=1e-4)
+    assert max(sizes) <= budget and len(sizes) > 1
+
+
+@pytest.mark.parametrize("rungs", [4, 16])
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000, 32782, 233016])
+def test_the_rung_below_is_one_that_a_step_is_filled_up_to(count: int, rungs: int) -> None:
+    below = round_down(count, 256, rungs)
+    assert below == count if count < 256 else (below <= count and round_up(below, 256, rungs) == below)
+    assert count < 256 or round_up(below + 1, 256, rungs) > count
+
+
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 1000, 12345])
 def test_a_rung_of_the_ladder_is_at_most_a_quarter_above(count: int) -> None:
     assert max(count, 16) <= round_up(count, 16) <= max(16, 1.25 * count + 4)
@@ -214,6 +254,26 @@ def test_compiled_layers_share_few_programs_over_all_shapes(tmp_path: Path, monk
     for budget in (1500, 1000, 700, 2500):
         embed(encoder, source, budget=budget)
     assert 1 <= len(programs) <= 4
+
+
+def test_compiled_layers_take_floats_as_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each layer makes them anew on the host, and C++ is compiled for each: most of the first step's time."""
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)
+    encoder = tiny.encoder(tiny.llama(tmp_path / "base"), lora=Lora(dropout=0.25))
+    Seeds(layers_of(encoder.model), CPU)
+    floats: list[object] = []
+
+    def look(graph: Any, _: Any) -> Any:
+        floats.extend(node for node in graph.graph.nodes if isinstance(node.meta.get("example_value"), torch.SymFloat))
+        graphs.append(graph)
+        return graph
+
+    graphs: list[Any] = []
+    encoder.round_shapes()
+    for layer in layers_of(encoder.model.train()):
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=look)
+    encoder(encoder.step(some_prompts(encoder)))
+    assert graphs and not floats
 
 
 @torch.library.custom_op("llmemb_test::same", mutates_args={})
