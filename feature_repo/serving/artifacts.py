@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-from pyarrow import fs
+from typing import Any
 
 from feature_repo.index import Foreign, Index, digest_of
 from feature_repo.reader import Pointer
@@ -41,12 +44,11 @@ def open_index(settings: Settings, pointer: Pointer) -> Index:
 
 def named_by(settings: Settings, home: str) -> str:
     """The digest of a snapshot's index, where the pointer was written by a publisher that knew of none."""
-    source, root = fs.FileSystem.from_uri(uri_of(settings.artifacts))
     try:
-        with source.open_input_stream(f"{root}/{home}/_index.json") as stream:
-            return str(json.loads(stream.read())["digest"])
+        text = read(settings.artifacts, f"{home}/_index.json")
     except FileNotFoundError as error:
         raise Absent(f"{settings.artifacts} has no {home}/_index.json: publish the space") from error
+    return str(json.loads(text)["digest"])
 
 
 def recommender_folder(settings: Settings, recommender_id: str) -> Path:
@@ -61,25 +63,22 @@ def recommender_folder(settings: Settings, recommender_id: str) -> Path:
 
 def local(settings: Settings, name: str) -> Path:
     """A folder of the artifacts on this machine: as it lies, or copied into the cache first, whole or not at all."""
-    source, root = fs.FileSystem.from_uri(uri_of(settings.artifacts))
     if not settings.cache:
-        folder = Path(root) / name
-        if not isinstance(source, fs.LocalFileSystem):
+        if bucket(settings.artifacts):
             raise ValueError(f"artifacts at {settings.artifacts} are not on this machine: set LLMEMB_SERVING_CACHE to a folder")
+        folder = home_of(settings.artifacts) / name
         if not folder.is_dir():
             raise Absent(f"{settings.artifacts} has no {name}: has publish run, and is it mounted?")
         return folder
     target = Path(settings.cache) / hashlib.sha256(settings.artifacts.encode()).hexdigest()[:8] / name
     if not target.is_dir():
-        if source.get_file_info(f"{root}/{name}").type != fs.FileType.Directory:
-            raise Absent(f"{settings.artifacts} has no {name}: has publish run?")
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        staged.mkdir()
-        fs.copy_files(f"{root}/{name}", str(staged), source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
         try:
-            staged.rename(target)
-        except OSError:  # another worker was first
+            copy(settings.artifacts, name, staged)
+            with contextlib.suppress(OSError):  # another worker was first
+                staged.rename(target)
+        finally:
             shutil.rmtree(staged, ignore_errors=True)
     return target
 
@@ -92,6 +91,62 @@ def forget_others(settings: Settings, kept: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def uri_of(place: str) -> str:
-    """An address that pyarrow knows."""
-    return place if "://" in place else str(Path(place).absolute())
+def copy(artifacts: str, name: str, into: Path) -> None:
+    """Copies a folder of the artifacts. Raises Absent, OSError."""
+    if not bucket(artifacts):
+        if not (there := home_of(artifacts) / name).is_dir():
+            raise Absent(f"{artifacts} has no {name}: has publish run?")
+        shutil.copytree(there, into)
+        return
+    import obstore
+
+    with failures(artifacts):
+        keys = [one["path"] for one in obstore.list(opened(artifacts), f"{name}/").collect()]
+        for key in keys:
+            file = into / key.removeprefix(f"{name}/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("wb") as stream:
+                for part in obstore.get(opened(artifacts), key).stream():
+                    stream.write(part)
+    if not keys:
+        raise Absent(f"{artifacts} has no {name}: has publish run?")
+
+
+def read(artifacts: str, name: str) -> bytes:
+    """A small file of the artifacts. Raises FileNotFoundError, OSError."""
+    if not bucket(artifacts):
+        return (home_of(artifacts) / name).read_bytes()
+    import obstore
+
+    with failures(artifacts):
+        return bytes(obstore.get(opened(artifacts), name).bytes())
+
+
+@contextlib.contextmanager
+def failures(artifacts: str) -> Iterator[None]:
+    """What an object store fails at, as an OSError; its own words may bear a signature."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except BaseError as error:
+        raise OSError(f"{artifacts} can't be read ({type(error).__name__}): is it up, and may this process read it?") from None
+
+
+def bucket(artifacts: str) -> bool:
+    """Whether artifacts are on an object store."""
+    return "://" in artifacts and not artifacts.startswith("file://")
+
+
+def home_of(artifacts: str) -> Path:
+    """The folder that artifacts are in."""
+    return Path(artifacts.removeprefix("file://")).absolute()
+
+
+@cache
+def opened(address: str) -> Any:
+    """The object store at an address; who may read it stands in the environment."""
+    from obstore.store import from_url
+
+    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    return from_url(address, client_options={"allow_http": True} if plain else None)
