@@ -1,4 +1,4 @@
-"""A lake on Azure's blobs: what they do otherwise than S3, by a stand-in everywhere and by Azurite where it is installed."""
+"""A lake on Azure's blobs (Azurite, where it is installed) and on Google's XML interface (a stand-in before moto's server)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import base64
 import datetime as dt
 import hashlib
 import hmac
+import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,11 +18,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import obstore
 import pytest
 from obstore.exceptions import NotSupportedError
 from obstore.store import MemoryStore
+from werkzeug.serving import make_server
 
 from feature_repo.serving import artifacts as served
 from feature_repo.serving.settings import Settings
@@ -31,6 +35,9 @@ from jobs.lake.tables import ITEMS
 from jobs.run import InputError, Run
 from tests.feature_repo.sentinels import free_port
 from tests.jobs.lake.item_rows import rows
+from tests.object_store import ObjectStore
+from tests.object_store import object_server as object_server
+from tests.object_store import object_store as object_store
 
 DS = "ds=2026-01-01"
 ACCOUNT = "devstoreaccount1"
@@ -80,15 +87,55 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.terminate()
 
 
-@pytest.fixture
-def lake(azurite: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty lake in a container of its own."""
-    monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
-    monkeypatch.setenv("AZURITE_BLOB_STORAGE_URL", azurite)
+class Generations:
+    """Before the tests' S3 server: what Google's XML interface does otherwise. An object's generation stands for its etag."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.tags: dict[int, str] = {}
+
+    def __call__(self, environ: dict[str, Any], start: Any) -> Any:
+        """One request; a condition on a generation is one on the etag."""
+        signed = "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=b"
+        environ["HTTP_AUTHORIZATION"] = signed  # moto looks whether there is one
+        # moto reads the address as it was written, and Google's clients write all but letters and numbers by their codes
+        environ["RAW_URI"] = environ["REQUEST_URI"] = f"{quote(environ['PATH_INFO'])}?{environ.get('QUERY_STRING', '')}"
+        asked = environ.pop("HTTP_X_GOOG_IF_GENERATION_MATCH", None)
+        if asked is not None:
+            name, tag = ("HTTP_IF_NONE_MATCH", "*") if asked == "0" else ("HTTP_IF_MATCH", self.tags.get(int(asked), '"none"'))
+            environ[name] = tag
+
+        def answer(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            for tag in [value for name, value in headers if name.lower() == "etag"]:
+                generation = int(hashlib.sha256(tag.encode()).hexdigest()[:12], 16)
+                self.tags[generation] = tag
+                headers = [*headers, ("x-goog-generation", str(generation))]
+            return start(status, headers, *rest)
+
+        return self.app(environ, answer)
+
+
+@pytest.fixture(params=["az", "gs"])
+def lake(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, object_store: ObjectStore
+) -> Iterator[Path]:
+    """An empty lake in a container or bucket of its own."""
     monkeypatch.setenv("LLMEMB_SCRATCH", str(tmp_path / "scratch"))
-    container = f"lakes-{uuid.uuid4().hex[:8]}"
-    make(azurite, container)
-    return Run(ds="2026-01-01", lake=Path(f"az://{container}/lake")).lake
+    if request.param == "az":
+        url = request.getfixturevalue("azurite")
+        monkeypatch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
+        monkeypatch.setenv("AZURITE_BLOB_STORAGE_URL", url)
+        make(url, container := f"lakes-{uuid.uuid4().hex[:8]}")
+        yield Run(ds="2026-01-01", lake=Path(f"az://{container}/lake")).lake
+        return
+    _, front = request.getfixturevalue("object_server")
+    server = make_server("127.0.0.1", 0, Generations(front), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    key = {"gcs_base_url": f"http://127.0.0.1:{server.server_port}", "disable_oauth": True}
+    key |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(key))  # $AWS_ENDPOINT_URL lets plain HTTP in
+    yield Run(ds="2026-01-01", lake=Path(f"gs://{object_store.bucket}/lake")).lake
+    server.shutdown()
 
 
 def make(url: str, container: str) -> None:
@@ -138,11 +185,12 @@ def test_partitions_locks_and_the_serving_process(lake: Path, tmp_path: Path) ->
     settings = Settings(artifacts=store.address, cache=str(tmp_path / "cache"))
     assert served.named_by(settings, "indexes/space=a/ds=1") == "0123"
     assert (served.local(settings, "indexes/space=a/ds=1/0123") / "vectors.npy").read_bytes() == b"12"
-    with pytest.raises(served.Absent, match="az://lakes-"):
+    with pytest.raises(served.Absent, match=r"(az|gs)://"):
         served.local(settings, "indexes/space=b/ds=1/0123")
 
 
 def test_a_container_that_is_not_there_is_said(lake: Path, tmp_path: Path) -> None:
-    other = Run(ds="2026-01-01", lake=Path("az://no-such/lake")).lake
+    kind = stores.called(lake).partition(":")[0]
+    other = Run(ds="2026-01-01", lake=Path(f"{kind}://no-such/lake")).lake
     with pytest.raises(InputError, match="is there such a bucket"):
         partitions.write(other, ITEMS, DS, [rows("a")])
