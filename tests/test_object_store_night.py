@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import redis
+import requests
 from mlflow.server import get_app_client
 
 from feature_repo.reader import Reader
@@ -158,11 +160,11 @@ def test_nights_on_machines_that_share_nothing_but_services(
     assert (again["kind"], again["items"]) == ("nothing to do", ITEMS + 10)
     assert call("lookup", THIRD)["compared"] == ITEMS + 10
     # one machine alone makes the same of the same lake
-    there = f'run.lake="{alone}"'
-    call("extract", THIRD, there)
+    at = f'run.lake="{alone}"'
+    call("extract", THIRD, at)
     for shard in range(2):
-        call("embed", THIRD, there, f"embed.encoder={encoder['encoder_id']}", "embed.shards=2", f"embed.shard={shard}")
-    call("project", THIRD, there, f"project.recommender={recommender['recommender_id']}")
+        call("embed", THIRD, at, f"embed.encoder={encoder['encoder_id']}", "embed.shards=2", f"embed.shard={shard}")
+    call("project", THIRD, at, f"project.recommender={recommender['recommender_id']}")
     for name in ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings"):
         assert rows(object_store.address(), name) == rows(alone, name), name
 
@@ -195,16 +197,14 @@ for words in (["db", "migrate"], ["pools", "import", sys.argv[1]], ["pools", "se
 
 
 @contextlib.contextmanager
-def machines(home: Path, here: Path, server: Server) -> Iterator[dict[str, Machine]]:
+def machines(home: Path, here: Path, environment: dict[str, str]) -> Iterator[dict[str, Machine]]:
     """Two machines by name, each with a scheduler that runs tasks on it, one at a time, and the API server that both ask; THIRD's
     run waits. A machine's folder is a copy of `here` and lies there for whoever is on it; the other's is nowhere."""
-    environment, port = settings(home, here, server), free_port()
-    environment["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"] = f"http://127.0.0.1:{port}/execution/"
     told = [str(ROOT / "infra" / "pools.json"), json.dumps({"ds": THIRD})]
     done = subprocess.run([sys.executable, "-c", TOGETHER, *told], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     airflow = [sys.executable, "-m", "airflow"]
-    api = [*airflow, "api-server", "--apps", "execution", "--host", "127.0.0.1", "--port", str(port)]
+    api = [*airflow, "api-server", "--host", "127.0.0.1", "--port", str(urlsplit(environment[API]).port)]
     with contextlib.ExitStack() as running:
         log = running.enter_context((home / "api.log").open("w"))
         process = running.enter_context(subprocess.Popen(api, env=environment, stdout=log, stderr=log, start_new_session=True))
@@ -227,12 +227,19 @@ def machines(home: Path, here: Path, server: Server) -> Iterator[dict[str, Machi
         yield found
 
 
-def settings(home: Path, here: Path, server: Server) -> dict[str, str]:
+API = "AIRFLOW__CORE__EXECUTION_API_SERVER_URL"
+
+
+def settings(home: Path, here: Path, server: Server, logs: str) -> dict[str, str]:
     """The variables of all parts of an Airflow of several machines."""
     return server.airflow(home / "airflow") | {
         "AIRFLOW__CORE__EXECUTOR": "slots.LocalExecutor",
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "infra" / "airflow_plugins"),
         "AIRFLOW__CORE__PARALLELISM": "1",
+        API: f"http://127.0.0.1:{free_port()}/execution/",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+        "AIRFLOW__LOGGING__LOGGING_CONFIG_CLASS": "bucket_logs.LOGGING",
+        "LLMEMB_LOGS": logs,
         "AIRFLOW__CORE__HOSTNAME_CALLABLE": "socket.gethostname",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "True",
         "AIRFLOW__API_AUTH__JWT_SECRET": "a secret that all parts have, as long as " + "its algorithm asks for " * 3,
@@ -259,12 +266,17 @@ def by_airflow(home: Path, here: Path, object_store: ObjectStore, server: Server
     tables(here, [film(number) for number in range(ITEMS + 12) if number != 3], logs(FIRST, ITEMS))  # and 7 was forgotten
     for folder in ("scratch", "cache"):
         shutil.rmtree(home / folder)
-    with machines(home, here, server) as running:
+    environment = settings(home, here, server, object_store.address("logs"))
+    with machines(home, here, environment) as running:
         object_store.fault = faults = Faults(server, running, here / "recipe.toml")
         state = ended(server, running)
+        for machine in running.values():
+            machine.fall()  # who reads logs needs none of them
+        logs_told = [log(server, environment[API], shard) for shard in range(2)]
     object_store.fault = lambda method, path: ""
     last = {(task, shard): (state, machine) for task, shard, state, machine in tries(server)}
     assert state == "success", last
+    assert all("embed: done in" in told for told in logs_told) and logs_told[0] != logs_told[1]
     (stays,) = {"one", "two"} - {faults.fell}
     assert {machine for (task, _), (_, machine) in last.items() if task == "embed"} == {"one", "two"}
     assert [machine for (task, _), (_, machine) in last.items() if task in ("publish", "lookup", "report")] == [stays] * 3
@@ -280,6 +292,15 @@ def tries(server: Server, of: str = "") -> list[tuple[str, int, str, str]]:
         "airflow", f"{columns} WHERE dag_id = 'nightly_embeddings' AND hostname <> '' ORDER BY task_id, map_index"
     )
     return [(task, shard, state, machine) for task, shard, state, machine in found]
+
+
+def log(server: Server, execution: str, shard: int) -> str:
+    """What Airflow's page shows of a shard's log."""
+    ((run,),) = server.rows("airflow", "SELECT run_id FROM dag_run WHERE dag_id = 'nightly_embeddings'")
+    api = execution.removesuffix("/execution/")
+    token = requests.get(f"{api}/auth/token", timeout=30).json()["access_token"]
+    path = f"dags/nightly_embeddings/dagRuns/{quote(run)}/taskInstances/embed/logs/1?map_index={shard}&full_content=true"
+    return requests.get(f"{api}/api/v2/{path}", headers={"Authorization": f"Bearer {token}"}, timeout=60).text
 
 
 def ended(server: Server, running: Mapping[str, Machine], patience_s: float = 400) -> str:
@@ -305,6 +326,8 @@ class Faults:
 
     def __call__(self, method: str, path: str) -> str:
         """What happens to a request, whichever machine's it is."""
+        if "/logs/" in path:
+            return ""
         while method == "PUT" and "/llm_embeddings/" in path and not self.together and time.monotonic() < self.until:
             self.together = len(self.at_work()) == 2
             time.sleep(0.2)
