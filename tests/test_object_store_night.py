@@ -33,7 +33,7 @@ from jobs.lake.place import place
 from tests.dags.machines import Machine, missing
 from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
 from tests.feature_repo.sentinels import free_port
-from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server
+from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server, wait
 from tests.infra.test_postgresql import ROOT, Server
 from tests.infra.test_postgresql import server as server
 from tests.jobs.extract.small_spark import QUICK
@@ -209,6 +209,7 @@ def machines(home: Path, here: Path, environment: dict[str, str]) -> Iterator[di
         log = running.enter_context((home / "api.log").open("w"))
         process = running.enter_context(subprocess.Popen(api, env=environment, stdout=log, stderr=log, start_new_session=True))
         running.callback(lambda: os.killpg(process.pid, signal.SIGKILL))
+        wait(environment[API].replace("execution/", "api/v2/version"), process, home / "api.log")
         found = {}
         for name in ("one", "two"):
             shutil.copytree(here, own := home / name)

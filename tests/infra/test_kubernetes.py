@@ -37,6 +37,43 @@ def test_the_schema_refuses_a_field_that_is_misspelt() -> None:
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
 
 
+LABELS = {
+    name: (document if document["kind"] == "Pod" else document["spec"]["template"])["metadata"]["labels"]
+    for name, document in RESOURCES.items()
+    if name in PODS
+}
+
+
+def found(selector: dict[str, str]) -> list[str]:
+    """Names of the pods that bear these labels."""
+    return [name for name, labels in LABELS.items() if selector.items() <= labels.items()]
+
+
+def ports(names: list[str]) -> set[str | int]:
+    """Numbers and names of the ports on which these pods listen."""
+    every = [port for name in names for container in PODS[name]["containers"] for port in container.get("ports", [])]
+    return {port[key] for port in every for key in ("name", "containerPort")}
+
+
+def test_whatever_selects_pods_finds_some_and_a_port_on_which_they_listen() -> None:
+    """No schema tells: a label that is misspelt selects nothing, and a policy then shuts everybody out."""
+    for name, document in RESOURCES.items():
+        spec = document.get("spec", {})
+        if document["kind"] == "Service":
+            assert {port["targetPort"] for port in spec["ports"]} <= ports(found(spec["selector"])), name
+        elif document["kind"] in ("Deployment", "PodDisruptionBudget"):
+            assert found(spec["selector"]["matchLabels"]), name
+        elif document["kind"] == "HorizontalPodAutoscaler":
+            target = spec["scaleTargetRef"]
+            assert any(key.endswith(f":{target['kind']}/{target['name']}") for key in RESOURCES), name
+        elif document["kind"] == "NetworkPolicy":
+            for rule in spec.get("ingress", []):
+                let_in = [source["podSelector"]["matchLabels"] for source in rule["from"] if "podSelector" in source]
+                assert all(map(found, let_in)), name
+                listens = ports(found(spec["podSelector"]["matchLabels"]))
+                assert {port["port"] for port in rule.get("ports", [])} <= listens, name
+
+
 def test_kustomize_takes_every_file_but_the_templates_of_pods() -> None:
     known = {"apiVersion", "kind", "namespace", "labels", "resources", "configMapGenerator", "images"}
     assert set(KUSTOMIZATION) <= known
