@@ -33,17 +33,18 @@ def store() -> Any:
 
 
 class BucketLogs:
-    """What Airflow calls a RemoteLogIO. A try that waited may go on elsewhere: each machine's part has an object of its own."""
+    """What Airflow calls a RemoteLogIO. A try that waited goes on elsewhere, or here once more: each part is an object."""
 
     processors = ()
 
     def upload(self, path: os.PathLike[str] | str, ti: Any = None) -> None:
-        """Puts a file of this machine's log folder, named by its path below that."""
+        """Moves a file of this machine's log folder there, by its path below that."""
         import obstore
 
         file = Path(BASE_LOG_FOLDER, path)
         if file.exists():
-            obstore.put(store(), f"{path}.{get_hostname()}", file)
+            obstore.put(store(), f"{path}.{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S%fZ}.{get_hostname()}", file)
+            file.unlink()
 
     def read(self, relative_path: str, ti: Any) -> tuple[list[str], list[str]]:
         """Where all parts of a try's log lie, and what they say."""
@@ -55,7 +56,7 @@ class BucketLogs:
 
 
 def folder(path: str) -> str:
-    """What all tries' logs of a task have in common: the store lists by whole names."""
+    """The folder of a task's tries: the store lists by whole names."""
     return path.rpartition("/")[0]
 
 
