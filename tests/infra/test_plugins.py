@@ -1,4 +1,4 @@
-"""What Airflow is given on several machines: logs in a bucket, an executor that counts. By processes with a cluster's settings."""
+"""What Airflow is given on several machines: logs in a bucket, and an executor that counts its slots."""
 
 from __future__ import annotations
 
