@@ -91,7 +91,7 @@ endif
 
 up: ## every part as a service of this machine, by Docker Compose: make up RECIPE=shop/recipe.toml (SPARK=standalone)
 	$(PYTHON) infra/first_secrets.py infra/.env
-	$(COMPOSE) up --build --detach
+	$(COMPOSE) up --build --detach $(if $(SCHEDULERS),--scale airflow-scheduler=$(SCHEDULERS)) $(if $(ONLY),--no-deps $(ONLY))
 	@echo "Airflow http://localhost:8080   MLflow http://localhost:5000   serving http://localhost:8100/docs   (docs/cluster.md)"
 
 airflow: $(STAMP) ## Airflow, MLflow and Feast's page for your recipe: make airflow RECIPE=shop/recipe.toml

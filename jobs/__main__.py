@@ -95,13 +95,13 @@ def run_job(arguments: argparse.Namespace) -> int:
         record |= {name: as_json(getattr(result, name)) for name in ("inputs", "outputs", "rows")}
     except Exception as error:
         status, complaint = judged(error, record)
-        complaint = redacted(complaint)
     finally:
         if where is not None and (first_process() or (record["status"] != "done" and not first_spoke(where, name, started))):
             record |= {"started_at": started.isoformat(), "seconds": round(time.monotonic() - clock, 3)}
-            keep(where, name, record)
+            if (unkept := keep(where, name, record)) and not status:
+                status, complaint = 4, unkept
     if status:
-        complain(arguments.job, complaint, status)
+        complain(arguments.job, redacted(complaint), status)
     elif first_process():
         # the very last line: a pod's log has both streams in one
         print(json.dumps(record["result"], sort_keys=True), flush=True)
@@ -124,12 +124,17 @@ def judged(error: Exception, record: dict[str, Any]) -> tuple[int, str]:
     return 1, str(error)
 
 
-def keep(run: Run, name: str, record: dict[str, Any]) -> None:
-    """Writes the manifest of a run, and its end into the log."""
-    manifests.append(run.lake, run.ds, name, record | ({"variant": run.variant} if run.variant else {}))
+def keep(run: Run, name: str, record: dict[str, Any]) -> str:
+    """Writes the manifest of a run, and its end into the log. Why it could not be written, where the lake is away: a store that
+    ended a job may be away still, and that is no other end."""
+    try:
+        manifests.append(run.lake, run.ds, name, record | ({"variant": run.variant} if run.variant else {}))
+    except ConnectionError as error:
+        return str(error)
     if record["status"] == "done" or logs.as_json():  # a person is told of a failure by its one line
         log = logging.getLogger(f"jobs.{record['job']}")
         log.info("%s in %.1f s", record["status"], record["seconds"], extra={"manifest": record})
+    return ""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

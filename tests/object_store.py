@@ -65,6 +65,12 @@ class ObjectStore:
         keys = [one["Key"] for page in pages for one in page.get("Contents", ())]
         return {key.removeprefix(prefix): self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read() for key in keys}
 
+    def copied(self, prefix: str, to: str) -> str:
+        """The address of a copy of a lake, made in the bucket."""
+        for key, data in self.objects(f"{prefix}/").items():
+            self.client.put_object(Bucket=self.bucket, Key=f"{to}/{key}", Body=data)
+        return self.address(to)
+
     def strew(self, key: str, count: int) -> None:
         """Puts many empty objects, without a request each."""
         backend = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"]

@@ -8,23 +8,32 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import redis
+import requests
 from mlflow.server import get_app_client
 
 from feature_repo.reader import Reader
 from feature_repo.serving.artifacts import open_index, recommender_folder
 from feature_repo.serving.settings import Settings
-from tests.dags.conftest import Stub, Worker, migrate
+from jobs.lake import partitions
+from jobs.lake.place import place
+from tests.dags.machines import Machine, missing
 from tests.feature_repo.conftest import redis_port as redis_port  # for pytest, which looks fixtures up here
-from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server
+from tests.feature_repo.sentinels import free_port
+from tests.infra.mlflow_server import ADMIN, PASSWORD, mlflow_server, wait
 from tests.infra.test_postgresql import ROOT, Server
 from tests.infra.test_postgresql import server as server
 from tests.jobs.extract.small_spark import QUICK
@@ -143,10 +152,21 @@ def test_nights_on_machines_that_share_nothing_but_services(
     coded = call("codes", SECOND, "codes.training.books=2", "codes.training.entries=4", "codes.training.epochs=2")
     assert coded["published"] == ITEMS
     assert f"feast/offline/item_codes/{published['space_id']}-{SECOND}.parquet" in object_store.objects()
+    if why := missing():
+        pytest.skip(why)
+    alone = object_store.copied("lake", "alone")
     by_airflow(tmp_path, here, object_store, server)
     again = night(call, THIRD)
-    assert (again["kind"], again["items"]) == ("nothing to do", ITEMS)
-    assert call("lookup", THIRD)["compared"] == ITEMS
+    assert (again["kind"], again["items"]) == ("nothing to do", ITEMS + 10)
+    assert call("lookup", THIRD)["compared"] == ITEMS + 10
+    # one machine alone makes the same of the same lake
+    at = f'run.lake="{alone}"'
+    call("extract", THIRD, at)
+    for shard in range(2):
+        call("embed", THIRD, at, f"embed.encoder={encoder['encoder_id']}", "embed.shards=2", f"embed.shard={shard}")
+    call("project", THIRD, at, f"project.recommender={recommender['recommender_id']}")
+    for name in ("items", "interactions", "sequences", "quarantine", "llm_embeddings", "item_embeddings"):
+        assert rows(object_store.address(), name) == rows(alone, name), name
 
 
 def night(call: Call, ds: str) -> dict[str, Any]:
@@ -157,68 +177,185 @@ def night(call: Call, ds: str) -> dict[str, Any]:
     return call("publish", ds, f"publish.space={pinned['space_id']}")
 
 
-TURN = """#!/bin/sh
-# the next task is the other machine's, and this one's folder is not there meanwhile
-cd "{home}" && mv machine gone && mv away machine && mv gone away && cd machine
-echo "$3 $$ $(cat name)" >> ../turns
-export HOME="$PWD/home" TMPDIR="$PWD/tmp" LLMEMB_CACHE="$PWD/cache" LLMEMB_SCRATCH="$PWD/scratch" PYTHONPATH="{root}"
-exec "{python}" "$@"
+def rows(address: str, name: str) -> list[str]:
+    """The rows of a table's newest night, in some order."""
+    lake = place(Path(address))
+    of = [one for one in partitions.committed(lake, name) if f"ds={THIRD}" in one or name == "llm_embeddings"]
+    return sorted(str(row) for one in of for file in partitions.read_files(lake, name, one) for row in file.read().to_pylist())
+
+
+TOGETHER = """
+import sys
+from airflow.__main__ import main
+for words in (["db", "migrate"], ["pools", "import", sys.argv[1]], ["pools", "set", "gpu", "2", "A GPU in each machine"],
+              ["dags", "reserialize"], ["dags", "unpause", "nightly_embeddings", "--yes"],
+              ["dags", "trigger", "nightly_embeddings", "--conf", sys.argv[2]]):
+    sys.argv[1:] = words
+    main()
 """
+"""What is done once for all machines, in one process, as Airflow takes seconds to import."""
+
+
+@contextlib.contextmanager
+def machines(home: Path, here: Path, environment: dict[str, str]) -> Iterator[dict[str, Machine]]:
+    """Two machines by name, each with a scheduler that runs tasks on it, one at a time, and the API server that both ask; THIRD's
+    run waits. A machine's folder is a copy of `here` and lies there for whoever is on it; the other's is nowhere."""
+    told = [str(ROOT / "infra" / "pools.json"), json.dumps({"ds": THIRD})]
+    done = subprocess.run([sys.executable, "-c", TOGETHER, *told], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    airflow = [sys.executable, "-m", "airflow"]
+    api = [*airflow, "api-server", "--host", "127.0.0.1", "--port", str(urlsplit(environment[API]).port)]
+    with contextlib.ExitStack() as running:
+        log = running.enter_context((home / "api.log").open("w"))
+        process = running.enter_context(subprocess.Popen(api, env=environment, stdout=log, stderr=log, start_new_session=True))
+        running.callback(lambda: os.killpg(process.pid, signal.SIGKILL))
+        wait(environment[API].replace("execution/", "api/v2/version"), process, home / "api.log")
+        found = {}
+        for name in ("one", "two"):
+            shutil.copytree(here, own := home / name)
+            its = {
+                "AIRFLOW_HOME": "airflow",
+                "HOME": "home",
+                "TMPDIR": "tmp",
+                "LLMEMB_CACHE": "cache",
+                "LLMEMB_SCRATCH": "scratch",
+            }
+            for folder in its.values():
+                (own / folder).mkdir()
+            its = {variable: str(here / folder) for variable, folder in its.items()}
+            its["AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT"] = str(free_port())
+            found[name] = running.enter_context(Machine(name, own, here, environment | its, *airflow, "scheduler"))
+        yield found
+
+
+API = "AIRFLOW__CORE__EXECUTION_API_SERVER_URL"
+
+
+def settings(home: Path, here: Path, server: Server, logs: str) -> dict[str, str]:
+    """The variables of all parts of an Airflow of several machines."""
+    return server.airflow(home / "airflow") | {
+        "AIRFLOW__CORE__EXECUTOR": "slots.LocalExecutor",
+        "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "infra" / "airflow_plugins"),
+        "AIRFLOW__CORE__PARALLELISM": "1",
+        API: f"http://127.0.0.1:{free_port()}/execution/",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+        "AIRFLOW__LOGGING__LOGGING_CONFIG_CLASS": "bucket_logs.LOGGING",
+        "LLMEMB_LOGS": logs,
+        "AIRFLOW__CORE__HOSTNAME_CALLABLE": "socket.gethostname",
+        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "True",
+        "AIRFLOW__API_AUTH__JWT_SECRET": "a secret that all parts have, as long as " + "its algorithm asks for " * 3,
+        # a machine that fell is known by its silence; by itself Airflow waits 30 s, and looks every 300 s
+        "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "15",
+        "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "2",
+        "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+        "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+        "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",  # so often it is looked whether a task has ended
+        **{f"LLMEMB_{name}": os.environ[f"LLMEMB_{name}"] for name in ("ONLINE_STORE", "REGISTRY")},
+        "LLMEMB_RECIPE": str(here / "recipe.toml"),
+        "LLMEMB_SHARDS": "2",
+        "LLMEMB_NIGHTLY_CRON": "",
+        "LLMEMB_DEADLINE_HOURS": "0",
+        "LLMEMB_RETRY_S": "0.1",
+        # other kernels round otherwise, and all vectors would be written again
+        "LLMEMB_PASS_ENV": "AWS_*,ATEN_CPU_CAPABILITY,OMP_NUM_THREADS",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def by_airflow(home: Path, here: Path, object_store: ObjectStore, server: Server) -> None:
-    """The third night, by Airflow: two machines take turns, three jobs are killed at some request and run again on the other."""
-    films = [film(number) for number in range(ITEMS + 2) if number != 3]  # and 7 was forgotten
-    tables(here, films, logs(FIRST, ITEMS))
-    shutil.rmtree(home / "scratch")
-    shutil.rmtree(home / "cache")
-    shutil.copytree(here, home / "away")
-    for machine in (here, home / "away"):
-        (machine / "name").write_text(machine.name)
-        (machine / "tmp").mkdir()
-        (machine / "home").mkdir()
-    turn = home / "turn"
-    turn.write_text(TURN.format(home=home, root=ROOT, python=sys.executable))
-    turn.chmod(0o755)
-    environment = server.airflow(home / "airflow")
-    migrate(environment)
-    worker = Worker(environment, Stub(home / "stub"))
-    object_store.fault = killer(home / "turns", {"embed": 12, "project": 20, "publish": 25})
-    services = {name: os.environ[f"LLMEMB_{name}"] for name in ("ONLINE_STORE", "REGISTRY")}
-    alike = "ATEN_CPU_CAPABILITY,OMP_NUM_THREADS"  # other kernels round otherwise, and all vectors would be written again
-    done = worker.run("nightly_embeddings", None, {"ds": THIRD}, PYTHON=str(turn), RECIPE=str(here / "recipe.toml"),
-                      PASS_ENV=f"AWS_*,{alike}", **services)  # fmt: skip
-    assert worker.process.stdin
-    worker.process.stdin.close()
-    worker.process.wait(60)
+    """The third night, by Airflow on two machines at once: a job is killed, and the machine that publishes falls."""
+    tables(here, [film(number) for number in range(ITEMS + 12) if number != 3], logs(FIRST, ITEMS))  # and 7 was forgotten
+    for folder in ("scratch", "cache"):
+        shutil.rmtree(home / folder)
+    environment = settings(home, here, server, object_store.address("logs"))
+    with machines(home, here, environment) as running:
+        object_store.fault = faults = Faults(server, running, here / "recipe.toml")
+        state = ended(server, running)
+        for machine in running.values():
+            machine.fall()  # who reads logs needs none of them
+        logs_told = [log(server, environment[API], shard) for shard in range(2)]
     object_store.fault = lambda method, path: ""
-    assert done["state"] == "success", done
-    tries = {job.partition("#")[0]: tried for job, (_, tried) in done["tasks"].items()}
-    assert {job for job, tried in tries.items() if tried == 2} == {"embed", "project", "publish"}
-    turns = [line.split() for line in (home / "turns").read_text().splitlines()]
-    assert [job for job, *_ in turns] == ["pin", "extract", "embed", "embed", "project", "project", "publish", "publish",
-                                          "lookup", "report"]  # fmt: skip
-    assert [name for *_, name in turns] == ["away", "machine"] * 5
+    last = {(task, shard): (state, machine) for task, shard, state, machine in tries(server)}
+    assert state == "success", last
+    assert all("embed: done in" in told for told in logs_told) and logs_told[0] != logs_told[1]
+    (stays,) = {"one", "two"} - {faults.fell}
+    assert {machine for (task, _), (_, machine) in last.items() if task == "embed"} == {"one", "two"}
+    assert [machine for (task, _), (_, machine) in last.items() if task in ("publish", "lookup", "report")] == [stays] * 3
+    before = {(task, machine) for task, _, _, machine in tries(server, "_history")}
+    assert before >= {("project", faults.killed), ("publish", faults.fell)}
 
 
-def killer(turns: Path, most: dict[str, int]) -> Callable[[str, str], str]:
-    """Kills the first process of each of these jobs at one of its first requests."""
-    chance, asked, left = random.Random(5), dict[str, int](), {}
-    left.update({job: chance.randint(1, count) for job, count in most.items()})
+def tries(server: Server, of: str = "") -> list[tuple[str, int, str, str]]:
+    """(task, shard, state, machine) of the last try of each task that a machine ran; with `_history` of those before."""
+    columns = f"SELECT task_id, map_index, state, hostname FROM task_instance{of}"
+    found = server.rows(
+        "airflow", f"{columns} WHERE dag_id = 'nightly_embeddings' AND hostname <> '' ORDER BY task_id, map_index"
+    )
+    return [(task, shard, state, machine) for task, shard, state, machine in found]
 
-    def decide(method: str, path: str) -> str:
-        job, pid, _ = turns.read_text().splitlines()[-1].split()
-        if job not in left:
+
+def log(server: Server, execution: str, shard: int) -> str:
+    """What Airflow's page shows of a shard's log."""
+    ((run,),) = server.rows("airflow", "SELECT run_id FROM dag_run WHERE dag_id = 'nightly_embeddings'")
+    api = execution.removesuffix("/execution/")
+    token = requests.get(f"{api}/auth/token", timeout=30).json()["access_token"]
+    path = f"dags/nightly_embeddings/dagRuns/{quote(run)}/taskInstances/embed/logs/1?map_index={shard}&full_content=true"
+    return requests.get(f"{api}/api/v2/{path}", headers={"Authorization": f"Bearer {token}"}, timeout=60).text
+
+
+def ended(server: Server, running: Mapping[str, Machine], patience_s: float = 400) -> str:
+    """The state in which the run ended."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        ((state,),) = server.rows("airflow", "SELECT state FROM dag_run WHERE dag_id = 'nightly_embeddings'")
+        if state in ("success", "failed"):
+            return str(state)
+        time.sleep(0.5)
+    raise AssertionError("\n".join(machine.log.read_text()[-4000:] for machine in running.values()))
+
+
+class Faults:
+    """What happens to requests: shards wait for each other, at one `project` is killed, at one the machine that publishes."""
+
+    def __init__(self, server: Server, running: Mapping[str, Machine], recipe: Path) -> None:
+        self.server, self.running, self.recipe = server, running, recipe
+        chance = random.Random(5)
+        self.left = {"project": chance.randint(1, 20), "publish": chance.randint(1, 25)}
+        self.alone, self.together, self.until = threading.Lock(), False, time.monotonic() + 120
+        self.killed = self.fell = ""
+
+    def __call__(self, method: str, path: str) -> str:
+        """What happens to a request, whichever machine's it is."""
+        if "/logs/" in path:
             return ""
-        asked[job] = asked.get(job, 0) + 1
-        if asked[job] < left[job]:
-            return ""
-        del left[job]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(pid), signal.SIGKILL)
-        return "hang up"
+        while method == "PUT" and "/llm_embeddings/" in path and not self.together and time.monotonic() < self.until:
+            self.together = len(self.at_work()) == 2
+            time.sleep(0.2)
+        with self.alone:
+            at_work = self.at_work()
+            for job in at_work.keys() & self.left.keys():
+                self.left[job] -= 1
+                if self.left[job] == 0:
+                    del self.left[job]
+                    self.end(job, at_work[job])
+                    return "hang up"
+        return ""
 
-    return decide
+    def at_work(self) -> dict[str, str]:
+        """What runs now, by job, or by its shard; on which machine."""
+        running = [(task, shard, machine) for task, shard, state, machine in tries(self.server) if state == "running"]
+        return {task if shard < 0 else f"{task}#{shard}": machine for task, shard, machine in running}
+
+    def end(self, job: str, machine: str) -> None:
+        """Ends a job: its process, or the whole machine that it runs on."""
+        if job == "publish":
+            self.fell = machine
+            self.running[machine].fall()
+            return
+        self.killed = machine
+        for process in psutil.process_iter(["cmdline"]):
+            if (process.info["cmdline"] or [])[1:6] == ["-m", "jobs", job, "--recipe", str(self.recipe)]:
+                process.kill()
 
 
 def test_without_a_store_for_serving_publish_is_refused_and_makes_no_file(

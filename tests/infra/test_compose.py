@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from tests.infra.documents import COMPOSE, INFRA, KUBERNETES, ONCE, PODS, ROOT, 
 
 
 def test_compose_is_what_the_compose_specification_says() -> None:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(INFRA / "compose.yaml")]
+    files = [str(INFRA / name) for name in ("compose.yaml", "several.yaml")]
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -51,13 +53,74 @@ def test_a_service_that_stays_is_asked_for_its_health(name: str) -> None:
 
 def test_airflow_s_parts_are_asked_for_their_health_without_starting_airflow() -> None:
     """`airflow jobs check` takes seconds of a core each time, and on a busy machine more than its time limit."""
-    for name in ("scheduler", "dag-processor", "triggerer"):
+    for name in ("dag-processor", "triggerer"):
         test = SERVICES[f"airflow-{name}"]["healthcheck"]["test"]
         assert test[4:] == [name.replace("-", "_")]
         states = {part: {"status": "healthy"} for part in ("scheduler", "dag_processor", "triggerer")}
         assert asked(test, states) == 0
         assert asked(test, states | {test[-1]: {"status": "unhealthy"}}) == 1
         assert asked(test, states | {"metadatabase": {"status": "unhealthy"}}) == 0
+
+
+def test_each_scheduler_answers_for_itself() -> None:
+    """The API server would say of a dead one that it lives, as long as another does."""
+    given = variables(INFRA / "laptop.env")
+    assert given["AIRFLOW__SCHEDULER__ENABLE_HEALTH_CHECK"] == "True"
+    assert given["AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_SERVER_HOST"] == "127.0.0.1"
+    assert "http://127.0.0.1:8974/health" in SERVICES["airflow-scheduler"]["healthcheck"]["test"][-1]
+
+
+def test_more_schedulers_than_one_run_on_a_machine() -> None:
+    """`--scale` makes containers of one service: a name, or a port of the machine, could be one's alone."""
+    assert not SERVICES["airflow-scheduler"].keys() & {"container_name", "ports", "hostname"}
+    line = subprocess.run(["make", "-n", "up", "SCHEDULERS=2"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "up --build --detach --scale airflow-scheduler=2" in " ".join(line.split())
+
+
+SEVERAL = yaml.safe_load((INFRA / "several.yaml").read_text())["services"]
+CALLED = {"postgres": "5432", "redis": "6379", "object-storage": "9000", "mlflow": "5000", "airflow-api-server": "8080"}
+
+
+def test_machines_share_services_and_no_folder() -> None:
+    scheduler = SERVICES["airflow-scheduler"]["environment"] | SEVERAL["airflow-scheduler"]["environment"]
+    assert scheduler["LLMEMB_LAKE"] == SEVERAL["serving"]["environment"]["LLMEMB_SERVING_ARTIFACTS"] == "s3://lake/llmemb"
+    assert "LLMEMB_OFFLINE" not in scheduler, "Feast's offline tables lie below the lake"
+    assert "/data/lake" in SERVICES["object-storage-init"]["command"][-1], "a bucket is a folder of the store's"
+    # whatever a scheduler calls by name is the first machine's, at a port that this publishes there alone
+    named = set(re.findall(r"(?:://|@|\"|')([a-z][a-z-]+)(?::\d+|/)", " ".join(map(str, scheduler.values()))))
+    assert (
+        {name for name in named if name in SERVICES}
+        <= CALLED.keys()
+        == {name.split(":")[0] for name in SEVERAL["airflow-scheduler"]["extra_hosts"]}
+    )
+    for name, port in CALLED.items():
+        assert re.fullmatch(rf"\$\{{MAIN(:\?[^}}]+)?\}}:{port}:{port}", *SEVERAL[name]["ports"]), name
+    # every part that writes logs of tasks, or shows them
+    for name in ("airflow-scheduler", "airflow-triggerer", "airflow-api-server"):
+        assert SEVERAL[name]["environment"]["LLMEMB_LOGS"] == "s3://lake/logs"
+        assert SEVERAL[name]["environment"]["AIRFLOW__LOGGING__LOGGING_CONFIG_CLASS"] == "bucket_logs.LOGGING"
+    words = ["make", "-n", "up", "OVERRIDE=infra/several.yaml", "ONLY=airflow-scheduler"]
+    line = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-f infra/several.yaml up --build --detach --no-deps airflow-scheduler" in " ".join(line.split())
+
+
+@pytest.mark.skipif(not shutil.which("docker"), reason="no docker")
+def test_docker_compose_lays_the_settings_of_several_machines_over_those_of_one(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(INFRA / "first_secrets.py"), str(tmp_path / ".env")], check=True, capture_output=True)
+    files = [word for name in ("compose.yaml", "several.yaml") for word in ("-f", str(INFRA / name))]
+    command = ["docker", "compose", "--env-file", str(tmp_path / ".env"), *files, "config", "--format", "json"]
+    told = {
+        main: subprocess.run(command, env=os.environ | {"MAIN": main}, capture_output=True, text=True, check=False)
+        for main in ("", "10.0.0.1")
+    }
+    if "is not a docker command" in told[""].stderr:
+        pytest.skip("docker has no Compose")
+    assert "required variable MAIN" in told[""].stderr and not told[""].stdout
+    services = json.loads(told["10.0.0.1"].stdout)["services"]
+    assert {name: sorted(port["host_ip"] for port in services[name]["ports"]) for name in CALLED} == {
+        name: ["10.0.0.1", "127.0.0.1"] if name in ("mlflow", "airflow-api-server") else ["10.0.0.1"] for name in CALLED
+    }
+    assert services["airflow-scheduler"]["environment"]["LLMEMB_LAKE"] == "s3://lake/llmemb"
 
 
 def asked(test: list[str], states: dict[str, Any]) -> int:

@@ -37,6 +37,43 @@ def test_the_schema_refuses_a_field_that_is_misspelt() -> None:
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
 
 
+LABELS = {
+    name: (document if document["kind"] == "Pod" else document["spec"]["template"])["metadata"]["labels"]
+    for name, document in RESOURCES.items()
+    if name in PODS
+}
+
+
+def found(selector: dict[str, str]) -> list[str]:
+    """Names of the pods that bear these labels."""
+    return [name for name, labels in LABELS.items() if selector.items() <= labels.items()]
+
+
+def ports(names: list[str]) -> set[str | int]:
+    """Numbers and names of the ports on which these pods listen."""
+    every = [port for name in names for container in PODS[name]["containers"] for port in container.get("ports", [])]
+    return {port[key] for port in every for key in ("name", "containerPort")}
+
+
+def test_whatever_selects_pods_finds_some_and_a_port_on_which_they_listen() -> None:
+    """No schema tells: a label that is misspelt selects nothing, and a policy then shuts everybody out."""
+    for name, document in RESOURCES.items():
+        spec = document.get("spec", {})
+        if document["kind"] == "Service":
+            assert {port["targetPort"] for port in spec["ports"]} <= ports(found(spec["selector"])), name
+        elif document["kind"] in ("Deployment", "PodDisruptionBudget"):
+            assert found(spec["selector"]["matchLabels"]), name
+        elif document["kind"] == "HorizontalPodAutoscaler":
+            target = spec["scaleTargetRef"]
+            assert any(key.endswith(f":{target['kind']}/{target['name']}") for key in RESOURCES), name
+        elif document["kind"] == "NetworkPolicy":
+            for rule in spec.get("ingress", []):
+                let_in = [source["podSelector"]["matchLabels"] for source in rule["from"] if "podSelector" in source]
+                assert all(map(found, let_in)), name
+                listens = ports(found(spec["podSelector"]["matchLabels"]))
+                assert {port["port"] for port in rule.get("ports", [])} <= listens, name
+
+
 def test_kustomize_takes_every_file_but_the_templates_of_pods() -> None:
     known = {"apiVersion", "kind", "namespace", "labels", "resources", "configMapGenerator", "images"}
     assert set(KUSTOMIZATION) <= known
@@ -84,7 +121,7 @@ def test_every_name_that_a_pod_uses_is_made_here_or_asked_of_the_platform() -> N
     asked = set(re.findall(r"^#   (llmemb-\w+)  ", (KUBERNETES / "kustomization.yaml").read_text(), re.M))
     assert asked == {
         *("llmemb-airflow", "llmemb-login", "llmemb-mlflow", "llmemb-registry", "llmemb-stores", "llmemb-sources"),
-        *("llmemb-lineage", "llmemb-serving", "llmemb-lake"),
+        *("llmemb-lineage", "llmemb-serving", "llmemb-lake", "llmemb-logs"),
     }
     made |= {("Secret", name) for name in asked}
     for spec in PODS.values():
@@ -113,6 +150,38 @@ def test_the_lake_is_a_bucket_that_no_pod_mounts() -> None:
     assert {"name": "LLMEMB_SERVING_ARTIFACTS", "value": lake} in serving["env"]
     scratch, (cpu,) = variables(KUBERNETES / "jobs.env")["LLMEMB_SCRATCH"], PODS["pod-cpu.yaml:Pod/llmemb-cpu"]["containers"]
     assert any(scratch.startswith(f"{mount['mountPath']}/") for mount in cpu["volumeMounts"] if mount["name"] == "tmp")
+
+
+def test_no_volume_is_asked_for_that_many_pods_mount() -> None:
+    assert not [name for name in RESOURCES if ":PersistentVolumeClaim/" in name]
+    for name, spec in PODS.items():
+        assert all(volume.keys() & {"emptyDir", "secret", "configMap"} for volume in spec["volumes"]), name
+    base = variables(KUBERNETES / "jobs.env")["LLMEMB_BASE"]
+    for name in ("pod-gpu.yaml:Pod/llmemb-gpu", "pod-cpu.yaml:Pod/llmemb-cpu"):
+        assert not [mount for mount in PODS[name]["containers"][0]["volumeMounts"] if f"{base}/".startswith(mount["mountPath"])]
+
+
+def test_logs_of_tasks_lie_in_a_bucket_and_those_of_what_runs_are_asked_for_by_address() -> None:
+    given = variables(KUBERNETES / "cluster.env")
+    assert given["AIRFLOW__LOGGING__LOGGING_CONFIG_CLASS"] == "bucket_logs.LOGGING" and given["LLMEMB_LOGS"].startswith("s3://")
+    assert given["AIRFLOW__CORE__PLUGINS_FOLDER"] == "/opt/llmemb/infra/airflow_plugins"
+    assert given["AIRFLOW__CORE__HOSTNAME_CALLABLE"] == "airflow.utils.net.get_host_ip_address", "a pod's name is known to nobody"
+    assert "AIRFLOW__API__SECRET_KEY" in (KUBERNETES / "kustomization.yaml").read_text(), (
+        "who asks for a log shows that it knows it"
+    )
+    (policy,) = RESOURCES["network.yaml:NetworkPolicy/airflow-logs"]["spec"]["ingress"]
+    open_ = {port["port"] for port in policy["ports"]}
+    for part, port in (("scheduler", 8793), ("triggerer", 8794), ("api-server", None)):
+        (container,) = PODS[f"airflow.yaml:Deployment/airflow-{part}"]["containers"]
+        assert {"secretRef": {"name": "llmemb-logs", "optional": True}} in container["envFrom"], part
+        assert port is None or (port in open_ and {"name": "logs", "containerPort": port} in container["ports"])
+
+
+def test_a_lost_node_takes_one_scheduler_of_two() -> None:
+    spec = RESOURCES["airflow.yaml:Deployment/airflow-scheduler"]["spec"]
+    (spread,) = spec["template"]["spec"]["topologySpreadConstraints"]
+    assert spec["replicas"] == 2 and spread["topologyKey"] == "kubernetes.io/hostname"
+    assert spread["labelSelector"]["matchLabels"] == spec["selector"]["matchLabels"]
 
 
 def test_spark_s_driver_may_delete_no_volume() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from tests.infra.documents import KUBERNETES, Document, check_hardened, variables
+from tests.infra.documents import INFRA, KUBERNETES, Document, check_hardened, variables
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LLMEMB_", "AIRFLOW_", "PYTEST_"))}
     environment = clean | variables(KUBERNETES / "cluster.env") | {"LLMEMB_PODS": str(folder), "AIRFLOW_HOME": str(folder)}
     environment |= {"AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(folder / "logs")}
+    environment["AIRFLOW__CORE__PLUGINS_FOLDER"] = str(INFRA / "airflow_plugins")
     command = [sys.executable, str(Path(__file__).parent / "render_pods.py")]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

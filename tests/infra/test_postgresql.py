@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,11 @@ def test_mlflow_finds_its_database_and_its_accounts_without_a_password_in_an_add
 
 @pytest.fixture(scope="module")
 def worker(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """Airflow on this database, the jobs a stub."""
+    """Airflow on this database, the jobs a stub. The tables are made twice at once, as by two schedulers that start together."""
     home = tmp_path_factory.mktemp("airflow")
     environment = server.airflow(home)
-    migrate(environment)
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(migrate, [environment, server.airflow(tmp_path_factory.mktemp("another"))]))
     running = Worker(environment, Stub(home / "stub"))
     yield running
     assert running.process.stdin

@@ -266,6 +266,29 @@ def test_what_is_busy_or_away_ends_with_a_status_of_its_own(
     assert "recommend: error: promotion is under way already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("own", ["", "the bucket is away", "no such item"])
+def test_a_lake_that_is_away_when_a_run_is_to_be_kept_is_no_other_end(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, capsys: pytest.CaptureFixture[str], own: str
+) -> None:
+    """A failure stays what it was; a job that was done is asked again, and then finds it done."""
+
+    def run(config: object) -> object:
+        if own:
+            raise (Unavailable if "away" in own else InputError)(own)
+        return types.SimpleNamespace(inputs={}, outputs={}, rows={})
+
+    def away(*_: object) -> None:
+        raise Unavailable("s3://bucket/lake failed at manifests")
+
+    monkeypatch.setattr(importlib.import_module("jobs.recommend"), "run", run)
+    monkeypatch.setattr(cli, "as_json", lambda value: {})
+    monkeypatch.setattr(manifests, "append", away)
+    status = cli.main(["recommend", "--recipe", str(recipe), "--ds", "2026-01-01", "--set", "recommend.user=x"])
+    told = capsys.readouterr()
+    assert status == (2 if own == "no such item" else 4) and not told.out
+    assert told.err.splitlines()[-1] == f"recommend: error: {own or 's3://bucket/lake failed at manifests'}"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
