@@ -139,18 +139,28 @@ def taken(value_NWX: Tensor, place_NV: Tensor) -> Tensor:
 def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_: None) -> Books:
     """Books of vectors. Raises ValueError for fewer different vectors than entries, or values that are not finite."""
     generator = torch.Generator().manual_seed(seed)
-    different = len(torch.unique(emb_ND, dim=0)) if len(emb_ND) <= CHUNK else config.entries
-    if different < config.entries:
-        raise ValueError(f"{len(emb_ND):,} items have {different:,} different vectors, a book has {config.entries} entries: set "
-                         "entries lower, or give more items")  # fmt: skip
     some_N = torch.randperm(len(emb_ND), generator=generator)[: config.sample].to(emb_ND.device)
     emb_ND = emb_ND[some_N].float()
+    different = different_up_to(emb_ND, config.entries)
+    if different < config.entries:
+        raise ValueError(f"{len(emb_ND):,} items have {different:,} different vectors, a book has {config.entries} entries: set "
+                         "entries lower, or give more items, or a larger sample of them")  # fmt: skip
     books = started(emb_ND, config, generator)
     if config.apart:
         by_steps(books, emb_ND, config, generator, log)
     else:
         settle(books, emb_ND, generator, log)
     return books.eval().requires_grad_(False)
+
+
+def different_up_to(emb_ND: Tensor, wanted: int) -> int:
+    """How many different vectors there are; counting ends where they are enough: a large catalogue is not sorted whole."""
+    found = emb_ND[:0]
+    for some in torch.split(emb_ND, 4 * wanted):
+        found = torch.unique(torch.cat([found, some]), dim=0)
+        if len(found) >= wanted:
+            break
+    return len(found)
 
 
 @torch.no_grad()
