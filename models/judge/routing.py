@@ -40,6 +40,10 @@ class Route:
     low: float
     """Ends of its 95 % interval over users."""
     high: float
+    over: float
+    """ndcg - main: to route must beat not to, too."""
+    over_low: float
+    over_high: float
 
 
 def weakness(events: Histories, users_U: Tensor, valid_U: Tensor) -> dict[str, Tensor]:
@@ -87,12 +91,13 @@ def routes(
         oracle = float(routed(main_U, other_U, other_U - main_U, share).mean())
         values_KU = torch.stack([routed(main_U, other_U, weak_U, share) for weak_U in signals.values()])
         every_1U = torch.ones(1, len(main_U), dtype=torch.bool, device=main_U.device)
-        drawn = bootstrap((values_KU - random_U).T, every_1U, seed=seed)
+        drawn = bootstrap(torch.cat([values_KU - random_U, values_KU - main_U]).T, every_1U, seed=seed)
         for column, signal in enumerate(signals):
-            less = estimate(drawn, 0, column)
+            less, over = estimate(drawn, 0, column), estimate(drawn, 0, len(signals) + column)
             found.append(Route(signal=signal, share=share, ndcg=float(values_KU[column].mean()),
                                main=float(main_U.mean()), random=float(random_U.mean()),
-                               oracle=oracle, gain=less.value, low=less.low, high=less.high))  # fmt: skip
+                               oracle=oracle, gain=less.value, low=less.low, high=less.high,
+                               over=over.value, over_low=over.low, over_high=over.high))  # fmt: skip
     return found
 
 
