@@ -8,7 +8,7 @@ import time
 import torch
 
 from jobs.engines import registry
-from jobs.evaluate.cases import every_case, keep_outcomes
+from jobs.evaluate.cases import every_case, keep_outcomes, weak_slices
 from jobs.evaluate.config import Config as Config
 from jobs.evaluate.config import Difference as Difference
 from jobs.evaluate.config import Result as Result
@@ -30,8 +30,9 @@ from jobs.lake.tensors import (
 from jobs.run import Run, as_json
 from models.behaviour.artifact import Loaded
 from models.behaviour.data import Histories, held_out, without_items
+from models.behaviour.data import cases as held_out_cases
 from models.judge.evaluation import SLICES, Cases, make_cases
-from models.judge.metrics import popularity_leak
+from models.judge.metrics import by_rank, popularity_leak
 
 LEAK_ITEMS = (50, 20_000)
 """Items that the leak test needs at least, and samples at most."""
@@ -54,16 +55,18 @@ def run(config: Config) -> Result:
     same = chosen["reference"] == chosen["champion"]
     others = {"champion": chosen["champion"], "reference": "" if same else chosen["reference"]}
     views = views_of(config, cases)
-    by_view = ranks_of(config, challenger, others, catalogue, views)
+    valid = validation(config, events)
+    by_view, before = ranks_of(config, challenger, others, catalogue, views, valid)
     ranks = {name: (*found[0], found[1][0]) for name, found in by_view.items()}
     figures = judged(config, ranks, cases)
     seconds = time.monotonic() - started
     values, differences = tabled(config, figures, list(ranks))
     leak = leaks(config, challenger, catalogue, events)
     commit = partitions.write(config.run.lake, METRICS, f"ds={config.run.ds}", [metric_rows(config, figures, list(ranks))])
+    weak = weak_slices(views[-1], valid, None if before is None else by_rank(before[0], config.k)["ndcg"])
     outputs = {
         "metrics": commit.digest, "negatives": keep_negatives(config.run, cases),
-        "outcomes": keep_outcomes(config.run, views[-1], {name: by_view[name][-1] for name in by_view}, config.k),
+        "outcomes": keep_outcomes(config.run, views[-1], {name: by_view[name][-1] for name in by_view}, config.k, weak),
     }  # fmt: skip
     inputs = {"items": catalogue.digest, "sequences": digest, **chosen}
     rows = {"metrics": commit.rows, "cases": len(cases.users_C), "all_cases": len(views[-1].users_C)}
@@ -102,6 +105,14 @@ def views_of(config: Config, cases: Cases) -> list[Cases]:
     """What every model ranks: the cases as serving ranks, in the other ranking, and (last) all held-out events, for the gates."""
     other = dataclasses.replace(cases, unseen=not cases.unseen)
     return [cases, other, every_case(cases.events, config.part, cases, config.events_per_user, config.paper_tail)]
+
+
+def validation(config: Config, events: Histories) -> Cases | None:
+    """The validation event of each user, by whose rank the report tells weak users; None where it is judged itself, or absent."""
+    if config.part == "valid" or not len(held_out_cases(events, "valid")[0]):
+        return None
+    return make_cases(events, "valid", negatives=1, paper_tail=config.paper_tail, chunk=config.users_per_chunk,
+                      seed=config.run.seed, unseen=unseen_only(config))  # fmt: skip
 
 
 def leaks(config: Config, challenger: Loaded, catalogue: Catalogue, events: Histories) -> dict[str, float]:

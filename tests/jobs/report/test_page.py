@@ -311,11 +311,13 @@ def test_without_them_the_page_says_so_and_stays_good(tmp_path: Path) -> None:
 def keep_outcomes(lake: Path, ndcg_C: list[float]) -> str:
     """Three users with two held-out events each, as `evaluate` keeps them; the first user is one of long history."""
     staged = artifacts.stage(lake, "outcomes")
-    slices_SC = np.zeros((2, 6), bool)
-    slices_SC[0], slices_SC[1, :2] = True, True
+    slices_SC = np.zeros((3, 6), bool)
+    slices_SC[0], slices_SC[1, :2], slices_SC[2, 2:4] = True, True, True
     save_file({"user_C": np.array([0, 0, 1, 1, 2, 2], np.int32), "slices_SC": slices_SC,
                "ndcg_KC": np.array([[1.0] * 6, ndcg_C], np.float32)}, staged / "outcomes.safetensors")  # fmt: skip
-    (staged / "outcomes.json").write_text(json.dumps({"models": ["popularity", "llmemb"], "slices": ["overall", "long"]}))
+    (staged / "outcomes.json").write_text(
+        json.dumps({"models": ["popularity", "llmemb"], "slices": ["overall", "long", "weak_sparsity"]})
+    )
     return artifacts.keep(lake, "outcomes", staged)
 
 
@@ -330,6 +332,7 @@ def test_weak_users_are_those_without_any_hit_and_how_they_moved_is_told(tmp_pat
     text = shown(html)
     assert "All users 3 66.7% 66.7% 0.1667" in text
     assert "Long histories (a fifth) 1 100.0% 0.0% 0.0000" in text
+    assert "Fewest different items (a fifth) 1 100.0% 100.0% 0.0000" in text
     assert {found.name: found.verdict for found in result.measures}["weak.long"] == "alarm"
 
 
