@@ -285,37 +285,6 @@ def revive(books: Books, emb_ND: Tensor, used_KC: Tensor, generator: torch.Gener
     return int(dead_KC.sum())
 
 
-class CodeItems(nn.Module):
-    """Items that are their codes alone: the mean of one learned vector a book. Items of the same codes are one to it."""
-
-    code_VK: Tensor
-
-    def __init__(self, code_NK: Tensor, entries: int, width: int) -> None:
-        super().__init__()
-        self.rows, self.entries = len(code_NK) + 1, entries
-        # each book has places of its own in one table
-        place_NK = code_NK.long() + entries * torch.arange(code_NK.shape[1], device=code_NK.device)
-        self.register_buffer("code_VK", torch.cat([torch.zeros_like(place_NK[:1]), place_NK]))
-        self.learned = nn.Embedding(entries * code_NK.shape[1], width)
-        # a mean of K has the size of a fresh ID table's vectors
-        nn.init.normal_(self.learned.weight, std=0.02 * code_NK.shape[1] ** 0.5)
-
-    def forward(self, items: Tensor) -> Tensor:
-        """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
-        emb: Tensor = self.learned(self.code_VK[items]).mean(-2) * (items != 0).unsqueeze(-1)
-        return emb
-
-    def table(self) -> Tensor:
-        """table_VD; row 0 is zero."""
-        table_VD: Tensor = self(torch.arange(self.rows, device=self.code_VK.device))
-        return table_VD
-
-    def project(self, white_NK: Tensor, row_N: Tensor) -> Tensor:
-        """emb_ND of items by their index; text does not matter beyond the codes."""
-        emb_ND: Tensor = self(row_N)
-        return emb_ND
-
-
 def save_books(folder: Path, books: Books, known: Mapping[str, Any]) -> None:
     """Writes books and what is known of them, as JSON, into a folder: what `load_books` reads."""
     save_file({name: value.cpu().contiguous() for name, value in books.state_dict().items()}, folder / "books.safetensors")

@@ -136,6 +136,7 @@ def test_fewer_items_than_codes_are_refused_by_count(ask: Ask) -> None:
     result(ask("rat"))
     result(ask("project"))
     refused(ask("codes", "codes.training.entries=64"), "codes", "20 items have 19 different vectors, a book has 64 entries")
+    refused(ask("rat", 'rat.adapter="codes"'), "rat", "20 items have 19 different vectors, a book has 256 entries")
     refused(ask("bakeoff", 'bakeoff.systems=["codes"]', 'bakeoff.champion="codes"'), "bakeoff", "a book has 256 entries")
     result(ask("codes"))
     refused(ask("generate", "generate.user_codes.entries=64"), "generate", "different vectors, a book has 64 entries")

@@ -7,7 +7,7 @@ import torch
 
 from models.behaviour import codes
 from models.behaviour.code_figures import error
-from models.behaviour.codes import Books, CodeItems, Codes, different_up_to, fit_books, least_squares, revive, started
+from models.behaviour.codes import Books, Codes, different_up_to, fit_books, least_squares, revive, started
 
 SMALL = Codes(books=2, entries=8, epochs=20, batch=64)
 
@@ -207,15 +207,3 @@ def test_vectors_of_another_width_and_strange_values_are_refused() -> None:
 def test_settings_that_make_no_codes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="codes"):
         Codes(**wrong)  # type: ignore[arg-type]
-
-
-def test_items_of_codes_have_vectors_of_their_codes_and_learn() -> None:
-    items = CodeItems(torch.tensor([[0, 1], [0, 1], [1, 1]]), 2, 5)
-    assert not items.table()[0].any()
-    assert torch.equal(items.table()[1], items.table()[2]) and not torch.equal(items.table()[1], items.table()[3])
-    # a book's entry 1 is not the other book's
-    torch.testing.assert_close(items.table()[3], (items.learned.weight[1] + items.learned.weight[3]) / 2)
-    assert torch.equal(items(torch.tensor([[0, 3]]))[0], items.table()[torch.tensor([0, 3])])
-    assert torch.equal(items.project(torch.zeros(2, 1), torch.tensor([3, 0])), items.table()[torch.tensor([3, 0])])
-    items.table().sum().backward()
-    assert items.learned.weight.grad is not None
