@@ -45,7 +45,7 @@ class Config:
     """How many users of the most similar histories a user learns from in self-distillation."""
     text_width: int = 32
     """Columns that `null_space` leaves to text alone; the ID part is added in the others. Half of the width, as published."""
-    codes: Codes = field(default_factory=Codes)
+    item_codes: Codes = field(default_factory=Codes)
     """Books of the `codes` adapter, made in training; they stay with the recommender and code new items."""
     alpha: float = 0.01
     """Weight of the alignment loss."""

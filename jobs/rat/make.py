@@ -47,7 +47,7 @@ def fusion_of(config: Config) -> Fusion:
 
 def item_config(config: Config) -> dict[str, Any]:
     """What builds the item source, now and again from an artifact."""
-    own = {"null_space": {"text_width": config.text_width, "added": True}, "codes": as_json(config.codes)}
+    own = {"null_space": {"text_width": config.text_width, "added": True}, "codes": as_json(config.item_codes)}
     items: dict[str, Any] = {"kind": config.adapter} | own.get(config.adapter, {"hidden": config.hidden})
     if config.adapter != "llm_esr" and config.training.cosine:
         items["unit"] = True

@@ -29,7 +29,8 @@ class Whitening(nn.Module):
     @property
     def spread_K(self) -> Tensor:
         """Standard deviation of the texts in each direction kept, before it was made one."""
-        return 1 / self.map_EK.norm(dim=0)
+        spread_K: Tensor = 1 / self.map_EK.norm(dim=0)
+        return spread_K
 
     def forward(self, llm_NE: Tensor) -> Tensor:
         """llm_NE of any float type -> white_NK float32, strongest direction first."""

@@ -47,7 +47,7 @@ def taught(run: Run, **more: Any) -> str:
 
 
 def config(run: Run, **more: Any) -> rat.Config:
-    known = {"hidden": 16, "whitened_width": 8, "fusion": Fusion(parts=("llmemb",)), "codes": Codes(books=2, entries=4)}
+    known = {"hidden": 16, "whitened_width": 8, "fusion": Fusion(parts=("llmemb",)), "item_codes": Codes(books=2, entries=4)}
     return rat.Config(run=run, **{**SMALL, **known, **more})
 
 

@@ -49,7 +49,7 @@ def served(tmp_path: Path) -> tuple[Run, str]:
 
 
 def trained(run: Run, **more: Any) -> rat.Result:
-    return rat.run(rat.Config(run=run, codes=Codes(books=2, entries=4), **{**SMALL, **more}))
+    return rat.run(rat.Config(run=run, item_codes=Codes(books=2, entries=4), **{**SMALL, **more}))
 
 
 def crown(monkeypatch: pytest.MonkeyPatch, **aliases: tuple[str, str]) -> None:
