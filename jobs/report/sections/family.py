@@ -22,6 +22,7 @@ def section(facts: Facts) -> dict[str, Any]:
         "forests": [forest(judged, name) for name in slices],
         "shared": " ".join(shared(codes["report"])) if codes.get("report") else "",
         "codes": [codes_table(codes), *use_of_books(codes)] if codes.get("report") else [],
+        "offline": [*reranked(told_by(facts, "rerank")), *generated(told_by(facts, "generate"))],
         "told": {key: codes.get(key) for key in ("books_id", "source", "new", "changed", "kept", "refit")} if codes else None,
     }
 
@@ -98,3 +99,49 @@ def use_of_books(codes: Mapping[str, Any]) -> Iterator[Table]:
         head.append(f"Share of the bits of {told.get('attribute')}")
     if rows:
         yield Table(caption=f"Use of each book's {number(codes.get('entries'))} entries", head=head, rows=rows)
+
+
+WAYS = {
+    "recommender": "The recommender's order",
+    "plain": "The LLM, plain prompt",
+    "soft": "The LLM with soft tokens",
+    "shuffled": "The same, titles shuffled over the items",
+    "mixed": "Both, weighed on validation",
+    "oracle": "Oracle: the next item first where the list holds it",
+}
+"""Orders of a recommender's list, in words."""
+BESIDE = ("NDCG@10", "More than the recommender's", "From", "To")
+
+
+def told_by(facts: Facts, job: str) -> Mapping[str, Any]:
+    """The whole Result of a job that ended well: `users` and `differences` have other shapes here than those of `evaluate`."""
+    run = facts.night.done(job)
+    return (run.manifest.get("result") or {}) if run else {}
+
+
+def reranked(found: Mapping[str, Any]) -> Iterator[Table]:
+    """What an LLM that re-ranks lists adds; nothing where `rerank` did not run."""
+    values, less = found.get("ndcg") or {}, found.get("differences") or {}
+    rows = [[words, number(values.get(way)), *ends(less.get(way))] for way, words in WAYS.items() if way in values]
+    if rows:
+        sizes = [number(found.get(key), 0) for key in ("top", "users", "tokens")]
+        caption = "Lists of {} re-ranked for {} users; {} soft tokens; weight of the LLM in the mix: ".format(*sizes)
+        yield Table(caption=caption + number(found.get("mix"), 1), head=["Order", *BESIDE], rows=rows)
+
+
+def generated(found: Mapping[str, Any]) -> Iterator[Table]:
+    """What a model that writes items' codes achieves; nothing where `generate` did not run."""
+    values = found.get("ndcg") or {}
+    if values:
+        rows = [["The recommender", number(values.get("recommender")), *ends(None)],
+                ["Generated", number(values.get("generated")), *ends(found.get("difference"))]]  # fmt: skip
+        shares = [number(found.get(key), 3) for key in ("items_share", "drift")]
+        caption = "Items written as codes of books {} for {} users; beams that are items: {}, index drift: {}".format(
+            found.get("books_id"), number(found.get("users"), 0), *shares
+        )
+        yield Table(caption=caption, head=["List", *BESIDE], rows=rows)
+
+
+def ends(less: Mapping[str, Any] | None) -> list[str]:
+    """A difference with its interval, as cells."""
+    return [number((less or {}).get(key)) for key in ("value", "low", "high")]

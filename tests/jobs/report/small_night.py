@@ -151,6 +151,16 @@ def family() -> dict[str, dict[str, Any]]:
                        "category": {"attribute": "genre", "information": [0.71, 0.15]},
                        "usage": [{"entropy": 7.9, "gini": 0.21, "dead": 0.0}, {"entropy": 6.5, "gini": 0.42, "dead": 12.0}]},
         },
+        "rerank": {
+            "recommender_id": "c" * 16, "users": 90, "top": 20, "tokens": 8, "mix": 0.2, "in_list": 0.4,
+            "ndcg": {"recommender": 0.2, "plain": 0.15, "soft": 0.18, "shuffled": 0.11, "mixed": 0.21, "oracle": 0.4},
+            "differences": {"soft": {"value": -0.02, "low": -0.031, "high": -0.009},
+                            "oracle": {"value": 0.2, "low": None, "high": None}},
+        },
+        "generate": {
+            "books_id": "b00c" * 4, "users": 77, "ndcg": {"generated": 0.03, "recommender": 0.05}, "items_share": 1.0,
+            "drift": 0.0, "difference": {"value": -0.02, "low": -0.04, "high": -0.001},
+        },
         "bakeoff": {
             "champion": "fused", "seeds": [42, 43], "device": "cuda", "users": {"overall": 90, "tail": 40},
             "values": {"fused": slices, "id_only": slices, EVIL: slices},

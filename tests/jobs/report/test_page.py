@@ -285,7 +285,10 @@ def test_the_bake_off_the_codes_and_the_routing_are_told_with_what_pays(tmp_path
         "Book Entropy, bits Gini (0 even) Dead entries Share of the bits of genre", "Book 2 6.5000 0.4200 12 0.1500",
         "What codes keep of fused's vectors", "fused_pq 0.5500 0.3100", "7 of these users have no validation event",
         "weak by length 18 0.0200 0.1200 90.0%", "weak users routed to text. Routers tried: 1, each", "length, 20% 0.1150",
-        "0.0150 0.0020 0.0280 0.2000",
+        "0.0150 0.0020 0.0280 0.2000", "Lists of 20 re-ranked for 90 users; 8 soft tokens; weight of the LLM in the mix: 0.2",
+        "The LLM with soft tokens 0.1800 -0.0200 -0.0310 -0.0090", "titles shuffled over the items 0.1100 – – –",
+        "codes of books b00cb00cb00cb00c for 77 users; beams that are items: 1.000, index drift: 0.000",
+        "Generated 0.0300 -0.0200 -0.0400 -0.0010",
     ):  # fmt: skip
         assert part.replace(" ,", ",") in text, part
     assert "can't be drawn" not in html
