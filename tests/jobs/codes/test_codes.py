@@ -89,7 +89,7 @@ def test_what_is_appended_leaves_published_codes_bit_by_bit(world: World) -> Non
     assert len({(*code, number) for code, number in after.values()}) == len(after)
 
 
-def test_a_new_item_never_gets_the_number_of_one_that_left(world: World) -> None:
+def test_a_new_item_does_not_get_the_number_of_one_that_has_just_left(world: World) -> None:
     first = world.rows(world.codes())
     number = first["m39"][1]
     twins = [item for item, (codes_, _) in first.items() if codes_ == first["m39"][0]]
