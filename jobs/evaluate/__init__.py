@@ -32,7 +32,7 @@ from models.behaviour.artifact import Loaded
 from models.behaviour.data import Histories, held_out, without_items
 from models.behaviour.data import cases as held_out_cases
 from models.judge.evaluation import SLICES, Cases, make_cases
-from models.judge.metrics import by_rank, popularity_leak
+from models.judge.metrics import popularity_leak
 
 LEAK_ITEMS = (50, 20_000)
 """Items that the leak test needs at least, and samples at most."""
@@ -55,27 +55,25 @@ def run(config: Config) -> Result:
     same = chosen["reference"] == chosen["champion"]
     others = {"champion": chosen["champion"], "reference": "" if same else chosen["reference"]}
     views = views_of(config, cases)
-    valid = validation(config, events)
-    by_view, before = ranks_of(config, challenger, others, catalogue, views, valid)
+    by_view, before = ranks_of(config, challenger, others, catalogue, views, valid := validation(config, events))
     ranks = {name: (*found[0], found[1][0]) for name, found in by_view.items()}
     figures = judged(config, ranks, cases)
     seconds = time.monotonic() - started
     values, differences = tabled(config, figures, list(ranks))
     leak = leaks(config, challenger, catalogue, events)
     commit = partitions.write(config.run.lake, METRICS, f"ds={config.run.ds}", [metric_rows(config, figures, list(ranks))])
-    weak = weak_slices(views[-1], valid, None if before is None else by_rank(before[0], config.k)["ndcg"])
     outputs = {
         "metrics": commit.digest, "negatives": keep_negatives(config.run, cases),
-        "outcomes": keep_outcomes(config.run, views[-1], {name: by_view[name][-1] for name in by_view}, config.k, weak),
+        "outcomes": keep_outcomes(config.run, views[-1], {name: by_view[name][-1] for name in by_view}, config.k,
+                                 weak_slices(views[-1], valid, before, config.k)),
     }  # fmt: skip
-    inputs = {"items": catalogue.digest, "sequences": digest, **chosen}
     rows = {"metrics": commit.rows, "cases": len(cases.users_C), "all_cases": len(views[-1].users_C)}
     result = Result(
         recommender_id=chosen["recommender"], encoder_id=chosen["encoder"], champion_id=chosen["champion"],
         reference_id=chosen["reference"], values=values, differences=differences,
         users=dict(zip(SLICES, figures.n_S.tolist(), strict=True)), leak=leak, leaking=leak.get("r2", 0.0) > config.leak_bound,
-        outcomes_id=outputs["outcomes"], negatives_id=outputs["negatives"], ranking_seconds=round(seconds, 3),
-        device=str(challenger.device), inputs=inputs, outputs=outputs, rows=rows,
+        outcomes_id=outputs["outcomes"], negatives_id=outputs["negatives"], device=str(challenger.device), rows=rows,
+        inputs={"items": catalogue.digest, "sequences": digest, **chosen}, outputs=outputs, ranking_seconds=round(seconds, 3),
     )  # fmt: skip
     log_table(config, result, catalogue)
     record(config, result)

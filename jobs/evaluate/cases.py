@@ -18,7 +18,7 @@ from jobs.lake import outcomes
 from jobs.run import Run
 from models.behaviour import data
 from models.behaviour.data import Histories, targets
-from models.judge.evaluation import SLICES, Cases, slices
+from models.judge.evaluation import SLICES, Cases, Ranks, slices
 from models.judge.metrics import by_rank
 from models.judge.routing import weakest, weakness, weakness_of_history
 
@@ -55,16 +55,16 @@ def every_case(events: Histories, part: Literal["valid", "test"], last: Cases, m
     )
 
 
-def weak_slices(cases: Cases, valid: Cases | None, valid_ndcg_C: Tensor | None) -> dict[str, Tensor]:
+def weak_slices(cases: Cases, valid: Cases | None, before: Ranks | None, k: int) -> dict[str, Tensor]:
     """in_C of the cases of the weakest fifth of the users by each signal, as `weak_SIGNAL`: for the report, not for the gates.
 
-    Without validation events there is no `weak_validation`. Their NDCG is the challenger's.
+    `before` are the challenger's ranks of the validation events; without any there is no `weak_validation`.
     """
     users_U, place_C = torch.unique(cases.users_C, return_inverse=True)
     signals = weakness_of_history(cases.events, users_U)
-    if valid is not None and valid_ndcg_C is not None:
+    if valid is not None and before is not None:
         valid_A = torch.full((len(cases.events.train_end_U),), torch.nan, dtype=torch.float64, device=users_U.device)
-        valid_A[valid.users_C] = valid_ndcg_C.double()
+        valid_A[valid.users_C] = by_rank(before[0], k)["ndcg"].double()
         if bool(valid_A[users_U].isfinite().any()):
             signals = weakness(cases.events, users_U, valid_A[users_U])
     return {f"weak_{name}": weakest(weak_U)[place_C] for name, weak_U in signals.items()}

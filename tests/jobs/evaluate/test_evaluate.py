@@ -326,10 +326,11 @@ def test_the_weakest_fifth_of_the_users_by_each_signal_is_kept_for_the_report() 
     settings = {"negatives": 1, "paper_tail": 4, "chunk": 9, "seed": 0, "unseen": True}
     last, valid = (make_cases(events, part, **settings) for part in ("test", "valid"))  # type: ignore[arg-type]
     cases = every_case(events, "test", last, 0, 4)
-    found = weak_slices(cases, valid, (valid.users_C != 0).double())
+    first_C2 = torch.where(valid.users_C == 0, 50, 1)[:, None].repeat(1, 2)
+    found = weak_slices(cases, valid, (first_C2, first_C2), 10)
     who = {name: cases.users_C[in_C].tolist() for name, in_C in found.items()}
     assert who == {"weak_length": [1, 1], "weak_popularity": [4, 4], "weak_sparsity": [3, 3], "weak_validation": [0, 0]}
-    assert set(weak_slices(cases, None, None)) == set(who) - {"weak_validation"}
+    assert set(weak_slices(cases, None, None, 10)) == set(who) - {"weak_validation"}
 
 
 def test_whom_the_challenger_missed_on_validation_is_kept(lake: Run) -> None:
