@@ -109,7 +109,7 @@ def from_before(
 
 
 def numbered(code_NK: npt.NDArray[np.int32], table: pa.Table, before: pa.Table | None) -> npt.NDArray[np.int32]:
-    """number_N: kept with the codes; a new item of codes that others have, or had, gets the next one, in the order of ids."""
+    """number_N: kept with the codes; a new item of codes that others have, or had before, gets the next one, by id."""
     number_N = np.full(len(code_NK), -1, np.int32)
     old_NK = matrix(before) if before is not None and before.num_rows else np.zeros((0, code_NK.shape[1]), np.int32)
     group_M = np.unique(np.concatenate([old_NK, code_NK]), axis=0, return_inverse=True)[1].reshape(-1)

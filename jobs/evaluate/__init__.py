@@ -8,7 +8,7 @@ import time
 import torch
 
 from jobs.engines import registry
-from jobs.evaluate.cases import every_case, keep_outcomes
+from jobs.evaluate.cases import every_case, keep_outcomes, weak_slices
 from jobs.evaluate.config import Config as Config
 from jobs.evaluate.config import Difference as Difference
 from jobs.evaluate.config import Result as Result
@@ -30,6 +30,7 @@ from jobs.lake.tensors import (
 from jobs.run import Run, as_json
 from models.behaviour.artifact import Loaded
 from models.behaviour.data import Histories, held_out, without_items
+from models.behaviour.data import cases as held_out_cases
 from models.judge.evaluation import SLICES, Cases, make_cases
 from models.judge.metrics import popularity_leak
 
@@ -54,7 +55,7 @@ def run(config: Config) -> Result:
     same = chosen["reference"] == chosen["champion"]
     others = {"champion": chosen["champion"], "reference": "" if same else chosen["reference"]}
     views = views_of(config, cases)
-    by_view = ranks_of(config, challenger, others, catalogue, views)
+    by_view, before = ranks_of(config, challenger, others, catalogue, views, valid := validation(config, events))
     ranks = {name: (*found[0], found[1][0]) for name, found in by_view.items()}
     figures = judged(config, ranks, cases)
     seconds = time.monotonic() - started
@@ -63,16 +64,16 @@ def run(config: Config) -> Result:
     commit = partitions.write(config.run.lake, METRICS, f"ds={config.run.ds}", [metric_rows(config, figures, list(ranks))])
     outputs = {
         "metrics": commit.digest, "negatives": keep_negatives(config.run, cases),
-        "outcomes": keep_outcomes(config.run, views[-1], {name: by_view[name][-1] for name in by_view}, config.k),
+        "outcomes": keep_outcomes(config.run, views[-1], {name: by_view[name][-1] for name in by_view}, config.k,
+                                 weak_slices(views[-1], valid, before, config.k)),
     }  # fmt: skip
-    inputs = {"items": catalogue.digest, "sequences": digest, **chosen}
     rows = {"metrics": commit.rows, "cases": len(cases.users_C), "all_cases": len(views[-1].users_C)}
     result = Result(
         recommender_id=chosen["recommender"], encoder_id=chosen["encoder"], champion_id=chosen["champion"],
         reference_id=chosen["reference"], values=values, differences=differences,
         users=dict(zip(SLICES, figures.n_S.tolist(), strict=True)), leak=leak, leaking=leak.get("r2", 0.0) > config.leak_bound,
-        outcomes_id=outputs["outcomes"], negatives_id=outputs["negatives"], ranking_seconds=round(seconds, 3),
-        device=str(challenger.device), inputs=inputs, outputs=outputs, rows=rows,
+        outcomes_id=outputs["outcomes"], negatives_id=outputs["negatives"], device=str(challenger.device), rows=rows,
+        inputs={"items": catalogue.digest, "sequences": digest, **chosen}, outputs=outputs, ranking_seconds=round(seconds, 3),
     )  # fmt: skip
     log_table(config, result, catalogue)
     record(config, result)
@@ -102,6 +103,14 @@ def views_of(config: Config, cases: Cases) -> list[Cases]:
     """What every model ranks: the cases as serving ranks, in the other ranking, and (last) all held-out events, for the gates."""
     other = dataclasses.replace(cases, unseen=not cases.unseen)
     return [cases, other, every_case(cases.events, config.part, cases, config.events_per_user, config.paper_tail)]
+
+
+def validation(config: Config, events: Histories) -> Cases | None:
+    """The validation event of each user, by whose rank the report tells weak users; None where it is judged itself, or absent."""
+    if config.part == "valid" or not len(held_out_cases(events, "valid")[0]):
+        return None
+    return make_cases(events, "valid", negatives=1, paper_tail=config.paper_tail, chunk=config.users_per_chunk,
+                      seed=config.run.seed, unseen=unseen_only(config))  # fmt: skip
 
 
 def leaks(config: Config, challenger: Loaded, catalogue: Catalogue, events: Histories) -> dict[str, float]:

@@ -18,8 +18,9 @@ from jobs.lake import outcomes
 from jobs.run import Run
 from models.behaviour import data
 from models.behaviour.data import Histories, targets
-from models.judge.evaluation import SLICES, Cases, slices
+from models.judge.evaluation import SLICES, Cases, Ranks, slices
 from models.judge.metrics import by_rank
+from models.judge.routing import weakest, weakness, weakness_of_history
 
 
 def every_case(events: Histories, part: Literal["valid", "test"], last: Cases, most: int, paper_tail: int) -> Cases:
@@ -54,12 +55,31 @@ def every_case(events: Histories, part: Literal["valid", "test"], last: Cases, m
     )
 
 
-def keep_outcomes(run: Run, cases: Cases, ranks: Mapping[str, tuple[Tensor, ...]], k: int) -> str:
-    """Keeps every model's NDCG of every case as an artifact `outcomes`; equal ones are kept once. Gives its id."""
+def weak_slices(cases: Cases, valid: Cases | None, before: Ranks | None, k: int) -> dict[str, Tensor]:
+    """in_C of the cases of the weakest fifth of the users by each signal, as `weak_SIGNAL`: for the report, not for the gates.
+
+    `before` are the challenger's ranks of the validation events; without any there is no `weak_validation`.
+    """
+    users_U, place_C = torch.unique(cases.users_C, return_inverse=True)
+    signals = weakness_of_history(cases.events, users_U)
+    if valid is not None and before is not None:
+        valid_A = torch.full((len(cases.events.train_end_U),), torch.nan, dtype=torch.float64, device=users_U.device)
+        valid_A[valid.users_C] = by_rank(before[0], k)["ndcg"].double()
+        if bool(valid_A[users_U].isfinite().any()):
+            signals = weakness(cases.events, users_U, valid_A[users_U])
+    return {f"weak_{name}": weakest(weak_U)[place_C] for name, weak_U in signals.items()}
+
+
+def keep_outcomes(run: Run, cases: Cases, ranks: Mapping[str, tuple[Tensor, ...]], k: int, more: Mapping[str, Tensor]) -> str:
+    """Keeps every model's NDCG of every case as an artifact `outcomes`; equal ones are kept once. Gives its id.
+
+    `more`: in_C of slices that are not of the table.
+    """
     number_C = torch.unique(cases.users_C, return_inverse=True)[1]
     value_KC = torch.stack([by_rank(full_C2, k)["ndcg"] for full_C2, *_ in ranks.values()])
     found = outcomes.Outcomes(
-        models=list(ranks), slices=list(SLICES), user_C=number_C.cpu().numpy(), slices_SC=cases.slices_SC.cpu().numpy(),
+        models=list(ranks), slices=[*SLICES, *more], user_C=number_C.cpu().numpy(),
+        slices_SC=torch.cat([cases.slices_SC, *(in_C[None] for in_C in more.values())]).cpu().numpy(),
         ndcg_KC=value_KC.double().cpu().numpy(),
     )  # fmt: skip
     return outcomes.keep_outcomes(run.lake, found, f"ndcg@{k}")

@@ -52,18 +52,25 @@ def rankers(config: Config, challenger: Loaded, others: dict[str, str], catalogu
 
 
 def ranks_of(
-    config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, views: Sequence[Cases]
-) -> dict[str, list[Ranks]]:
-    """Of each model its ranks of every view's cases; a last view that has the cases of the first is not ranked again."""
+    config: Config, challenger: Loaded, others: dict[str, str], catalogue: Catalogue, views: Sequence[Cases],
+    valid: Cases | None = None,
+) -> tuple[dict[str, list[Ranks]], Ranks | None]:  # fmt: skip
+    """Of each model its ranks of every view's cases, and the challenger's of `valid`, where that is given.
+
+    A last view that has the cases of the first is not ranked again.
+    """
     again = same_cases(views[0], views[-1])
     ranked_views = views[:-1] if again else views
     counted = [floor_ranks(cases) for cases in ranked_views]
     found = {name: [ranks[name] for ranks in counted] for name in counted[0]}
+    before: Ranks | None = None
     for ranker in rankers(config, challenger, others, catalogue):
         for cases in ranked_views:
             for name, ranks in ranker(cases).items():
                 found.setdefault(name, []).append(ranks)
-    return {name: [*ranks, ranks[0]] for name, ranks in found.items()} if again else found
+        if valid is not None and before is None and CHALLENGER in found:
+            before = ranker(valid)[CHALLENGER]
+    return {name: [*ranks, ranks[0]] for name, ranks in found.items()} if again else found, before
 
 
 def same_cases(one: Cases, other: Cases) -> bool:

@@ -57,7 +57,7 @@ def run(config: Config) -> Result:
         recommender_id=read.recommender_id, books_id=read.known.books_id, users=len(item_CW),
         words=writer.words.num_embeddings - 1, ndcg={name: round(float(value_C.mean()), 5) for name, value_C in ndcg.items()},
         difference=less.interval(),
-        items_share=round(float((item_CW > 0).double().mean()), 5), drift=read.drift,
+        items_share=items_share(item_CW, len(read.token_NT)), drift=read.drift,
         seconds=round(time.monotonic() - began, 1), device=str(read.token_NT.device), inputs=read.inputs, outputs={}, rows={},
     )  # fmt: skip
     told = "  ".join(f"{name} {value:.4f}" for name, value in result.ndcg.items())
@@ -148,6 +148,13 @@ def prompts(
 def generated(writer: Writer, prompt_CL: Tensor, tree: Tree, beams: int) -> Tensor:
     """item_CW, best first."""
     return torch.cat([beam_search(writer, some, tree, beams)[0] for some in torch.split(prompt_CL, USERS_AT_ONCE)])
+
+
+def items_share(item_CW: Tensor, items: int) -> float:
+    """Share of the beams that are items, each another; there are no more beams than items."""
+    sorted_CW = item_CW.sort(1).values
+    different_C = (sorted_CW[:, :1] > 0).sum(1) + ((sorted_CW[:, 1:] > 0) & sorted_CW.diff(dim=1).bool()).sum(1)
+    return round(float(different_C.double().mean()) / min(items, item_CW.shape[1]), 5)
 
 
 def beams_ndcg(item_CW: Tensor, lists: Lists) -> Tensor:

@@ -70,7 +70,9 @@ def gated(config: Config) -> Result:
 def fresh(config: Config, read: Read) -> Recommender:
     """The recommender before its first step."""
     torch.manual_seed(config.run.seed)
-    return Recommender(make_items(config, read.white_NK), build_sequence(config.backbone, config.adapter))
+    return Recommender(
+        make_items(config, read.white_NK, read.whitening.spread_K), build_sequence(config.backbone, config.adapter)
+    )
 
 
 def keep(config: Config, read: Read, recommender: Recommender) -> tuple[str, Rotation, fuse.Fused]:

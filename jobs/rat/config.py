@@ -9,6 +9,7 @@ from jobs.rat import fuse
 from jobs.rat.rotation import Rotation
 from jobs.run import InputError, Run
 from models.behaviour.assembly import Fusion
+from models.behaviour.codes import Codes
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 
@@ -30,9 +31,10 @@ class Config:
     whitened_width: int = 1536
     """Directions kept by whitening, at most; the items' own rank bounds it too, and so does an eighth of their number: whitened
     to as many directions as there are items, all texts lie equally far apart."""
-    adapter: Literal["mlp", "residual", "null_space", "llm_esr"] = "mlp"
+    adapter: Literal["mlp", "residual", "null_space", "codes", "llm_esr"] = "mlp"
     """`mlp`: vectors from text alone; `residual`: the same plus a learned ID part; `null_space`: frozen text, a learned ID part
-    added in its weakest directions (AlphaFuse); `llm_esr`: that baseline, for `evaluate.baselines`, without alignment."""
+    added in its weakest directions (AlphaFuse); `codes`: a learned vector for each entry of books of the text, which an item's
+    codes name (MoC); `llm_esr`: that baseline, for `evaluate.baselines`, without alignment."""
     hidden: int = 256
     """Hidden width of the `mlp` and `residual` adapters, and of LLM-ESR's."""
     drop_ids: float = 0.3
@@ -43,6 +45,8 @@ class Config:
     """How many users of the most similar histories a user learns from in self-distillation."""
     text_width: int = 32
     """Columns that `null_space` leaves to text alone; the ID part is added in the others. Half of the width, as published."""
+    item_codes: Codes = field(default_factory=Codes)
+    """Books of the `codes` adapter, made in training; they stay with the recommender and code new items."""
     alpha: float = 0.01
     """Weight of the alignment loss."""
     temperature: float = 0.1

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from jobs.lake.tensors import Catalogue, texts_of
 from jobs.rat.config import Config
+from jobs.run import as_json
 from models.behaviour.assembly import Fusion
 from models.behaviour.item_sources import build_items
 from models.behaviour.items import Items
 from models.behaviour.training import Aligner, Training
 
 
-def make_items(config: Config, white_NK: Tensor) -> Items:
-    """The item source of the configured adapter over the catalogue's whitened embeddings."""
-    items: Items = build_items(item_config(config), config.backbone.width, len(white_NK), white_NK, config.drop_ids)
+def make_items(config: Config, white_NK: Tensor, spread_K: Tensor | None = None) -> Items:
+    """The item source of the configured adapter over the catalogue's whitened embeddings; `spread_K` undoes their whitening."""
+    width, count = config.backbone.width, len(white_NK)
+    items: Items = build_items(item_config(config), width, count, white_NK, config.drop_ids, spread_K)
     return items
 
 
@@ -45,9 +47,8 @@ def fusion_of(config: Config) -> Fusion:
 
 def item_config(config: Config) -> dict[str, Any]:
     """What builds the item source, now and again from an artifact."""
-    items: dict[str, Any] = {"kind": config.adapter} | (
-        {"text_width": config.text_width, "added": True} if config.adapter == "null_space" else {"hidden": config.hidden}
-    )
+    own = {"null_space": {"text_width": config.text_width, "added": True}, "codes": as_json(config.item_codes)}
+    items: dict[str, Any] = {"kind": config.adapter} | own.get(config.adapter, {"hidden": config.hidden})
     if config.adapter != "llm_esr" and config.training.cosine:
         items["unit"] = True
     return items

@@ -90,7 +90,7 @@ class Work:
         """The llmemb part of all events, aligned to the teacher of all events."""
         torch.manual_seed(self.config.run.seed)
         sequence = build_sequence(self.settings.backbone, self.settings.adapter)
-        recommender = Recommender(make.make_items(self.settings, self.white_NK), sequence)
+        recommender = Recommender(make.make_items(self.settings, self.white_NK, self.judged.whitening.spread_K), sequence)
         aligner = None
         if teacher is not None:
             known_V = torch.ones_like(self.counts_V, dtype=torch.bool)

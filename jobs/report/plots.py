@@ -53,6 +53,8 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
+FEW = 3
+"""Lines whose names find room inside a chart."""
 WIDTH = 6.0
 """Inches of a picture: on a phone, where it shrinks to the screen, its letters can still be read."""
 
@@ -158,7 +160,7 @@ def curves(name: str, panels: Sequence[Panel]) -> Markup:
 
 def curve(name: str, panel: Panel) -> Markup:
     """One line chart."""
-    with drawing(name, 3.4, 5.0) as (axis, out):
+    with drawing(name, 3.4 if len(panel.lines) <= FEW else 4.0, 5.0) as (axis, out):
         for number, (label, (x, y)) in enumerate(panel.lines.items()):
             dash = ("-", "--", ":", "-.")[number % 4]
             point = "o" if len(x) < 25 else None
@@ -167,7 +169,9 @@ def curve(name: str, panel: Panel) -> Markup:
             axis.axvline(panel.mark, color=QUIET, linewidth=1, linestyle=(0, (2, 3)))
         axis.set_title(panel.title, fontsize=12, loc="left")
         axis.set_xlabel(panel.across)
-        if len(panel.lines) > 1:
+        if len(panel.lines) > FEW:
+            axis.figure.legend(fontsize=11, loc="outside lower center", ncols=3)
+        elif len(panel.lines) > 1:
             axis.legend(fontsize=11)
     return out[0]
 

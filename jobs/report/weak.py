@@ -27,8 +27,12 @@ GROUPS = {
     "cold": "Looking for items without events",
     "repeat": "Coming back to an item",
     "new": "Looking for something new to them",
+    "weak_length": "Fewest events (a fifth)",
+    "weak_popularity": "Rarest items in their histories (a fifth)",
+    "weak_sparsity": "Fewest different items (a fifth)",
+    "weak_validation": "Worst rank on validation (a fifth)",
 }
-"""Slices of the evaluation, in words."""
+"""Slices of the evaluation, in words; the last four are told by what was known before."""
 MEASURE = "weak."
 
 

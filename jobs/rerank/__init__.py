@@ -72,6 +72,8 @@ def reranked(
                               unseen=config.run.exclude_seen) for part in ("valid", "test")}  # fmt: skip
     model = load_reranker(config.base, config.distilling, domain=config.domain, device=table_VD.device, seed=config.run.seed)
     known = questions(parts["valid"], words, config.history)
+    refuse_unknown(model, [*known, *(question for some in (words, shuffled(words, config.run.seed))
+                                     for question in questions(parts["test"], some, config.history))])  # fmt: skip
     distil(model, known, config.distilling, seed=config.run.seed, log=log_step)
     values, weight = rank_test_users(config, model, parts, words, known)
     return values, weight, float((parts["test"].place_C >= 0).double().mean())
@@ -81,13 +83,12 @@ def rank_test_users(
     config: Config, model: Reranker, parts: dict[str, Lists], words: Sequence[str], known: Sequence[Question]
 ) -> tuple[dict[str, Tensor], float]:
     """NDCG@10 of each test user by each way; and the weight in the mix, which validation chose."""
-    test = parts["test"]
-    soft_CM = scored(model, questions(test, words, config.history))
-    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
-    other_CM = scored(model, questions(test, [words[place] for place in order], config.history))
-    valid_CM, soft_SE = scored(model, known), model.soft_SE.data
+    test, places = parts["test"], parts["test"].item_CM.shape[1]
+    soft_CM = scored(model, questions(test, words, config.history), places)
+    other_CM = scored(model, questions(test, shuffled(words, config.run.seed), config.history), places)
+    valid_CM, soft_SE = scored(model, known, places), model.soft_SE.data
     model.soft_SE.data = soft_SE[:0]
-    plain_CM = scored(model, questions(test, words, config.history)) if config.distilling.tokens else soft_CM
+    plain_CM = scored(model, questions(test, words, config.history), places) if config.distilling.tokens else soft_CM
     model.soft_SE.data = soft_SE
     best = max(MIXES, key=lambda weight: float(placed(parts["valid"].mixed(valid_CM, weight), parts["valid"].place_C).mean()))
     scores = {"recommender": test.score_CM.double(), "plain": plain_CM, "soft": soft_CM, "shuffled": other_CM,
@@ -96,19 +97,31 @@ def rank_test_users(
     return found | {"oracle": oracle(test.place_C)}, best
 
 
+def shuffled(words: Sequence[str], seed: int) -> list[str]:
+    """Titles of other items."""
+    return [words[place] for place in torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
 def questions(lists: Lists, words: Sequence[str], newest: int) -> list[Question]:
     """The lists in titles."""
     return [
         Question(history=tuple(words[item - 1] for item in history if item)[-newest:],
-                 candidates=tuple(words[item - 1] for item in items), target=place)
+                 candidates=tuple(words[item - 1] for item in items if item), target=place)
         for history, items, place in zip(lists.history_CL.tolist(), lists.item_CM.tolist(), lists.place_C.tolist(), strict=True)
     ]  # fmt: skip
 
 
+def refuse_unknown(model: Reranker, asked: Sequence[Question]) -> None:
+    """Raises ValueError for a title that the base doesn't know: told before the training, not after."""
+    for title in sorted({title for question in asked for title in question.candidates}):
+        model.title(title)
+
+
 @torch.no_grad()
-def scored(model: Reranker, asked: Sequence[Question]) -> Tensor:
-    """score_CM of all candidates, in float64 on the CPU."""
-    return torch.stack([model(question).double().cpu() for question in asked])
+def scored(model: Reranker, asked: Sequence[Question], places: int) -> Tensor:
+    """score_CM of all candidates, in float64 on the CPU; -inf in places of a list where there is none."""
+    found = [model(question).double().cpu() for question in asked]
+    return torch.stack([torch.nn.functional.pad(one, (0, places - len(one)), value=-torch.inf) for one in found])
 
 
 def log_step(figures: dict[str, float], step: int) -> None:

@@ -139,18 +139,28 @@ def taken(value_NWX: Tensor, place_NV: Tensor) -> Tensor:
 def fit_books(emb_ND: Tensor, config: Codes, *, seed: int, log: Log = lambda *_: None) -> Books:
     """Books of vectors. Raises ValueError for fewer different vectors than entries, or values that are not finite."""
     generator = torch.Generator().manual_seed(seed)
-    different = len(torch.unique(emb_ND, dim=0)) if len(emb_ND) <= CHUNK else config.entries
-    if different < config.entries:
-        raise ValueError(f"{len(emb_ND):,} items have {different:,} different vectors, a book has {config.entries} entries: set "
-                         "entries lower, or give more items")  # fmt: skip
     some_N = torch.randperm(len(emb_ND), generator=generator)[: config.sample].to(emb_ND.device)
     emb_ND = emb_ND[some_N].float()
+    different = different_up_to(emb_ND, config.entries)
+    if different < config.entries:
+        raise ValueError(f"{len(emb_ND):,} items have {different:,} different vectors, a book has {config.entries} entries: set "
+                         "entries lower, or give more items, or a larger sample of them")  # fmt: skip
     books = started(emb_ND, config, generator)
     if config.apart:
         by_steps(books, emb_ND, config, generator, log)
     else:
         settle(books, emb_ND, generator, log)
     return books.eval().requires_grad_(False)
+
+
+def different_up_to(emb_ND: Tensor, wanted: int) -> int:
+    """How many different vectors there are; counting ends where they are enough: a large catalogue is not sorted whole."""
+    found = emb_ND[:0]
+    for some in torch.split(emb_ND, 4 * wanted):
+        found = torch.unique(torch.cat([found, some]), dim=0)
+        if len(found) >= wanted:
+            break
+    return len(found)
 
 
 @torch.no_grad()
@@ -273,37 +283,6 @@ def revive(books: Books, emb_ND: Tensor, used_KC: Tensor, generator: torch.Gener
         here = books.heads(some_ND)[book] if books.head_KDD is not None else books.entry_KCD[book, code_NK[:, book]] + more_ND
         books.entry_KCD[book, dead_C] = here[item_C]
     return int(dead_KC.sum())
-
-
-class CodeItems(nn.Module):
-    """Items that are their codes alone: the mean of one learned vector a book. Items of the same codes are one to it."""
-
-    code_VK: Tensor
-
-    def __init__(self, code_NK: Tensor, entries: int, width: int) -> None:
-        super().__init__()
-        self.rows, self.entries = len(code_NK) + 1, entries
-        # each book has places of its own in one table
-        place_NK = code_NK.long() + entries * torch.arange(code_NK.shape[1], device=code_NK.device)
-        self.register_buffer("code_VK", torch.cat([torch.zeros_like(place_NK[:1]), place_NK]))
-        self.learned = nn.Embedding(entries * code_NK.shape[1], width)
-        # a mean of K has the size of a fresh ID table's vectors
-        nn.init.normal_(self.learned.weight, std=0.02 * code_NK.shape[1] ** 0.5)
-
-    def forward(self, items: Tensor) -> Tensor:
-        """Item indices of any shape -> their vectors, one dimension more; padding is zero."""
-        emb: Tensor = self.learned(self.code_VK[items]).mean(-2) * (items != 0).unsqueeze(-1)
-        return emb
-
-    def table(self) -> Tensor:
-        """table_VD; row 0 is zero."""
-        table_VD: Tensor = self(torch.arange(self.rows, device=self.code_VK.device))
-        return table_VD
-
-    def project(self, white_NK: Tensor, row_N: Tensor) -> Tensor:
-        """emb_ND of items by their index; text does not matter beyond the codes."""
-        emb_ND: Tensor = self(row_N)
-        return emb_ND
 
 
 def save_books(folder: Path, books: Books, known: Mapping[str, Any]) -> None:

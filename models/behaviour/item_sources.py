@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.behaviour.code_items import code_items
 from models.behaviour.items import (
     DirectionItems,
     IdItems,
@@ -39,6 +40,8 @@ class Given:
     """The catalogue's whitened texts; no rows of it where an artifact is read, which makes vectors by `project` alone."""
     drop_ids: float = 0.0
     """Probability that training drops an item's ID part, where it has one."""
+    spread_K: Tensor | None = None
+    """Spread of the texts in each direction before whitening; None where it does not matter."""
 
     @property
     def rows(self) -> int:
@@ -73,6 +76,9 @@ SOURCES: dict[str, Callable[[Given], nn.Module]] = {
     "null_space": lambda given: NullSpaceItems(
         given.text_NK, given.width, given.config["text_width"], added=bool(given.config.get("added", False)), unit=given.unit
     ),
+    "codes": lambda given: code_items(
+        given.config, given.width, given.catalogue, given.white_NK, given.spread_K, unit=given.unit
+    ),
     "llm_esr": lambda given: DualItems(given.text_NK, given.config["hidden"], given.width),
     "shrunk": lambda given: ShrunkItems(given.rows, given.white, given.width),
     "directions": lambda given: DirectionItems(given.white, given.width),
@@ -83,8 +89,9 @@ SOURCES: dict[str, Callable[[Given], nn.Module]] = {
 
 
 def build_items(
-    config: Mapping[str, Any], width: int, catalogue: int, white_NK: Tensor | None = None, drop_ids: float = 0.0
-) -> Any:
+    config: Mapping[str, Any], width: int, catalogue: int, white_NK: Tensor | None = None, drop_ids: float = 0.0,
+    spread_K: Tensor | None = None,
+) -> Any:  # fmt: skip
     """A fresh item source of the kind that `config["kind"]` names; `white_NK` as in `Given`, None where no text is read.
 
     Raises ValueError for a kind that this version does not know.
@@ -95,4 +102,5 @@ def build_items(
             f"item source {kind!r} is not one of {', '.join(SOURCES)}: a newer version made it; read it with that one"
         )
     white_NK = torch.zeros(0, 0) if white_NK is None else white_NK
-    return SOURCES[kind](Given(config=config, width=width, catalogue=catalogue, white_NK=white_NK, drop_ids=drop_ids))
+    return SOURCES[kind](Given(config=config, width=width, catalogue=catalogue, white_NK=white_NK, drop_ids=drop_ids,
+                               spread_K=spread_K))  # fmt: skip

@@ -26,6 +26,12 @@ class Whitening(nn.Module):
         self.explained = explained
         """Share of the variance in the directions kept."""
 
+    @property
+    def spread_K(self) -> Tensor:
+        """Standard deviation of the texts in each direction kept, before it was made one."""
+        spread_K: Tensor = 1 / self.map_EK.norm(dim=0)
+        return spread_K
+
     def forward(self, llm_NE: Tensor) -> Tensor:
         """llm_NE of any float type -> white_NK float32, strongest direction first."""
         return (llm_NE.float() - self.mean_E) @ self.map_EK

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from models.behaviour import parts
 from models.behaviour.code_figures import error, neighbours_kept
-from models.behaviour.codes import CodeItems, fit_books
+from models.behaviour.code_items import CodeItems
+from models.behaviour.codes import fit_books
 from models.behaviour.graph import FADE
 from models.behaviour.items import NullSpaceItems
 from models.behaviour.llm_esr import Distiller, DualItems, like_users

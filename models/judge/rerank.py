@@ -26,7 +26,9 @@ class Lists:
 
     history_CL: Tensor
     item_CM: Tensor
+    """0 behind the last item, where a user has had nearly all."""
     score_CM: Tensor
+    """-inf where there is no item."""
     place_C: Tensor
     """Place of the target in its list, -1 where it is not there."""
     target_C: Tensor
@@ -35,13 +37,18 @@ class Lists:
 
     def mixed(self, other_CM: Tensor, weight: float) -> Tensor:
         """The recommender's scores and others', each standardised in its list, the others times a weight."""
-        return standardised(self.score_CM.double()) + weight * standardised(other_CM)
+        mixed_CM = standardised(self.score_CM.double()) + weight * standardised(other_CM)
+        return mixed_CM.where(self.item_CM != 0, -torch.inf)
 
 
 def standardised(score_CM: Tensor) -> Tensor:
-    """Scores of a list without their mean, over their spread."""
-    centred_CM = score_CM - score_CM.mean(1, keepdim=True)
-    return centred_CM / centred_CM.std(1, keepdim=True).clamp_min(1e-12)
+    """Scores of a list without their mean, over their spread; zero where there is no item."""
+    there_CM = score_CM.isfinite()
+    count_C1 = there_CM.sum(1, keepdim=True)
+    centred_CM = score_CM.where(there_CM, 0.0)
+    centred_CM = (centred_CM - centred_CM.sum(1, keepdim=True) / count_C1.clamp_min(1)).where(there_CM, 0.0)
+    spread_C1 = (centred_CM.square().sum(1, keepdim=True) / (count_C1 - 1).clamp_min(1)).sqrt()
+    return centred_CM / spread_C1.clamp_min(1e-12)
 
 
 @torch.no_grad()
@@ -69,7 +76,7 @@ def make_lists(
         score_BV.scatter_(1, out_CH[rows], -torch.inf)
         score_BV[:, 0] = -torch.inf
         best = score_BV.topk(top)
-        items.append(best.indices)
+        items.append(best.indices.where(best.values > -torch.inf, 0))
         scores.append(best.values)
     item_CM = torch.cat(items)
     same_CM = item_CM == target_C[:, None]

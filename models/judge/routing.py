@@ -40,17 +40,30 @@ class Route:
     low: float
     """Ends of its 95 % interval over users."""
     high: float
+    over: float
+    """ndcg - main: to route must beat not to, too."""
+    over_low: float
+    over_high: float
 
 
 def weakness(events: Histories, users_U: Tensor, valid_U: Tensor) -> dict[str, Tensor]:
     """How weak users are by each signal, higher is weaker; valid_U is each one's NDCG on validation, NaN where there is no event.
 
-    `length`: few train events; `popularity`: rare items in them; `sparsity`: few different items of the catalogue; `validation`:
-    a bad rank of the validation event. Who has nothing to tell by stands in the middle. Raises ValueError where nobody has.
+    `length`, `popularity` and `sparsity` as in `weakness_of_history`; `validation`: a bad rank of the validation event. Who has
+    none stands in the middle. Raises ValueError where nobody has one.
     """
     known_U = valid_U.isfinite()
     if not bool(known_U.any()):
         raise ValueError("no user has a validation event: there is nothing to tell weak users by; move the split")
+    middle = valid_U[known_U].double().median()
+    return weakness_of_history(events, users_U) | {"validation": -torch.where(known_U, valid_U.double(), middle)}
+
+
+def weakness_of_history(events: Histories, users_U: Tensor) -> dict[str, Tensor]:
+    """How weak users are by their train events, higher is weaker.
+
+    `length`: few of them; `popularity`: rare items in them; `sparsity`: few different items of the catalogue.
+    """
     rows = events.catalogue + 1
     in_train_N = events.in_train_N
     user_N, item_N = events.user_N[in_train_N], events.items_N[in_train_N]
@@ -59,21 +72,23 @@ def weakness(events: Histories, users_U: Tensor, valid_U: Tensor) -> dict[str, T
     rare_A = -torch.zeros(users, dtype=torch.float64, device=item_N.device).index_add_(0, user_N, count_N)
     different_A = torch.bincount(torch.unique(user_N * rows + item_N) // rows, minlength=users)
     length_U = events.train_end_U[users_U].double()
-    middle = valid_U[known_U].double().median()
     return {
         "length": -length_U,
         "popularity": rare_A[users_U] / length_U.clamp_min(1),
         "sparsity": 1 - different_A[users_U].double() / events.catalogue,
-        "validation": -torch.where(known_U, valid_U.double(), middle),
     }
 
 
 def routed(main_U: Tensor, other_U: Tensor, weak_U: Tensor, share: float) -> Tensor:
     """value_U where the weakest share of the users goes to the other model; of equally weak ones the first."""
-    count = round(share * len(main_U))
-    goes_U = torch.zeros(len(main_U), dtype=torch.bool, device=main_U.device)
-    goes_U[weak_U.argsort(descending=True, stable=True)[:count]] = True
-    return torch.where(goes_U, other_U, main_U)
+    return torch.where(weakest(weak_U, share), other_U, main_U)
+
+
+def weakest(weak_U: Tensor, share: float = WEAK) -> Tensor:
+    """in_U: who is of the weakest share of the users; of equally weak ones the first."""
+    in_U = torch.zeros(len(weak_U), dtype=torch.bool, device=weak_U.device)
+    in_U[weak_U.argsort(descending=True, stable=True)[: round(share * len(weak_U))]] = True
+    return in_U
 
 
 def routes(
@@ -87,12 +102,13 @@ def routes(
         oracle = float(routed(main_U, other_U, other_U - main_U, share).mean())
         values_KU = torch.stack([routed(main_U, other_U, weak_U, share) for weak_U in signals.values()])
         every_1U = torch.ones(1, len(main_U), dtype=torch.bool, device=main_U.device)
-        drawn = bootstrap((values_KU - random_U).T, every_1U, seed=seed)
+        drawn = bootstrap(torch.cat([values_KU - random_U, values_KU - main_U]).T, every_1U, seed=seed)
         for column, signal in enumerate(signals):
-            less = estimate(drawn, 0, column)
+            less, over = estimate(drawn, 0, column), estimate(drawn, 0, len(signals) + column)
             found.append(Route(signal=signal, share=share, ndcg=float(values_KU[column].mean()),
                                main=float(main_U.mean()), random=float(random_U.mean()),
-                               oracle=oracle, gain=less.value, low=less.low, high=less.high))  # fmt: skip
+                               oracle=oracle, gain=less.value, low=less.low, high=less.high,
+                               over=over.value, over_low=over.low, over_high=over.high))  # fmt: skip
     return found
 
 
@@ -100,7 +116,7 @@ def weak_groups(ndcg_U: Tensor, signals: Mapping[str, Tensor], share: float = WE
     """Of the weakest share of the users by each signal: how many, their NDCG, that of all others, the share without any hit."""
     found = {}
     for signal, weak_U in signals.items():
-        mine_U = routed(torch.zeros_like(ndcg_U), torch.ones_like(ndcg_U), weak_U, share).bool()
+        mine_U = weakest(weak_U, share)
         weak, strong = ndcg_U[mine_U], ndcg_U[~mine_U]
         found[signal] = {"users": float(mine_U.sum()), "ndcg": float(weak.mean()), "others": float(strong.mean()),
                          "without_hit": float((weak == 0).double().mean())}  # fmt: skip

@@ -20,8 +20,10 @@ def section(facts: Facts) -> dict[str, Any]:
     return {
         "groups": table(facts) if facts.weak else None,
         "weak": weak_table(routing) if routing.get("weak") else None,
+        "unvalidated": number(routing.get("without_validation")) if routing.get("without_validation") else "",
         "routes": [curve(name, rows) for name, rows in routes.items()],
         "beats": [name for name, rows in routes.items() if any(pays(row) for row in rows)],
+        "tried": sum(0 < row["share"] < 1 for rows in routes.values() for row in rows),
     }
 
 
@@ -47,8 +49,9 @@ def weak_table(routing: Mapping[str, Any]) -> Table:
 
 
 def pays(row: Mapping[str, Any]) -> bool:
-    """Whether a router beats the random one with the same share, surely, and the champion alone."""
-    return bool(row["low"] is not None and row["low"] > 0 and row["gain"] > 0 and row["ndcg"] > row.get("main", -1.0))
+    """Whether a router surely beats both the random one with the same share and the champion alone."""
+    ends = (row.get("low"), row.get("over_low"))
+    return all(end is not None and end > 0 for end in ends)
 
 
 def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Table]:
@@ -58,12 +61,13 @@ def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Table]:
     lines = {signal: points(rows, signal, "ndcg") for signal in signals}
     lines |= {other: ([row["share"] for row in first], [row[other] for row in first]) for other in ("random", "oracle")}
     words = f"NDCG@10 by the share of users, weakest first, that is routed to {name}; random: as many users drawn by chance."
-    panel = Panel(title=f"Routed to {name}", across="share", lines=lines)
+    panel = Panel(title=f"Routed to {name}", across="share of the users that is routed", lines=lines)
     figure = Figure(picture=plots.curves(f"routing-{name}", [panel]), words=words)
-    keys = ("ndcg", "random", "gain", "low", "high", "oracle")
+    keys = ("ndcg", "random", "gain", "low", "high", "over", "over_low", "over_high", "oracle")
     inside = [row for row in rows if 0 < row["share"] < 1]
-    cells = [[f"{row['signal']}, {row['share']:.0%}", *(number(row[key]) for key in keys)] for row in inside]
-    head = ["Signal and share", "NDCG@10", "Random router", "Gain", "From", "To", "Oracle"]
+    cells = [[f"{row['signal']}, {row['share']:.0%}", *(number(row.get(key)) for key in keys)] for row in inside]
+    more = ("More than random", "From", "To", "More than the champion", "From", "To")
+    head = ["Signal and share", "NDCG@10", "Random router", *more, "Oracle"]
     return figure, Table(caption=f"Routed to {name}", head=head, rows=cells)
 
 

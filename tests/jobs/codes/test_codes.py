@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from feature_repo.codes import read_codes
 from feature_repo.reader import Reader
@@ -19,11 +25,12 @@ from jobs.lake import artifacts, partitions
 from jobs.lake.items import bury, content_hash
 from jobs.lake.tables import ITEM_CODES, ITEMS, item_embeddings
 from jobs.run import InputError, Run
-from models.behaviour.codes import Codes
+from models.behaviour.codes import Codes, load_books
 from tests.jobs.conftest import WIDTH, Catalogue, vectors
 from tests.jobs.small_lake import remember
 
 Trained = Callable[[Path], tuple[str, str]]
+ROOT = Path(__file__).parents[3]
 SMALL = Codes(books=2, entries=4, epochs=3, batch=16)
 IDS = [f"m{number}" for number in range(40)]
 
@@ -82,7 +89,7 @@ def test_what_is_appended_leaves_published_codes_bit_by_bit(world: World) -> Non
     assert len({(*code, number) for code, number in after.values()}) == len(after)
 
 
-def test_a_new_item_never_gets_the_number_of_one_that_left(world: World) -> None:
+def test_a_new_item_does_not_get_the_number_of_one_that_has_just_left(world: World) -> None:
     first = world.rows(world.codes())
     number = first["m39"][1]
     twins = [item for item, (codes_, _) in first.items() if codes_ == first["m39"][0]]
@@ -180,6 +187,28 @@ def test_codes_stand_online_beside_the_vectors_of_the_space_that_serves(world: W
     publish.run(publish.Config(**{**published, "run": later.run}))  # type: ignore[arg-type]
     assert later.codes(publish=True).published == 1
     assert [row is None for row in read_codes(Reader.open(world.run.lake), world.space, ["m39", "new"])] == [True, False]
+
+
+def test_a_consumer_reads_codes_by_feast_alone_and_turns_them_back_into_vectors_as_the_page_says(world: World) -> None:
+    """docs/family.md's own lines, in a process of their own that needs nothing of the jobs, and no model code."""
+    publish.run(publish.Config(run=world.run, space=world.space, approximate=False))
+    result = world.codes(publish=True)
+    (lines,) = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "docs" / "family.md").read_text())
+    said, asked = 'lake, items = Path("shop/lake"), ["movie-1", "movie-2"]', ["m7", "m30", "m2"]
+    assert said in lines
+    tell = "import json, sys; print(json.dumps([books_id, read['codes'], read['number'], vector_ND.tolist(), [*sys.modules]]))"
+    text = lines.replace(said, f"lake, items = Path({str(world.run.lake)!r}), {asked}") + tell
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    books_id, codes_, numbers, vectors_, modules = json.loads(done.stdout.splitlines()[-1])
+    rows = world.rows(result)
+    assert books_id == result.books_id
+    assert list(zip(codes_, numbers, strict=True)) == [rows[item] for item in asked]
+    assert not {"jobs", "models"} & set(modules)
+    model, _ = load_books(artifacts.find(world.run.lake, "books", result.books_id))
+    read_ND = model.decode(torch.tensor([rows[item][0] for item in asked]))
+    np.testing.assert_allclose(vectors_, read_ND.numpy(), atol=1e-5)
+    assert len(np.unique(read_ND.numpy().round(3), axis=0)) > 1
 
 
 def test_numbers_go_on_from_those_that_were_given() -> None:

@@ -12,18 +12,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from jobs import evaluate, pretrain, rat
 from jobs.engines import registry
 from jobs.evaluate import ranks
+from jobs.evaluate.cases import every_case, weak_slices
 from jobs.lake import artifacts, manifests, partitions, tensors
+from jobs.lake.outcomes import read_outcomes
 from jobs.lake.tables import METRICS, SEQUENCES
 from jobs.run import InputError, Run, as_json
-from models.behaviour.data import held_out
+from models.behaviour.data import held_out, histories
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Training
 from models.judge import text_floor
-from models.judge.evaluation import SLICES
+from models.judge.evaluation import SLICES, make_cases
 from tests.jobs.small_lake import DS, ENCODER, make, remember, sequence_rows
 
 SMALL: dict[str, Any] = {"backbone": Backbone(width=8, max_len=6), "training": Training(epochs=2, batch=8, negatives=4)}
@@ -135,7 +138,8 @@ def test_held_out_events_are_ranked_again_for_the_gates_only_where_a_user_has_se
 
     monkeypatch.setattr(ranks, "ranked", counted)
     result = judge(lake)
-    assert len(asked) == 2 * views, "the teacher and the challenger"
+    told = each == 1  # where there are validation events, the challenger's ranks of them tell who is weak
+    assert len(asked) == 2 * views + told, "the teacher and the challenger"
     assert result.rows["all_cases"] == each * result.rows["cases"] == max(asked)
 
 
@@ -300,12 +304,41 @@ def test_gates_get_every_held_out_event_and_the_fixed_reference_and_no_user(lake
     assert result.rows["all_cases"] == len(found["user_C"]) > result.rows["cases"] == len(per_user)
     whole = [name for name in names["models"] if not name.startswith(("only_", "up_to_"))]
     assert whole == ["popularity", "repeat_markov_popularity", "id_only", "llmemb", "reference"]
-    assert found["ndcg_KC"].shape == (len(names["models"]), len(found["user_C"])) and found["slices_SC"].shape == (
-        len(SLICES),
-        len(found["user_C"]),
-    )
+    assert found["ndcg_KC"].shape == (len(names["models"]), len(found["user_C"]))
+    assert names["slices"] == [*SLICES, "weak_length", "weak_popularity", "weak_sparsity"]
+    assert found["slices_SC"].shape == (len(names["slices"]), len(found["user_C"]))
     assert result.reference_id == other(lake)
     last, _ = kept(judge(lake, events_per_user=1))
     assert np.bincount(last["user_C"]).max() == 1
     values = judge(lake, events_per_user=1).values
     assert last["ndcg_KC"].mean(1) == pytest.approx([values[name]["overall"]["ndcg@10"] for name in names["models"]], abs=1e-5)
+
+
+def test_the_weakest_fifth_of_the_users_by_each_signal_is_kept_for_the_report() -> None:
+    """User 0 is foretold badly on validation, 1 has the fewest events, 3 the fewest items, 4 the rarest; two test events."""
+    trained = [[1, 2, 1], [1, 2], [1, 2, 3, 1], [1, 1, 1, 1], [5, 6, 7, 8]]
+    rows = [[*items, 9, 10, 11] for items in trained]
+    ends = torch.tensor([len(items) for items in trained])
+    events = histories(
+        offsets=[0, *np.cumsum([len(row) for row in rows]).tolist()], items=[item for row in rows for item in row],
+        timestamps=range(sum(map(len, rows))), train_end=ends.tolist(), valid_end=(ends + 1).tolist(), catalogue=11,
+    )  # fmt: skip
+    settings = {"negatives": 1, "paper_tail": 4, "chunk": 9, "seed": 0, "unseen": True}
+    last, valid = (make_cases(events, part, **settings) for part in ("test", "valid"))  # type: ignore[arg-type]
+    cases = every_case(events, "test", last, 0, 4)
+    first_C2 = torch.where(valid.users_C == 0, 50, 1)[:, None].repeat(1, 2)
+    found = weak_slices(cases, valid, (first_C2, first_C2), 10)
+    who = {name: cases.users_C[in_C].tolist() for name, in_C in found.items()}
+    assert who == {"weak_length": [1, 1], "weak_popularity": [4, 4], "weak_sparsity": [3, 3], "weak_validation": [0, 0]}
+    assert set(weak_slices(cases, None, None, 10)) == set(who) - {"weak_validation"}
+
+
+def test_whom_the_challenger_missed_on_validation_is_kept(lake: Run) -> None:
+    found = read_outcomes(artifacts.find(lake.lake, "outcomes", judge(lake).outcomes_id))
+    assert found.slices[-4:] == ["weak_length", "weak_popularity", "weak_sparsity", "weak_validation"]
+    users = len(np.unique(found.user_C))
+    assert [len(np.unique(found.user_C[in_C])) for in_C in found.slices_SC[-4:]] == [round(users / 5)] * 4
+    assert (
+        "weak_validation"
+        not in read_outcomes(artifacts.find(lake.lake, "outcomes", judge(lake, part="valid").outcomes_id)).slices
+    )

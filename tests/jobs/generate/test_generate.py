@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs import codes, generate, project, rat
 from jobs.lake import artifacts, partitions
@@ -46,6 +48,17 @@ def test_every_beam_is_an_item_nothing_drifted_and_nothing_changed(coded: Run) -
     assert set(result.ndcg) == {"generated", "recommender"} and result.users == 23
     assert result.difference["value"] == pytest.approx(result.ndcg["generated"] - result.ndcg["recommender"], abs=2e-5)
     assert {path for path in coded.lake.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("beams", [20, 50])
+def test_with_as_many_beams_as_items_or_more_every_item_comes_once(coded: Run, beams: int) -> None:
+    result = generate.run(config(coded, training=dataclasses.replace(SMALL, beams=beams)))
+    assert result.items_share == 1.0
+
+
+def test_the_share_of_items_counts_each_once_and_no_empty_beam() -> None:
+    found = [generate.items_share(torch.tensor([row]), 9) for row in ([3, 1, 2, 4], [3, 3, 2, 4], [3, 1, 0, 0], [5, 5, 0, 5])]
+    assert found == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_equal_runs_give_equal_figures(coded: Run) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from jobs import pretrain, rat
 from jobs.lake import artifacts, partitions
@@ -23,6 +24,7 @@ from jobs.rat.make import make_aligner, make_items
 from jobs.run import InputError, Run
 from models.behaviour.artifact import load_recommender
 from models.behaviour.assembly import Fusion
+from models.behaviour.codes import Codes
 from models.behaviour.data import held_out
 from models.behaviour.recommender import Backbone
 from models.behaviour.training import Aligner, Training
@@ -45,7 +47,8 @@ def taught(run: Run, **more: Any) -> str:
 
 
 def config(run: Run, **more: Any) -> rat.Config:
-    return rat.Config(run=run, **{**SMALL, "hidden": 16, "whitened_width": 8, "fusion": Fusion(parts=("llmemb",)), **more})
+    known = {"hidden": 16, "whitened_width": 8, "fusion": Fusion(parts=("llmemb",)), "item_codes": Codes(books=2, entries=4)}
+    return rat.Config(run=run, **{**SMALL, **known, **more})
 
 
 @pytest.mark.parametrize("teacher", ["latest", "none"])
@@ -63,7 +66,7 @@ def test_by_default_the_recommender_is_of_parts_side_by_side(small_lake: Run, te
     assert vectors.shape == (2, loaded.width) and vectors.isfinite().all()
 
 
-@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "llm_esr"])
+@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "codes", "llm_esr"])
 def test_the_recommender_names_its_encoder_and_teacher_and_projects_every_item(small_lake: Run, adapter: str) -> None:
     teacher_id = taught(small_lake)
     result = rat.run(config(small_lake, adapter=adapter, text_width=4))
@@ -78,7 +81,23 @@ def test_the_recommender_names_its_encoder_and_teacher_and_projects_every_item(s
     assert vectors.isfinite().all()
 
 
-@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "llm_esr"])
+def test_a_recommender_on_codes_keeps_its_books_and_codes_what_it_never_met(small_lake: Run) -> None:
+    """The item of the same text has the same vector, and so has one of a near text; the artifact holds entries, not items."""
+    taught(small_lake)
+    result = rat.run(config(small_lake, adapter="codes"))
+    folder = artifacts.find(small_lake.lake, "recommender", result.recommender_id)
+    loaded = load_recommender(folder)
+    catalogue = read_catalogue(small_lake)
+    llm_NE = read_embeddings(small_lake, ENCODER, catalogue.content_hashes)
+    vectors = loaded.project(llm_NE, catalogue.item_ids)
+    assert 1 < len(torch.unique(vectors, dim=0)) <= 16
+    torch.testing.assert_close(loaded.project(llm_NE[3:4] + 1e-3, ["never seen"]), vectors[3:4])
+    shapes = {name: tuple(value.shape) for name, value in load_file(folder / "recommender.safetensors").items()}
+    assert shapes["recommender.items.learned.weight"] == (8, 8) and shapes["recommender.items.books.entry_KCD"] == (2, 4, 8)
+    assert not any(len(catalogue.item_ids) + 1 in shape for shape in shapes.values())
+
+
+@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "codes", "llm_esr"])
 @pytest.mark.parametrize("cosine", [0.0, 0.07])
 def test_vectors_of_length_one_are_served_where_they_were_trained(small_lake: Run, adapter: str, cosine: float) -> None:
     taught(small_lake)

@@ -23,6 +23,7 @@ from jobs.rat.rotation import Goal, Rotation
 from jobs.run import Run, as_json
 from models.behaviour.artifact import load_recommender
 from models.behaviour.assembly import Fusion
+from models.behaviour.codes import Codes
 from models.behaviour.items import IdItems
 from models.behaviour.recommender import Backbone, score
 from models.behaviour.training import Training
@@ -48,7 +49,7 @@ def served(tmp_path: Path) -> tuple[Run, str]:
 
 
 def trained(run: Run, **more: Any) -> rat.Result:
-    return rat.run(rat.Config(run=run, **{**SMALL, **more}))
+    return rat.run(rat.Config(run=run, item_codes=Codes(books=2, entries=4), **{**SMALL, **more}))
 
 
 def crown(monkeypatch: pytest.MonkeyPatch, **aliases: tuple[str, str]) -> None:
@@ -64,7 +65,7 @@ def vectors(run: Run, recommender_id: str) -> torch.Tensor:
     return torch.tensor(rows["embedding"].to_pylist())
 
 
-@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "llm_esr"])
+@pytest.mark.parametrize("adapter", ["mlp", "residual", "null_space", "codes", "llm_esr"])
 def test_a_refresh_lies_nearer_to_what_served_and_ranks_as_without_its_turn(served: tuple[Run, str], adapter: str) -> None:
     run, first = served
     plain, turned = (trained(run, adapter=adapter, rotate_to=goal) for goal in ("none", first))

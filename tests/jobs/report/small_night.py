@@ -140,20 +140,36 @@ def results(count: int = 40, space: str = SPACE) -> dict[str, dict[str, Any]]:
 def family() -> dict[str, dict[str, Any]]:
     """The Results of the jobs that are off unless asked for, as far as the report reads them."""
     slices = {name: {"ndcg@10": 0.1, "hr@10": 0.2} for name in ("overall", "tail")}
-    route = {"main": 0.1, "random": 0.1, "oracle": 0.2, "low": 0.001, "high": 0.03}
+    route = {"main": 0.1, "random": 0.1, "oracle": 0.2, "low": 0.001, "high": 0.03, "over": 0.015, "over_low": 0.002,
+             "over_high": 0.028}  # fmt: skip
     weak = {"users": 18.0, "ndcg": 0.02, "others": 0.12, "without_hit": 0.9}
     return {
         "codes": {
-            "books_id": "b00c" * 4, "source": f"space {SPACE}", "refit": True, "new": 40, "changed": 0, "kept": 0,
+            "books_id": "b00c" * 4, "source": f"space {SPACE}", "refit": True, "new": 40, "changed": 0, "kept": 0, "entries": 256,
             "report": {"bits": 32, "books": {"recall_at_10": 0.61, "error": 0.12}, "pq": {"recall_at_10": 0.52, "error": 0.29},
-                       "collisions": {"share": 0.05}, "moved": {"share": 0.93}},
+                       "collisions": {"share": 0.05, "largest": 3.0, "most_numbered": 4}, "moved": {"items": 38, "share": 0.93},
+                       "category": {"attribute": "genre", "information": [0.71, 0.15]},
+                       "usage": [{"entropy": 7.9, "gini": 0.21, "dead": 0.0}, {"entropy": 6.5, "gini": 0.42, "dead": 12.0}]},
+        },
+        "rerank": {
+            "recommender_id": "c" * 16, "users": 90, "top": 20, "tokens": 8, "mix": 0.2, "in_list": 0.4,
+            "ndcg": {"recommender": 0.2, "plain": 0.15, "soft": 0.18, "shuffled": 0.11, "mixed": 0.21, "oracle": 0.4},
+            "differences": {"soft": {"value": -0.02, "low": -0.031, "high": -0.009},
+                            "oracle": {"value": 0.2, "low": None, "high": None}},
+        },
+        "generate": {
+            "books_id": "b00c" * 4, "users": 77, "ndcg": {"generated": 0.03, "recommender": 0.05}, "items_share": 1.0,
+            "drift": 0.0, "difference": {"value": -0.02, "low": -0.04, "high": -0.001},
         },
         "bakeoff": {
             "champion": "fused", "seeds": [42, 43], "device": "cuda", "users": {"overall": 90, "tail": 40},
             "values": {"fused": slices, "id_only": slices, EVIL: slices},
             "differences": [difference("id_only", "overall", 0.05), difference(EVIL, "tail", -0.01, 12)],
-            "models": [{"model": "fused", "by_seed": [0.1, 0.11], "seconds": 61.5, "bytes_per_item": 2048.0}],
-            "routing": {"weak": {"length": weak}, "routes": {
+            "models": [{"model": "fused", "by_seed": [0.1, 0.11], "seconds": 61.5, "bytes_per_item": 2048.0,
+                        "told": [{"weights": {"text": 0.3}}]},
+                       {"model": "fused_pq", "by_seed": [0.1, 0.11], "seconds": 61.7, "bytes_per_item": 4.0,
+                        "told": [{"recall_at_10": 0.55, "error": 0.31}, {"recall_at_10": 0.56, "error": 0.3}]}],
+            "routing": {"weak": {"length": weak}, "without_validation": 7, "routes": {
                 "text": [{"signal": "length", "share": share, "ndcg": ndcg, "gain": ndcg - 0.1, **route}
                          for share, ndcg in ((0.0, 0.1), (0.2, 0.115), (1.0, 0.1))]}},
         },

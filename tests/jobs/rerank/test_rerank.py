@@ -53,6 +53,14 @@ def test_without_soft_tokens_it_is_the_plain_prompt(recommended: tuple[Run, Path
     assert result.ndcg["soft"] == result.ndcg["plain"] and result.tokens == 0
 
 
+def test_lists_longer_than_what_users_have_not_had_are_told_in_full(recommended: tuple[Run, Path]) -> None:
+    """Twenty items, seven of which each user has had: thirteen are left, whatever the length of a list."""
+    result = rerank.run(config(recommended, top=20))
+    assert result.in_list == result.ndcg["oracle"] == 1.0
+    assert all(0 < value <= 1 for value in result.ndcg.values())
+    assert result.ndcg == rerank.run(config(recommended, top=13)).ndcg
+
+
 def test_equal_runs_give_equal_figures(recommended: tuple[Run, Path]) -> None:
     one, other = (rerank.run(config(recommended)) for _ in range(2))
     assert one.ndcg == other.ndcg and one.differences == other.differences

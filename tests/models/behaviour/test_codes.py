@@ -1,11 +1,13 @@
 """MoC's books: what they tell, that they are all used, and that an item's codes depend on nothing but its vector."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from models.behaviour import codes
 from models.behaviour.code_figures import error
-from models.behaviour.codes import Books, CodeItems, Codes, fit_books, least_squares, revive, started
+from models.behaviour.codes import Books, Codes, different_up_to, fit_books, least_squares, revive, started
 
 SMALL = Codes(books=2, entries=8, epochs=20, batch=64)
 
@@ -170,6 +172,18 @@ def test_fewer_items_than_entries_and_identical_items_are_refused_by_count() -> 
         fit_books(vectors(7), SMALL, seed=0)
     with pytest.raises(ValueError, match="1,000 items have 5 different vectors, a book has 8 entries"):
         fit_books(vectors(5).repeat(200, 1), SMALL, seed=0)
+    # as many as are never looked at together
+    with pytest.raises(ValueError, match="35,000 items have 7 different vectors, a book has 8 entries"):
+        fit_books(vectors(7).repeat(5000, 1), SMALL, seed=0)
+    # what is read of them counts
+    with pytest.raises(ValueError, match="6 items have 6 different vectors, a book has 8 entries"):
+        fit_books(vectors(), dataclasses.replace(SMALL, sample=6), seed=0)
+
+
+def test_a_different_vector_far_behind_thousands_of_identical_ones_is_found() -> None:
+    emb_ND = torch.cat([vectors(1).repeat(5000, 1), vectors(9, seed=3)])
+    assert all(different_up_to(emb_ND, wanted) >= wanted for wanted in (1, 2, 10))
+    assert different_up_to(emb_ND, 11) == 10 and different_up_to(emb_ND[:5001], 3) == 2
 
 
 def test_many_identical_items_beside_enough_others_get_the_same_codes() -> None:
@@ -193,15 +207,3 @@ def test_vectors_of_another_width_and_strange_values_are_refused() -> None:
 def test_settings_that_make_no_codes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="codes"):
         Codes(**wrong)  # type: ignore[arg-type]
-
-
-def test_items_of_codes_have_vectors_of_their_codes_and_learn() -> None:
-    items = CodeItems(torch.tensor([[0, 1], [0, 1], [1, 1]]), 2, 5)
-    assert not items.table()[0].any()
-    assert torch.equal(items.table()[1], items.table()[2]) and not torch.equal(items.table()[1], items.table()[3])
-    # a book's entry 1 is not the other book's
-    torch.testing.assert_close(items.table()[3], (items.learned.weight[1] + items.learned.weight[3]) / 2)
-    assert torch.equal(items(torch.tensor([[0, 3]]))[0], items.table()[torch.tensor([0, 3])])
-    assert torch.equal(items.project(torch.zeros(2, 1), torch.tensor([3, 0])), items.table()[torch.tensor([3, 0])])
-    items.table().sum().backward()
-    assert items.learned.weight.grad is not None

@@ -11,7 +11,7 @@ from jobs.rat.config import Config
 from models.behaviour.item_sources import SOURCES, build_items
 
 WHITE_NK = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-MORE = {"hidden": 7, "text_width": 3, "added": True, "unit": True}
+MORE = {"hidden": 7, "text_width": 3, "added": True, "unit": True, "books": 2, "entries": 4}
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -1,6 +1,7 @@
 """Lists of a recommender and other orders of them, by hand."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_a_mix_of_weight_nothing_is_the_recommender_s_order() -> None:
     other_CM = torch.tensor([[0.0, 9.0], [4.0, 0.0]]).double()
     assert found.mixed(other_CM, 0.0).argmax(1).tolist() == [0, 1]
     assert found.mixed(other_CM, 2.0).argmax(1).tolist() == [1, 0]
+
+
+def test_a_user_who_has_had_nearly_all_has_a_shorter_list_and_nothing_else_in_it() -> None:
+    """User 0 had 1 and 2, then came 3: two items are left. User 1 had 4, 2 and 1, then came 2 once more."""
+    found = lists(top=4)
+    assert found.item_CM.tolist() == [[3, 4, 0, 0], [2, 3, 0, 0]]
+    assert lists(top=4, unseen=False).item_CM.tolist() == [[1, 2, 3, 4]] * 2
+    other_CM = torch.tensor([[0.0, 9.0, -torch.inf, -torch.inf], [9.0, 0.0, -torch.inf, -torch.inf]]).double()
+    for weight, value in ((0.0, [1.0, 1.0]), (2.0, [1 / math.log2(3), 1.0])):
+        torch.testing.assert_close(placed(found.mixed(other_CM, weight), found.place_C), torch.tensor(value).double())
 
 
 def test_users_are_spread_evenly_and_a_part_without_events_is_refused() -> None:

@@ -37,6 +37,11 @@ def test_a_router_that_knows_beats_the_random_one_and_one_that_does_not_is_not_t
     found = {(one.signal, one.share): one for one in routes(main_U, other_U, {"knows": weak_U, "noise": noise_U})}
     assert found["knows", 0.3].low > 0
     assert found["noise", 0.3].low <= 0 <= found["noise", 0.3].high
+    assert found["knows", 0.3].over == pytest.approx(found["knows", 0.3].ndcg - float(main_U.mean()))
+    assert found["knows", 0.3].over_low > 0
+    # whoever is routed loses as much: no better than chance, and surely worse than not to route
+    worse = {one.share: one for one in routes(main_U, main_U - 0.1, {"noise": noise_U})}[0.5]
+    assert worse.over_high < 0 and worse.low <= 0
     assert found["knows", 0.3].ndcg > max(found["knows", 0.0].ndcg, found["knows", 1.0].ndcg)
 
 
