@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 
 from jobs import extract
 from jobs.__main__ import build, judged
-from jobs.engines import spark
+from jobs.engines import java, spark
 from jobs.run import InputError, Refused, Unavailable
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +38,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Built:
     """The settings that a session would have been built with; none is started."""
     for name in ("SPARK_CONF_DIR", "SPARK_HOME", "PYSPARK_SUBMIT_ARGS", "PYSPARK_GATEWAY_PORT", "SPARK_LOCAL_IP"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(spark, "find_java", lambda: None)
 
     class Builder:
@@ -95,8 +96,36 @@ def test_java_compiles_less_where_both_tables_are_small_files_of_this_disk(built
         assert compiled(0, (str(items), other)), other
     assert compiled(0, ())
     assert compiled(0, both, spark_master="yarn"), "a cluster's drivers have options of their own"
+    assert "spark.driver.extraJavaOptions" not in built({"spark.master": "yarn"}, both)
     assert "TieredStopAtLevel" in built({}, both)["spark.driver.extraJavaOptions"]
     assert built({"spark.driver.extraJavaOptions": "-Xss8m"}, both)["spark.driver.extraJavaOptions"] == "-Xss8m"
+
+
+def test_java_keeps_its_classes_where_no_folder_of_settings_has_files(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in java.OPTIONS:
+        monkeypatch.delenv(name, raising=False)
+
+    def kept(settings: dict[str, str] | None = None) -> bool:
+        return ".jsa" in built(settings).get("spark.driver.extraJavaOptions", "")
+
+    assert kept()
+    assert not kept({"spark.hadoop.fs.s3a.secret.key": SECRET}), "it lies in such a folder"
+    assert not kept({"spark.master": "yarn"})
+    (tmp_path / "conf").mkdir()
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path / "conf"))
+    assert kept()
+    (tmp_path / "conf" / "log4j2.properties").touch()
+    assert not kept()
+
+
+def test_an_archive_that_java_may_have_failed_over_goes(built: Built, tmp_path: Path) -> None:
+    archive = tmp_path / "cache" / "java" / "0123.jsa"
+    archive.parent.mkdir(parents=True)
+    archive.touch()
+    built({"spark.master": "yarn"})
+    assert not archive.exists()
 
 
 def test_no_more_files_of_a_table_are_looked_at_than_make_it_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from pyspark.sql import DataFrameWriter
 
 from jobs import extract
 from jobs.__main__ import build
-from jobs.engines.spark import java_version, launcher, session
+from jobs.engines.spark import session
 from jobs.extract import judge
 from jobs.lake import partitions
 from jobs.lake.items import bury, content_hash
@@ -382,25 +382,6 @@ def test_a_jump_in_row_counts_is_refused_with_the_numbers(tmp_path: Path, first:
         extract.run(config(tmp_path, CATALOGUE, few, ds="2026-03-11", split="leave_one_out"))
 
 
-def test_a_java_without_the_vector_module_gets_a_launcher_that_drops_the_flag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path))
-    echo = tmp_path / "echo"
-    echo.write_text('#!/bin/sh\nprintf \'openjdk version "%s"\' "25" >&2; printf \'%s|\' "$@"\n')
-    echo.chmod(0o755)
-    home = launcher(echo)
-    import subprocess
-
-    shown = subprocess.run(
-        [home / "bin" / "java", "--add-modules=jdk.incubator.vector", "-a b", "-c"], capture_output=True, text=True, check=True
-    )
-    assert shown.stdout == "-a b|-c|"
-    assert java_version(home / "bin" / "java") == 25
-    assert java_version(tmp_path / "none") == 0
-
-
-@pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[Path]:
     """Spark's default file system is another one than the driver's disk: a folder, behind Hadoop's view file system."""
     home = tmp_path / "elsewhere"
