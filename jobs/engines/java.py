@@ -18,17 +18,16 @@ SECOND_COMPILER = {"Invocation": 5_000, "MinInvocation": 600, "Compile": 15_000,
 """Calls and loops of a method after which Java compiles it a second time, usually."""
 
 
-def compiling(given: str, *, small: bool) -> list[str]:
-    """Java's options that cost least processor time over few rows (`small`), or over millions.
+def compiling(given: str) -> list[str]:
+    """Java's options that cost least processor time, over a thousand rows as over millions.
 
     None for a collector where the options `given` or a variable name one: two are an error.
     """
-    named = "GC" in " ".join([given, *(os.environ.get(name, "") for name in OPTIONS)])
-    if small:
-        # over few rows Java's second compiler takes longer than it saves; over ten million the first one's code is twice as slow
-        return ["-XX:TieredStopAtLevel=1", *([] if named else ["-XX:+UseSerialGC"])]
-    later = [f"-XX:Tier4{name}Threshold={4 * usual}" for name, usual in SECOND_COMPILER.items()]
-    return [*later, *([] if named else ["-XX:+UseParallelGC"])]
+    # a method that runs for a second in all is not worth a second, better compilation
+    later = [f"-XX:Tier4{name}Threshold={40 * usual}" for name, usual in SECOND_COMPILER.items()]
+    if "GC" in " ".join([given, *(os.environ.get(name, "") for name in OPTIONS)]):
+        return later
+    return [*later, "-XX:+UseSerialGC" if (os.cpu_count() or 1) <= 2 else "-XX:+UseParallelGC"]
 
 
 def archive(jars: Path) -> list[str]:

@@ -25,8 +25,6 @@ from jobs.run import InputError, Unavailable
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-SMALL_BYTES = 16 << 20
-"""Of Parquet: some 1.5 million events."""
 ALWAYS = {
     # days are days of UTC, whatever zone the cluster lives in
     "spark.sql.session.timeZone": "UTC",
@@ -48,11 +46,10 @@ ABSENT = ("TABLE_OR_VIEW_NOT_FOUND", "PATH_NOT_FOUND", "UNABLE_TO_INFER_SCHEMA")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-def session(job: str, settings: Mapping[str, str], tables: Sequence[str] = ()) -> SparkSession:
+def session(job: str, settings: Mapping[str, str]) -> SparkSession:
     """A session with the recipe's settings; `spark.master` is `local[*]` unless set, submitted, or named by Spark's own settings.
 
-    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule. They suit the size of
-    the `tables` that are read.
+    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule.
 
     No secret goes over a command line: `private` says how.
 
@@ -67,7 +64,7 @@ def session(job: str, settings: Mapping[str, str], tables: Sequence[str] = ()) -
     defaults = dict(ALWAYS)
     if known.get("spark.master", "local").startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        defaults |= {key: value for key, value in laptop(tables, known, has_files=bool(secrets)).items() if key not in known}
+        defaults |= {key: value for key, value in laptop(known, has_files=bool(secrets)).items() if key not in known}
     settings = defaults | dict(settings)
     builder = SparkSession.builder.appName(f"llmemb-{job}")
     if java_runs():
@@ -194,11 +191,11 @@ def spark_home() -> Path:
     return Path(_find_spark_home())
 
 
-def laptop(tables: Sequence[str], known: Mapping[str, str], *, has_files: bool) -> dict[str, str]:
-    """Settings of a local master that reads these tables, beside those that are `known`; `has_files` says whether the folder of
-    Spark's settings will have any."""
+def laptop(known: Mapping[str, str], *, has_files: bool) -> dict[str, str]:
+    """Settings of a local master beside those that are `known`; `has_files` says whether the folder of Spark's settings will
+    have any."""
     options = ["-Dlog4j2.level=ERROR", "-Dderby.stream.error.file=/dev/null"]
-    options += java.compiling(known.get("spark.driver.defaultJavaOptions", ""), small=are_small(tables))
+    options += java.compiling(known.get("spark.driver.defaultJavaOptions", ""))
     # that folder stands first in Java's class path, in which an archive takes no folder with files
     if not has_files and not (settings_folder().is_dir() and any(settings_folder().iterdir())):
         options += java.archive(spark_home() / "jars")
@@ -208,16 +205,6 @@ def laptop(tables: Sequence[str], known: Mapping[str, str], *, has_files: bool) 
         "spark.sql.shuffle.partitions": "8",
         "spark.driver.extraJavaOptions": " ".join(options),
     }
-
-
-def are_small(tables: Sequence[str]) -> bool:
-    """Whether all are Parquet paths of this disk, of at most SMALL_BYTES together: of others nobody knows before Java runs."""
-    if not tables or not all("/" in table and Path(table).exists() for table in tables):
-        return False
-    # Hive's files have no suffix
-    files = (file for table in map(Path, tables) for file in ([table] if table.is_file() else table.rglob("*")))
-    sizes = (file.stat().st_size for file in files if file.is_file())
-    return all(together <= SMALL_BYTES for together in itertools.accumulate(sizes))
 
 
 def given() -> dict[str, str]:

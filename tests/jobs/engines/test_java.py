@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -60,23 +61,27 @@ def test_who_gives_java_options_has_no_archive_nor_has_a_closed_folder(place: Pa
     assert java.archive(place / "jars") == []
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_a_collector_that_somebody_named_stays_the_only_one(place: Path, monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
+def test_a_collector_that_somebody_named_stays_the_only_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def collectors(given: str = "") -> list[str]:
-        return [option for option in java.compiling(given, small=small) if option.endswith("GC")]
+        return [option for option in java.compiling(given) if option.endswith("GC")]
 
-    assert collectors("-Xss8m") == ["-XX:+UseSerialGC" if small else "-XX:+UseParallelGC"]
+    for cores, own in {1: "-XX:+UseSerialGC", 2: "-XX:+UseSerialGC", 3: "-XX:+UseParallelGC", None: "-XX:+UseSerialGC"}.items():
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert collectors("-Xss8m") == [own]
     assert collectors("-XX:+UseZGC") == []
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:+UseG1GC")
     assert collectors() == []
 
 
-def test_java_takes_the_options_of_large_tables_as_they_are(place: Path) -> None:
-    words = [java.java_program(), *java.compiling("", small=False), "-XX:+PrintFlagsFinal", "-version"]
+@pytest.mark.parametrize("cores", [2, 3])
+def test_java_knows_its_options_by_these_names(place: Path, monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    words = [java.java_program(), *java.compiling(""), "-XX:+PrintFlagsFinal", "-version"]
     shown = subprocess.run(words, capture_output=True, text=True, check=True)
     found = {words[1]: words[3] for words in map(str.split, shown.stdout.splitlines()) if len(words) > 3}
-    assert {found[f"Tier4{name}Threshold"] for name in java.SECOND_COMPILER} == {"20000", "2400", "60000", "160000"}
-    assert found["UseParallelGC"] == "true"
+    wanted = {"Invocation": "200000", "MinInvocation": "24000", "Compile": "600000", "BackEdge": "1600000"}
+    assert {name: found[f"Tier4{name}Threshold"] for name in wanted} == wanted
+    assert found["UseSerialGC" if cores == 2 else "UseParallelGC"] == "true"
 
 
 def test_a_java_without_the_vector_module_gets_a_launcher_that_drops_the_flag(

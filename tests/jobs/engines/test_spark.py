@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,13 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Built:
         def getOrCreate(self) -> Any:
             raise RuntimeError("none is started")
 
-    def build(settings: dict[str, str] | None = None, tables: Sequence[str] = (), **environment: str) -> dict[str, str]:
+    def build(settings: dict[str, str] | None = None, **environment: str) -> dict[str, str]:
         builder = Builder()
         monkeypatch.setattr(SparkSession, "builder", builder)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="none is started"):
-            spark.session("extract", settings or {}, tables)
+            spark.session("extract", settings or {})
         return builder.made
 
     return build
@@ -73,32 +73,12 @@ def test_a_local_master_gets_laptop_defaults(built: Built) -> None:
     assert built({"spark.sql.shuffle.partitions": "3"})["spark.sql.shuffle.partitions"] == "3"
 
 
-def test_java_compiles_less_where_both_tables_are_small_files_of_this_disk(built: Built, tmp_path: Path) -> None:
-    items, logs = tmp_path / "items.parquet", tmp_path / "logs"
-    items.write_bytes(b"x")
-    (logs / "date=2026-01-01").mkdir(parents=True)
-    (logs / "date=2026-01-01" / "part-0.parquet").touch()
-
-    def compiled(size: int, tables: Sequence[str], **settings: str) -> bool:
-        os.truncate(logs / "date=2026-01-01" / "part-0.parquet", size)
-        made = built({key.replace("_", "."): value for key, value in settings.items()}, tables)
-        return "TieredStopAtLevel" not in made.get("spark.driver.extraJavaOptions", "")
-
-    both = (str(items), str(logs))
-    assert not compiled(spark.SMALL_BYTES - 1, both)
-    assert compiled(spark.SMALL_BYTES, both), "together they have a byte more"
-    assert not compiled(spark.SMALL_BYTES, both[:1])
-    (logs / "000000_0").touch()  # as Hive names its files
-    os.truncate(logs / "000000_0", spark.SMALL_BYTES)
-    assert compiled(0, both)
-    (logs / "000000_0").unlink()
-    for other in ("shop.logs", f"{tmp_path}/absent", "s3a://shop/logs", f"{logs}/date=*"):
-        assert compiled(0, (str(items), other)), other
-    assert compiled(0, ())
-    assert compiled(0, both, spark_master="yarn"), "a cluster's drivers have options of their own"
-    assert "spark.driver.extraJavaOptions" not in built({"spark.master": "yarn"}, both)
-    assert "TieredStopAtLevel" in built({}, both)["spark.driver.extraJavaOptions"]
-    assert built({"spark.driver.extraJavaOptions": "-Xss8m"}, both)["spark.driver.extraJavaOptions"] == "-Xss8m"
+def test_java_options_are_a_laptop_s_unless_somebody_gives_some(built: Built) -> None:
+    assert "Tier4" in built()["spark.driver.extraJavaOptions"]
+    assert built({"spark.driver.extraJavaOptions": "-Xss8m"})["spark.driver.extraJavaOptions"] == "-Xss8m"
+    given = built({"spark.driver.defaultJavaOptions": "-XX:+UseZGC"})
+    assert "GC" not in given["spark.driver.extraJavaOptions"]
+    assert "spark.driver.extraJavaOptions" not in built({"spark.master": "yarn"})
 
 
 def test_java_keeps_its_classes_where_no_folder_of_settings_has_files(
@@ -126,18 +106,6 @@ def test_an_archive_that_java_may_have_failed_over_goes(built: Built, tmp_path: 
     archive.touch()
     built({"spark.master": "yarn"})
     assert not archive.exists()
-
-
-def test_no_more_files_of_a_table_are_looked_at_than_make_it_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.parquet").touch()
-    os.truncate(tmp_path / "a.parquet", spark.SMALL_BYTES)
-
-    def listed(folder: Path, pattern: str) -> Iterator[Path]:
-        yield from [folder / "a.parquet"] * 2
-        raise AssertionError("a folder may have a million")
-
-    monkeypatch.setattr(Path, "rglob", listed)
-    assert not spark.are_small((str(tmp_path),))
 
 
 @pytest.mark.parametrize("kind", ["standalone", "yarn", "kubernetes"])

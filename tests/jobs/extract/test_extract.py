@@ -382,6 +382,7 @@ def test_a_jump_in_row_counts_is_refused_with_the_numbers(tmp_path: Path, first:
         extract.run(config(tmp_path, CATALOGUE, few, ds="2026-03-11", split="leave_one_out"))
 
 
+@pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[Path]:
     """Spark's default file system is another one than the driver's disk: a folder, behind Hadoop's view file system."""
     home = tmp_path / "elsewhere"
