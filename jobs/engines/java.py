@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -30,9 +31,9 @@ def compiling(given: str) -> list[str]:
     return [*later, "-XX:+UseSerialGC" if (os.cpu_count() or 1) <= 2 else "-XX:+UseParallelGC"]
 
 
-def archive(jars: Path) -> list[str]:
-    """Java's options to start from the classes that an earlier run of this Java and these jars kept; or to keep this run's, ten
-    seconds of work as Java ends.
+def archive(jars: Path, *, keep: bool) -> list[str]:
+    """Java's options to start from the classes that an earlier run of this Java and these jars kept; where there are none, to
+    `keep` this run's, ten seconds of work as Java ends.
 
     Finding, verifying and linking classes is a fifth of a job over few rows. Java itself refuses an archive of another version or
     of other jars, or with a wrong sum; over one that a power cut shortened it fails, and `drop_archives` takes it away. Nothing
@@ -44,10 +45,14 @@ def archive(jars: Path) -> list[str]:
     file = cache() / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.jsa"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # what a file begins with, Java writes last
-        whole = file.exists() and file.open("rb").read(4) != bytes(4)
-        drop_archives(but=file)
+        if not file.exists():
+            file.touch()
     except OSError:
+        return []
+    drop_archives(but=file)
+    with file.open("rb") as archived:
+        whole = any(archived.read(4))  # what it begins with, Java writes last
+    if not whole and not keep:
         return []
     use = "SharedArchiveFile" if whole else "ArchiveClassesAtExit"
     return [f'"-XX:{use}={file}"', "-XX:+VerifySharedSpaces", "-Xlog:cds*=off"]
@@ -57,7 +62,8 @@ def drop_archives(but: Path | None = None) -> None:
     """Removes the archives of other Javas and jars; or all, as Java did not start."""
     for file in cache().glob("*.jsa"):
         if file != but:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def find_java() -> None:

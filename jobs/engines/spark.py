@@ -46,10 +46,11 @@ ABSENT = ("TABLE_OR_VIEW_NOT_FOUND", "PATH_NOT_FOUND", "UNABLE_TO_INFER_SCHEMA")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-def session(job: str, settings: Mapping[str, str]) -> SparkSession:
+def session(job: str, settings: Mapping[str, str], *, keep_classes: bool = False) -> SparkSession:
     """A session with the recipe's settings; `spark.master` is `local[*]` unless set, submitted, or named by Spark's own settings.
 
-    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule.
+    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule. Of a whole night Java may
+    `keep_classes` for the next one.
 
     No secret goes over a command line: `private` says how.
 
@@ -64,7 +65,7 @@ def session(job: str, settings: Mapping[str, str]) -> SparkSession:
     defaults = dict(ALWAYS)
     if known.get("spark.master", "local").startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        defaults |= {key: value for key, value in laptop(known, has_files=bool(secrets)).items() if key not in known}
+        defaults |= {key: value for key, value in laptop(known, keep_classes, bool(secrets)).items() if key not in known}
     settings = defaults | dict(settings)
     builder = SparkSession.builder.appName(f"llmemb-{job}")
     if java_runs():
@@ -191,14 +192,14 @@ def spark_home() -> Path:
     return Path(_find_spark_home())
 
 
-def laptop(known: Mapping[str, str], *, has_files: bool) -> dict[str, str]:
+def laptop(known: Mapping[str, str], keep_classes: bool, has_files: bool) -> dict[str, str]:
     """Settings of a local master beside those that are `known`; `has_files` says whether the folder of Spark's settings will
     have any."""
     options = ["-Dlog4j2.level=ERROR", "-Dderby.stream.error.file=/dev/null"]
     options += java.compiling(known.get("spark.driver.defaultJavaOptions", ""))
     # that folder stands first in Java's class path, in which an archive takes no folder with files
     if not has_files and not (settings_folder().is_dir() and any(settings_folder().iterdir())):
-        options += java.archive(spark_home() / "jars")
+        options += java.archive(spark_home() / "jars", keep=keep_classes)
     return {
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(on_terminal()).lower(),

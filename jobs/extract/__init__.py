@@ -83,7 +83,7 @@ def run(config: Config) -> Result | arrivals.Result:
 
 def in_session(config: Config) -> Result | arrivals.Result:
     """The snapshot, by a Spark session of its own."""
-    spark = session("extract", config.spark)
+    spark = session("extract", config.spark, keep_classes=not config.arriving)
     staging = config.run.lake / ".staging" / f"extract-{uuid.uuid4().hex[:8]}"
     try:
         with ending(spark), spark_parts.failures():

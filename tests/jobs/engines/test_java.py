@@ -29,24 +29,27 @@ def archived(options: list[str]) -> tuple[str, Path]:
 
 
 def test_a_run_keeps_its_classes_and_the_next_one_starts_from_them(place: Path) -> None:
-    use, file = archived(java.archive(place / "jars"))
+    use, file = archived(java.archive(place / "jars", keep=True))
     assert use == "-XX:ArchiveClassesAtExit"
-    file.write_bytes(bytes(8))  # Java writes the head last: it was killed
-    assert archived(java.archive(place / "jars")) == (use, file)
+    for unfinished in (b"", bytes(8)):  # Java writes the head last: it was killed
+        file.write_bytes(unfinished)
+        assert archived(java.archive(place / "jars", keep=True)) == (use, file)
+        assert java.archive(place / "jars", keep=False) == []
     file.write_bytes(b"\xa8\xab\x0b\xf0 and more")
-    assert archived(java.archive(place / "jars")) == ("-XX:SharedArchiveFile", file)
-    assert "-XX:+VerifySharedSpaces" in java.archive(place / "jars")
+    assert archived(java.archive(place / "jars", keep=True)) == ("-XX:SharedArchiveFile", file)
+    assert java.archive(place / "jars", keep=False) == java.archive(place / "jars", keep=True)
+    assert "-XX:+VerifySharedSpaces" in java.archive(place / "jars", keep=False)
 
 
 def test_an_archive_of_another_java_or_of_other_jars_goes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [archived(java.archive(place / "jars"))[1]]
+    files = [archived(java.archive(place / "jars", keep=True))[1]]
     files[0].write_bytes(b"whole")
     (place / "jars" / "spark.jar").touch()
-    files.append(archived(java.archive(place / "jars"))[1])
+    files.append(archived(java.archive(place / "jars", keep=True))[1])
     assert not files[0].exists()
     files[1].write_bytes(b"whole")
     monkeypatch.setattr(java, "shown_version", lambda program: "17.0.2")
-    files.append(archived(java.archive(place / "jars"))[1])
+    files.append(archived(java.archive(place / "jars", keep=True))[1])
     assert not files[1].exists()
     assert len(set(files)) == 3
 
@@ -54,11 +57,11 @@ def test_an_archive_of_another_java_or_of_other_jars_goes(place: Path, monkeypat
 def test_who_gives_java_options_has_no_archive_nor_has_a_closed_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "file").touch()
     monkeypatch.setenv("LLMEMB_CACHE", str(place / "file"))
-    assert java.archive(place / "jars") == []
+    assert java.archive(place / "jars", keep=True) == []
     monkeypatch.setenv("LLMEMB_CACHE", str(place / "cache"))
-    assert java.archive(place / "jars")
+    assert java.archive(place / "jars", keep=True)
     monkeypatch.setenv("JDK_JAVA_OPTIONS", "-Xss8m")
-    assert java.archive(place / "jars") == []
+    assert java.archive(place / "jars", keep=True) == []
 
 
 def test_a_collector_that_somebody_named_stays_the_only_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

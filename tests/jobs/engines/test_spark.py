@@ -61,7 +61,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Built:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="none is started"):
-            spark.session("extract", settings or {})
+            spark.session("extract", settings or {}, keep_classes=True)
         return builder.made
 
     return build
@@ -237,7 +237,7 @@ def test_a_java_process_that_was_killed_is_no_service_that_is_away(monkeypatch: 
     def snapshot(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(extract, "session", lambda *_: Gone())
+    monkeypatch.setattr(extract, "session", lambda *_, **__: Gone())
     monkeypatch.setattr(extract, "snapshot", snapshot)
     made = build(extract.Config, SMALL, "extract")
     with pytest.raises(RuntimeError, match=r"Java process ended .*: out of memory") as told:
