@@ -245,6 +245,21 @@ def test_a_java_process_that_was_killed_is_no_service_that_is_away(monkeypatch: 
     assert judged(told.value, {})[0] == 1
 
 
+@pytest.mark.parametrize("arriving", [False, True])
+def test_only_a_whole_night_keeps_java_s_classes(monkeypatch: pytest.MonkeyPatch, arriving: bool) -> None:
+    told = dict[str, bool]()
+
+    def session(*_: Any, **how: bool) -> Gone:
+        told.update(how)
+        return Gone()
+
+    monkeypatch.setattr(extract, "session", session)
+    monkeypatch.setattr(extract, "snapshot", lambda *_: None)
+    monkeypatch.setattr(extract.arrivals, "take", lambda *_: None)
+    extract.in_session(build(extract.Config, {**SMALL, "arriving": arriving}, "extract"))
+    assert told == {"keep_classes": not arriving}
+
+
 @pytest.mark.parametrize("error", [Unavailable("late"), InputError("no column"), Refused("too few")])
 def test_what_a_job_says_itself_outlives_the_end_of_java(error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)), spark.ending(Gone()):  # type: ignore[arg-type]
