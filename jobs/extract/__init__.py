@@ -83,7 +83,7 @@ def run(config: Config) -> Result | arrivals.Result:
 
 def in_session(config: Config) -> Result | arrivals.Result:
     """The snapshot, by a Spark session of its own."""
-    spark = session("extract", config.spark, config.tables[:1] if config.arriving else config.tables)
+    spark = session("extract", config.spark, keep_classes=not config.arriving)
     staging = config.run.lake / ".staging" / f"extract-{uuid.uuid4().hex[:8]}"
     try:
         with ending(spark), spark_parts.failures():
@@ -136,17 +136,21 @@ def judge_sources(spark: SparkSession, config: Config) -> Judged:
     # judged once: the source is scanned a single time, so that all counts are of the same rows while it is written to
     source = judge.without_forgotten(spark, lake, logs)
     events = judge.judge_events(config, source, known).persist(DISK)
-    of_events = counts.of_events(events)
+    seen = events.where("not later").count()
     inputs = {config.tables[0]: f"{of_items.seen}:{of_items.digest}"}
-    inputs[config.tables[1]] = f"{of_events.seen}:{of_events.digest}"
     kept_before, before = None, 0
     if reading.carried_from:
         commit = partitions.read_commit(lake, INTERACTIONS.name, f"ds={reading.carried_from}")
         inputs[f"{INTERACTIONS.name}/ds={reading.carried_from}"] = commit.digest
         kept_before, before = judge.judge_carried(spark, config, reading, known), commit.rows
-    files = files_of(config, of_events.seen + before)
+    files = files_of(config, seen + before)
     copies = judge.number_copies(events.where("reason is null and not later"), kept_before, files).persist(DISK)
-    days, refused = counts.of_copies(copies)
+    # side by side: few events are sorted by a single task
+    with ThreadPoolExecutor(1) as aside:
+        counted = aside.submit(counts.of_events, events)
+        days, refused = counts.of_copies(copies)
+        of_events = counted.result()
+    inputs[config.tables[1]] = f"{of_events.seen}:{of_events.digest}"
     quarantine = judge.refused(items, "items", "item_id").unionByName(judge.refused(events, "interactions", "user_id"))
     quarantined = {f"items: {reason}": count for reason, count in of_items.refused.items()}
     quarantined |= {f"interactions: {reason}": count for reason, count in (of_events.refused | refused).items()}

@@ -355,7 +355,8 @@ with told as (
   from read_parquet('$source/interactions/*/*.parquet', hive_partitioning = true) as source)
 select told.user_id, told.item_id, told.timestamp,
   coalesce(told.timestamp between $end and $now + 86400, false) as later,
-  case when coalesce(told.user_id, '') = '' then 'user_id is null or empty'
+  case when later then null
+    when coalesce(told.user_id, '') = '' then 'user_id is null or empty'
     when coalesce(told.item_id, '') = '' then 'item_id is null or empty'
     when told.timestamp is null then 'timestamp is null or not a number'
     when told.timestamp < 0 then 'timestamp is before 1970'

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 
 from jobs import extract
 from jobs.__main__ import build, judged
-from jobs.engines import spark
+from jobs.engines import java, spark
 from jobs.run import InputError, Refused, Unavailable
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +38,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Built:
     """The settings that a session would have been built with; none is started."""
     for name in ("SPARK_CONF_DIR", "SPARK_HOME", "PYSPARK_SUBMIT_ARGS", "PYSPARK_GATEWAY_PORT", "SPARK_LOCAL_IP"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(spark, "find_java", lambda: None)
 
     class Builder:
@@ -54,13 +55,13 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Built:
         def getOrCreate(self) -> Any:
             raise RuntimeError("none is started")
 
-    def build(settings: dict[str, str] | None = None, tables: Sequence[str] = (), **environment: str) -> dict[str, str]:
+    def build(settings: dict[str, str] | None = None, **environment: str) -> dict[str, str]:
         builder = Builder()
         monkeypatch.setattr(SparkSession, "builder", builder)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="none is started"):
-            spark.session("extract", settings or {}, tables)
+            spark.session("extract", settings or {}, keep_classes=True)
         return builder.made
 
     return build
@@ -72,43 +73,39 @@ def test_a_local_master_gets_laptop_defaults(built: Built) -> None:
     assert built({"spark.sql.shuffle.partitions": "3"})["spark.sql.shuffle.partitions"] == "3"
 
 
-def test_java_compiles_less_where_both_tables_are_small_files_of_this_disk(built: Built, tmp_path: Path) -> None:
-    items, logs = tmp_path / "items.parquet", tmp_path / "logs"
-    items.write_bytes(b"x")
-    (logs / "date=2026-01-01").mkdir(parents=True)
-    (logs / "date=2026-01-01" / "part-0.parquet").touch()
-
-    def compiled(size: int, tables: Sequence[str], **settings: str) -> bool:
-        os.truncate(logs / "date=2026-01-01" / "part-0.parquet", size)
-        made = built({key.replace("_", "."): value for key, value in settings.items()}, tables)
-        return "TieredStopAtLevel" not in made.get("spark.driver.extraJavaOptions", "")
-
-    both = (str(items), str(logs))
-    assert not compiled(spark.SMALL_BYTES - 1, both)
-    assert compiled(spark.SMALL_BYTES, both), "together they have a byte more"
-    assert not compiled(spark.SMALL_BYTES, both[:1])
-    (logs / "000000_0").touch()  # as Hive names its files
-    os.truncate(logs / "000000_0", spark.SMALL_BYTES)
-    assert compiled(0, both)
-    (logs / "000000_0").unlink()
-    for other in ("shop.logs", f"{tmp_path}/absent", "s3a://shop/logs", f"{logs}/date=*"):
-        assert compiled(0, (str(items), other)), other
-    assert compiled(0, ())
-    assert compiled(0, both, spark_master="yarn"), "a cluster's drivers have options of their own"
-    assert "TieredStopAtLevel" in built({}, both)["spark.driver.extraJavaOptions"]
-    assert built({"spark.driver.extraJavaOptions": "-Xss8m"}, both)["spark.driver.extraJavaOptions"] == "-Xss8m"
+def test_java_options_are_a_laptop_s_unless_somebody_gives_some(built: Built) -> None:
+    assert "Tier4" in built()["spark.driver.extraJavaOptions"]
+    assert built({"spark.driver.extraJavaOptions": "-Xss8m"})["spark.driver.extraJavaOptions"] == "-Xss8m"
+    given = built({"spark.driver.defaultJavaOptions": "-XX:+UseZGC"})
+    assert "GC" not in given["spark.driver.extraJavaOptions"]
+    assert "spark.driver.extraJavaOptions" not in built({"spark.master": "yarn"})
 
 
-def test_no_more_files_of_a_table_are_looked_at_than_make_it_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.parquet").touch()
-    os.truncate(tmp_path / "a.parquet", spark.SMALL_BYTES)
+def test_java_keeps_its_classes_where_no_folder_of_settings_has_files(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in java.OPTIONS:
+        monkeypatch.delenv(name, raising=False)
 
-    def listed(folder: Path, pattern: str) -> Iterator[Path]:
-        yield from [folder / "a.parquet"] * 2
-        raise AssertionError("a folder may have a million")
+    def kept(settings: dict[str, str] | None = None) -> bool:
+        return ".jsa" in built(settings).get("spark.driver.extraJavaOptions", "")
 
-    monkeypatch.setattr(Path, "rglob", listed)
-    assert not spark.are_small((str(tmp_path),))
+    assert kept()
+    assert not kept({"spark.hadoop.fs.s3a.secret.key": SECRET}), "it lies in such a folder"
+    assert not kept({"spark.master": "yarn"})
+    (tmp_path / "conf").mkdir()
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path / "conf"))
+    assert kept()
+    (tmp_path / "conf" / "log4j2.properties").touch()
+    assert not kept()
+
+
+def test_an_archive_that_java_may_have_failed_over_goes(built: Built, tmp_path: Path) -> None:
+    archive = tmp_path / "cache" / "java" / "0123.jsa"
+    archive.parent.mkdir(parents=True)
+    archive.touch()
+    built({"spark.master": "yarn"})
+    assert not archive.exists()
 
 
 @pytest.mark.parametrize("kind", ["standalone", "yarn", "kubernetes"])
@@ -240,12 +237,27 @@ def test_a_java_process_that_was_killed_is_no_service_that_is_away(monkeypatch: 
     def snapshot(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(extract, "session", lambda *_: Gone())
+    monkeypatch.setattr(extract, "session", lambda *_, **__: Gone())
     monkeypatch.setattr(extract, "snapshot", snapshot)
     made = build(extract.Config, SMALL, "extract")
     with pytest.raises(RuntimeError, match=r"Java process ended .*: out of memory") as told:
         extract.in_session(made)
     assert judged(told.value, {})[0] == 1
+
+
+@pytest.mark.parametrize("arriving", [False, True])
+def test_only_a_whole_night_keeps_java_s_classes(monkeypatch: pytest.MonkeyPatch, arriving: bool) -> None:
+    told = dict[str, bool]()
+
+    def session(*_: Any, **how: bool) -> Gone:
+        told.update(how)
+        return Gone()
+
+    monkeypatch.setattr(extract, "session", session)
+    monkeypatch.setattr(extract, "snapshot", lambda *_: None)
+    monkeypatch.setattr(extract.arrivals, "take", lambda *_: None)
+    extract.in_session(build(extract.Config, {**SMALL, "arriving": arriving}, "extract"))
+    assert told == {"keep_classes": not arriving}
 
 
 @pytest.mark.parametrize("error", [Unavailable("late"), InputError("no column"), Refused("too few")])

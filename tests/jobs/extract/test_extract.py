@@ -19,7 +19,7 @@ from pyspark.sql import DataFrameWriter
 
 from jobs import extract
 from jobs.__main__ import build
-from jobs.engines.spark import java_version, launcher, session
+from jobs.engines.spark import session
 from jobs.extract import judge
 from jobs.lake import partitions
 from jobs.lake.items import bury, content_hash
@@ -380,24 +380,6 @@ def test_a_jump_in_row_counts_is_refused_with_the_numbers(tmp_path: Path, first:
     few = [event for event in LOGS if event[0] == "u1"]
     with pytest.raises(Refused, match=r"interactions went from 20 .* to 5 rows, a change of 75%"):
         extract.run(config(tmp_path, CATALOGUE, few, ds="2026-03-11", split="leave_one_out"))
-
-
-def test_a_java_without_the_vector_module_gets_a_launcher_that_drops_the_flag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LLMEMB_CACHE", str(tmp_path))
-    echo = tmp_path / "echo"
-    echo.write_text('#!/bin/sh\nprintf \'openjdk version "%s"\' "25" >&2; printf \'%s|\' "$@"\n')
-    echo.chmod(0o755)
-    home = launcher(echo)
-    import subprocess
-
-    shown = subprocess.run(
-        [home / "bin" / "java", "--add-modules=jdk.incubator.vector", "-a b", "-c"], capture_output=True, text=True, check=True
-    )
-    assert shown.stdout == "-a b|-c|"
-    assert java_version(home / "bin" / "java") == 25
-    assert java_version(tmp_path / "none") == 0
 
 
 @pytest.fixture
