@@ -36,7 +36,7 @@ def archive(jars: Path, *, keep: bool) -> list[str]:
     `keep` this run's, ten seconds of work as Java ends.
 
     Finding, verifying and linking classes is a fifth of a job over few rows. Java itself refuses an archive of another version or
-    of other jars, or with a wrong sum; over one that a power cut shortened it fails, and `drop_archives` takes it away. Nothing
+    of other jars, or with a wrong sum; over one that a power cut shortened it fails, and is started again without. Nothing
     where variables give Java options, or the folder is closed.
     """
     if any(map(os.environ.get, OPTIONS)):
@@ -58,12 +58,13 @@ def archive(jars: Path, *, keep: bool) -> list[str]:
     return [f'"-XX:{use}={file}"', "-XX:+VerifySharedSpaces", "-Xlog:cds*=off"]
 
 
-def drop_archives(but: Path | None = None) -> None:
-    """Removes the archives of other Javas and jars; or all, as Java did not start."""
-    for file in cache().glob("*.jsa"):
-        if file != but:
-            with contextlib.suppress(OSError):
-                file.unlink()
+def drop_archives(but: Path | None = None) -> bool:
+    """Removes the archives of other Javas and jars; or all, as Java did not start. Whether there were any."""
+    found = [file for file in cache().glob("*.jsa") if file != but]
+    for file in found:
+        with contextlib.suppress(OSError):
+            file.unlink()
+    return bool(found)
 
 
 def find_java() -> None:

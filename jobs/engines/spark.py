@@ -74,16 +74,26 @@ def session(job: str, settings: Mapping[str, str], *, keep_classes: bool = False
         if key not in secrets:
             builder = builder.config(key, value)
     try:
-        with private(secrets):
-            spark = builder.getOrCreate()
+        spark = begun(builder, secrets)
     except Exception as error:
-        java.drop_archives()
         raise InputError(f"Spark did not start ({first_line(error)}): check [{job}.spark] in the recipe") from error
     check_known(spark, job, secrets)
     spark.sparkContext.setLogLevel("ERROR")
     # PySpark writes every failed query's Java stack as one JSON line; the exception it raises says the same
     logging.getLogger("DataFrameQueryContextLogger").setLevel(logging.CRITICAL + 1)
     return spark
+
+
+def begun(builder: SparkSession.Builder, secrets: Mapping[str, str]) -> SparkSession:
+    """The session; where it does not start, once more without what was kept of Java's classes: a file cut short ends Java."""
+    try:
+        with private(secrets):
+            return builder.getOrCreate()
+    except Exception:
+        if not java.drop_archives():
+            raise
+    with private(secrets):
+        return builder.getOrCreate()
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Built:
     class Builder:
         def __init__(self) -> None:
             self.made: dict[str, str] = {}
+            self.starts = 0
 
         def appName(self, name: str) -> Builder:
             return self
@@ -53,6 +54,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Built:
             return self
 
         def getOrCreate(self) -> Any:
+            self.starts += 1
             raise RuntimeError("none is started")
 
     def build(settings: dict[str, str] | None = None, **environment: str) -> dict[str, str]:
@@ -100,12 +102,14 @@ def test_java_keeps_its_classes_where_no_folder_of_settings_has_files(
     assert not kept()
 
 
-def test_an_archive_that_java_may_have_failed_over_goes(built: Built, tmp_path: Path) -> None:
+def test_an_archive_that_java_may_have_failed_over_goes_and_java_is_started_again(built: Built, tmp_path: Path) -> None:
     archive = tmp_path / "cache" / "java" / "0123.jsa"
     archive.parent.mkdir(parents=True)
     archive.touch()
     built({"spark.master": "yarn"})
-    assert not archive.exists()
+    assert not archive.exists() and SparkSession.builder.starts == 2
+    built({"spark.master": "yarn"})
+    assert SparkSession.builder.starts == 1, "there was none"
 
 
 @pytest.mark.parametrize("kind", ["standalone", "yarn", "kubernetes"])
