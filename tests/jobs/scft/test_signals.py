@@ -16,7 +16,8 @@ from jobs import pretrain, scft
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import SEQUENCES
 from jobs.lake.tensors import read_catalogue
-from jobs.run import InputError, Run
+from jobs.run import InputError, Run, as_json
+from jobs.scft.refresh import shape_digest
 from jobs.scft.signals import Taught, read_teacher, teacher_clusters, user_pairs, user_titles
 from models.behaviour.data import held_out
 from models.behaviour.training import Training
@@ -134,7 +135,8 @@ def test_an_encoder_that_learned_from_a_teacher_and_from_users_is_kept_and_says_
 def test_encoders_of_other_kinds_are_kept_load_and_are_compared_with_the_plain_base(
     config: scft.Config, shape: dict[str, Any]
 ) -> None:
-    plain, result = scft.run(config), scft.run(changed(config, training=dataclasses.replace(FAST, learning_rate=0.05), **shape))
+    strong = changed(config, training=dataclasses.replace(FAST, learning_rate=0.05), lora=Lora(), **shape)
+    plain, result = scft.run(config), scft.run(strong)
     assert result.moved > 1e-3 and result.encoder_id != plain.encoder_id
     kept = artifacts.find(config.run.lake, "encoder", result.encoder_id)
     loaded = load_encoder(kept, device=tiny.CPU)
@@ -142,12 +144,13 @@ def test_encoders_of_other_kinds_are_kept_load_and_are_compared_with_the_plain_b
     assert getattr(loaded.spec, name) == value and not loaded.spec.from_users
     assert (loaded.spec.lora is None) == (name == "suffix_tokens")
     # what is called moved is the distance from the base as it is: attention both ways alone is a move
-    assert scft.recipe_digest(config) != scft.recipe_digest(changed(config, **shape))
+    assert scft.recipe_digest(config) != scft.recipe_digest(strong)
 
 
 def test_lora_shapes_no_encoder_of_suffix_tokens_and_defaults_change_no_digest(config: scft.Config) -> None:
-    suffix = changed(config, suffix_tokens=4)
-    assert scft.recipe_digest(suffix) == scft.recipe_digest(changed(suffix, lora=Lora(r=4)))
+    suffix = as_json(changed(config, suffix_tokens=4, lora=Lora()))
+    # of a lake from before such a recipe was refused
+    assert shape_digest(suffix) == shape_digest({**suffix, "lora": as_json(Lora(r=4))})
     for beside in ({"teacher": "t" * 16}, {"clusters": 7}, {"cold_share": 0.3}):
         assert scft.recipe_digest(config) == scft.recipe_digest(changed(config, **beside))
         weighed = changed(config, training=dataclasses.replace(FAST, user_weight=1.0))
@@ -161,7 +164,8 @@ def test_lora_shapes_no_encoder_of_suffix_tokens_and_defaults_change_no_digest(c
     [
         ({"suffix_tokens": -1}, "at least 0"),
         ({"suffix_tokens": 2, "training": dataclasses.replace(FAST, steps=0)}, "of no use untrained"),
-        ({"suffix_tokens": 2, "training": dataclasses.replace(FAST, title_weight=1.0)}, "learn from items"),
+        ({"suffix_tokens": 2, "lora": Lora(r=16)}, r"leave \[scft\.lora\] out"),
+        ({"suffix_tokens": 2, "lora": Lora(), "training": dataclasses.replace(FAST, title_weight=1.0)}, "learn from items"),
         ({"attention": "both", "training": dataclasses.replace(FAST, title_weight=1.0)}, "would see the title"),
     ],
 )

@@ -170,7 +170,7 @@ def test_of_an_item_its_own_text_is_embedded(config: scft.Config) -> None:
     assert np.array_equal(sample.trial.rows_N, np.arange(ITEMS_N))
 
 
-@pytest.mark.parametrize("wrong", [{"cold_share": 1.0}, {"cold_share": -0.1}, {"worth_items": -1}])
+@pytest.mark.parametrize("wrong", [{"cold_share": 1.0}, {"cold_share": -0.1}, {"worth_items": -1}, {"max_age_days": -1}])
 def test_settings_out_of_range_are_refused(config: scft.Config, wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="cold_share"):
         changed(config, **wrong)
