@@ -17,6 +17,7 @@ from jobs.scft.texts import read_texts
 from jobs.scft.tuning import build, sized, tune
 from jobs.scft.worth import Sample, sample_of
 from models.processes import join, same_everywhere
+from models.text.encoder import of_base
 from models.text.lora import update_norm
 from models.text.scft import Tuned
 from models.text.scft_batches import shuffle_texts
@@ -102,8 +103,9 @@ def trained(config: Config, snapshot: str) -> dict[str, Any]:
     training, tuned = sized(config, device), None
     sample: Sample | str = "nothing was trained"
     checkpoint = checkpoint_path("scft", config, inputs, config.run.lake)
-    if training.steps:
+    if training.steps or encoder.spec != of_base(encoder.spec):
         sample = sample_of(config, snapshot, device)
+    if training.steps:
         tuned = tune(encoder, texts, training, config.run.seed, signals, checkpoint, sample)
     if rank == 0:
         facts = keep(config, encoder, texts, training, tuned, inputs, sample)

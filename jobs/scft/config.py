@@ -74,8 +74,8 @@ class Config:
             raise InputError(f"scft: suffix_tokens = {self.suffix_tokens} must be at least 0, and are of no use untrained: set "
                              "training.steps above 0, or suffix_tokens to 0")  # fmt: skip
         if self.suffix_tokens and self.lora != Lora():
-            raise InputError("scft: suffix_tokens learn over a frozen base, without LoRA: leave [scft.lora] out, or set suffix_tokens "
-                             "to 0")  # fmt: skip
+            raise InputError("scft: suffix_tokens learn over a frozen base, without LoRA: leave [scft.lora] out, or set "
+                             "suffix_tokens to 0")  # fmt: skip
         if self.suffix_tokens and self.training.reads_users:
             raise InputError("scft: suffix_tokens learn from items: set training.user_weight and title_weight to 0")
         if self.attention == "both" and self.training.steps and self.training.title_weight:

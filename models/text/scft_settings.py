@@ -92,10 +92,12 @@ class Scft:
         self.check_course()
         if self.steps and not self.contrast_weight and (self.pair_share or self.whiten):
             name = "pair_share" if self.pair_share else "whiten"
-            raise ValueError(f"{name} shapes the loss over views and pairs, which contrast_weight = 0 leaves out: set one of them back")
+            raise ValueError(
+                f"{name} shapes the loss over views and pairs, which contrast_weight = 0 leaves out: set one of them back"
+            )
 
     def check_course(self) -> None:
-        """Raises ValueError for numbers with which no training comes to an end, or to anything: a GPU's hour would tell it later."""
+        """Raises ValueError for numbers with which no training comes to an end, or to anything."""
         least = {"steps": 0, "tokens": 0, "validate_every": 1, "patience": 1, "validation_items": 1, "candidates": 1}
         for name, low in least.items():
             if getattr(self, name) < low:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from jobs.lake import partitions
 from jobs.lake.items import content_hash
 from jobs.lake.tables import ATTRIBUTES, ITEMS, SEQUENCES
 from jobs.run import InputError, Refused, Run
-from jobs.scft import worth
+from jobs.scft import judge, worth
 from models.judge import untrained
 from models.text.lora import Lora
 from models.text.scft import Scft
@@ -85,6 +87,61 @@ def test_figures_stand_beside_the_base_and_the_encoder_before(config: scft.Confi
     remember(config.run, "scft", first, config)
     second = scft.run(on(config, LATER, training=dataclasses.replace(FAST, temperature=0.5)))
     assert set(second.worth["less"]) == {"new - base", "new - before"}
+
+
+def test_an_encoder_before_that_cannot_be_loaded_any_more_costs_no_training(
+    config: scft.Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    remember(config.run, "scft", scft.run(config), config)
+    shutil.rmtree(config.base)
+    tiny.llama(Path(config.base), seed=7)  # another model in its place
+    with caplog.at_level(logging.WARNING):
+        again = scft.run(config)
+    assert again.due and again.worth["less"].keys() == {"new - base"}
+    assert "the encoder before is left out of the comparison: base model" in caplog.text
+
+
+def test_the_one_before_is_the_champions_encoder_where_there_is_a_champion(
+    config: scft.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion = scft.run(config)
+    remember(config.run, "scft", champion, config)
+    since = changed(config, training=dataclasses.replace(FAST, temperature=0.5))
+    newest = scft.run(since)
+    remember(config.run, "scft", newest, since)
+    assert judge.in_use(config) == newest.encoder_id != champion.encoder_id
+    monkeypatch.setattr(judge.registry, "champion", lambda run: {"encoder_id": champion.encoder_id})
+    assert judge.in_use(config) == champion.encoder_id
+    again = scft.run(changed(config, training=dataclasses.replace(FAST, temperature=0.5), max_age_days=0))
+    assert again.worth["ndcg"]["before"] == champion.worth["ndcg"]["new"] != again.worth["ndcg"]["new"]
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_attention_both_ways_is_no_base_model_as_it_is_and_stands_beside_that(config: scft.Config, steps: int) -> None:
+    plain = scft.run(changed(config, training=dataclasses.replace(FAST, steps=0)))
+    both = scft.run(changed(config, attention="both", training=dataclasses.replace(FAST, steps=steps)))
+    assert both.worth["verdict"] != "base" and set(both.worth["ndcg"]) == {"new", "base"}
+    assert both.moved > 1e-3 and both.figures != both.base_figures
+    # its base is read as it was trained
+    assert both.base_figures == pytest.approx(plain.figures | {"step": 0.0})
+
+
+def test_an_encoder_whose_embeddings_are_not_finite_is_refused_by_name_and_at_each_validation(
+    config: scft.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = worth.embed
+
+    def broken(encoder: Any, source: Any, **options: Any) -> np.ndarray:
+        emb = whole(encoder, source, **options)
+        emb[3] = np.nan
+        return emb
+
+    monkeypatch.setattr(worth, "embed", broken)
+    with pytest.raises(Refused, match=r"embeddings of the new encoder are not finite \(1 of 60 texts\)"):
+        scft.run(config)
+    monkeypatch.setattr(worth, "embed_together", broken)
+    with pytest.raises(ValueError, match=r"embeddings of the weights of now are not finite .*learning_rate"):
+        scft.run(changed(config, training=dataclasses.replace(FAST, whiten=True)))
 
 
 def test_an_encoder_that_is_surely_worse_than_its_base_is_refused_and_not_kept(
