@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -136,6 +136,16 @@ def unknown(config: Config, why: str, worth: Worth | None = None) -> dict[str, A
     if config.accept == "better":
         raise Refused(f'the encoder is refused: scft.accept = "better", and what it is worth is {why}')
     return as_result("unknown", why, worth)
+
+
+def check_kept(config: Config, kept: Mapping[str, Any]) -> None:
+    """Raises Refused where the encoder in use is not known to be better than its base, and the recipe now takes only such."""
+    worth = kept.get("worth") or {}
+    if config.accept == "better" and worth.get("verdict") in ("no different", "unknown"):
+        raise Refused(
+            f'the encoder in use, {kept["encoder_id"]}, is refused: scft.accept = "better", and beside its base it is '
+            f"{worth['verdict']}: {worth.get('why')}; train it otherwise, or set scft.training.steps = 0"
+        )
 
 
 def as_result(said: str, why: str, worth: Worth | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torch.distributed as dist
 
 from jobs import scft
 from jobs.lake import partitions
@@ -23,8 +25,10 @@ from models.judge import untrained
 from models.text.lora import Lora
 from models.text.scft import Scft
 from models.text.view_retrieval import Gates
+from tests.forked import in_two_processes
 from tests.jobs.small_lake import remember
 from tests.models import tiny
+from tests.models.text.test_scft_processes import connected
 
 DS, LATER = "2026-03-10", "2026-05-10"
 FAST = Scft(steps=4, batch=8, learning_rate=5e-3, validate_every=2, validation_items=10, candidates=30, compile=False, ratio=0.1)
@@ -173,6 +177,51 @@ def test_too_few_users_are_said_and_not_guessed_from(config: scft.Config) -> Non
     assert told["verdict"] == "unknown" and "30 users" in told["why"]
     with pytest.raises(Refused, match='"better"'):
         scft.run(changed(config, accept="better"))
+
+
+def test_an_encoder_in_use_that_is_not_what_the_recipe_now_accepts_is_refused_and_not_trained_again(config: scft.Config) -> None:
+    write(config.run.lake, DS, users=30)
+    kept = scft.run(config)
+    remember(config.run, "scft", kept, config)
+    assert not scft.run(config).due
+    strict = changed(config, accept="better")
+    with pytest.raises(Refused, match=f"in use, {kept.encoder_id}, is refused: .*unknown: .*30 users"):
+        scft.run(strict)
+    for verdict in ("better", "base"):
+        told = dataclasses.replace(kept, worth={"verdict": verdict, "why": ""})
+        remember(config.run, "scft", told, config)
+        assert not scft.run(strict).due
+
+
+def test_titles_alone_are_said_unless_pairs_teach(config: scft.Config, caplog: pytest.LogCaptureFixture) -> None:
+    def told(**more: Any) -> bool:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            scft.run(changed(config, **more))
+        return "60 of 60 texts have one attribute" in caplog.text
+
+    titles = dataclasses.replace(config.policy, allow=("title",))
+    assert told(policy=titles)
+    assert not told(policy=titles, training=dataclasses.replace(FAST, pair_share=1.0))
+    assert not told(policy=titles, training=dataclasses.replace(FAST, steps=0))
+    assert not told()
+
+
+def measure_together(config: scft.Config, folder: Path) -> None:
+    """What each of two processes embeds of the sample, and what all come to."""
+    sample, encoder, rows = worth.sample_of(config, f"ds={DS}", tiny.CPU), tiny.encoder(Path(config.base)), [0]
+    encoder.register_forward_hook(lambda _, given, emb: rows.append(len(emb)))
+    assert not isinstance(sample, str)
+    facts = {"ndcg": sample.ndcg(encoder), "rows": sum(rows)}
+    (folder / f"{dist.get_rank() if dist.is_initialized() else 'alone'}.json").write_text(json.dumps(facts))
+
+
+def test_processes_share_the_sample_and_come_to_one_figure(config: scft.Config, tmp_path: Path) -> None:
+    measure_together(config, tmp_path)
+    in_two_processes(connected, measure_together, config, tmp_path)
+    alone, one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "0", "1"))
+    assert one["ndcg"] == other["ndcg"] == pytest.approx(alone["ndcg"], abs=1e-4)
+    assert one["rows"] == other["rows"] == alone["rows"] / 2 == ITEMS_N / 2
 
 
 def test_no_logs_at_all_are_said(config: scft.Config, tmp_path: Path) -> None:
