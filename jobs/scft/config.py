@@ -40,7 +40,7 @@ class Config:
     gates: Gates = field(default_factory=Gates)
     accept: Literal["no worse", "better"] = "no worse"
     """An encoder is refused that ranks validation events surely worse than its base does, without any training on top; with
-    `better`, also one that isn't surely better."""
+    `better`, also one that isn't surely better, be it the one in use."""
     cold_share: float = 0.1
     """Share of the items that users teach nothing of, so that what an encoder is worth for new items can be measured."""
     worth_items: int = 0

@@ -29,9 +29,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"lora: r = {self.r} and alpha = {self.alpha} must be at least 1, dropout = {self.dropout} in [0, 1)"
-            )
+            raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1, dropout = {self.dropout} in [0, 1)")
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:

@@ -273,7 +273,7 @@ def test_settings_that_cannot_learn_are_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("wrong", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_lora_that_cannot_learn_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"lora: .*{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
         Lora(**wrong)
 
 
