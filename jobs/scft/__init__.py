@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from jobs.lake import partitions
@@ -96,11 +98,13 @@ def trained(config: Config, snapshot: str) -> dict[str, Any]:
     device = pick_device(config.run)
     rank, _ = join()
     item_ids, hashes, items = read_texts(config, snapshot)
-    encoder = build(config, device)
+    load = functools.cache(partial(build, config, device))
+    # before the base is loaded: what is missing is told in seconds
+    signals, learned_from = read_signals(config, load, item_ids, hashes, items)
+    encoder = load()
     texts = encoder.tokenize(shuffle_texts(items, config.run.seed) if config.shuffle_texts else items)
     warn_of_short(config, texts)
     inputs = {"items": partitions.read_commit(config.run.lake, ITEMS.name, snapshot).digest, "base": encoder.spec.base_sha256}
-    signals, learned_from = read_signals(config, encoder, item_ids, hashes, items)
     inputs |= learned_from
     training, tuned = sized(config, device), None
     sample: Sample | str = "nothing was trained"

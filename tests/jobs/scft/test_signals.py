@@ -103,14 +103,14 @@ def test_users_are_their_train_rows_without_cold_items(lake: scft.Config, tmp_pa
     encoder = tiny.encoder(tiny.llama(tmp_path / "base"))
     item_ids, hashes, items = scft.read_texts(lake, f"ds={DS}")
     titles = [item[0][1] for item in items]
-    assert user_titles(asking(lake), encoder, hashes, titles) == (None, {})
-    users, inputs = user_titles(asking(lake, title_weight=1.0), encoder, hashes, titles)
+    assert user_titles(asking(lake), lambda: encoder, hashes, titles) == (None, {})
+    users, inputs = user_titles(asking(lake, title_weight=1.0), lambda: encoder, hashes, titles)
     assert users is not None and set(inputs) == {"sequences"}
     told = [[titles[row] for row in users.item_N[start:end]] for start, end in itertools.pairwise(users.start_U1)]
     # user 3 of 24 began at i03 and has six train rows; i18 has the text of i17; the last user has one event
     assert len(told) == 23 and told[3] == [f"text {number}" for number in range(3, 9)]
     assert told[15] == ["text 15", "text 16", "text 17", "text 17", "text 0", "text 1"]
-    half, _ = user_titles(asking(dataclasses.replace(lake, cold_share=0.5), title_weight=1.0), encoder, hashes, titles)
+    half, _ = user_titles(asking(dataclasses.replace(lake, cold_share=0.5), title_weight=1.0), lambda: encoder, hashes, titles)
     assert half is not None
     cold = cold_of(lake.run, 0.5) - {"i17", "i18"}
     assert {item_ids[row] for row in half.item_N}.isdisjoint(cold) and 0 < len(half.item_N) < len(users.item_N)
@@ -202,6 +202,15 @@ def test_pairs_are_the_texts_of_items_that_users_took_one_after_the_other_in_tra
     with pytest.raises(InputError, match="pair_share"):
         user_pairs(config, hashes[:1])
     assert len(item_ids) == len(hashes)
+
+
+@pytest.mark.parametrize("weight", ["pair_share", "title_weight", "user_weight", "cluster_weight", "teacher_weight"])
+def test_what_is_missing_is_named_before_the_base_is_loaded(
+    config: scft.Config, monkeypatch: pytest.MonkeyPatch, weight: str
+) -> None:
+    monkeypatch.setattr(scft, "build", lambda *_: pytest.fail("the base was loaded"))
+    with pytest.raises(InputError, match="sequences" if weight in ("pair_share", "title_weight") else "pretrain"):
+        scft.run(changed(config, training=dataclasses.replace(FAST, **{weight: 0.5})))
 
 
 def test_pairs_without_sequences_name_the_remedy_and_an_encoder_says_that_it_learned_from_users(config: scft.Config) -> None:
