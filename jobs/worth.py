@@ -39,7 +39,7 @@ BASE, TFIDF = "base", "tfidf"
 def main(argv: Sequence[str]) -> int:
     """Prints a table to standard error and its figures as JSON. Raises InputError where the lake has no catalogue or logs."""
     parser = argparse.ArgumentParser(prog="python -m jobs worth", description=__doc__)
-    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, required=True, metavar="FILE", help="the recipe whose base and lake are taken")
     parser.add_argument("--ds", required=True, help="date of the snapshot, YYYY-MM-DD")
     parser.add_argument("--encoder", action="append", default=[], metavar="ID", help="another encoder of the lake; repeat")
     parser.add_argument(
@@ -69,7 +69,7 @@ def measure_encoders(config: Config, ids: Sequence[str], layers: Sequence[int]) 
     if (floor_C := without_llm(sample)) is not None:
         ndcg_C[TFIDF] = floor_C
     return untrained.compare_rankings(
-        sample.trial, ndcg_C, [(one, other) for one in ndcg_C for other in (BASE, TFIDF)], config.run.seed
+        sample.trial, ndcg_C, [(one, other) for one in ndcg_C if one != TFIDF for other in (BASE, TFIDF)], config.run.seed
     )
 
 
@@ -111,13 +111,13 @@ def table(worth: Worth) -> list[str]:
     width = max(len(name) for name in (*worth.ndcg, *worth.less))
     lines = [
         f"NDCG@10 of {worth.users} users' validation events, nothing trained on top",
-        " " * width + "".join(f"{s:>26}" for s in shown),
+        " " * width + "".join(f"{s:>28}" for s in shown),
     ]
-    lines += [f"{name:<{width}}" + "".join(f"{rows[s]:>26.4f}" for s in shown) for name, rows in worth.ndcg.items()]
+    lines += [f"{name:<{width}}" + "".join(f"{rows[s]:>28.4f}" for s in shown) for name, rows in worth.ndcg.items()]
     for pair, rows in worth.less.items():
-        lines.append(f"{pair:<{width}}" + "".join(f"{difference_text(rows[s]):>26}" for s in shown))
+        lines.append(f"{pair:<{width}}" + "".join(f"{difference_text(rows[s]):>28}" for s in shown))
     if worth.users < untrained.FEWEST:
-        lines.append(f"{untrained.FEWEST} users are needed to decide anything: take a later --ds, or a sample of more items")
+        lines.append(f"{untrained.FEWEST} users are needed to decide anything: take a larger sample by --items, or a later --ds")
     return lines
 
 

@@ -113,8 +113,13 @@ def trained(
     encoder: Mapping[str, Any], scft: Mapping[str, Any], rat: Mapping[str, Any], recommender: Mapping[str, Any]
 ) -> Iterator[str]:
     """Settings and figures of the trainings."""
-    lora = entry(encoder, "lora")
-    yield f"SCFT: {'LoRA r ' + str(lora['r']) if isinstance(lora, Mapping) else 'none, the base model as it is'}, best step " \
+    lora, suffix, way = (entry(encoder, name) for name in ("lora", "suffix_tokens", "attention"))
+    learned = f"LoRA r {lora['r']}" if isinstance(lora, Mapping) else "none, the base model as it is"
+    if isinstance(suffix, int):
+        learned = f"{suffix} learned suffix tokens"
+    elif way == "both":
+        learned = f"{learned if isinstance(lora, Mapping) else 'none'}, attention both ways"
+    yield f"SCFT: {learned}, best step " \
           f"{entry(scft, 'result', 'best_step')} of {entry(scft, 'result', 'steps')}."  # fmt: skip
     worth = entry(scft, "result", "worth")
     if isinstance(worth, Mapping) and worth:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from jobs.lake import partitions
@@ -13,10 +15,11 @@ from jobs.scft.config import Config as Config
 from jobs.scft.judge import keep
 from jobs.scft.refresh import due, recipe_digest
 from jobs.scft.signals import read_signals
-from jobs.scft.texts import read_texts
+from jobs.scft.texts import read_texts, warn_of_short
 from jobs.scft.tuning import build, sized, tune
-from jobs.scft.worth import Sample, sample_of
+from jobs.scft.worth import Sample, check_kept, sample_of
 from models.processes import join, same_everywhere
+from models.text.encoder import of_base
 from models.text.lora import update_norm
 from models.text.scft import Tuned
 from models.text.scft_batches import shuffle_texts
@@ -71,12 +74,13 @@ def run(config: Config) -> Result:
     """Fine-tunes an encoder if one is due, refuses it if it is not better than none, keeps and registers it.
 
     Raises InputError or ValueError for too few texts, a blocked field or a base model that does not fit; Refused with the
-    figures when a gate of METHOD §1 fails.
+    figures when a gate of METHOD §1 fails, also where the one in use is not what `accept` now asks for.
     """
     snapshot = partitions.latest(config.run.lake, ITEMS.name, config.run.ds)
     reason, previous = due(config, snapshot)
     if previous is not None:
         log.info("not due: %s", reason)
+        check_kept(config, previous)
         return Result(**{**previous, "due": False, "reason": reason})
     log.info("due: %s", reason)
     return Result(
@@ -94,16 +98,20 @@ def trained(config: Config, snapshot: str) -> dict[str, Any]:
     device = pick_device(config.run)
     rank, _ = join()
     item_ids, hashes, items = read_texts(config, snapshot)
-    encoder = build(config, device)
+    load = functools.cache(partial(build, config, device))
+    # before the base is loaded: what is missing is told in seconds
+    signals, learned_from = read_signals(config, load, item_ids, hashes, items)
+    encoder = load()
     texts = encoder.tokenize(shuffle_texts(items, config.run.seed) if config.shuffle_texts else items)
+    warn_of_short(config, texts)
     inputs = {"items": partitions.read_commit(config.run.lake, ITEMS.name, snapshot).digest, "base": encoder.spec.base_sha256}
-    signals, learned_from = read_signals(config, encoder, item_ids, hashes, items)
     inputs |= learned_from
     training, tuned = sized(config, device), None
     sample: Sample | str = "nothing was trained"
     checkpoint = checkpoint_path("scft", config, inputs, config.run.lake)
-    if training.steps:
+    if training.steps or encoder.spec != of_base(encoder.spec):
         sample = sample_of(config, snapshot, device)
+    if training.steps:
         tuned = tune(encoder, texts, training, config.run.seed, signals, checkpoint, sample)
     if rank == 0:
         facts = keep(config, encoder, texts, training, tuned, inputs, sample)

@@ -40,7 +40,7 @@ class Config:
     gates: Gates = field(default_factory=Gates)
     accept: Literal["no worse", "better"] = "no worse"
     """An encoder is refused that ranks validation events surely worse than its base does, without any training on top; with
-    `better`, also one that isn't surely better."""
+    `better`, also one that isn't surely better, be it the one in use."""
     cold_share: float = 0.1
     """Share of the items that users teach nothing of, so that what an encoder is worth for new items can be measured."""
     worth_items: int = 0
@@ -66,11 +66,16 @@ class Config:
             raise InputError(
                 "scft: max_items must be at least 4, layers at least 0, clusters at least 2, refresh_share a share in [0, 1]"
             )
-        if not 0 <= self.cold_share < 1 or self.worth_items < 0:
-            raise InputError(f"scft: cold_share = {self.cold_share} must be a share in [0, 1), worth_items at least 0")
+        if not 0 <= self.cold_share < 1 or min(self.worth_items, self.max_age_days) < 0:
+            raise InputError(
+                f"scft: cold_share = {self.cold_share} must be a share in [0, 1), worth_items and max_age_days at least 0"
+            )
         if self.suffix_tokens < 0 or (self.suffix_tokens and not self.training.steps):
             raise InputError(f"scft: suffix_tokens = {self.suffix_tokens} must be at least 0, and are of no use untrained: set "
                              "training.steps above 0, or suffix_tokens to 0")  # fmt: skip
+        if self.suffix_tokens and self.lora != Lora():
+            raise InputError("scft: suffix_tokens learn over a frozen base, without LoRA: leave [scft.lora] out, or set "
+                             "suffix_tokens to 0")  # fmt: skip
         if self.suffix_tokens and self.training.reads_users:
             raise InputError("scft: suffix_tokens learn from items: set training.user_weight and title_weight to 0")
         if self.attention == "both" and self.training.steps and self.training.title_weight:

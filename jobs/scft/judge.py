@@ -41,21 +41,19 @@ def keep(
     validation, _ = hold_out_views(texts, training, encoder.limit, config.run.seed)
     staged = artifacts.stage(config.run.lake, "encoder")
     save_encoder(staged, encoder.spec, tuned.learned if tuned else None)
-    device = encoder.device
-    base_CE = None if tuned is None else base_embeddings(config, encoder, validation)
+    device, is_base = encoder.device, tuned is None and encoder.spec == of_base(encoder.spec)
+    before, base_CE = ({}, None) if is_base else measure_base(config, encoder, validation, tuned)
     encoder.model = torch.nn.Identity()  # makes room for the copy that is judged
     loaded = load_encoder(staged, device=device)
     with watched(loaded, validation_size(texts, training)):
         figures, emb_CE = validate_views(loaded, validation)
     moved = 0.0 if base_CE is None else relative_distance(emb_CE, base_CE)
-    before = tuned.history[0] if tuned else {"step": 0.0, **figures}
-    wrong = refusals(figures, before, moved, config.gates, candidates=len(emb_CE), zero_shot=tuned is None)
+    before = before or {"step": 0.0, **figures}
+    wrong = refusals(figures, before, moved, config.gates, candidates=len(emb_CE), zero_shot=is_base)
     if wrong:
         raise Refused(f"the encoder is refused: {'; '.join(wrong)}")
     worth = (
-        {"verdict": "base", "why": "it is the base model as it is"}
-        if tuned is None
-        else measure_against_base(config, loaded, sample)
+        {"verdict": "base", "why": "it is the base model as it is"} if is_base else measure_against_base(config, loaded, sample)
     )
     encoder_id = artifacts.keep(config.run.lake, "encoder", staged)
     version = register(config, encoder_id, figures, inputs, curve_of(tuned), worth["verdict"])
@@ -72,23 +70,36 @@ def measure_against_base(config: Config, loaded: Encoder, sample: Sample | str) 
         return Encoder(model, tokenizer, of_base(loaded.spec)).eval()
 
     encoders: dict[str, Callable[[], Encoder]] = {NEW: lambda: loaded, BASE: base}
-    if (before := next(trainings(config.run.lake, config.run.ds), None)) is not None:
-        folder = artifacts.find(config.run.lake, "encoder", before.result["encoder_id"])
-        encoders[BEFORE] = lambda: load_encoder(folder, device=device)
+    if before := in_use(config):
+        encoders[BEFORE] = lambda: load_encoder(registry.fetch(config.run, "encoder", before), device=device)
     return measure_encoders(config, sample, encoders)
 
 
-def base_embeddings(config: Config, encoder: Encoder, validation: Validation) -> NDArray[np.float32]:
-    """base_CE: the candidates as the base model embeds them, before anything was learned."""
-    with watched(encoder, len(validation.candidates.length_B)):
-        spec = encoder.spec
-        if config.training.fp8 or config.four_bit or of_base(spec) != dataclasses.replace(spec, lora=None):
-            # the base is what `embed` will have: neither in 8 bits nor in 4, without suffix tokens, with attention of its own
-            device, encoder.model = encoder.device, torch.nn.Identity()
-            model, tokenizer, _ = load_base(config.base, device=device, layers=config.layers)
-            return embed(Encoder(model, tokenizer, of_base(spec)).eval(), validation.candidates)
-        with encoder.model.disable_adapter(), autocast_like_base(encoder), torch.no_grad():  # type: ignore[operator]
-            return embed(encoder.eval(), validation.candidates)
+def in_use(config: Config) -> str:
+    """The champion's encoder; without a registry or a champion that of the newest training; "" where there was none."""
+    champion = registry.champion(config.run)
+    if champion is not None and champion["encoder_id"]:
+        return champion["encoder_id"]
+    newest = next(trainings(config.run.lake, config.run.ds), None)
+    return "" if newest is None else str(newest.result["encoder_id"])
+
+
+def measure_base(
+    config: Config, encoder: Encoder, validation: Validation, tuned: Tuned | None
+) -> tuple[dict[str, float], NDArray[np.float32]]:
+    """Figures and base_CE: the base model as `embed` would have it, before anything was learned."""
+    spec = encoder.spec
+    if tuned is None or config.training.fp8 or config.four_bit or of_base(spec) != dataclasses.replace(spec, lora=None):
+        # what training began with was in 8 bits or in 4, with suffix tokens, or with attention of its own
+        device, encoder.model = encoder.device, torch.nn.Identity()
+        model, tokenizer, _ = load_base(config.base, device=device, layers=config.layers)
+        plain = Encoder(model, tokenizer, of_base(spec)).eval()
+        with watched(plain, sum(len(part.length_B) for part in validation.parts)):
+            figures, base_CE = validate_views(plain, validation)
+        return {"step": 0.0, **figures}, base_CE
+    as_base = encoder.model.disable_adapter()  # type: ignore[operator]
+    with watched(encoder, len(validation.candidates.length_B)), as_base, autocast_like_base(encoder), torch.no_grad():
+        return tuned.history[0], embed(encoder.eval(), validation.candidates)
 
 
 def curve_of(tuned: Tuned | None) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ Train rows alone teach, and items that are held out as cold (`cold_share`) teach
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,15 +34,16 @@ log = logging.getLogger(__name__)
 
 
 def read_signals(
-    config: Config, encoder: Encoder, item_ids: Sequence[str], hashes: Sequence[str], items: Sequence[Attributes]
+    config: Config, load: Callable[[], Encoder], item_ids: Sequence[str], hashes: Sequence[str], items: Sequence[Attributes]
 ) -> tuple[Signals, dict[str, str]]:
     """What the settings ask for, by row of the texts, and the digests of what was read.
 
+    `load` gives the encoder; it is called where its tokenizer is needed, once all that could be missing was found.
     Raises InputError or ValueError where there are no sequences, no teacher, or nothing in them to learn from.
     """
     pairs, inputs = user_pairs(config, hashes)
     taught = read_teacher(config, item_ids)
-    users, more = user_titles(config, encoder, hashes, [title(*one) for one in zip(item_ids, items, strict=True)])
+    users, more = user_titles(config, load, hashes, [title(*one) for one in zip(item_ids, items, strict=True)])
     inputs |= more
     if taught is None:
         return Signals(pairs=pairs, users=users), inputs
@@ -83,7 +84,7 @@ def user_pairs(config: Config, hashes: Sequence[str]) -> tuple[Pairs | None, dic
 
 
 def user_titles(
-    config: Config, encoder: Encoder, hashes: Sequence[str], titles: Sequence[str]
+    config: Config, load: Callable[[], Encoder], hashes: Sequence[str], titles: Sequence[str]
 ) -> tuple[Users | None, dict[str, str]]:
     """What users had in their train rows, with the titles of all texts, and the sequences' digest.
 
@@ -94,7 +95,7 @@ def user_titles(
     catalogue, events, digest = without_cold(config)
     item_N = rows_of(catalogue, hashes)[events.items_N[events.in_train_N].numpy() - 1]
     user_N = events.user_N[events.in_train_N].numpy()[item_N >= 0]
-    return users_of(encoder, item_N[item_N >= 0], user_N, titles), {"sequences": digest}
+    return users_of(load(), item_N[item_N >= 0], user_N, titles), {"sequences": digest}
 
 
 @dataclass(frozen=True, kw_only=True)

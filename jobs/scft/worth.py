@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from jobs.lake.items import live_items
 from jobs.lake.tensors import read_catalogue, read_histories
@@ -21,7 +22,8 @@ from jobs.scft.config import Config
 from models.behaviour.data import held_out, without_items
 from models.judge import untrained
 from models.judge.untrained import Trial, Worth
-from models.text.embedding import embed
+from models.processes import from_first
+from models.text.embedding import embed, embed_together
 from models.text.encoder import Encoder
 from models.text.prompts import Attributes, prompts
 from models.text.view_retrieval import CPU_TOKENS, evaluating
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 CPU_ITEMS, GPU_ITEMS = 1_500, 50_000
 """Items of the sample: a minute of SmolLM2 on two cores, seconds on a GPU."""
 NEW, BASE, BEFORE = "new", "base", "before"
+Found = TypeVar("Found")
 
 
 class Sample:
@@ -39,16 +42,39 @@ class Sample:
         self.trial, self.items = trial, items
 
     def embedded(self, encoder: Encoder, name: str) -> torch.Tensor:
-        """llm_NE of the sample's items; progress is told under `name`."""
+        """llm_NE of the sample's items; progress is told under `name`. Raises ValueError for what isn't finite."""
+        return finite(self.embedded_by(embed, encoder, name), name)
+
+    def embedded_by(self, how: Callable[..., Found], encoder: Encoder, name: str) -> Found:
+        """The sample's items as `embed`, or in all processes together as `embed_together`, embeds them."""
         texts = encoder.tokenize(self.items)
         whole, _ = prompts(texts, np.arange(len(texts)), encoder.limit)
         budget = CPU_TOKENS if encoder.device.type == "cpu" else 0
         with Progress(log, f"worth of {name}", len(texts)) as shown, evaluating(encoder):
-            return torch.from_numpy(embed(encoder, whole, budget=budget, log=lambda done, _: shown.add(done)))
+            return how(encoder, whole, budget=budget, log=lambda done, _: shown.add(done))
 
     def ndcg(self, encoder: Encoder) -> float:
-        """NDCG@10 over all the trial's cases."""
-        return float(untrained.untrained_ndcg(self.trial, self.embedded(encoder, "the weights of now")).mean())
+        """NDCG@10 over all the trial's cases, the same in all processes; each embeds its share, and all must call this.
+
+        Raises ValueError for embeddings that aren't finite.
+        """
+        name = "the weights of now"
+        emb_NE = self.embedded_by(embed_together, encoder, name)
+
+        def judged() -> bytes:
+            assert emb_NE is not None
+            return str(float(untrained.untrained_ndcg(self.trial, finite(emb_NE, name)).mean())).encode()
+
+        return float(from_first(judged))
+
+
+def finite(emb_NE: NDArray[np.float32], name: str) -> torch.Tensor:
+    """Embeddings as a tensor. Raises ValueError, with whose they are, where one isn't finite."""
+    broken = int((~np.isfinite(emb_NE).all(axis=1)).sum())
+    if broken:
+        raise ValueError(f"embeddings of {name} are not finite ({broken} of {len(emb_NE)} texts): lower "
+                         "scft.training.learning_rate, or take another base")  # fmt: skip
+    return torch.from_numpy(emb_NE)
 
 
 def sample_of(config: Config, snapshot: str, device: torch.device) -> Sample | str:
@@ -73,13 +99,21 @@ def sample_of(config: Config, snapshot: str, device: torch.device) -> Sample | s
 def measure_encoders(config: Config, sample: Sample | str, encoders: dict[str, Callable[[], Encoder]]) -> dict[str, Any]:
     """The encoder NEW beside the others, each loaded only while it embeds: verdict, why, figures and differences.
 
-    Raises Refused where the new one is surely worse than its base, or with accept = "better" isn't surely better.
+    Raises Refused where the new one is surely worse than its base, or with accept = "better" isn't surely better, or where its
+    embeddings aren't finite. The one before decides nothing: where it can't be had, the log says so.
     """
     if isinstance(sample, str):
         return unknown(config, f"not told: {sample}")
     emb = {}
     for name, load in encoders.items():
-        emb[name] = sample.embedded(load(), {NEW: "the new encoder", BASE: "its base", BEFORE: "the one before"}[name])
+        try:
+            emb[name] = sample.embedded(load(), {NEW: "the new encoder", BASE: "its base", BEFORE: "the one before"}[name])
+        except ValueError as error:
+            if name == NEW:
+                raise Refused(f"the encoder is refused: {error}") from error
+            if name != BEFORE:
+                raise
+            log.warning("the encoder before is left out of the comparison: %s", error)
     worth = untrained.weigh(sample.trial, emb, config.run.seed)
     if worth.users < untrained.FEWEST:
         return unknown(config, f"not told: {worth.users} users have a validation event, {untrained.FEWEST} are needed", worth)
@@ -102,6 +136,16 @@ def unknown(config: Config, why: str, worth: Worth | None = None) -> dict[str, A
     if config.accept == "better":
         raise Refused(f'the encoder is refused: scft.accept = "better", and what it is worth is {why}')
     return as_result("unknown", why, worth)
+
+
+def check_kept(config: Config, kept: Mapping[str, Any]) -> None:
+    """Raises Refused where the encoder in use is not known to be better than its base, and the recipe now takes only such."""
+    worth = kept.get("worth") or {}
+    if config.accept == "better" and worth.get("verdict") in ("no different", "unknown"):
+        raise Refused(
+            f'the encoder in use, {kept["encoder_id"]}, is refused: scft.accept = "better", and beside its base it is '
+            f"{worth['verdict']}: {worth.get('why')}; train it otherwise, or set scft.training.steps = 0"
+        )
 
 
 def as_result(said: str, why: str, worth: Worth | None) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class Lora:
     dropout: float = 0.1
     """Share of what they read that is set to zero in a training step."""
 
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"r = {self.r} and alpha = {self.alpha} must be at least 1, dropout = {self.dropout} in [0, 1)")
+
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
     """A model -> the same with trainable LoRA weights on every linear map of its layers. All else is frozen."""

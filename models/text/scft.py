@@ -36,7 +36,7 @@ from models.text.prompts import Ints, Prompts, Texts, take
 from models.text.scft_batches import Drawn, batches_of, often
 from models.text.scft_settings import Scft as Scft
 from models.text.users import DrawnUsers, prompt_of, user_prompts
-from models.text.view_retrieval import Validation, autocast_like_base, evaluating, hold_out_views, validate_together
+from models.text.view_retrieval import Validation, autocast_like_base, hold_out_views, validate_together
 
 Log = Callable[[dict[str, float], int], None]
 NONE = Signals()
@@ -82,6 +82,7 @@ def fine_tune(
 
     `signals` are what else there is to learn from; each is needed where the settings weigh it.
     `worth` says what an encoder is good for; the best weights are those of its highest value, without it those of the best mrr.
+    All processes call it together, and it gives all of them the same.
     `checkpoint` is a file. It is written at each validation and when `stop` returns true; then Interrupted is raised. Where it
     exists, training goes on from it. Under torch.distributed every process calls this with the same arguments.
     Raises ValueError for a loss that is not finite, a batch that the processes cannot share, or too few texts.
@@ -272,9 +273,8 @@ class Trainer:
         )
         by = "mrr"
         if self.worth is not None:
-            by, value = "worth", partial(self.worth, self.encoder)
-            with evaluating(self.encoder):
-                quality[by] = float(from_first(lambda: str(value()).encode()))
+            by = "worth"
+            quality[by] = self.worth(self.encoder)
         best = max((entry[by] for entry in self.history[1:]), default=-math.inf)
         self.history.append({"step": float(self.step), **quality})
         if self.step and quality[by] > best:

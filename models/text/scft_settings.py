@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 WEIGHTS = ("contrast_weight", "cluster_weight", "teacher_weight", "user_weight", "title_weight")
@@ -88,6 +89,24 @@ class Scft:
             raise ValueError(f"pair_share = {self.pair_share} must lie in [0, 1]; 0 leaves the users out")
         if self.pair_support < 1 or self.whiten_every < 1 or not 0 <= self.popularity <= 1:
             raise ValueError("pair_support and whiten_every must be at least 1, popularity a share in [0, 1]")
+        self.check_course()
+        if self.steps and not self.contrast_weight and (self.pair_share or self.whiten):
+            name = "pair_share" if self.pair_share else "whiten"
+            raise ValueError(
+                f"{name} shapes the loss over views and pairs, which contrast_weight = 0 leaves out: set one of them back"
+            )
+
+    def check_course(self) -> None:
+        """Raises ValueError for numbers with which no training comes to an end, or to anything."""
+        least = {"steps": 0, "tokens": 0, "validate_every": 1, "patience": 1, "validation_items": 1, "candidates": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least {low}")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be above 0: with it nothing is learned")
+        if not (0 <= self.warm_up <= 1 and 0 <= self.weight_decay < math.inf):
+            raise ValueError(f"warm_up = {self.warm_up} must be a share in [0, 1], weight_decay = {self.weight_decay} at least 0")
 
     @property
     def reads_users(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from jobs import scft
 from jobs import worth as command
 from jobs.lake.tables import ITEMS, SEQUENCES
 from jobs.run import InputError
-from tests.jobs.scft.test_worth import DS, ITEMS_N
+from tests.jobs.scft.test_worth import DS, ITEMS_N, write
 from tests.jobs.scft.test_worth import config as config  # for pytest, which looks fixtures up here
 from tests.jobs.small_lake import remember
 
@@ -60,7 +62,19 @@ def test_tfidf_stands_beside_where_the_texts_are_enough(
     monkeypatch.setattr("models.judge.text_floor.LEAST", ITEMS_N)
     assert command.main(["--recipe", str(recipe(config, tmp_path)), "--ds", DS]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert list(told["ndcg"]) == ["base", "tfidf"] and set(told["less"]) == {"base - tfidf", "tfidf - base"}
+    assert list(told["ndcg"]) == ["base", "tfidf"] and set(told["less"]) == {"base - tfidf"}
+
+
+def test_too_few_users_are_said_with_the_remedy(
+    config: scft.Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(config.run.lake, DS, users=30)
+    with caplog.at_level(logging.INFO):
+        assert command.main(["--recipe", str(recipe(config, tmp_path)), "--ds", DS, "--layers", "1"]) == 0
+    assert "larger sample by --items" in caplog.text and "(few users)" in caplog.text
+    # the widest figure of a difference leaves a space to the column before
+    assert re.search(r"base, 1 layers - base  [+-]\d\.\d{4} \[[+-]\d\.\d{4}, [+-]\d\.\d{4}\]  ", caplog.text)
+    assert json.loads(capsys.readouterr().out)["less"]["base, 1 layers - base"]["cold"][1:] == [None, None]
 
 
 def test_an_encoder_that_is_not_there_and_a_lake_without_logs_are_named(config: scft.Config, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from jobs.lake import manifests
 from jobs.lake.partitions import write_json
 from jobs.promote import model_card
@@ -53,6 +55,37 @@ def test_the_card_tells_the_decision_the_fields_the_table_and_the_limits(tmp_pat
         f"items/ds=2026-03-10 `{'1' * 64}`",
     ):
         assert told in card, told
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"lora": None}, "SCFT: none, the base model as it is, best step 0 of 0."),
+        ({"lora": None, "suffix_tokens": 4}, "SCFT: 4 learned suffix tokens, best"),
+        ({"lora": {"r": 4}, "attention": "both"}, "SCFT: LoRA r 4, attention both ways, best"),
+        ({"lora": None, "attention": "both"}, "SCFT: none, attention both ways, best"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("verdict", "told"),
+    [
+        ("better", "ranks better than its base model (by .01)"),
+        ("no different", "ranks no differently from its base model, which would do as well (by .01)"),
+        ("base", "ranks as its base model, which it is (by .01)"),
+        ("unknown", "ranks beside its base model nobody knows how (by .01)"),
+    ],
+)
+def test_the_card_tells_how_the_encoder_was_made_and_whether_its_base_would_do_as_well(
+    tmp_path: Path, spec: dict[str, Any], said: str, verdict: str, told: str
+) -> None:
+    encoder = tmp_path / "models" / "encoder" / ("e" * 16) / "encoder.json"
+    encoder.parent.mkdir(parents=True)
+    encoder.write_text(json.dumps({"base": "embedded", **spec}))
+    result = {"encoder_id": "e" * 16, "best_step": 0, "steps": 0, "worth": {"verdict": verdict, "why": "by .01"}}
+    manifest = {"job": "scft", "ds": DS, "status": "done", "result": result}
+    write_json(manifests.path_of(tmp_path, DS, "scft"), manifest)
+    card = model_card.card(tmp_path, DS, DECISION, JUDGED)
+    assert said in card and told in card
 
 
 def test_a_turn_towards_the_space_before_is_told_with_its_residual(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def results(count: int = 40, space: str = SPACE) -> dict[str, dict[str, Any]]:
             "losses": [3.0, 2.0, 1.0], "steps": 3, "best_step": 3,
             "history": [{"step": 0.0, "mrr": 0.4, "recall_1": 0.3}, {"step": 3.0, "mrr": 0.6, "recall_1": 0.5}],
             "figures": {"mrr": 0.6}, "base_figures": {"mrr": 0.4},
+            "worth": {"verdict": "no different", "why": "over 120 users",
+                      "ndcg": {"new": {"overall": 0.0321}, "base": {"overall": 0.0319}}},
         },
         "embed": {
             "encoder_id": ENCODER, "embedded": count, "tokens": count * 20, "tokens_per_second": 9.0, "device": "cuda",

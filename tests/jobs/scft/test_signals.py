@@ -16,7 +16,8 @@ from jobs import pretrain, scft
 from jobs.lake import artifacts, partitions
 from jobs.lake.tables import SEQUENCES
 from jobs.lake.tensors import read_catalogue
-from jobs.run import InputError, Run
+from jobs.run import InputError, Run, as_json
+from jobs.scft.refresh import shape_digest
 from jobs.scft.signals import Taught, read_teacher, teacher_clusters, user_pairs, user_titles
 from models.behaviour.data import held_out
 from models.behaviour.training import Training
@@ -102,14 +103,14 @@ def test_users_are_their_train_rows_without_cold_items(lake: scft.Config, tmp_pa
     encoder = tiny.encoder(tiny.llama(tmp_path / "base"))
     item_ids, hashes, items = scft.read_texts(lake, f"ds={DS}")
     titles = [item[0][1] for item in items]
-    assert user_titles(asking(lake), encoder, hashes, titles) == (None, {})
-    users, inputs = user_titles(asking(lake, title_weight=1.0), encoder, hashes, titles)
+    assert user_titles(asking(lake), lambda: encoder, hashes, titles) == (None, {})
+    users, inputs = user_titles(asking(lake, title_weight=1.0), lambda: encoder, hashes, titles)
     assert users is not None and set(inputs) == {"sequences"}
     told = [[titles[row] for row in users.item_N[start:end]] for start, end in itertools.pairwise(users.start_U1)]
     # user 3 of 24 began at i03 and has six train rows; i18 has the text of i17; the last user has one event
     assert len(told) == 23 and told[3] == [f"text {number}" for number in range(3, 9)]
     assert told[15] == ["text 15", "text 16", "text 17", "text 17", "text 0", "text 1"]
-    half, _ = user_titles(asking(dataclasses.replace(lake, cold_share=0.5), title_weight=1.0), encoder, hashes, titles)
+    half, _ = user_titles(asking(dataclasses.replace(lake, cold_share=0.5), title_weight=1.0), lambda: encoder, hashes, titles)
     assert half is not None
     cold = cold_of(lake.run, 0.5) - {"i17", "i18"}
     assert {item_ids[row] for row in half.item_N}.isdisjoint(cold) and 0 < len(half.item_N) < len(users.item_N)
@@ -134,7 +135,8 @@ def test_an_encoder_that_learned_from_a_teacher_and_from_users_is_kept_and_says_
 def test_encoders_of_other_kinds_are_kept_load_and_are_compared_with_the_plain_base(
     config: scft.Config, shape: dict[str, Any]
 ) -> None:
-    plain, result = scft.run(config), scft.run(changed(config, training=dataclasses.replace(FAST, learning_rate=0.05), **shape))
+    strong = changed(config, training=dataclasses.replace(FAST, learning_rate=0.05), lora=Lora(), **shape)
+    plain, result = scft.run(config), scft.run(strong)
     assert result.moved > 1e-3 and result.encoder_id != plain.encoder_id
     kept = artifacts.find(config.run.lake, "encoder", result.encoder_id)
     loaded = load_encoder(kept, device=tiny.CPU)
@@ -142,12 +144,13 @@ def test_encoders_of_other_kinds_are_kept_load_and_are_compared_with_the_plain_b
     assert getattr(loaded.spec, name) == value and not loaded.spec.from_users
     assert (loaded.spec.lora is None) == (name == "suffix_tokens")
     # what is called moved is the distance from the base as it is: attention both ways alone is a move
-    assert scft.recipe_digest(config) != scft.recipe_digest(changed(config, **shape))
+    assert scft.recipe_digest(config) != scft.recipe_digest(strong)
 
 
 def test_lora_shapes_no_encoder_of_suffix_tokens_and_defaults_change_no_digest(config: scft.Config) -> None:
-    suffix = changed(config, suffix_tokens=4)
-    assert scft.recipe_digest(suffix) == scft.recipe_digest(changed(suffix, lora=Lora(r=4)))
+    suffix = as_json(changed(config, suffix_tokens=4, lora=Lora()))
+    # of a lake from before such a recipe was refused
+    assert shape_digest(suffix) == shape_digest({**suffix, "lora": as_json(Lora(r=4))})
     for beside in ({"teacher": "t" * 16}, {"clusters": 7}, {"cold_share": 0.3}):
         assert scft.recipe_digest(config) == scft.recipe_digest(changed(config, **beside))
         weighed = changed(config, training=dataclasses.replace(FAST, user_weight=1.0))
@@ -161,7 +164,8 @@ def test_lora_shapes_no_encoder_of_suffix_tokens_and_defaults_change_no_digest(c
     [
         ({"suffix_tokens": -1}, "at least 0"),
         ({"suffix_tokens": 2, "training": dataclasses.replace(FAST, steps=0)}, "of no use untrained"),
-        ({"suffix_tokens": 2, "training": dataclasses.replace(FAST, title_weight=1.0)}, "learn from items"),
+        ({"suffix_tokens": 2, "lora": Lora(r=16)}, r"leave \[scft\.lora\] out"),
+        ({"suffix_tokens": 2, "lora": Lora(), "training": dataclasses.replace(FAST, title_weight=1.0)}, "learn from items"),
         ({"attention": "both", "training": dataclasses.replace(FAST, title_weight=1.0)}, "would see the title"),
     ],
 )
@@ -198,6 +202,15 @@ def test_pairs_are_the_texts_of_items_that_users_took_one_after_the_other_in_tra
     with pytest.raises(InputError, match="pair_share"):
         user_pairs(config, hashes[:1])
     assert len(item_ids) == len(hashes)
+
+
+@pytest.mark.parametrize("weight", ["pair_share", "title_weight", "user_weight", "cluster_weight", "teacher_weight"])
+def test_what_is_missing_is_named_before_the_base_is_loaded(
+    config: scft.Config, monkeypatch: pytest.MonkeyPatch, weight: str
+) -> None:
+    monkeypatch.setattr(scft, "build", lambda *_: pytest.fail("the base was loaded"))
+    with pytest.raises(InputError, match="sequences" if weight in ("pair_share", "title_weight") else "pretrain"):
+        scft.run(changed(config, training=dataclasses.replace(FAST, **{weight: 0.5})))
 
 
 def test_pairs_without_sequences_name_the_remedy_and_an_encoder_says_that_it_learned_from_users(config: scft.Config) -> None:

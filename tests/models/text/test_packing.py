@@ -143,7 +143,8 @@ class Unset(torch.autograd.Function):
         return grad_KGD.masked_fill(unset, torch.nan), None
 
 
-def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fill", [4, 16])
+def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: pytest.MonkeyPatch, fill: int) -> None:
     def kernel(query: Tensor, key: Tensor, value: Tensor, q_S1: Tensor, k_S1: Tensor, *rest: Any, **options: Any) -> Tensor:
         assert int(k_S1[-1]) < len(key) or not made.causal, "the step has no filler keys"
         key, value = (Unset.apply(states, int(k_S1[-1])) for states in (key, value))
@@ -155,7 +156,7 @@ def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: 
     monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=kernel))
     monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
     monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
-    made.fill = 4
+    made.fill = fill
     filled = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
     for found, wanted in zip(filled, plain, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
@@ -200,6 +201,31 @@ def test_a_filled_up_step_is_no_larger_than_its_budget(made: Encoder, monkeypatc
     monkeypatch.setattr(made, "step", lambda rows: sizes.append(len((packed := step(rows)).token_T)) or packed)
     np.testing.assert_allclose(embed(made, source, budget=budget), wanted, atol=1e-4)
     assert max(sizes) <= budget and len(sizes) > 1
+
+
+@pytest.mark.parametrize("budget", [1, 6, 255])
+def test_a_budget_below_the_smallest_step_or_the_sentence_itself_still_embeds_all(
+    made: Encoder, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    source = some_prompts(made)
+    wanted = embed(made, source)
+    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=reference))
+    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    made.fill = 16
+    assert len(made.head) >= 6
+    np.testing.assert_allclose(embed(made, source, budget=budget), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("variable", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_a_sentence_there_is_nothing_to_share(causal: bool, variable: bool) -> None:
+    source = Prompts(np.arange(1, 10, dtype=np.int32), np.asarray([4, 2, 3]))
+    step = pack(source, (), causal=causal, device=CPU, variable=variable, shared=True, fill=4)
+    assert step.prefix == 0 and step.end == 9 and step.packing.key_K is None
+    assert step.token_T[:9].tolist() == source.token_T.tolist() and step.own_N.tolist() == list(range(9))
+    assert step.position_T[:9].tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+    assert step.packing.q_S1[:4].tolist() == step.packing.k_S1[:4].tolist() == [0, 4, 6, 9]
 
 
 @pytest.mark.parametrize("rungs", [4, 16])

@@ -256,10 +256,25 @@ def test_a_catalogue_smaller_than_the_batch_and_an_odd_last_batch_train(base: Pa
     assert tuned(base, dataclasses.replace(SMALL, batch=7), items=tiny.items(23))[0].steps == 6
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 1}, {"ratio": 1.0}, {"ratio": -0.1}, {"temperature": 0.0}])
+NOTHING_TO_SHAPE = {"contrast_weight": 0.0, "title_weight": 1.0}
+WRONG: list[dict[str, Any]] = [
+    {"batch": 1}, {"ratio": 1.0}, {"ratio": -0.1}, {"temperature": 0.0}, {"steps": -1}, {"validate_every": 0}, {"patience": 0},
+    {"tokens": -1}, {"validation_items": 0}, {"candidates": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan},
+    {"clip": 0.0}, {"warm_up": 1.1}, {"weight_decay": -0.1}, {"pair_share": 0.5, **NOTHING_TO_SHAPE},
+    {"whiten": True, **NOTHING_TO_SHAPE},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_settings_that_cannot_learn_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         dataclasses.replace(SMALL, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_lora_that_cannot_learn_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
+        Lora(**wrong)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
