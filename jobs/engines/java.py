@@ -55,7 +55,9 @@ def archive(jars: Path, *, keep: bool) -> list[str]:
     if not whole and not keep:
         return []
     use = "SharedArchiveFile" if whole else "ArchiveClassesAtExit"
-    return [f'"-XX:{use}={file}"', "-XX:+VerifySharedSpaces", "-Xlog:cds*=off"]
+    # what Java says of a crash would else lie where the job was started
+    told = f'"-XX:ErrorFile={file.parent}/hs_err_pid%p.log"'
+    return [f'"-XX:{use}={file}"', "-XX:+VerifySharedSpaces", "-Xlog:cds*=off", told]
 
 
 def drop_archives(but: Path | None = None) -> bool:

@@ -39,6 +39,7 @@ def test_a_run_keeps_its_classes_and_the_next_one_starts_from_them(place: Path) 
     assert archived(java.archive(place / "jars", keep=True)) == ("-XX:SharedArchiveFile", file)
     assert java.archive(place / "jars", keep=False) == java.archive(place / "jars", keep=True)
     assert "-XX:+VerifySharedSpaces" in java.archive(place / "jars", keep=False)
+    assert f'"-XX:ErrorFile={file.parent}/hs_err_pid%p.log"' in java.archive(place / "jars", keep=False)
 
 
 def test_an_archive_of_another_java_or_of_other_jars_goes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
