@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from jobs.run import InputError
@@ -42,7 +43,7 @@ def archive(jars: Path, *, keep: bool) -> list[str]:
     if any(map(os.environ.get, OPTIONS)):
         return []
     kind = f"{shown_version(java_program())} {jars} {jars.stat().st_mtime_ns}"
-    file = cache() / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.jsa"
+    file = kept() / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.jsa"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
@@ -62,7 +63,7 @@ def archive(jars: Path, *, keep: bool) -> list[str]:
 
 def drop_archives(but: Path | None = None) -> bool:
     """Removes the archives of other Javas and jars; or all, as Java did not start. Whether there were any."""
-    found = [file for file in cache().glob("*.jsa") if file != but]
+    found = [file for file in kept().glob("*.jsa") if file != but]
     for file in found:
         with contextlib.suppress(OSError):
             file.unlink()
@@ -95,6 +96,7 @@ def java_version(java: Path) -> int:
     return int(found[1]) if found else 0
 
 
+@cache
 def shown_version(java: Path) -> str:
     """What a `java` program says of itself; nothing where it does not run."""
     try:
@@ -105,7 +107,7 @@ def shown_version(java: Path) -> str:
 
 def launcher(java: Path) -> Path:
     """A JAVA_HOME whose `bin/java` drops the module flag that a trimmed runtime lacks and Spark always passes."""
-    home = cache()
+    home = kept()
     script = home / "bin" / "java"
     script.parent.mkdir(parents=True, exist_ok=True)
     aside = script.with_name(f".java.{os.getpid()}")
@@ -119,6 +121,6 @@ def launcher(java: Path) -> Path:
     return home
 
 
-def cache() -> Path:
+def kept() -> Path:
     """The folder of what is kept for Java."""
     return Path(os.environ.get("LLMEMB_CACHE") or Path.home() / ".cache" / "llmemb") / "java"

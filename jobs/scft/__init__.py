@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from jobs.lake import partitions
@@ -98,7 +97,7 @@ def trained(config: Config, snapshot: str) -> dict[str, Any]:
     device = pick_device(config.run)
     rank, _ = join()
     item_ids, hashes, items = read_texts(config, snapshot)
-    load = functools.cache(partial(build, config, device))
+    load = cache(partial(build, config, device))
     # before the base is loaded: what is missing is told in seconds
     signals, learned_from = read_signals(config, load, item_ids, hashes, items)
     encoder = load()

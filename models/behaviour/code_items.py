@@ -72,8 +72,9 @@ def code_items(
     known = Codes(**{key.name: config[key.name] for key in dataclasses.fields(Codes) if key.name in config})
     spread_E = torch.ones(white_NE.shape[1], device=white_NE.device) if spread_E is None else spread_E
     if len(white_NE):
-        books = fit_books(white_NE * spread_E, known, seed=0)
-        code_NK = books.encode(white_NE * spread_E)
+        text_NE = white_NE * spread_E
+        books = fit_books(text_NE, known, seed=0)
+        code_NK = books.encode(text_NE)
     else:
         books = Books(known.books, known.entries, white_NE.shape[1], heads=known.apart)
         code_NK = torch.zeros(catalogue, known.books, dtype=torch.int64)

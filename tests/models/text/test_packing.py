@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,15 +116,20 @@ def reference(query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor, q_S1: Tenso
     return out
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor] = reference) -> None:
+    """From now on encoders find variable-length attention, and `kernel` computes it."""
+    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=kernel))
+    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
+    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+
+
 @pytest.mark.parametrize("fill", [0, 4, 16])
 def test_the_plan_for_variable_length_attention_gives_the_same_embeddings(
     made: Encoder, monkeypatch: pytest.MonkeyPatch, fill: int
 ) -> None:
     source = some_prompts(made)
     padded = embed(made, source)
-    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=reference))
-    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
-    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    as_on_a_gpu(monkeypatch)
     made.fill = fill
     assert made.step(source).packing.pad_SQ is None
     np.testing.assert_allclose(embed(made, source), padded, atol=1e-4)
@@ -153,9 +159,7 @@ def test_filler_keys_leave_no_trace_in_the_gradient(made: Encoder, monkeypatch: 
     source = some_prompts(made)
     weights = [weight for weight in made.parameters() if weight.requires_grad]
     plain = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
-    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=kernel))
-    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
-    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    as_on_a_gpu(monkeypatch, kernel)
     made.fill = fill
     filled = torch.autograd.grad(made(made.step(source)).square().sum(), weights, materialize_grads=True)
     for found, wanted in zip(filled, plain, strict=True):
@@ -193,9 +197,7 @@ def test_a_key_gets_its_own_gradient_and_that_of_all_its_copies(causal: bool) ->
 def test_a_filled_up_step_is_no_larger_than_its_budget(made: Encoder, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     source = some_prompts(made, 200)
     wanted = embed(made, source)
-    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=reference))
-    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
-    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    as_on_a_gpu(monkeypatch)
     made.fill = 4
     sizes, step = [], made.step
     monkeypatch.setattr(made, "step", lambda rows: sizes.append(len((packed := step(rows)).token_T)) or packed)
@@ -209,9 +211,7 @@ def test_a_budget_below_the_smallest_step_or_the_sentence_itself_still_embeds_al
 ) -> None:
     source = some_prompts(made)
     wanted = embed(made, source)
-    monkeypatch.setattr(attention, "varlen", SimpleNamespace(varlen_attn=reference))
-    monkeypatch.setattr(attention, "OPTIONS", frozenset({"scale", "window_size", "enable_gqa"}))
-    monkeypatch.setattr(Encoder, "variable", property(lambda self: True))
+    as_on_a_gpu(monkeypatch)
     made.fill = 16
     assert len(made.head) >= 6
     np.testing.assert_allclose(embed(made, source, budget=budget), wanted, atol=1e-4)
